@@ -1,0 +1,44 @@
+# One command each. The environment is made on first use and reused while constraints.txt and
+# pyproject.toml stay as they are.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export DIFFUSERS_VERBOSITY ?= error
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-full test-gpu lint format bench-cpu clean
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch triton
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m fxopt demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-full: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-cpu: $(READY)
+	$(BIN)/python -m bench.traffic --check
+	$(BIN)/python -m bench.setup --check
+	$(BIN)/python -m bench.cpu_step --check
+
+clean:
+	rm -rf .venv

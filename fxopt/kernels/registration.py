@@ -1,0 +1,89 @@
+"""How an fxopt op becomes a PyTorch op: schema, providers, fake, autograd, FLOPs.
+
+Every op has one semantic definition and several providers. The dispatcher picks the provider by
+device: `native` (plain ATen) everywhere, `triton` on CUDA where Triton is installed. Eager graphs,
+Dynamo and AOTAutograd all see the same `torch.ops.fxopt.<name>` overload.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("fxopt", "DEF")
+
+PROVIDERS: dict[str, tuple[str, ...]] = {}
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton can be imported; the answer does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def provider(name: str, device: torch.device) -> str:
+    """Name of the provider that `fxopt::<name>` runs on `device`: "triton" or "native"."""
+    return "triton" if device.type == "cuda" and "triton" in PROVIDERS[name] else "native"
+
+
+def register(
+    schema: str,
+    *,
+    native: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    function: type[torch.autograd.Function] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> torch._ops.OpOverload:
+    """Define `fxopt::<schema>` and register its implementations.
+
+    Args:
+        schema: ATen schema, `name(Tensor x, ...) -> ...`.
+        native: implementation in plain ATen, for every device.
+        fake: shapes, dtypes and strides of the outputs; runs under FakeTensorMode.
+        triton: implementation for CUDA, or None.
+        function: autograd Function. Its forward receives the op's arguments as given and calls
+            `below_autograd(op, *args)`; None for ops that are not differentiable (backward ops).
+        flops: FLOPs from the arguments' shapes; None for ops that do no matrix product.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    op = getattr(torch.ops.fxopt, name).default
+    has_triton = triton is not None and triton_available()
+    PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
+    LIBRARY.impl(name, native, "CompositeExplicitAutograd")
+    if has_triton:
+        LIBRARY.impl(name, triton, "CUDA")
+    torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
+    if function is not None:
+        LIBRARY.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
+    register_flop_formula(getattr(torch.ops.fxopt, name))(flops or _no_flops)
+    return op
+
+
+def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call `op` without its autograd kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _autograd_kernel(
+    op: torch._ops.OpOverload, function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        ):
+            return function.apply(*args)
+        return below_autograd(op, *args)
+
+    return kernel
+
+
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    return 0
