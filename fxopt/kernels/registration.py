@@ -27,8 +27,9 @@ def triton_available() -> bool:
 
 
 def provider(name: str, device: torch.device) -> str:
-    """Name of the provider that `fxopt::<name>` runs on `device`: "triton" or "native"."""
-    return "triton" if device.type == "cuda" and "triton" in PROVIDERS[name] else "native"
+    """What runs `name` on `device`: "triton", "native", or a PyTorch "library" kernel."""
+    providers = PROVIDERS.get(name, ("library",))
+    return "triton" if device.type == "cuda" and "triton" in providers else providers[-1]
 
 
 def register(
@@ -87,3 +88,14 @@ def _autograd_kernel(
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
     return 0
+
+
+def register_composite(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define `fxopt::<schema>` as a composition of other ops that brings its own autograd.
+
+    Dispatch modes, fake tensors and AOTAutograd see the ops inside it.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fxopt, name).default

@@ -1,0 +1,114 @@
+"""What every bench command prints: rows of a measured value, its target and whether that holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value.
+
+    Args:
+        case: what was measured, such as "flux-dev double".
+        metric: which property of it, with its unit.
+        value: the figure.
+        at_most, at_least: the target, if there is one.
+    """
+
+    case: str
+    metric: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def target(self) -> str | None:
+        if self.at_most is not None:
+            return f"<= {self.at_most:g}"
+        return None if self.at_least is None else f">= {self.at_least:g}"
+
+    @property
+    def holds(self) -> bool | None:
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        return None if self.at_least is None else self.value >= self.at_least
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "metric": self.metric,
+            "value": self.value,
+            "target": self.target,
+            "holds": self.holds,
+        }
+
+
+def environment() -> dict[str, Any]:
+    """Where the figures come from: versions, machine, and the commit with "+" if files changed."""
+    import triton
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain") else ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def git(*command: str) -> str:
+    root = Path(__file__).parent
+    done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every bench command shares."""
+    parser.add_argument("--json", metavar="FILE", help="write JSON; - for standard output alone")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+
+
+def publish(args: argparse.Namespace, rows: Sequence[Row]) -> int:
+    """Print the rows, write them as `args.json` asks, and return the exit code of `args.check`."""
+    document = {"environment": environment(), "rows": [row.as_dict() for row in rows]}
+    text = json.dumps(document, indent=1)
+    if args.json == "-":
+        print(text)
+    else:
+        print(table(rows))
+        if args.json:
+            Path(args.json).write_text(text + "\n")
+    missed = [row for row in rows if row.holds is False]
+    if missed:
+        print(f"{len(missed)} of {len(rows)} rows miss their target", file=sys.stderr)
+    return int(bool(missed) and args.check)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text, in aligned columns."""
+    verdicts = {True: "holds", False: "MISSED", None: ""}
+    cells = [("case", "metric", "value", "target", "")] + [
+        (row.case, row.metric, f"{row.value:.4g}", row.target or "", verdicts[row.holds])
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )

@@ -1,0 +1,146 @@
+"""`python -m bench.traffic`: memory traffic of real blocks at real sizes, without a GPU.
+
+For every preset block at batch 1 in bfloat16, forward and backward: glue bytes, kernel launches and
+bytes saved for backward, in eager and as fxopt's eager door rewrites it, next to the floor of
+perfect fusion and to what min-cut saves. Everything runs on fake tensors, so the figures are exact
+and repeat. `fxopt.traffic` and `bench.floor_traffic` hold the definitions. The tensors are fake CPU
+tensors that count as CUDA runs them, because autograd refuses fake CUDA tensors in a PyTorch that
+was built without CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import floor_traffic, rows
+from bench.floor_traffic import Floor
+from fxopt import traffic
+from fxopt.fakes import faked
+from fxopt.presets import PRESETS, PresetBlock
+
+Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
+
+# The blocks that have targets: fxopt's glue over the floor, its saved bytes over eager's and over
+# min-cut's, its launches over eager's.
+TARGETED = {
+    "flux-dev double",
+    "flux-dev single",
+    "flux2-dev single",
+    "qwen-image block",
+    "z-image block",
+    "wan2.1-14b block",
+}
+GLUE_OVER_FLOOR = 1.35
+SAVED_OVER_EAGER = 0.65
+SAVED_OVER_MIN_CUT = 1.0
+LAUNCHES_OVER_EAGER = 0.4
+GB = 1e9
+
+
+def cases(only: str = "") -> Iterator[tuple[str, PresetBlock]]:
+    """Blocks of all presets at batch 1 whose case contains `only`, with that case."""
+    for preset in PRESETS.values():
+        for block in preset.blocks():
+            case = f"{preset.name} {block.name}"
+            if only in case:
+                yield case, block
+
+
+def count(
+    block: nn.Module, inputs: dict[str, Any], function: Callable[..., Any] | None = None
+) -> traffic.Traffic:
+    """Forward and backward of `block`, or of `function` on its parameters."""
+    with faked(block, (), inputs) as (args, kwargs):
+        forward, backward = traffic.measure(function or block, block, args, kwargs)
+    return forward + backward
+
+
+def measure(
+    case: str, preset: PresetBlock, rewrite: Rewrite | None, detail: bool
+) -> list[rows.Row]:
+    """Figures of eager, the floor and, unless `rewrite` is None, fxopt and its targets."""
+    with torch.device("meta"):
+        block, inputs = preset.build(), preset.inputs()
+    eager, floor = count(block, inputs), floor_traffic.count(block, inputs, preset.num_outputs)
+    table = [
+        *figures(case, "eager", eager),
+        rows.Row(case, "glue, floor [GB]", floor.glue / GB),
+        rows.Row(case, "saved, min-cut [GB]", floor.saved / GB),
+    ]
+    measured = {"eager": eager}
+    if rewrite is not None:
+        measured["fxopt"] = fxopt = count(block, inputs, rewrite(block, (), inputs))
+        table += figures(case, "fxopt", fxopt) + ratios(case, eager, floor, fxopt)
+    if detail:
+        for name, found in measured.items():
+            print(by_op(name, found), file=sys.stderr)
+    return table
+
+
+def figures(case: str, name: str, found: traffic.Traffic) -> list[rows.Row]:
+    return [
+        rows.Row(case, f"glue, {name} [GB]", found.glue.total() / GB),
+        rows.Row(case, f"saved, {name} [GB]", found.saved / GB),
+        rows.Row(case, f"launches, {name}", found.launches.total()),
+    ]
+
+
+def ratios(
+    case: str, eager: traffic.Traffic, floor: Floor, fxopt: traffic.Traffic
+) -> list[rows.Row]:
+    """What the targets are set on."""
+    glue, saved, launches = fxopt.glue.total(), fxopt.saved, fxopt.launches.total()
+    compared = [
+        ("glue, fxopt / floor", glue / floor.glue, GLUE_OVER_FLOOR),
+        ("saved, fxopt / eager", saved / eager.saved, SAVED_OVER_EAGER),
+        ("saved, fxopt / min-cut", saved / floor.saved, SAVED_OVER_MIN_CUT),
+        ("launches, fxopt / eager", launches / eager.launches.total(), LAUNCHES_OVER_EAGER),
+    ]
+    has_targets = case in TARGETED
+    return [
+        rows.Row(case, metric, value, at_most=limit if has_targets else None)
+        for metric, value, limit in compared
+    ]
+
+
+def by_op(name: str, found: traffic.Traffic) -> str:
+    """Launches and glue bytes by op, most bytes first."""
+    ordered = sorted(found.launches, key=lambda op: -found.glue[op])
+    lines = [f"  {op:40} {found.launches[op]:4} {found.glue[op] / GB:9.3f} GB" for op in ordered]
+    return "\n".join([name, *lines])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
+    rows.add_arguments(parser)
+    parser.add_argument("--only", default="", metavar="NAME", help="cases that contain NAME")
+    parser.add_argument("--baselines", action="store_true", help="measure eager and floor only")
+    parser.add_argument("--by-op", action="store_true", help="list the ops on standard error")
+    args = parser.parse_args(argv)
+    selected = list(cases(args.only))
+    if not selected:
+        known = ", ".join(case for case, _ in cases())
+        parser.error(f"no case contains {args.only!r}; there are {known}")
+    rewrite = None if args.baselines else eager_door()
+    table: list[rows.Row] = []
+    for index, (case, block) in enumerate(selected, start=1):
+        print(f"[{index}/{len(selected)}] {case}", file=sys.stderr)
+        table += measure(case, block, rewrite, args.by_op)
+    return rows.publish(args, table)
+
+
+def eager_door() -> Rewrite:
+    """What the eager door does to one block."""
+    from fxopt.backends.exported import rewrite_block
+
+    return rewrite_block
+
+
+if __name__ == "__main__":
+    sys.exit(main())

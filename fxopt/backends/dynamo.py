@@ -1,0 +1,131 @@
+"""The second door: `torch.compile(model, backend="fxopt")`.
+
+Dynamo's graph is brought to the one IR, rewritten, and handed to a compiler. Where no measured
+kernel beats what the compiler fuses itself, the op is inlined as plain ATen, and the compiler has
+it as one fusable expression. A graph that cannot be rewritten goes on as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.backends import inductor, options
+from fxopt.errors import UnknownOption
+from fxopt.passes.autocast import Autocast, write_out
+from fxopt.passes.canonicalize import canonicalize
+from fxopt.passes.inline import inline_native
+from fxopt.passes.retrace import retrace
+from fxopt.passes.rewriter import Outcome, rewrite
+from fxopt.report import Declined, Report
+
+INNER = ("inductor", "aot_eager", "eager")
+_reports: list[Report] = []
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,  # noqa: A002 - the name that torch.compile passes
+) -> Callable[..., Any]:
+    """Rewrite and compile one graph of Dynamo's.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, fake or real.
+        mode: as for `torch.compile`; handed to Inductor.
+        options: "recipe", "inner" (which compiler gets the graph: "inductor", "aot_eager" or
+            "eager"), and whatever else Inductor takes.
+
+    Raises:
+        UnknownOption, UnknownRecipe: a name that is not known.
+    """
+    settings = dict(options or {})
+    recipe = settings.pop("recipe", "bf16")
+    inner = settings.pop("inner", "inductor")
+    _check(recipe, inner)
+    rewritten, report = rewritten_graph(gm, example_inputs, recipe)
+    _reports.append(report)
+    if inner == "eager":
+        return rewritten.forward
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(rewritten, example_inputs)  # type: ignore[no-any-return]
+    return inductor.compile_graph(rewritten, example_inputs, mode, settings)
+
+
+def _check(recipe: str, inner: str) -> None:
+    options.check(recipe=recipe)
+    if inner not in INNER:
+        raise UnknownOption(inner, INNER)
+
+
+def last_reports() -> tuple[Report, ...]:
+    """Reports of the graphs compiled in this process since the last call, oldest first."""
+    found = tuple(_reports)
+    _reports.clear()
+    return found
+
+
+def rewritten_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str
+) -> tuple[fx.GraphModule, Report]:
+    """The graph to compile, and what was done to it: `gm` itself if no rule fired."""
+    device = _device(example_inputs)
+    try:
+        graph = retrace(gm, example_inputs)
+        write_out(graph, Autocast.current(device.type))
+        canonicalize(graph)
+        outcome = rewrite(
+            graph,
+            options.rules_for(recipe, compiled=True),
+            device=device,
+            parameters=_parameters(gm),
+        )
+        # A table that arrives with requires_grad would lose its gradient; Dynamo guards on it.
+        trained = outcome.constants & _trained(gm, example_inputs)
+        if trained:
+            raise RuntimeError(f"{sorted(trained)[0]} requires a gradient that the op lacks")
+        if outcome.applied:
+            inline_native(graph)
+    except Exception as error:  # never break a graph that the compiler alone compiles
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return gm, _report(Outcome(declined=[_not_captured(reason)]), recipe, device)
+    return (graph if outcome.applied else gm), _report(outcome, recipe, device)
+
+
+def _not_captured(reason: str) -> Declined:
+    return Declined("capture", "", "", "", (reason,))
+
+
+def _report(outcome: Outcome, recipe: str, device: torch.device) -> Report:
+    target = options.target_name(device)
+    return Report("compile", recipe, target, tuple(outcome.applied), tuple(outcome.declined))
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    return next((v.device for v in inputs if isinstance(v, Tensor)), torch.device("cpu"))
+
+
+def _parameters(gm: fx.GraphModule) -> frozenset[str]:
+    """Names of the placeholders that hold parameters."""
+    return frozenset(
+        str(n.target)
+        for n in gm.graph.find_nodes(op="placeholder")
+        if isinstance(n.meta.get("example_value"), torch.nn.Parameter)
+    )
+
+
+def _trained(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[str]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {
+        str(n.target)
+        for n, v in zip(placeholders, inputs, strict=True)
+        if isinstance(v, Tensor) and v.requires_grad
+    }

@@ -1,0 +1,65 @@
+"""Hand a rewritten graph to Inductor, with caches that know the catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from fxopt.passes.rules import CATALOGUE
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    settings: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile `gm` with Inductor under `mode` and `settings`, which patch its configuration."""
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **settings}
+    installed = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    patches["joint_custom_pre_pass"] = CatalogueIdentity(installed)
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+
+
+class CatalogueIdentity(CustomGraphPass):  # type: ignore[misc]
+    """Changes nothing but the key of Inductor's and AOTAutograd's caches.
+
+    The caches know the graph, not the Python behind an op's backward: without this, a graph
+    compiled before a backward was changed would go on with the old gradients.
+    """
+
+    def __init__(self, installed: Any = None) -> None:
+        self.installed = installed
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.installed is not None:
+            self.installed(graph)
+
+    def uuid(self) -> Any:
+        inner = self.installed.uuid() if self.installed is not None else None
+        return (catalogue_hash(), inner)
+
+
+@cache
+def catalogue_hash() -> str:
+    """Hash of the rules' versions and of the source of all kernels."""
+    import fxopt.kernels as kernels
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for rule in CATALOGUE:
+        digest.update(f"{rule.name}:{rule.version}".encode())
+    for name in sorted(vars(kernels)):
+        module = vars(kernels)[name]
+        if inspect.ismodule(module):
+            digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""What fxopt has put into a model: installed forwards and their report, found again on the model.
+
+Both live in the `__dict__` of the modules they belong to, so that `copy.deepcopy` copies them and
+`state_dict` never sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import nn
+
+from fxopt.errors import NotAModule, NothingToRestore, NotReported
+from fxopt.report import Report
+
+ATTRIBUTE = "_fxopt_doors"
+
+
+class Door(Protocol):
+    """One use of a door on a model."""
+
+    def report(self) -> Report: ...
+
+    def restore(self, model: nn.Module) -> None: ...
+
+
+def require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise NotAModule(model)
+
+
+def doors(model: nn.Module) -> list[Any]:
+    return model.__dict__.get(ATTRIBUTE, [])
+
+
+def remember(model: nn.Module, door: Door) -> None:
+    model.__dict__.setdefault(ATTRIBUTE, []).append(door)
+
+
+def report(model: nn.Module) -> Report:
+    """What the doors have rewritten in `model` so far, what they declined, and why.
+
+    Raises:
+        NotReported: no door was opened on this model.
+    """
+    require_module(model)
+    found = [door.report() for door in doors(model)]
+    if not found:
+        raise NotReported(type(model).__name__)
+    merged = found[0]
+    for other in found[1:]:
+        merged = merged.merge(other)
+    return merged
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize` and `swap` on `model`, exactly; the same object comes back.
+
+    Raises:
+        NothingToRestore: no door was opened on this model.
+    """
+    require_module(model)
+    opened = doors(model)
+    if not opened:
+        raise NothingToRestore(type(model).__name__)
+    for door in reversed(opened):
+        door.restore(model)
+    del model.__dict__[ATTRIBUTE]
+    return model
+
+
+def with_fqn(report: Report, prefix: str, block_class: str) -> Report:
+    """The same report, its entries placed in one block of the model."""
+
+    def placed(entry: Any) -> Any:
+        return replace(entry, fqn=prefix, block_class=block_class)
+
+    return replace(
+        report,
+        applied=tuple(map(placed, report.applied)),
+        declined=tuple(map(placed, report.declined)),
+    )

@@ -1,0 +1,128 @@
+"""The `fxopt` command: `fxopt demo` and `fxopt explain`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fxopt.errors import FxoptError
+
+BAR_WIDTH = 24
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after a mistake of the user's."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "demo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if options.command == "demo":
+            from fxopt import demo
+
+            return demo.main(rest)
+        return _explain(options)
+    except FxoptError as error:
+        print(f"fxopt: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fxopt.hardware import TARGETS
+
+    parser = argparse.ArgumentParser(
+        prog="fxopt", description="Rewrites diffusion transformers to fused ops for training."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser(
+        "demo",
+        help="train a small FLUX through every door and compare; --help for its options",
+        add_help=False,
+    )
+    explain = commands.add_parser(
+        "explain",
+        help="what would be rewritten and what each block costs, without a GPU and weights",
+    )
+    explain.add_argument(
+        "model",
+        help="a preset (flux-dev, flux2-dev, sd3.5-large, qwen-image, wan2.1-14b, z-image, "
+        "llama-3-8b) or FILE.py:FUNCTION, where FUNCTION() returns (model, inputs); build the "
+        "model under torch.device('meta') and it takes no memory",
+    )
+    explain.add_argument("--target", default="h100", help=f"one of {', '.join(TARGETS)}")
+    explain.add_argument("--recipe", default="bf16", help="name of a recipe (default: bf16)")
+    explain.add_argument("--batch", type=_positive, default=1, help="samples, for presets")
+    explain.add_argument("--height", type=_positive, help="pixels, for presets")
+    explain.add_argument("--width", type=_positive, help="pixels, for presets")
+    explain.add_argument("--html", metavar="PAGE", help="also write a self-contained page")
+    explain.add_argument("--json", metavar="FILE", help="also write JSON; - prints only that")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from fxopt.explain import explain, load_example
+
+    model, inputs = options.model, None
+    with quiet():
+        if ":" in options.model:
+            model, inputs = load_example(options.model)
+        report = explain(
+            model,
+            example_inputs=inputs,
+            target=options.target,
+            recipe=options.recipe,
+            batch=options.batch,
+            height=options.height,
+            width=options.width,
+            progress=Progress(),
+        )
+    if options.html:
+        Path(options.html).write_text(report.html(), encoding="utf-8")
+    if options.json == "-":
+        print(report.to_json())
+        return 0
+    if options.json:
+        Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
+    print(report.text())
+    return 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the warnings that model libraries log while they are imported off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+class Progress:
+    """A bar on standard error: redrawn on a terminal, elsewhere one line per step after 2 s."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, done: int, total: int, step: str) -> None:
+        elapsed = time.monotonic() - self.start
+        filled = BAR_WIDTH * done // max(total, 1)
+        bar = "#" * filled + "-" * (BAR_WIDTH - filled)
+        line = f"[{bar}] {done}/{total} {step} {elapsed:.0f} s"
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
+        elif elapsed > 2:
+            print(line, file=sys.stderr, flush=True)

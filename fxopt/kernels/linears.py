@@ -1,0 +1,226 @@
+"""Linears that share an input, and the op that makes that input, as one autograd node.
+
+A linear keeps its input for its weight gradient. Where a fused op makes that input from tensors
+that are kept anyway, the pair keeps only those: the backward of the op makes the input once more in
+the pass that it does in any case. Linears on one input add up its gradient inside their GEMMs.
+
+Shapes: T tokens (all leading dims), K input features, N output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.registration import register_composite
+
+
+class Linears(torch.autograd.Function):
+    """x -> (x W_i^T + b_i) for several linears."""
+
+    @staticmethod
+    def forward(ctx: Any, num_linears: int, x: Tensor, *parameters: Tensor | None) -> Any:
+        weights, biases = parameters[:num_linears], parameters[num_linears:]
+        ctx.save_for_backward(x, *weights)
+        ctx.num_linears = num_linears
+        ctx.set_materialize_grads(False)
+        return _forward(x, weights, biases)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, *weights = ctx.saved_tensors
+        _, needs_x, *needs = ctx.needs_input_grad
+        dx = input_gradient(grads, weights, x.shape) if needs_x else None
+        return None, dx, *parameter_gradients(grads, x, needs)
+
+
+class NormModulateLinears(torch.autograd.Function):
+    """norm_modulate, then linears on its y: y is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: tuple[Any, ...], num_linears: int, *tensors: Tensor | None
+    ) -> Any:
+        operands, parameters = tensors[:7], tensors[7:]
+        weights, biases = parameters[:num_linears], parameters[num_linears:]
+        y, h, mean, rstd = norm_modulate(*operands, *settings)
+        x, residual, gate, *modulation = operands
+        branch = x if gate is not None else None
+        ctx.save_for_backward(
+            h if residual is not None else x, branch, gate, *modulation, mean, rstd, *weights
+        )
+        ctx.settings, ctx.num_linears = settings, num_linears
+        ctx.set_materialize_grads(False)
+        return (*_forward(y, weights, biases), h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        h, branch, gate, weight, bias, scale, shift, mean, rstd, *weights = ctx.saved_tensors
+        *grad_outs, grad_h = grads
+        if grad_h is not None and grad_h.numel() == 0:
+            grad_h = None
+        norm, _, weight_offset, scale_offset, _, dtype = ctx.settings
+        needs, needs_parameters = ctx.needs_input_grad[2:9], ctx.needs_input_grad[9:]
+        dy = input_gradient(grad_outs, weights, h.shape)
+        if dy is None and grad_h is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dh, dx, dgate, *modulation_grads, y = torch.ops.fxopt.norm_modulate_backward(
+            dy,
+            grad_h,
+            h,
+            branch,
+            gate,
+            weight,
+            bias,
+            scale,
+            shift,
+            mean,
+            rstd,
+            norm,
+            weight_offset,
+            scale_offset,
+            dtype,
+            needs,
+            any(needs_parameters),
+        )
+        dweight, dbias, dscale, dshift = modulation_grads
+        if needs[6] and dshift.numel() == 0 and dy is not None and shift.shape == dy.shape:
+            dshift = dy.to(shift.dtype)
+        found = (dx if gate is not None else dh, dh, dgate, dweight, dbias, dscale, dshift)
+        operand_grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        parameter_grads = parameter_gradients(grad_outs, y, needs_parameters)
+        return None, None, *operand_grads, *parameter_grads
+
+
+class GatedActivationLinear(torch.autograd.Function):
+    """[beside | act(gate) * up] -> linear: neither the activation nor the concatenation is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: tuple[str, str],
+        gate: Tensor,
+        up: Tensor | None,
+        beside: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, beside, weight)
+        ctx.settings = settings
+        y = gated_activation(gate, up, *settings)
+        if beside is None:
+            return F.linear(y, weight, bias)
+        # Two products into one output instead of a copy of both operands into one input.
+        width = beside.shape[-1]
+        out = F.linear(beside, weight[:, :width], bias)
+        out.view(-1, out.shape[-1]).addmm_(_flat(y), weight[:, width:].t())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up, beside, weight = ctx.saved_tensors
+        _, needs_gate, needs_up, needs_beside, needs_weight, needs_bias = ctx.needs_input_grad
+        width = 0 if beside is None else beside.shape[-1]
+        grad_TN = _flat(grad)
+        d_input = (grad_TN @ weight).view(*gate.shape[:-1], weight.shape[1])
+        dgate, dup, y = torch.ops.fxopt.gated_activation_backward(
+            d_input[..., width:], gate, up, *ctx.settings, needs_weight
+        )
+        dweight = None
+        if needs_weight:
+            dweight = torch.empty_like(weight)
+            torch.mm(grad_TN.t(), _flat(y), out=dweight[:, width:])
+            if beside is not None:
+                torch.mm(grad_TN.t(), _flat(beside), out=dweight[:, :width])
+        return (
+            None,
+            dgate if needs_gate else None,
+            dup if needs_up else None,
+            d_input[..., :width] if needs_beside else None,
+            dweight,
+            grad_TN.sum(0) if needs_bias else None,
+        )
+
+
+def _forward(
+    x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def input_gradient(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], shape: torch.Size
+) -> Tensor | None:
+    """sum_i g_i W_i [*shape], accumulated in the GEMMs; None if no output has a gradient."""
+    dx_TK: Tensor | None = None
+    for grad, weight in zip(grads, weights, strict=True):
+        if grad is None:
+            continue
+        dx_TK = _flat(grad) @ weight if dx_TK is None else dx_TK.addmm_(_flat(grad), weight)
+    return None if dx_TK is None else dx_TK.view(shape)
+
+
+def parameter_gradients(
+    grads: Sequence[Tensor | None], x: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of all weights, then of all biases; `needs` in that order."""
+    num_linears = len(grads)
+    weights = [
+        _flat(g).t() @ _flat(x) if g is not None and need else None
+        for g, need in zip(grads, needs[:num_linears], strict=True)
+    ]
+    biases = [
+        _flat(g).sum(0) if g is not None and need else None
+        for g, need in zip(grads, needs[num_linears:], strict=True)
+    ]
+    return [*weights, *biases]
+
+
+def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return list(Linears.apply(len(weights), x, *weights, *biases))
+
+
+def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    operands, settings, (weights, biases) = args[:7], args[7:13], args[13:]
+    *outs, h = NormModulateLinears.apply(settings, len(weights), *operands, *weights, *biases)
+    return outs, h
+
+
+def _gated_activation_linear(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    settings = (activation, packing)
+    return GatedActivationLinear.apply(settings, gate, up, beside, weight, bias)  # type: ignore[no-any-return]
+
+
+linears = register_composite(
+    "linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", _linears
+)
+norm_modulate_linears = register_composite(
+    "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
+    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases) "
+    "-> (Tensor[] outs, Tensor h)",
+    _norm_modulate_linears,
+)
+gated_activation_linear = register_composite(
+    "gated_activation_linear(Tensor gate, Tensor? up, str activation, str packing, "
+    "Tensor? beside, Tensor weight, Tensor? bias) -> Tensor",
+    _gated_activation_linear,
+)

@@ -1,0 +1,453 @@
+"""`fxopt::norm_modulate`: gated residual, LayerNorm or RMSNorm, affine and modulation in one op.
+
+    h = residual + gate * x
+    y = (norm(h) * (weight_offset + weight) + bias) * (scale_offset + scale) + shift
+
+The forward saves `h` (or `x`, without a residual) and the row statistics; the backward rebuilds the
+normalized value from them, so neither `y` nor `norm(h)` is kept for it.
+
+Shapes: D features, R rows that share their modulation, G groups of such rows. Per-sample modulation
+`[B, 1, D]` of `x` `[B, S, D]` gives G = B, R = S.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.registration import below_autograd, register
+
+# Elements per step of the native provider on CPU: the temporaries of one step stay in the L2 cache.
+CPU_BLOCK = 1 << 15
+
+# ATen's LayerNorm backward adds up the weight gradient row after row: up to this many, its rounding
+# error stays below that of the products. The blocks' sums are added pairwise.
+MAX_FUSED_ROWS = 64
+
+
+def reference(
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    scale_offset: float,
+    h_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, h)` of the op in plain, differentiable PyTorch.
+
+    h = residual + gate * x, n = norm(h) * (weight_offset + weight) + bias,
+    y = n * (scale_offset + scale) + shift. An absent operand drops its term (without `weight` or
+    `scale` there is no multiplication, whatever the offset).
+
+    Args:
+        x: `[..., D]`, any float dtype and strides.
+        residual: shape of `x`, or None; without it h is x, `gate` is None and the `h` returned is
+            empty.
+        gate, scale, shift: broadcastable to `x`, any float dtype, or None.
+        weight, bias: `[D]`, any float dtype, or None.
+        norm: "layer" (biased variance), "rms", or "none" (needs a residual; `y` is then empty).
+        eps: added to the variance or mean square.
+        weight_offset, scale_offset: constants added to `weight` and `scale`.
+        h_dtype, dtype: dtypes of `h` and `y`.
+
+    Numerics: fp32 throughout (fp64 where an operand or result is fp64), `h` and `y` rounded once,
+    the norm taken of the rounded `h`.
+    """
+    opmath = _opmath(x, h_dtype, dtype)
+    h = x
+    if residual is not None:
+        branch = x.to(opmath) if gate is None else gate.to(opmath) * x.to(opmath)
+        h = (residual.to(opmath) + branch).to(h_dtype)
+    h_out = x.new_empty(0, dtype=h_dtype) if residual is None else h
+    if norm == "none":
+        return x.new_empty(0, dtype=dtype), h_out
+    n = h.to(opmath)
+    if norm == "layer":
+        n = n - n.mean(-1, keepdim=True)
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    for factor, offset, addend in ((weight, weight_offset, bias), (scale, scale_offset, shift)):
+        n = n if factor is None else n * (offset + factor.to(opmath))
+        n = n if addend is None else n + addend.to(opmath)
+    return n.to(dtype), h_out
+
+
+def _opmath(x: Tensor, *dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+
+
+class Layout:
+    """Rows of `x` in blocks `[r, D]`; beside each, per operand, a `[D]` row or `[r, D]` rows."""
+
+    def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
+        *leading, self.num_features = x.shape
+        self.num_rows = math.prod(leading)
+        self.limit = max(1, CPU_BLOCK // self.num_features) if x.is_cpu else self.num_rows
+        num_varying = max(num_varying_dims(t, x.dim()) for t in operands)
+        group_rows = math.prod(leading[num_varying:])
+        # A call per group pays only for groups that are not much smaller than a block.
+        self.per_row = 8 * group_rows < min(self.limit, self.num_rows)
+        if self.per_row:
+            num_varying, group_rows = len(leading), 1
+        ones = [1] * (len(leading) - num_varying)
+        self.operand_shape = [*leading[:num_varying], *ones, self.num_features]
+        self.num_groups = self.num_rows // group_rows
+        self.blocks_per_group = -(-group_rows // self.limit)
+        self.num_blocks = self.num_groups * self.blocks_per_group
+        if self.per_row:
+            self.num_blocks = -(-self.num_rows // self.limit)
+        self.fused = not self.per_row and self.limit <= MAX_FUSED_ROWS
+
+    def rows(self, t: Tensor | None) -> Sequence[Tensor | None]:
+        """Split `[..., D]` into blocks; None, or an output that is not wanted, into Nones."""
+        if t is None or t.numel() == 0:
+            return [None] * self.num_blocks
+        if self.per_row:
+            return t.reshape(self.num_rows, t.shape[-1]).chunk(self.num_blocks)
+        groups = t.reshape(self.num_groups, -1, t.shape[-1]).unbind()
+        return [block for group in groups for block in group.chunk(self.blocks_per_group)]
+
+    def operand(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Copy or view an operand as `[G, D]`."""
+        if t is None:
+            return None
+        return t.to(dtype).expand(self.operand_shape).reshape(self.num_groups, self.num_features)
+
+    def operand_rows(self, t_GD: Tensor | None) -> Sequence[Tensor | None]:
+        """Split a `[G, D]` operand into what goes beside each block."""
+        if t_GD is None or self.per_row:
+            return self.rows(t_GD)
+        return [row for row in t_GD.unbind() for _ in range(self.blocks_per_group)]
+
+    def sum_rows(self, t: Tensor) -> Tensor:
+        """Reduce a block to what its operand is beside it."""
+        return t if self.per_row else t.sum(0)
+
+    def gather(self, sums: Sequence[Tensor]) -> Tensor:
+        """Join the blocks' sums to `[G, D]`."""
+        if self.per_row:
+            return torch.cat(sums)
+        return torch.stack(sums).view(self.num_groups, -1, self.num_features).sum(1)
+
+    def reduce(self, grad_GD: Tensor, operand: Tensor) -> Tensor:
+        """Sum a gradient per group to the shape of its operand."""
+        return grad_GD.view(self.operand_shape).sum_to_size(operand.shape)
+
+
+def num_varying_dims(operand: Tensor | None, rank: int) -> int:
+    """Number of leading dims up to the last one, D aside, over which an operand varies."""
+    if operand is None:
+        return 0
+    sizes = [1] * (rank - operand.dim()) + list(operand.shape)
+    return max((i + 1 for i, size in enumerate(sizes[:-1]) if size != 1), default=0)
+
+
+class Affine:
+    """Affine and modulation as one map n -> n * a + c; `a` and `c` are `[G, D]` or None."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        operands: Sequence[Tensor | None],
+        offsets: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> None:
+        weight, self.bias, scale, shift = (layout.operand(t, dtype) for t in operands)
+        self.weight = None if weight is None else weight + offsets[0]
+        self.scale = None if scale is None else scale + offsets[1]
+        self.a = self.scale if self.weight is None else _times(self.weight, self.scale)
+        bias = None if self.bias is None else _times(self.bias, self.scale)
+        self.c = shift if bias is None else bias if shift is None else bias + shift
+
+    def grads(self, da_GD: Tensor, dc_GD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of weight, bias, scale and shift per group, from those of `a` and `c`."""
+        dscale_GD = _times(da_GD, self.weight)
+        if self.bias is not None:
+            dscale_GD = dscale_GD + dc_GD * self.bias
+        return _times(da_GD, self.scale), _times(dc_GD, self.scale), dscale_GD, dc_GD
+
+
+def _times(t: Tensor, factor: Tensor | None) -> Tensor:
+    return t if factor is None else t * factor
+
+
+def _map(n: Tensor, a: Tensor | None, c: Tensor | None) -> Tensor:
+    if a is None or c is None:
+        n = _times(n, a)
+        return n if c is None else n + c
+    return torch.addcmul(c, n, a)
+
+
+def _native(
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    scale_offset: float,
+    h_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = y, h, mean, rstd = _outputs(x, residual, norm, h_dtype, dtype)
+    if x.numel() == 0:
+        return outputs
+    operands, opmath = (weight, bias, scale, shift), rstd.dtype
+    layout = Layout(x, (gate, *operands))
+    affine = Affine(layout, operands, (weight_offset, scale_offset), opmath)
+    beside = (layout.operand(gate, opmath), affine.a, affine.c)
+    rows = (x, residual, h, y, mean.unsqueeze(-1), rstd.unsqueeze(-1))
+    for x_, residual_, h_, y_, mean_, rstd_, gate_, a, c in zip(
+        *map(layout.rows, rows), *map(layout.operand_rows, beside), strict=True
+    ):
+        value = x_.to(opmath)
+        if residual_ is not None:
+            value = _times(value, gate_) + residual_
+            value = h_.copy_(value).to(opmath)
+        if norm == "layer":
+            n, mean_block, rstd_block = _layer_norm(value, a, c, eps)
+            mean_.copy_(mean_block)
+        elif norm == "rms":
+            rstd_block = value.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            n = _map(value * rstd_block, a, c)
+        if norm != "none":
+            y_.copy_(n)
+            rstd_.copy_(rstd_block)
+    return outputs
+
+
+def _layer_norm(
+    h: Tensor, a: Tensor | None, c: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if any(t is not None and t.dim() > 1 for t in (a, c)):
+        n, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, eps)
+        return _map(n, a, c), mean, rstd
+    return torch.native_layer_norm(h, h.shape[-1:], a, c, eps)
+
+
+def _native_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    h: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    weight_offset: float,
+    scale_offset: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    affine_operands, opmath = (weight, bias, scale, shift), rstd.dtype
+    operands = (gate, *affine_operands)
+    wants = wanted(grad_y, h, operands, needs)
+    outputs = dh, dx, *grads, y = outputs_backward(h, x, operands, wants, dtype, needs, recompute)
+    if h.numel() == 0:
+        return tuple(t.zero_() for t in outputs)
+    layout = Layout(h, operands)
+    affine = Affine(layout, affine_operands, (weight_offset, scale_offset), opmath)
+    beside = (layout.operand(gate, opmath), affine.a, affine.c)
+    rows = (grad_y, grad_h, h, x, mean.unsqueeze(-1), rstd.unsqueeze(-1), dh, dx, y)
+    dgates, das, dcs = [], [], []
+    for grad_y_, grad_h_, h_, x_, mean_, rstd_, dh_, dx_, y_, gate_, a, c in zip(
+        *map(layout.rows, rows), *map(layout.operand_rows, beside), strict=True
+    ):
+        dvalue = None if grad_h_ is None else grad_h_.to(opmath)
+        if recompute:
+            y_.copy_(_map(_normalize(h_.to(opmath), mean_, rstd_), a, c))
+        if grad_y_ is not None:
+            dy = grad_y_.to(opmath)
+            if mean_ is not None and layout.fused:
+                dnorm, da = _layer_norm_backward(dy, h_.to(opmath), mean_, rstd_, a)
+            else:
+                n = _normalize(h_.to(opmath), mean_, rstd_)
+                dnorm = _norm_backward(_times(dy, a), n, rstd_, centered=mean_ is not None)
+                da = layout.sum_rows(n.mul_(dy))
+            dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
+            if any(wants[1:]):
+                das.append(da)
+                dcs.append(layout.sum_rows(dy))
+        dh_.copy_(dvalue)
+        if wants[0]:
+            dgates.append(layout.sum_rows(dvalue * x_))
+        if dx_ is not None:
+            torch.mul(dvalue, gate_, out=dx_)
+    dgate_GD = layout.gather(dgates) if dgates else None
+    daffine_GD = affine.grads(layout.gather(das), layout.gather(dcs)) if das else [None] * 4
+    for grad, grad_GD, operand in zip(grads, (dgate_GD, *daffine_GD), operands, strict=True):
+        if grad.numel():
+            grad.copy_(layout.reduce(grad_GD, operand))
+    return outputs
+
+
+def _normalize(h: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+    return h * rstd if mean is None else (h - mean).mul_(rstd)
+
+
+def _norm_backward(dn: Tensor, n: Tensor, rstd: Tensor, centered: bool) -> Tensor:
+    dh = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1)
+    return (dh.sub_(dn.mean(-1, keepdim=True)) if centered else dh).mul_(rstd)
+
+
+def _layer_norm_backward(
+    dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, a: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask = [True, a is not None, False]
+    grads = torch.ops.aten.native_layer_norm_backward(
+        dy, h, h.shape[-1:], mean, rstd, a, None, mask
+    )
+    return grads[0], h.new_zeros(h.shape[-1]) if a is None else grads[1]
+
+
+def passes_through(shift: Tensor | None, h: Tensor) -> bool:
+    """Whether `shift` is added element by element, so that its gradient is that of `y`."""
+    return shift is not None and shift.shape == h.shape
+
+
+def _outputs(
+    x: Tensor, residual: Tensor | None, norm: str, h_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    opmath, rows = _opmath(x, h_dtype, dtype), x.shape[:-1]
+    y = x.new_empty(0 if norm == "none" else x.shape, dtype=dtype)
+    h = x.new_empty(0 if residual is None else x.shape, dtype=h_dtype)
+    mean = x.new_empty(rows if norm == "layer" else 0, dtype=opmath)
+    rstd = x.new_empty(0 if norm == "none" else rows, dtype=opmath)
+    return y, h, mean, rstd
+
+
+def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return _outputs(x, residual, args[5], *args[-2:])
+
+
+def wanted(
+    grad_y: Tensor | None, h: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[bool]:
+    """Which of gate, weight, bias, scale and shift the backward computes a gradient of."""
+    gate, *affine = (t is not None and need for t, need in zip(operands, needs[2:], strict=True))
+    affine[3] = affine[3] and not passes_through(operands[4], h)
+    return [gate, *(want and grad_y is not None for want in affine)]
+
+
+def outputs_backward(
+    h: Tensor,
+    x: Tensor | None,
+    operands: Sequence[Tensor | None],
+    wants: Sequence[bool],
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    """Allocate the outputs of the backward; those not wanted have 0 elements."""
+    x_dtype = h.dtype if x is None else x.dtype
+    has_dx = operands[0] is not None and needs[0]
+    grads = (
+        t.new_empty(t.shape) if want and t is not None else h.new_empty(0)
+        for t, want in zip(operands, wants, strict=True)
+    )
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape if has_dx else 0, dtype=x_dtype),
+        *grads,
+        h.new_empty(h.shape if recompute else 0, dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    operands, (dtype, needs, recompute) = args[:5], args[-3:]
+    wants = wanted(grad_y, h, operands, needs)
+    return outputs_backward(h, x, operands, wants, dtype, needs, recompute)
+
+
+class NormModulate(torch.autograd.Function):
+    """Autograd of `fxopt::norm_modulate`: saves the norm's input and the row statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, h, mean, rstd = below_autograd(norm_modulate, *args)
+        x, residual, gate, *affine = args[:7]
+        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[7:]
+        ctx.x_dtype = x.dtype
+        ctx.residual_dtype = x.dtype if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        absent = [
+            t for t, is_absent in ((y, ctx.norm == "none"), (h, residual is None)) if is_absent
+        ]
+        ctx.mark_non_differentiable(mean, rstd, *absent)
+        branch = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x if residual is None else h, branch, gate, *affine, mean, rstd)
+        return y, h, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y, grad_h = grads[:2]
+        no_grads = (None,) * 6
+        if grad_y is None and grad_h is None:
+            return (None,) * 7 + no_grads
+        h, branch, gate, *affine, mean, rstd = ctx.saved_tensors
+        shift, needs = affine[3], list(ctx.needs_input_grad[:7])
+        x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
+        constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype
+        dh, dx, dgate, *daffine, _ = norm_modulate_backward(
+            grad_y, grad_h, h, x, gate, *affine, mean, rstd, *constants, needs, False
+        )
+        if grad_y is None:
+            needs[3:] = [False] * 4
+        elif passes_through(shift, h):
+            daffine[3] = grad_y.to(shift.dtype)
+        dx = (dh if gate is None else dx).to(ctx.x_dtype)
+        results = (dx, dh.to(ctx.residual_dtype), dgate, *daffine)
+        return *(g if need else None for g, need in zip(results, needs, strict=True)), *no_grads
+
+
+SCHEMA = (
+    "norm_modulate(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
+    "ScalarType h_dtype, ScalarType dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+)
+BACKWARD_SCHEMA = (
+    "norm_modulate_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor? x, Tensor? gate, "
+    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, "
+    "str norm, float weight_offset, float scale_offset, ScalarType dtype, bool[7] needs, "
+    "bool recompute) -> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, Tensor dbias, "
+    "Tensor dscale, Tensor dshift, Tensor y)"
+)
+
+
+def _triton(*args: Any) -> Any:
+    from fxopt.kernels import triton_norm_modulate
+
+    return triton_norm_modulate.forward(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from fxopt.kernels import triton_norm_modulate
+
+    return triton_norm_modulate.backward(*args)
+
+
+norm_modulate = register(SCHEMA, native=_native, fake=_fake, triton=_triton, function=NormModulate)
+norm_modulate_backward = register(
+    BACKWARD_SCHEMA, native=_native_backward, fake=_fake_backward, triton=_triton_backward
+)

@@ -1,0 +1,1 @@
+"""From a captured graph to a rewritten one: canonicalize, propose, check, prove, replace."""

@@ -1,0 +1,119 @@
+"""Write autocast out: the casts that the dispatcher would insert become nodes of the graph.
+
+Which op casts which argument is not listed here: each op is run once on its FakeTensors under
+autocast, and the casts that happen are recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxopt.passes import ir
+from fxopt.passes.ir import aten
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state that a graph runs in."""
+
+    device_type: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+    @staticmethod
+    def current(device_type: str) -> Autocast:
+        enabled = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if enabled else None
+        return Autocast(device_type, dtype, enabled)
+
+
+def write_out(gm: fx.GraphModule, ambient: Autocast) -> None:
+    """Inline autocast regions of `gm` and make every cast explicit, in place."""
+    for body in ir.graphs(gm):
+        _write_out(body, ambient)
+        body.graph.eliminate_dead_code()
+        body.recompile()
+
+
+def _write_out(gm: fx.GraphModule, state: Autocast) -> None:
+    fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+    for node in list(gm.graph.nodes):
+        if is_region(node):
+            _inline(gm, node, state)
+        elif state.enabled and isinstance(node.target, torch._ops.OpOverload):
+            _cast_arguments(gm.graph, node, state, fake_mode)
+
+
+def is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == (
+        "wrap_with_autocast"
+    )
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast) -> None:
+    device_type, dtype, enabled, _cache, body_node, *operands = node.args
+    body = getattr(gm, body_node.target)  # type: ignore[union-attr, arg-type]
+    inner = Autocast(device_type, dtype, bool(enabled))  # type: ignore[arg-type]
+    # A region for another device type leaves the outer state as it is.
+    _write_out(body, inner if device_type == outer.device_type else outer)
+    values = dict(
+        zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
+    )
+    with gm.graph.inserting_before(node):
+        for inner_node in body.graph.nodes:
+            if inner_node.op == "get_attr":
+                name = f"{body_node.target}_{inner_node.target}"  # type: ignore[union-attr]
+                setattr(gm, name, getattr(body, str(inner_node.target)))
+                values[inner_node] = gm.graph.get_attr(name)
+            elif inner_node.op == "call_function":
+                copy = gm.graph.node_copy(inner_node, lambda n: values[n])
+                values[inner_node] = copy
+            elif inner_node.op == "output":
+                results = map_arg(inner_node.args[0], lambda n: values[n])
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+class _RecordCasts(TorchDispatchMode):
+    """Notes the dtype to which each of the given tensors is cast."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.watched = {id(t) for t in tensors}
+        self.casts: dict[int, torch.dtype] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is aten._to_copy.default and id(args[0]) in self.watched:
+            self.casts.setdefault(id(args[0]), out.dtype)
+        return out
+
+
+def _cast_arguments(graph: fx.Graph, node: fx.Node, state: Autocast, fake_mode: Any) -> None:
+    if ir.is_call(node, *ir.CASTS, *ir.VIEWS) or ir.tensor(node) is None or fake_mode is None:
+        return
+    tensors = [v for v in (ir.tensor(n) for n in node.all_input_nodes) if v is not None]
+    recorder = _RecordCasts(tensors)
+    values = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    autocast = torch.autocast(state.device_type, dtype=state.dtype, cache_enabled=False)
+    with torch.no_grad(), autocast, fake_mode, recorder:
+        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+    for source in node.all_input_nodes:
+        dtype = recorder.casts.get(id(source.meta.get("val")))
+        if dtype is None or dtype == ir.dtype(source):
+            continue
+        with graph.inserting_before(node):
+            cast = graph.call_function(aten.to.dtype, (source, dtype))
+        cast.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        with torch.no_grad(), fake_mode:
+            cast.meta["val"] = source.meta["val"].to(dtype)
+        node.replace_input_with(source, cast)

@@ -1,0 +1,229 @@
+"""Remove what does nothing, so that one computation has fewer spellings.
+
+Only steps that leave every executed kernel and every bit as it was: what is not rewritten later
+runs exactly as the user wrote it. Spellings of arithmetic are left to the rules, which compare
+what regions compute instead of how they are written.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxopt.passes import ir
+from fxopt.passes.ir import aten
+
+RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Canonicalize `gm` and every body in it, in place."""
+    for graph_module in ir.graphs(gm):
+        graph = graph_module.graph
+        for node in list(graph.nodes):
+            _simplify(graph, node)
+        for node in list(graph.nodes):
+            if ir.is_call(node, aten.empty_like.default, aten.empty.memory_format):
+                _join_writes(graph, node)
+        if not any(ir.mutates(n) for n in graph.nodes):
+            _share_common_subexpressions(graph)
+        graph.eliminate_dead_code()
+        graph_module.recompile()
+    return gm
+
+
+def _simplify(graph: fx.Graph, node: fx.Node) -> None:
+    if ir.is_call(node, *METADATA_CHECKS):
+        graph.erase_node(node)
+    elif node.op == "call_function" and node.target in IDENTITIES:
+        source = IDENTITIES[node.target](node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    elif ir.is_call(node, aten.view.default, aten._unsafe_view.default):
+        # The same where a view exists; inputs of later calls may have other strides.
+        node.target = aten.reshape.default
+    elif ir.is_call(node, aten.rms_norm.default) and len(node.args) < 4:
+        _bind_machine_epsilon(node)
+
+
+# Facts that the callers check on their real inputs, once per call and not once per op.
+METADATA_CHECKS = (aten._assert_tensor_metadata.default,)
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and ir.tensor(source) is not None else None
+
+
+def _dropped_nothing(node: fx.Node) -> fx.Node | None:
+    a = ir.arguments(node)
+    return _source(node) if a["p"] == 0 or not a["train"] else None
+
+
+def _cast_nothing(node: fx.Node) -> fx.Node | None:
+    before, after, a = _source(node), ir.tensor(node), ir.arguments(node)
+    if before is None or after is None or a.get("copy") or a.get("memory_format") is not None:
+        return None
+    value = ir.tensor(before)
+    assert value is not None
+    unchanged = value.dtype == after.dtype and value.device == after.device
+    return before if unchanged else None
+
+
+def _moved_nothing(node: fx.Node) -> fx.Node | None:
+    before = _source(node)
+    return before if before is not None and ir.same(ir.shape(before), ir.shape(node)) else None
+
+
+def _sliced_nothing(node: fx.Node) -> fx.Node | None:
+    return _moved_nothing(node) if ir.arguments(node)["step"] == 1 else None
+
+
+IDENTITIES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
+    aten.dropout.default: _dropped_nothing,
+    aten.feature_dropout.default: _dropped_nothing,
+    aten.to.dtype: _cast_nothing,
+    aten.to.dtype_layout: _cast_nothing,
+    aten.to.device: _cast_nothing,
+    aten.to.other: _cast_nothing,
+    aten.type_as.default: _cast_nothing,
+    aten.slice.Tensor: _sliced_nothing,
+    aten.expand.default: _moved_nothing,
+    aten.view.default: _moved_nothing,
+    aten.reshape.default: _moved_nothing,
+    aten.alias.default: _moved_nothing,
+}
+
+
+@dataclass(frozen=True)
+class _Write:
+    """`buffer[..., start:stop:step] = value`."""
+
+    view: fx.Node
+    copy: fx.Node
+    start: int
+    stop: int
+    step: int
+
+    @property
+    def value(self) -> Any:
+        return self.copy.args[1]
+
+
+def _join_writes(graph: fx.Graph, buffer: fx.Node) -> None:
+    """A buffer filled by two slice writes over the last dim is a stack, or a cat, of the two.
+
+    Even and odd channels, or the two halves: the same bits by one kernel instead of three, and
+    the graph is free of mutation.
+    """
+    writes = [w for w in map(_as_write, buffer.users) if w is not None]
+    readers = [u for u in buffer.users if u not in {w.view for w in writes}]
+    size = ir.shape(buffer)[-1] if ir.tensor(buffer) is not None else None
+    if len(writes) != 2 or not isinstance(size, int) or any(r < writes[-1].copy for r in readers):
+        return
+    first, second = sorted(writes, key=lambda w: w.start)
+    spans = [(w.start, min(w.stop, size), w.step) for w in (first, second)]
+    if spans == [(0, size, 2), (1, size, 2)]:
+        join, arguments = aten.stack.default, (-1,)
+    elif spans == [(0, size // 2, 1), (size // 2, size, 1)]:
+        join, arguments = aten.cat.default, (-1,)
+    else:
+        return
+    last = max(w.copy for w in writes)
+    with graph.inserting_after(last):
+        parts = [_call(graph, last, aten.to.dtype, w.value, ir.dtype(buffer)) for w in writes]
+        parts = [parts[writes.index(first)], parts[writes.index(second)]]
+        joined = _call(graph, last, join, parts, *arguments)
+        if join is aten.stack.default:
+            joined = _call(graph, last, aten.flatten.using_ints, joined, -2, -1)
+    for reader in readers:
+        reader.replace_input_with(buffer, joined)
+    for write in writes:
+        graph.erase_node(write.copy)
+        graph.erase_node(write.view)
+    ir.toposort(graph)
+
+
+def _as_write(view: fx.Node) -> _Write | None:
+    if not ir.is_call(view, aten.slice.Tensor) or len(view.users) != 1:
+        return None
+    copy, a = next(iter(view.users)), ir.arguments(view)
+    last_dim = len(ir.shape(view)) - 1
+    if not ir.is_call(copy, aten.copy_.default) or copy.args[0] is not view or copy.users:
+        return None
+    if a["dim"] % (last_dim + 1) != last_dim or ir.tensor(copy.args[1]) is None:
+        return None
+    if not ir.same(ir.shape(view), ir.shape(copy.args[1])):  # type: ignore[arg-type]
+        return None
+    start, stop = a["start"] or 0, a["end"] if a["end"] is not None else 2**63 - 1
+    if not all(isinstance(i, int) and i >= 0 for i in (start, stop)):
+        return None
+    return _Write(view, copy, start, stop, a["step"])
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    values = map_arg(args, lambda n: n.meta["val"])
+    fake_mode = detect_fake_mode(pytree.tree_leaves(values))
+    with torch.no_grad(), fake_mode or nullcontext():
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _bind_machine_epsilon(node: fx.Node) -> None:
+    """`rms_norm(eps=None)` is the machine epsilon of what it computes in, never a constant."""
+    a = ir.arguments(node)
+    if a["eps"] is None:
+        x = ir.dtype(node.args[0])  # type: ignore[arg-type]
+        eps = machine_epsilon(x)
+        node.args = (a["input"], a["normalized_shape"], a["weight"], eps)
+        node.kwargs = {}
+
+
+def machine_epsilon(dtype: torch.dtype) -> float:
+    """The epsilon that `F.rms_norm(x, eps=None)` uses, read off its output."""
+    if dtype == torch.float64:
+        return torch.finfo(dtype).eps
+    # x^2 = eps(fp32): normed to 1/sqrt(2) if fp32's epsilon is added, to almost 0 if dtype's is.
+    x = torch.full((1, 8), torch.finfo(torch.float32).eps ** 0.5, dtype=dtype)
+    is_fp32 = torch.nn.functional.rms_norm(x, (8,))[0, 0].item() > 0.3
+    return torch.finfo(torch.float32 if is_fp32 else dtype).eps
+
+
+def _share_common_subexpressions(graph: fx.Graph) -> None:
+    seen: dict[Hashable, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not _is_pure(node):
+            continue
+        key = _key((node.target, node.args, sorted(node.kwargs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    tags = getattr(node.target, "tags", None)
+    return isinstance(node.target, torch._ops.OpOverload) and RANDOM not in (tags or ())
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_key(v) for v in value))
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    # 1 == 1.0 == True hash alike and mean different ops.
+    return (type(value).__name__, value)

@@ -1,0 +1,206 @@
+"""The one IR: pre-dispatch ATen in a `torch.fx.Graph`, and how rules read it.
+
+Every tensor node carries its FakeTensor in `meta["val"]`, its module path in
+`meta["nn_module_stack"]` and its source line in `meta["stack_trace"]`. Bodies of higher-order ops
+(checkpoint, no_grad, autocast) are graphs of their own, reached with `graphs(gm)`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Ops that move or reinterpret elements and compute nothing.
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.split.sizes,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.alias.default,
+        aten.view_as.default,
+        operator.getitem,
+    }
+)
+COPIES = frozenset({aten.contiguous.default, aten.clone.default})
+CASTS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.type_as.default,
+    }
+)
+LINEAR = aten.linear.default
+# Where a region ends: what these produce is in memory already.
+MATERIALIZED = frozenset(
+    {
+        LINEAR,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.matmul.default,
+        aten.einsum.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv2d.padding,
+        aten.embedding.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+
+
+def graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """`gm` and the bodies of the higher-order ops it calls, outermost first."""
+    yield gm
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            body = getattr(gm, str(node.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield from graphs(body)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The FakeTensor that `node` produces; None if it produces something else."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    val = tensor(node)
+    assert val is not None, f"{node} is not a tensor"
+    return tuple(val.shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    val = tensor(node)
+    assert val is not None, f"{node} is not a tensor"
+    return val.dtype
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes or shapes are equal by construction; adds no guard to the graph."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(expression(a)) == str(expression(b))
+
+
+def expression(size: Any) -> Any:
+    """The sympy expression behind a size, or the integer itself."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def is_floating(node: fx.Node) -> bool:
+    val = tensor(node)
+    return val is not None and (val.is_floating_point() or val.is_complex())
+
+
+def mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def skip_copies(node: fx.Node) -> fx.Node:
+    """The node behind copies that change neither values nor dtype nor shape."""
+    while is_call(node, *COPIES):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def skip_casts(node: fx.Node) -> fx.Node:
+    """The node behind copies and floating-point casts."""
+    while is_call(node, *COPIES, *CASTS) and is_floating(node.args[0]):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def fqn(node: fx.Node) -> str:
+    """Module path of the call that made `node`; "" outside any module."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def source(node: fx.Node) -> str:
+    """`file.py:123` of the user's line that made `node`; "" if the capture kept none."""
+    lines = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith('File "')
+    ]
+    # The innermost line outside torch is the one a reader can act on.
+    for line in reversed(lines):
+        path, _, rest = line[len('File "') :].partition('", line ')
+        if "/torch/" not in path and not path.startswith("torch/"):
+            return f"{path}:{rest.split(',')[0]}"
+    return ""
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    named |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
+    return named | dict(node.kwargs)
+
+
+def toposort(graph: fx.Graph) -> None:
+    """Order the nodes so that each follows its inputs, otherwise as they stood."""
+    placed: set[fx.Node] = set()
+    order: list[fx.Node] = []
+
+    def place(node: fx.Node) -> None:
+        stack = [(node, iter(node.all_input_nodes))]
+        while stack:
+            current, inputs = stack[-1]
+            pending = next((i for i in inputs if i not in placed), None)
+            if pending is not None:
+                stack.append((pending, iter(pending.all_input_nodes)))
+                continue
+            stack.pop()
+            if current not in placed:
+                placed.add(current)
+                order.append(current)
+
+    nodes = list(graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            place(node)
+    for node in nodes:
+        place(node)
+    cursor = graph._root
+    for node in order:
+        cursor.append(node)
+        cursor = node

@@ -1,0 +1,271 @@
+"""Propose, check, prove, replace, count: one loop for all rules and all doors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch._guards import detect_fake_mode
+
+from fxopt.kernels.registration import provider
+from fxopt.passes import ir
+from fxopt.passes.prove import Runnable, Sizes, Spec, prove
+from fxopt.passes.rule import Binding, Reason, Rule
+from fxopt.report import Applied, Declined
+
+
+@dataclass
+class Outcome:
+    """What a rewrite did to a graph, and what the graph now relies on."""
+
+    applied: list[Applied] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+    # Placeholders that must not require a gradient: the ops that read them produce none.
+    constants: set[str] = field(default_factory=set)
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    rules: Sequence[Rule],
+    *,
+    device: torch.device,
+    parameters: frozenset[str] = frozenset(),
+) -> Outcome:
+    """Apply `rules` in order to `gm` and the bodies in it, in place.
+
+    Args:
+        gm: a canonical graph whose nodes carry FakeTensors.
+        rules: the catalogue, or part of it.
+        device: where the graph will run; decides the provider.
+        parameters: names of placeholders that are trained.
+    """
+    outcome = Outcome()
+    for body in ir.graphs(gm):
+        rewriter = _Rewriter(body, device, parameters, outcome)
+        for rule in rules:
+            rewriter.apply(rule)
+        rewriter.finish()
+    return outcome
+
+
+class _Rewriter:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        device: torch.device,
+        parameters: frozenset[str],
+        outcome: Outcome,
+    ) -> None:
+        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.parameters, self.outcome = parameters, outcome
+        self.fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+        self.sizes = Sizes(gm.graph.nodes)
+        self.standing: list[tuple[Applied, tuple[fx.Node, ...]]] = []
+
+    def apply(self, rule: Rule) -> None:
+        missed: list[tuple[fx.Node, list[Reason]]] = []
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or node.target not in rule.anchors:
+                continue
+            reasons = self.apply_at(rule, node)
+            if reasons:
+                missed.append((node, reasons))
+        self.graph.eliminate_dead_code()
+        alive = set(self.graph.nodes)
+        self.outcome.declined += [_declined(rule, n, r) for n, r in missed if n in alive]
+
+    def apply_at(self, rule: Rule, node: fx.Node) -> list[Reason]:
+        """Replace all that `rule` finds at `node`; the reasons why more was not."""
+        while node.users:
+            reasons: list[Reason] = []
+            for proposal in rule.propose(node):
+                if isinstance(proposal, Reason):
+                    reasons.append(proposal)
+                    continue
+                obstacles = self.legal(proposal) or self.disprove(proposal)
+                if not obstacles:
+                    self.replace(rule, proposal)
+                    break
+                reasons += obstacles
+            else:
+                return reasons
+        return []  # the anchor was part of what was replaced
+
+    def legal(self, binding: Binding) -> list[Reason]:
+        """All structural reasons why the region may not be replaced."""
+        region, reasons = self.region(binding)
+        outputs, inputs = set(binding.outputs), set(binding.inputs)
+        for node in sorted(region):
+            if ir.mutates(node):
+                reasons.append(Reason(f"{node.target} writes in place", node))
+            if node in outputs or ir.tensor(node) is None:
+                continue
+            strangers = [u for u in node.users if u not in region]
+            if strangers:
+                why = f"{node.name} is also used by {strangers[0].name} ({strangers[0].target})"
+                reasons.append(Reason(why, node))
+        for node in (*inputs, *outputs):
+            writers = [u for u in node.users if ir.mutates(u)]
+            if writers:
+                reasons.append(Reason(f"{node.name} is written in place by {writers[0]}", node))
+        after = _descendants(region) - region
+        if after & inputs:
+            reasons.append(Reason("an input of the region depends on its output", binding.anchor))
+        for node in binding.constants:
+            learned = _placeholders(node) & self.parameters
+            if learned:
+                why = f"{sorted(learned)[0]} is trained, and the op gives it no gradient"
+                reasons.append(Reason(why, node, "freeze it, or leave this region as it is"))
+        return reasons
+
+    def region(self, binding: Binding) -> tuple[set[fx.Node], list[Reason]]:
+        """The nodes between the binding's inputs and outputs, and what it reads unannounced."""
+        region: set[fx.Node] = set()
+        reasons: list[Reason] = []
+        stack = list(binding.outputs)
+        while stack:
+            node = stack.pop()
+            if node in region or node in binding.inputs or _is_size(node):
+                continue
+            if node.op == "placeholder":
+                reasons.append(Reason(f"the region also reads {node.name}", node))
+                continue
+            region.add(node)
+            stack += node.all_input_nodes
+        return region, reasons
+
+    def disprove(self, binding: Binding) -> list[Reason]:
+        """Run the region and the replacement; the reason why they differ, or nothing."""
+        if binding.regroups:
+            return []
+        region = self.extract(binding)
+        replacement = self.build(binding)
+        constants = set(binding.constants)
+        specs = []
+        for node in binding.inputs:
+            value = ir.tensor(node)
+            assert value is not None
+            shape = tuple(self.sizes(s) for s in value.shape)
+            specs.append(Spec(shape, value.dtype, ir.is_floating(node) and node not in constants))
+        verdict = prove(region, replacement, specs)
+        return [Reason(verdict, binding.anchor)] if verdict else []
+
+    def extract(self, binding: Binding) -> Runnable:
+        """The region as a graph of its own, symbolic sizes made concrete."""
+        region, _ = self.region(binding)
+        graph = fx.Graph()
+        copies = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(binding.inputs)}
+
+        def argument(node: fx.Node) -> Any:
+            return self.sizes(node.meta["val"]) if _is_size(node) else copies[node]
+
+        for node in self.graph.nodes:
+            if node in region:
+                copy = graph.node_copy(node, lambda n: n)
+                copy.args = map_arg(node.args, argument)
+                copy.kwargs = map_arg(node.kwargs, argument)
+                copies[node] = copy
+        graph.output(tuple(copies[n] for n in binding.outputs))
+        return Runnable(self.gm, graph)
+
+    def build(self, binding: Binding) -> Runnable:
+        """The replacement as a graph of its own."""
+        graph = fx.Graph()
+        inputs = [graph.placeholder(f"input_{i}") for i in range(len(binding.inputs))]
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            def argument(node: fx.Node) -> Any:
+                return self.sizes(node.meta["val"]) if node.graph is self.graph else node
+
+            return graph.call_function(target, map_arg(args, argument), kwargs)
+
+        graph.output(_as_tuple(binding.emit(call, *inputs)))
+        return Runnable(self.gm, graph)
+
+    def replace(self, rule: Rule, binding: Binding) -> None:
+        anchor = binding.anchor
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta = {
+                k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta
+            }
+            values = map_arg(args, lambda n: n.meta["val"])
+            with self.fake_mode or torch.no_grad(), torch.no_grad():
+                node.meta["val"] = target(*values, **kwargs)
+            return node
+
+        with self.graph.inserting_before(anchor):
+            replacements = _as_tuple(binding.emit(call, *binding.inputs))
+        for old, new in zip(binding.outputs, replacements, strict=True):
+            new.meta = {**old.meta, **new.meta}
+            old.replace_all_uses_with(new)
+        ir.toposort(self.graph)
+        self.graph.eliminate_dead_code()
+        for node in binding.constants:
+            self.outcome.constants |= _placeholders(node)
+        applied = Applied(
+            rule=rule.name,
+            fqn=ir.fqn(anchor),
+            count=1,
+            provider=provider(binding.op, self.device),
+            tier=rule.tier,
+            source=ir.source(anchor),
+        )
+        carried = set(binding.carries)
+        self.standing = [
+            (a, replacements if carried & set(nodes) else nodes) for a, nodes in self.standing
+        ]
+        self.standing.append((applied, replacements))
+
+    def finish(self) -> None:
+        """Record what still stands: a later rule may have taken an earlier one's op in."""
+        self.graph.eliminate_dead_code()
+        self.gm.recompile()
+        alive = set(self.graph.nodes)
+        self.outcome.applied += [a for a, nodes in self.standing if alive & set(nodes)]
+
+
+def _declined(rule: Rule, node: fx.Node, reasons: Sequence[Reason]) -> Declined:
+    unique = dict.fromkeys(r.why for r in reasons)
+    remedy = next((r.remedy for r in reasons if r.remedy), "")
+    return Declined(rule.name, ir.fqn(node), node.name, ir.source(node), tuple(unique), remedy)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether `node` computes a size, not a tensor."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _as_tuple(nodes: fx.Node | tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    return nodes if isinstance(nodes, tuple) else (nodes,)
+
+
+def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _placeholders(node: fx.Node) -> set[str]:
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            found.add(str(current.target))
+        stack += current.all_input_nodes
+    return found

@@ -1,0 +1,159 @@
+"""GELU, SiLU and their gated forms (SwiGLU, GEGLU), composite or decomposed, as one op."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxopt.kernels.gated_activation import gated_activation
+from fxopt.passes import algebra, ir
+from fxopt.passes.ir import aten
+from fxopt.passes.regions import between, is_closed, side_inputs
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+
+DECOMPOSED = {
+    aten.tanh.default: ("gelu_tanh",),
+    aten.erf.default: ("gelu_erf",),
+    aten.sigmoid.default: ("silu",),
+}
+MAX_CHAIN = 8
+
+
+@dataclass(frozen=True)
+class Activation:
+    name: str
+    x: fx.Node
+    out: fx.Node
+
+
+def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
+    for activation in _activations(anchor):
+        x = activation.x
+        if len(ir.shape(x)) < 3:
+            continue  # one row per sample: an embedding, not an MLP
+        product = _gated(activation.out)
+        if product is not None:
+            node, up = product
+            if ir.dtype(up) != ir.dtype(x) or ir.dtype(node) != ir.dtype(x):
+                yield Reason(f"gate is {ir.dtype(x)}, the other half {ir.dtype(up)}", node)
+            else:
+                yield _bind(anchor, activation, node, up)
+        if _feeds_a_linear(activation.out) or anchor.target in DECOMPOSED:
+            yield _bind(anchor, activation, activation.out, None)
+
+
+def _activations(anchor: fx.Node) -> Iterator[Activation]:
+    x = anchor.args[0]
+    if not isinstance(x, fx.Node) or not ir.is_floating(x):
+        return
+    if anchor.target is aten.gelu.default:
+        tanh = ir.arguments(anchor)["approximate"] == "tanh"
+        yield Activation("gelu_tanh" if tanh else "gelu_erf", x, anchor)
+    elif anchor.target is aten.silu.default:
+        yield Activation("silu", x, anchor)
+    else:
+        yield from _decomposed(anchor)
+
+
+def _decomposed(anchor: fx.Node) -> Iterator[Activation]:
+    """Chains of scalars around tanh, erf or sigmoid that start and end at one shape."""
+    sources, frontier = [anchor.args[0]], [anchor.args[0]]
+    while frontier and len(sources) < MAX_CHAIN:
+        node = frontier.pop(0)
+        for source in node.all_input_nodes if node.op == "call_function" else ():  # type: ignore[union-attr]
+            if source not in sources and ir.is_floating(source):
+                sources.append(source)
+                frontier.append(source)
+    ends, node = [], anchor
+    while len(node.users) == 1 and len(ends) < MAX_CHAIN:
+        node = next(iter(node.users))
+        if not ir.is_call(node, aten.mul.Tensor, aten.add.Tensor, *ir.CASTS):
+            break
+        ends.append(node)
+    for end in reversed(ends):
+        for x in sources:
+            assert isinstance(x, fx.Node)
+            region = between(x, end)
+            if anchor in region and is_closed(region) and not side_inputs(region, x):
+                for name in DECOMPOSED[anchor.target]:  # type: ignore[index]
+                    yield Activation(name, x, end)
+
+
+def _gated(out: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(product, up) if the activation is multiplied with a tensor of its own shape."""
+    if len(out.users) != 1:
+        return None
+    product = next(iter(out.users))
+    pair = algebra.factors(product)
+    if pair is None or pair.count(out) != 1:
+        return None
+    up = pair[1] if pair[0] is out else pair[0]
+    same = ir.tensor(up) is not None and ir.same(ir.shape(up), ir.shape(out))
+    return (product, up) if same else None
+
+
+def _feeds_a_linear(out: fx.Node) -> bool:
+    for user in out.users:
+        if ir.is_call(user, ir.LINEAR):
+            return True
+        if ir.is_call(user, aten.cat.default, *ir.COPIES) and _feeds_a_linear(user):
+            return True
+    return False
+
+
+def _bind(
+    anchor: fx.Node, activation: Activation, out: fx.Node, up: fx.Node | None
+) -> Binding:
+    x = activation.x
+    halves = _halves(x, up) if up is not None else None
+    if halves is not None:
+        base, packing = halves
+        inputs: tuple[fx.Node, ...] = (base,)
+    else:
+        packing = "none"
+        inputs = (x,) if up is None else (x, up)
+
+    def emit(call: Call, gate: fx.Node, up: fx.Node | None = None) -> fx.Node:
+        return call(gated_activation, gate, up, activation.name, packing)
+
+    return Binding(anchor, inputs, (out,), emit, "gated_activation")
+
+
+def _halves(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, str] | None:
+    """(base, packing) if both are halves of one tensor's last dim."""
+    parts = _half(gate), _half(up)
+    if parts[0] is None or parts[1] is None or parts[0][0] is not parts[1][0]:
+        return None
+    packing = {(0, 1): "gate_up", (1, 0): "up_gate"}.get((parts[0][1], parts[1][1]))
+    return (parts[0][0], packing) if packing else None
+
+
+def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(base, i) if `node` is half i of base's last dim."""
+    if ir.is_call(node, operator.getitem):
+        split, index = node.args
+        if not ir.is_call(split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+            return None
+        base = split.args[0]  # type: ignore[union-attr]
+        start = None if index not in (0, 1) else index
+    elif ir.is_call(node, aten.slice.Tensor):
+        base, a = node.args[0], ir.arguments(node)
+        size = ir.shape(base)[-1]  # type: ignore[arg-type]
+        begin = a["start"] or 0
+        start = {0: 0, size // 2: 1}.get(begin) if isinstance(size, int) else None
+    else:
+        return None
+    whole, part = ir.shape(base), ir.shape(node)  # type: ignore[arg-type]
+    halves = ir.same(whole[:-1], part[:-1]) and whole[-1] == 2 * part[-1]
+    return (base, start) if halves and start is not None else None  # type: ignore[return-value]
+
+
+RULE = Rule(
+    name="gated_activation",
+    version=1,
+    anchors=(aten.gelu.default, aten.silu.default, *DECOMPOSED),
+    propose=propose,
+)

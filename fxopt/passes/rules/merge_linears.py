@@ -1,0 +1,135 @@
+"""Linears that share an input become one autograd node, with the op that makes the input.
+
+Parameters stay where they are. A compiler does this by recomputation and scheduling of its own, so
+the rule serves eager execution only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.passes import algebra, ir
+from fxopt.passes.ir import aten
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+
+
+def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
+    shared = anchor.args[0]
+    assert isinstance(shared, fx.Node)
+    group = [u for u in shared.users if ir.is_call(u, ir.LINEAR) and u.args[0] is shared]
+    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in group):  # type: ignore[arg-type]
+        return
+    others = [u for u in shared.users if u not in group]
+    producer = _norm_operands(shared)
+    if producer is not None and not others:
+        yield _bind_norm(shared, producer, group)
+        return
+    if len(group) == 1 and not others:
+        binding = _bind_activation(anchor, shared)
+        if binding is not None:
+            yield binding
+            return
+    if producer is not None:
+        why = f"the normed tensor is also used by {others[0].name} and is kept for it"
+        yield Reason(why, shared)
+    if len(group) > 1:
+        yield _bind_linears(shared, group)
+
+
+def _norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
+    """Arguments of the norm_modulate that makes `y`, if one does or could."""
+    if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):
+        return y.args[0].args  # type: ignore[union-attr]
+    norm = algebra.as_norm(y)
+    if norm is None:
+        return None
+    x = norm.x
+    operands = (x, None, None, norm.weight, norm.bias, None, None)
+    return (*operands, norm.kind, norm.eps, norm.weight_offset, 0.0, ir.dtype(x), ir.dtype(y))
+
+
+def _parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
+    named = [ir.arguments(n) for n in group]
+    return [a["weight"] for a in named], [a["bias"] for a in named]
+
+
+def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
+    tensors, settings = operands[:7], operands[7:]
+    weights, biases = _parameters(group)
+    h = None
+    if ir.is_call(y, operator.getitem):
+        h = next((u for u in y.args[0].users if u.args[1] == 1), None)  # type: ignore[union-attr]
+    listed = (*tensors, *weights, *biases)
+    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+
+    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        arguments = [given[n] for n in listed]
+        tensors, parameters = arguments[:7], arguments[7:]
+        w, b = parameters[: len(group)], parameters[len(group) :]
+        op = call(norm_modulate_linears, *tensors, *settings, w, b)
+        outs = call(operator.getitem, op, 0)
+        results = [call(operator.getitem, outs, i) for i in range(len(group))]
+        if h is not None:
+            results.append(call(operator.getitem, op, 1))
+        return tuple(results)
+
+    outputs = (*group, h) if h is not None else tuple(group)
+    carries = (y, h) if h is not None else (y,)
+    return Binding(
+        group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries
+    )
+
+
+def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
+    activation, beside = shared, None
+    if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:  # type: ignore[arg-type]
+        dim = ir.arguments(shared)["dim"] % len(ir.shape(shared))
+        if dim != len(ir.shape(shared)) - 1:
+            return None
+        beside, activation = shared.args[0]  # type: ignore[misc, assignment]
+    if not ir.is_call(activation, gated_activation) or len(activation.users) != 1:
+        return None
+    gate, up, name, packing = activation.args
+    if beside is not None and ir.dtype(beside) != ir.dtype(activation):
+        return None
+    (weight,), (bias,) = _parameters([linear])
+    listed = (gate, up, beside, weight, bias)
+    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+
+    def emit(call: Call, *nodes: fx.Node) -> fx.Node:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        gate, up, beside, weight, bias = (given[n] for n in listed)
+        return call(gated_activation_linear, gate, up, name, packing, beside, weight, bias)
+
+    return Binding(
+        linear, inputs, (linear,), emit, "gated_activation", regroups=True, carries=(activation,)
+    )
+
+
+def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
+    weights, biases = _parameters(group)
+    inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
+
+    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        outs = call(linears, given[x], [given[w] for w in weights], [given[b] for b in biases])
+        return tuple(call(operator.getitem, outs, i) for i in range(len(group)))
+
+    return Binding(group[0], inputs, tuple(group), emit, "linears", regroups=True)
+
+
+RULE = Rule(
+    name="merge_linears",
+    version=1,
+    anchors=(ir.LINEAR,),
+    propose=propose,
+    compiled=False,
+)

@@ -1,0 +1,290 @@
+"""QK-norm, rotary embedding and the joint text+image concatenation of one attention operand.
+
+The region is everything between the projections and the operand of attention. Its norms are read
+off; its rotation is not: it is run on random inputs and compared with the two ways to pair
+channels, over every way to read the tables. So interleaved stacks, rotated halves, complex
+products, even/odd writes and whatever comes next are one rule.
+
+Shapes: B batch, S tokens, H heads, d head dim, w table width (d or d/2).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxopt.kernels.qk_norm_rope import qk_norm_rope
+from fxopt.passes import algebra, ir
+from fxopt.passes.algebra import Norm
+from fxopt.passes.ir import aten
+from fxopt.passes.rotation import Rotation, find_rotation
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+
+SDPA = aten.scaled_dot_product_attention.default
+PROJECTIONS = frozenset(
+    {ir.LINEAR, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the sequence: its projection, its norm, and its rotation if it has its own."""
+
+    source: fx.Node
+    norm: Norm | None
+    end: fx.Node  # before the concatenation
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of the operand [B, H, S, d]."""
+
+    num_heads: int
+    head_dim: int
+
+
+def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
+    for i, name in enumerate(("queries", "keys")):
+        operand = attention.args[i]
+        assert isinstance(operand, fx.Node)
+        for proposal in _propose_operand(_before_repeat(operand)):
+            if isinstance(proposal, Reason):
+                yield Reason(f"{name}: {proposal.why}", proposal.node, proposal.remedy)
+            else:
+                yield proposal
+
+
+def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
+    if _is_done(operand):
+        return
+    sizes = ir.shape(operand)
+    if len(sizes) != 4 or not all(isinstance(s, int) for s in (sizes[1], sizes[3])):
+        yield Reason(f"the operand is {list(sizes)}, not [batch, heads, tokens, head_dim]", operand)
+        return
+    heads = Heads(sizes[1], sizes[3])
+    region = _region(operand)
+    sources = _sources(region)
+    if not sources or _is_view_of(operand, sources[0]):
+        return  # no projection behind it, or nothing between the projection and attention
+    if len(sources) > 2:
+        yield Reason(f"{len(sources)} projections are joined, the op joins two", operand)
+        return
+    cat = _joint_cat(region, len(sources))
+    if len(sources) == 2 and cat is None:
+        yield Reason("two projections meet other than by one concatenation", operand)
+        return
+    ends = list(cat.args[0]) if cat is not None else [operand]  # type: ignore[arg-type]
+    sections = [_section(end, region) for end in ends]
+    reasons = [s for s in sections if isinstance(s, Reason)]
+    sections = [s for s in sections if isinstance(s, Section)]
+    if reasons:
+        yield from reasons
+        return
+    yield from _with_rotation(operand, heads, cat, sections, region)
+
+
+def _is_done(node: fx.Node) -> bool:
+    while ir.is_call(node, *ir.VIEWS) and node.target is not operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return ir.is_call(node, operator.getitem) and ir.is_call(node.args[0], qk_norm_rope)
+
+
+def _before_repeat(operand: fx.Node) -> fx.Node:
+    """The key heads before they are repeated for grouped queries."""
+    node = ir.skip_copies(operand)
+    if ir.is_call(node, aten.reshape.default, aten.view.default, aten.flatten.using_ints):
+        inner = ir.skip_copies(node.args[0])  # type: ignore[arg-type]
+        if ir.is_call(inner, aten.expand.default):
+            base = inner.args[0]
+            if ir.is_call(base, aten.unsqueeze.default):
+                return base.args[0]  # type: ignore[union-attr, return-value]
+    return operand
+
+
+def _region(operand: fx.Node) -> list[fx.Node]:
+    """What lies between `operand` and the projections it comes from, sources included."""
+    region: set[fx.Node] = set()
+    stack = [operand]
+    while stack:
+        node = stack.pop()
+        if node in region or not _depends_on_projection(node):
+            continue
+        region.add(node)
+        if not _is_view_chain(node):
+            stack += node.all_input_nodes
+    return sorted(region)
+
+
+def _depends_on_projection(node: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or ir.tensor(current) is None and not _is_tuple(current):
+            continue
+        if current.op == "call_function" and current.target in PROJECTIONS:
+            return True
+        seen.add(current)
+        stack += current.all_input_nodes
+    return False
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (tuple, list))
+
+
+def _is_view_chain(node: fx.Node) -> bool:
+    """Whether `node` is a projection, or a view of one."""
+    while ir.is_call(node, *ir.VIEWS):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "call_function" and node.target in PROJECTIONS
+
+
+def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
+    while ir.is_call(node, *ir.VIEWS, *ir.COPIES) and node is not source:
+        node = node.args[0]  # type: ignore[assignment]
+    return node is source
+
+
+def _sources(region: list[fx.Node]) -> list[fx.Node]:
+    return [n for n in region if _is_view_chain(n)]
+
+
+def _joint_cat(region: list[fx.Node], num_sources: int) -> fx.Node | None:
+    """The concatenation over tokens: the one that joins the sections."""
+    if num_sources == 1:
+        return None
+    for node in reversed(region):
+        if ir.is_call(node, aten.cat.default) and len(node.args[0]) == num_sources:  # type: ignore[arg-type]
+            upstream = [set(_sources(_region(part))) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
+            if all(len(u) == 1 for u in upstream) and len(set().union(*upstream)) == num_sources:
+                return node
+    return None
+
+
+def _section(end: fx.Node, region: list[fx.Node]) -> Section | Reason:
+    part = [n for n in _region(end) if n in region]
+    norms = [n for n in (algebra.as_norm(node) for node in part) if n is not None]
+    (source,) = _sources(part)
+    if not norms:
+        return Section(source, None, end)
+    if len(norms) > 1 or not _is_view_of(ir.skip_casts(_skip_views(norms[0].x)), source):
+        return Reason("more than one norm stands before attention", end)
+    return Section(source, norms[0], end)
+
+
+def _skip_views(node: fx.Node) -> fx.Node:
+    while ir.is_call(node, *ir.VIEWS, *ir.CASTS, *ir.COPIES) and not _is_view_chain(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _with_rotation(
+    operand: fx.Node,
+    heads: Heads,
+    cat: fx.Node | None,
+    sections: list[Section],
+    region: list[fx.Node],
+) -> Iterator[Binding | Reason]:
+    joint = None
+    if cat is not None:
+        joint = find_rotation(cat, operand, heads.num_heads, heads.head_dim)
+        if isinstance(joint, Reason):
+            yield joint
+            return
+    found = []
+    for section in sections:
+        start = section.norm.out if section.norm else section.source
+        rotation = find_rotation(start, section.end, heads.num_heads, heads.head_dim)
+        if isinstance(rotation, Reason):
+            yield rotation
+            return
+        found.append(
+            Section(section.source, section.norm, section.end, rotation if rotation else joint)
+        )
+    if all(s.norm is None and s.rotation is None for s in found):
+        return
+    kinds = {s.rotation.kind for s in found if s.rotation} | {"none"}
+    if len(kinds) > 2:
+        yield Reason("the sections pair channels differently", operand)
+        return
+    if not _agree([s.norm for s in found if s.norm]) or len({s.norm is None for s in found}) > 1:
+        yield Reason("the sections are normed differently", operand)
+        return
+    yield _bind(operand, heads, found, joint)
+
+
+def _agree(norms: list[Norm]) -> bool:
+    return len({(n.kind, n.weight_offset, _normed_width(n)) for n in norms}) <= 1
+
+
+def _normed_width(norm: Norm) -> str:
+    return str(ir.expression(ir.shape(norm.out)[-1]))
+
+
+def _bind(
+    operand: fx.Node, heads: Heads, sections: list[Section], joint: Rotation | None
+) -> Binding:
+    norm = sections[0].norm
+    width = heads.num_heads * heads.head_dim
+    across = norm is not None and _normed_width(norm) == str(width) and heads.num_heads > 1
+    kind = next((s.rotation.kind for s in sections if s.rotation), "none")
+    tables = [t for s in sections if s.rotation for t in (s.rotation.cos, s.rotation.sin)]
+    affine = [p for s in sections if s.norm for p in (s.norm.weight, s.norm.bias)]
+    listed = [*(s.source for s in sections), *affine, *(t.node for t in tables)]
+    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+    dtype = ir.dtype(operand)
+
+    def emit(call: Call, *nodes: fx.Node) -> fx.Node:
+        given: dict[fx.Node | None, Any] = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        arguments: list[Any] = []
+        first_length = None
+        for i, section in enumerate(sections):
+            x_BSHd = _as_BSHd(call, given[section.source], section.source, heads)
+            length = call(aten.sym_size.int, x_BSHd, 1) if joint and len(sections) > 1 else None
+            weight, bias = _affine(section.norm)
+            cos = sin = None
+            if section.rotation is not None:
+                cos = section.rotation.cos.emit(call, given[section.rotation.cos.node])
+                sin = section.rotation.sin.emit(call, given[section.rotation.sin.node])
+                if section.rotation is joint and length is not None:
+                    bounds = (0, length) if i == 0 else (first_length, 2**63 - 1)
+                    cos, sin = (call(aten.slice.Tensor, t, 1, *bounds) for t in (cos, sin))
+            first_length = length
+            arguments += [x_BSHd, given[weight], given[bias], cos, sin]
+        arguments += [None] * (10 - len(arguments))
+        eps = [s.norm.eps if s.norm else 0.0 for s in (sections * 2)[:2]]
+        settings = (
+            norm.kind if norm else "none",
+            *eps,
+            norm.weight_offset if norm else 0.0,
+            across,
+            kind,
+            dtype,
+        )
+        out_BSHd = call(operator.getitem, call(qk_norm_rope, *arguments, *settings), 0)
+        return call(aten.permute.default, out_BSHd, [0, 2, 1, 3])
+
+    constants = tuple(dict.fromkeys(t.node for t in tables))
+    return Binding(operand, inputs, (operand,), emit, "qk_norm_rope", constants)
+
+
+def _affine(norm: Norm | None) -> tuple[fx.Node | None, fx.Node | None]:
+    return (norm.weight, norm.bias) if norm else (None, None)
+
+
+def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
+    sizes = ir.shape(source)
+    if len(sizes) == 3:
+        return call(aten.unflatten.int, x, -1, [heads.num_heads, heads.head_dim])
+    if len(sizes) == 4 and ir.same(sizes[1], heads.num_heads):
+        return call(aten.permute.default, x, [0, 2, 1, 3])
+    return x
+
+
+RULE = Rule(name="qk_norm_rope", version=1, anchors=(SDPA,), propose=propose)

@@ -1,0 +1,83 @@
+"""Every mistake names the value, the limit and the remedy, and survives pickling."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt import errors
+from fxopt.report import Declined
+
+MISS = Declined("attention", "blocks.0", "softmax", "model.py:7", ("dim is -2", "mask is int"), "x")
+FAR = Declined("attention", "blocks.1", "softmax_1", "model.py:9", ("a", "b", "c"), "y")
+
+CASES = [
+    (errors.NotAModule([1, 2]), ["[1, 2]", "list", "torch.nn.Module", "pipeline.transformer"]),
+    (errors.MetaModel("Flux", "proj.weight"), ["Flux", "proj.weight", "meta", "to_empty"]),
+    (
+        errors.InputMismatch("Flux", "(x)", "missing 'x'"),
+        ["Flux.forward(x)", "missing 'x'", "dict"],
+    ),
+    (errors.UnknownRecipe("bf61", ("bf16", "fp8")), ["recipe 'bf61'", "did you mean 'bf16'"]),
+    (errors.UnknownRule("rmsnorm", ("rms_norm",)), ["rule 'rmsnorm'", "'rms_norm'"]),
+    (errors.UnknownTarget("H10", ("h100", "b200")), ["target 'H10'", "'h100'", "b200"]),
+    (errors.UnknownPreset("flux", ("flux-dev",)), ["preset 'flux'", "'flux-dev'"]),
+    (errors.UnknownOption("zzz", ("inner",)), ["option 'zzz'", "known: inner"]),
+    (errors.TargetMatchesNothing("blok.*", ("blocks.0",)), ["'blok.*'", "1 submodules", "glob"]),
+    (errors.UnsupportedTorch("2.10.1"), ["2.10.1", "2.11", "pip install"]),
+    (errors.NothingToRestore("Flux"), ["Flux", "nothing to restore", "fxopt.optimize"]),
+    (errors.NotReported("Flux"), ["Flux", "no report", "fxopt.explain"]),
+    (errors.MissingPackage("diffusers", "preset 'x'", "models"), ["diffusers", "fxopt[models]"]),
+    (errors.NotAnExample("a.py:f", "no file"), ["'a.py:f'", "no file", "FILE.py:FUNCTION"]),
+    (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),
+    (errors.StrictRule("rms_norm", (MISS,)), ["'rms_norm'", "no operation"]),
+]
+
+
+@pytest.mark.parametrize("error, parts", CASES, ids=lambda v: type(v).__name__)
+def test_message_names_value_limit_and_remedy(error, parts):
+    assert isinstance(error, ValueError)
+    for part in parts:
+        assert part in str(error)
+
+
+@pytest.mark.parametrize("error", [error for error, _ in CASES], ids=lambda e: type(e).__name__)
+def test_survives_pickle(error):
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_every_class_has_a_case():
+    def leaves(cls):
+        children = cls.__subclasses__()
+        return set().union(*map(leaves, children)) if children else {cls}
+
+    assert leaves(errors.FxoptError) == {type(error) for error, _ in CASES}
+
+
+def test_strict_rule_lists_all_reasons_of_the_nearest_miss_only():
+    message = str(errors.StrictRule("attention", (FAR, MISS)))
+    assert "mask is int" in message
+    assert "model.py:9" not in message
+
+
+def test_unknown_name_without_a_near_one_suggests_nothing():
+    assert "did you mean" not in str(errors.UnknownTarget("qqqq", ("h100",)))
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.12.0a0+git1", "3.0.0"])
+def test_supported_torch_passes(version):
+    errors.check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.9.1+cu128", "1.13.1"])
+def test_old_torch_is_refused(version):
+    with pytest.raises(errors.UnsupportedTorch, match=r"2\.11 or newer"):
+        errors.check_torch(version)
+
+
+def test_inputs_are_checked_against_the_signature():
+    module = nn.Linear(2, 2)
+    errors.check_inputs(module, (torch.zeros(1, 2),), {})
+    with pytest.raises(errors.InputMismatch, match=r"missing a required argument: .input."):
+        errors.check_inputs(module, (), {"y": torch.zeros(1, 2)})

@@ -1,0 +1,176 @@
+"""Planning without a GPU and without weights."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt import errors
+from fxopt.explain import explain, load_example, model_blocks
+from fxopt.report import Applied, Declined, Report
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x, scale=None):
+        return x + self.linear(self.norm(x) * scale)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(16, 32)
+        self.blocks = nn.ModuleList(Block(32) for _ in range(3))
+        self.narrow = nn.ModuleList([Block(16)])
+        self.dropout = nn.ModuleList([nn.Dropout()])
+
+    def forward(self, x, scale):
+        x = self.narrow[0](x, scale[..., :16])
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, scale=scale)
+        return self.dropout[0](x)
+
+
+INPUTS = {"x": torch.zeros(2, 64, 16), "scale": torch.zeros(32)}
+
+
+@pytest.fixture
+def unchanged_blocks(monkeypatch):
+    """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
+    module = types.ModuleType("fxopt.backends.exported")
+
+    def rewrite_block(block, args, kwargs):
+        assert {p.device.type for p in block.parameters()} == {"meta"}
+
+        def rewritten(*args, **kwargs):
+            return block(*args, **kwargs)
+
+        rewritten.report = Report(
+            "optimize",
+            "bf16",
+            "cpu",
+            (Applied("norm_modulate", "norm", 2, "native", "rounding", "m.py:1"),),
+            (Declined("attention", "", "softmax", "m.py:2", ("dim is 1",)),),
+        )
+        return rewritten
+
+    module.rewrite_block = rewrite_block
+    monkeypatch.setitem(sys.modules, "fxopt.backends.exported", module)
+
+
+def test_blocks_of_a_model_are_found_with_their_inputs():
+    model = Model()
+    parameters = dict(model.named_parameters())
+    narrow, wide = model_blocks(model, INPUTS)
+    assert (narrow.name, narrow.count) == ("Block (narrow.0)", 1)
+    assert (wide.name, wide.count) == ("Block (blocks.0)", 3)
+    assert wide.args[0].shape == (2, 64, 32)
+    assert wide.args[0].requires_grad
+    assert wide.kwargs["scale"].shape == (32,)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_model_without_repeated_blocks_is_one_block():
+    (block,) = model_blocks(nn.Linear(4, 4), (torch.zeros(2, 4),))
+    assert (block.name, block.count) == ("Linear", 1)
+
+
+def test_every_block_of_a_class_is_counted(unchanged_blocks):
+    seen = []
+    report = explain(Model(), example_inputs=INPUTS, progress=lambda *step: seen.append(step))
+    narrow, wide = report.blocks
+    assert report.door == "explain"
+    assert report.target == "h100"
+    assert report.count("norm_modulate") == 2 * 4
+    assert [d.block_class for d in report.declined] == ["Block (narrow.0)", "Block (blocks.0)"]
+    assert wide.before == wide.after
+    total = narrow.before.glue_bytes + 3 * wide.before.glue_bytes
+    assert report.totals["glue_bytes_before"] == report.totals["glue_bytes_after"] == total
+    assert [(f.in_features, f.out_features, f.num_tokens) for f in wide.fp8] == [(32, 32, 128)]
+    assert [done for done, _, _ in seen] == [0, 1, 2]
+
+
+def test_preset_has_its_published_work(unchanged_blocks):
+    pytest.importorskip("diffusers", reason="presets need diffusers")
+    report = explain("flux-dev")
+    double, single = report.blocks
+    assert (double.block_class, double.count) == ("FluxTransformerBlock", 19)
+    assert (single.block_class, single.count) == ("FluxSingleTransformerBlock", 38)
+    # 12 [D, D] weights per token and stream, three products each, 2 FLOPs per multiply-add, and
+    # 6 + 6 (3 in the single block) modulation rows.
+    dim, tokens = 3072, 4608
+    assert double.before.gemm_flops == 3 * 2 * dim**2 * (12 * tokens + 12)
+    assert single.before.gemm_flops == 3 * 2 * dim**2 * (12 * tokens + 3)
+    assert double.before.attention_flops == 4 * tokens**2 * dim * 7 // 2
+
+
+def test_batch_and_resolution_reach_the_preset(unchanged_blocks):
+    pytest.importorskip("diffusers", reason="presets need diffusers")
+    report = explain("flux-dev", batch=2, height=512, width=256, target="b200")
+    dim, tokens = 3072, 512 + 512
+    assert report.blocks[0].before.attention_flops == 2 * 4 * tokens**2 * dim * 7 // 2
+    assert report.target == "b200"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        (("flux-dv",), errors.UnknownPreset, "did you mean 'flux-dev'"),
+        ((3,), errors.NotAModule, "3"),
+    ],
+)
+def test_bad_model_is_refused(arguments, error, match):
+    with pytest.raises(error, match=match):
+        explain(*arguments)
+
+
+def test_bad_target_is_refused_before_any_work():
+    with pytest.raises(errors.UnknownTarget, match="h100"):
+        explain("flux-dev", target="h1000")
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(errors.InputMismatch, match="scale"):
+        explain(Model(), example_inputs={"x": torch.zeros(2, 64, 16)})
+
+
+EXAMPLE = """
+from torch import nn
+import torch
+
+def example():
+    return nn.Linear(4, 4), (torch.zeros(2, 4),)
+
+def single():
+    return nn.Linear(4, 4)
+"""
+
+
+def test_example_is_loaded_from_a_file(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(EXAMPLE)
+    model, inputs = load_example(f"{path}:example")
+    assert isinstance(model, nn.Linear)
+    assert inputs[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        ("{path}:exampel", "did you mean example"),
+        ("{path}:single", "it returned Linear"),
+        ("missing.py:f", "there is no file 'missing.py'"),
+    ],
+)
+def test_bad_example_says_what_is_wrong(tmp_path, spec, match):
+    path = tmp_path / "my_model.py"
+    path.write_text(EXAMPLE)
+    with pytest.raises(errors.NotAnExample, match=match):
+        load_example(spec.format(path=path))
