@@ -10,10 +10,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,23 @@ class Row:
 
 def environment() -> dict[str, Any]:
     """Where the figures come from: versions, machine, and the commit with "+" if files changed."""
-    import triton
-
     return {
         "commit": git("rev-parse", "--short", "HEAD")
         + ("+" if git("status", "--porcelain") else ""),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **{name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git(*command: str) -> str:

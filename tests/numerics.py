@@ -118,9 +118,10 @@ def inaccuracy(
     if (actual.dtype, actual.shape) != (eager.dtype, eager.shape):
         return f"{actual.dtype} {list(actual.shape)}, not {eager.dtype} {list(eager.shape)}"
     roundoff = torch.finfo(actual.dtype).eps / 2
-    for metric, error in (("L2", relative_l2), ("max", relative_max)):
+    # The largest of few errors scatters by about 2 between two results that are equally accurate.
+    for metric, error, scatter in (("L2", relative_l2, 1.0), ("max", relative_max, 2.0)):
         ours, theirs = error(actual, truth), error(eager, truth)
-        bound = factor * theirs + roundoff
+        bound = scatter * (factor * theirs + roundoff)
         if not ours <= bound:
             return f"{metric} error {ours:.2e} > {bound:.2e} (eager {theirs:.2e})"
     return None

@@ -117,17 +117,46 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
+    earlier: Sequence[Plan] = (),
 ) -> Plan:
     """Export `module` for all sizes of its inputs and apply `rules`.
+
+    Channels (the last dim of a floating-point input) are taken as fixed, unless one of the
+    `earlier` plans had another number. A batch of 1 would be taken for a constant, so it is exported as 2, if the sizes then still
+    agree with those of the call.
 
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    fixed = [_channels_are_fixed(i, v, in_spec, earlier) for i, v in enumerate(leaves)]
+    has_single = any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in leaves)
+    if has_single:
+        try:
+            doubled = [_doubled(v) for v in leaves]
+            plan = _capture(module, forward, leaves, in_spec, doubled, fixed, rules)
+        except CannotCapture:
+            plan = None
+        if plan is not None and plan.accepts(leaves, in_spec, plan.autocast):
+            return plan
+    return _capture(module, forward, leaves, in_spec, leaves, fixed, rules)
+
+
+def _capture(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    leaves: list[Any],
+    in_spec: pytree.TreeSpec,
+    example: list[Any],
+    fixed: list[bool],
+    rules: Sequence[Rule],
+) -> Plan:
     device = _check_inputs(module, leaves)
     autocast = Autocast.current(device.type)
-    example_args, example_kwargs = pytree.tree_unflatten([_example(v) for v in leaves], in_spec)
-    dynamic = pytree.tree_map(_all_dims, (example_args, example_kwargs))
+    example = [v.detach() if isinstance(v, Tensor) else v for v in example]
+    example_args, example_kwargs = pytree.tree_unflatten(example, in_spec)
+    dims = [_dims(v, f) for v, f in zip(example, fixed, strict=True)]
+    dynamic = pytree.tree_unflatten(dims, in_spec)
     with recording(module) as reads, _quiet(), _original(module, forward), torch.no_grad():
         try:
             program = export(
@@ -178,15 +207,27 @@ def _is_fake(value: Tensor) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
 
-def _example(value: Any) -> Any:
-    """A batch of 1 would be taken for a constant; no value is read, only the shape."""
+def _doubled(value: Any) -> Any:
+    """The input with a batch of 2 for a batch of 1; only its shape is read."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
         return value.new_empty((2, *value.shape[1:]))
-    return value.detach() if isinstance(value, Tensor) else value
+    return value
 
 
-def _all_dims(value: Any) -> Any:
-    return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+def _channels_are_fixed(
+    index: int, value: Any, spec: pytree.TreeSpec, earlier: Sequence[Plan]
+) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return False
+    shapes = [p.leaves[index].shape for p in earlier if p.in_spec == spec]
+    return all(s is None or ir.same(s[-1], value.shape[-1]) for s in shapes if s)
+
+
+def _dims(value: Any, channels_are_fixed: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    num_dims = value.dim() - channels_are_fixed
+    return dict.fromkeys(range(num_dims), Dim.AUTO)
 
 
 def _by_name(module: nn.Module, forward: Callable[..., Any], dynamic: Any) -> Any:

@@ -210,7 +210,8 @@ class RewrittenBlock:
         if self.refusals and not self.bound:
             return None
         try:
-            plan = capture(self.module, self.original, args, kwargs, self.rules)
+            earlier = [p for p in self.plans if isinstance(p, Plan)]
+            plan = capture(self.module, self.original, args, kwargs, self.rules, earlier)
             bound = _Bound(self.module, plan)
             if bound.watch.hooked():
                 raise CannotCapture("a submodule has hooks, which a graph would not call")
@@ -234,7 +235,11 @@ class RewrittenBlock:
             with _same_random_numbers():
                 expected = pytree.tree_leaves(self.original(*args, **kwargs))
             with _same_random_numbers():
-                found = pytree.tree_leaves(bound.run(leaves))
+                try:
+                    found = pytree.tree_leaves(bound.run(leaves))
+                except Exception as error:
+                    first = str(error).splitlines()[0]
+                    raise CannotCapture(f"the graph does not run: {first}") from error
         for a, b in zip(expected, found, strict=True):
             if isinstance(a, Tensor) and a.is_floating_point() and not _is_meta(a):
                 # Two roundings of one value differ by eps; a block chains a few dozen.

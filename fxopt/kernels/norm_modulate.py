@@ -86,42 +86,54 @@ def _opmath(x: Tensor, *dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
 
 
-class Layout:
-    """Rows of `x` in blocks `[r, D]`; beside each, per operand, a `[D]` row or `[r, D]` rows."""
+class Groups:
+    """The rows of `x` as G groups of R rows, such that no operand differs within a group."""
 
     def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
-        *leading, self.num_features = x.shape
-        self.num_rows = math.prod(leading)
-        self.limit = max(1, CPU_BLOCK // self.num_features) if x.is_cpu else self.num_rows
-        num_varying = max(num_varying_dims(t, x.dim()) for t in operands)
-        group_rows = math.prod(leading[num_varying:])
-        # A call per group pays only for groups that are not much smaller than a block.
-        self.per_row = 8 * group_rows < min(self.limit, self.num_rows)
-        if self.per_row:
-            num_varying, group_rows = len(leading), 1
-        ones = [1] * (len(leading) - num_varying)
-        self.operand_shape = [*leading[:num_varying], *ones, self.num_features]
-        self.num_groups = self.num_rows // group_rows
-        self.blocks_per_group = -(-group_rows // self.limit)
-        self.num_blocks = self.num_groups * self.blocks_per_group
-        if self.per_row:
-            self.num_blocks = -(-self.num_rows // self.limit)
-        self.fused = not self.per_row and self.limit <= MAX_FUSED_ROWS
+        self.rank, self.num_features = x.dim(), x.shape[-1]
+        self._split(x, max(num_varying_dims(t, x.dim()) for t in operands))
 
-    def rows(self, t: Tensor | None) -> Sequence[Tensor | None]:
-        """Split `[..., D]` into blocks; None, or an output that is not wanted, into Nones."""
-        if t is None or t.numel() == 0:
-            return [None] * self.num_blocks
-        if self.per_row:
-            return t.reshape(self.num_rows, t.shape[-1]).chunk(self.num_blocks)
-        groups = t.reshape(self.num_groups, -1, t.shape[-1]).unbind()
-        return [block for group in groups for block in group.chunk(self.blocks_per_group)]
+    def _split(self, x: Tensor, num_varying: int) -> None:
+        varying, common = x.shape[:num_varying], x.shape[num_varying:-1]
+        self.num_groups, self.num_rows = math.prod(varying), math.prod(common)
+        self.operand_shape = [*varying, *[1] * len(common), self.num_features]
 
     def operand(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Copy or view an operand as `[G, D]`."""
         if t is None:
             return None
         return t.to(dtype).expand(self.operand_shape).reshape(self.num_groups, self.num_features)
+
+    def reduce(self, grad_GD: Tensor, operand: Tensor) -> Tensor:
+        """Sum a gradient per group to the shape of its operand."""
+        return grad_GD.reshape(self.operand_shape).sum_to_size(operand.shape)
+
+
+class Blocks(Groups):
+    """The rows of `x` in blocks `[r, D]`; beside each, a `[D]` or `[r, D]` of every operand."""
+
+    def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
+        super().__init__(x, operands)
+        num_rows = self.num_groups * self.num_rows
+        limit = max(1, CPU_BLOCK // self.num_features) if x.is_cpu else num_rows
+        # Groups much smaller than a block would cost more in calls than in arithmetic.
+        self.per_row = 8 * self.num_rows < min(limit, num_rows)
+        if self.per_row:
+            self._split(x, self.rank - 1)
+        self.blocks_per_group = -(-self.num_rows // limit)
+        self.num_blocks = (
+            -(-num_rows // limit) if self.per_row else self.num_groups * self.blocks_per_group
+        )
+        self.fused = not self.per_row and limit <= MAX_FUSED_ROWS
+
+    def rows(self, t: Tensor | None) -> Sequence[Tensor | None]:
+        """Split `[..., D]` into blocks; None, or an output that is not wanted, into Nones."""
+        if t is None or t.numel() == 0:
+            return [None] * self.num_blocks
+        if self.per_row:
+            return t.reshape(self.num_groups, t.shape[-1]).chunk(self.num_blocks)
+        groups = t.reshape(self.num_groups, -1, t.shape[-1]).unbind()
+        return [block for group in groups for block in group.chunk(self.blocks_per_group)]
 
     def operand_rows(self, t_GD: Tensor | None) -> Sequence[Tensor | None]:
         """Split a `[G, D]` operand into what goes beside each block."""
@@ -133,15 +145,11 @@ class Layout:
         """Reduce a block to what its operand is beside it."""
         return t if self.per_row else t.sum(0)
 
-    def gather(self, sums: Sequence[Tensor]) -> Tensor:
+    def gather(self, sums: list[Tensor]) -> Tensor:
         """Join the blocks' sums to `[G, D]`."""
         if self.per_row:
             return torch.cat(sums)
         return torch.stack(sums).view(self.num_groups, -1, self.num_features).sum(1)
-
-    def reduce(self, grad_GD: Tensor, operand: Tensor) -> Tensor:
-        """Sum a gradient per group to the shape of its operand."""
-        return grad_GD.view(self.operand_shape).sum_to_size(operand.shape)
 
 
 def num_varying_dims(operand: Tensor | None, rank: int) -> int:
@@ -157,12 +165,12 @@ class Affine:
 
     def __init__(
         self,
-        layout: Layout,
+        groups: Groups,
         operands: Sequence[Tensor | None],
         offsets: tuple[float, float],
         dtype: torch.dtype,
     ) -> None:
-        weight, self.bias, scale, shift = (layout.operand(t, dtype) for t in operands)
+        weight, self.bias, scale, shift = (groups.operand(t, dtype) for t in operands)
         self.weight = None if weight is None else weight + offsets[0]
         self.scale = None if scale is None else scale + offsets[1]
         self.a = self.scale if self.weight is None else _times(self.weight, self.scale)
@@ -203,16 +211,16 @@ def _native(
     h_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = y, h, mean, rstd = _outputs(x, residual, norm, h_dtype, dtype)
+    results = y, h, mean, rstd = outputs(x, residual, norm, h_dtype, dtype)
     if x.numel() == 0:
-        return outputs
+        return results
     operands, opmath = (weight, bias, scale, shift), rstd.dtype
-    layout = Layout(x, (gate, *operands))
-    affine = Affine(layout, operands, (weight_offset, scale_offset), opmath)
-    beside = (layout.operand(gate, opmath), affine.a, affine.c)
+    blocks = Blocks(x, (gate, *operands))
+    affine = Affine(blocks, operands, (weight_offset, scale_offset), opmath)
+    beside = (blocks.operand(gate, opmath), affine.a, affine.c)
     rows = (x, residual, h, y, mean.unsqueeze(-1), rstd.unsqueeze(-1))
     for x_, residual_, h_, y_, mean_, rstd_, gate_, a, c in zip(
-        *map(layout.rows, rows), *map(layout.operand_rows, beside), strict=True
+        *map(blocks.rows, rows), *map(blocks.operand_rows, beside), strict=True
     ):
         value = x_.to(opmath)
         if residual_ is not None:
@@ -227,7 +235,7 @@ def _native(
         if norm != "none":
             y_.copy_(n)
             rstd_.copy_(rstd_block)
-    return outputs
+    return results
 
 
 def _layer_norm(
@@ -264,39 +272,39 @@ def _native_backward(
     outputs = dh, dx, *grads, y = outputs_backward(h, x, operands, wants, dtype, needs, recompute)
     if h.numel() == 0:
         return tuple(t.zero_() for t in outputs)
-    layout = Layout(h, operands)
-    affine = Affine(layout, affine_operands, (weight_offset, scale_offset), opmath)
-    beside = (layout.operand(gate, opmath), affine.a, affine.c)
+    blocks = Blocks(h, operands)
+    affine = Affine(blocks, affine_operands, (weight_offset, scale_offset), opmath)
+    beside = (blocks.operand(gate, opmath), affine.a, affine.c)
     rows = (grad_y, grad_h, h, x, mean.unsqueeze(-1), rstd.unsqueeze(-1), dh, dx, y)
     dgates, das, dcs = [], [], []
     for grad_y_, grad_h_, h_, x_, mean_, rstd_, dh_, dx_, y_, gate_, a, c in zip(
-        *map(layout.rows, rows), *map(layout.operand_rows, beside), strict=True
+        *map(blocks.rows, rows), *map(blocks.operand_rows, beside), strict=True
     ):
         dvalue = None if grad_h_ is None else grad_h_.to(opmath)
         if recompute:
             y_.copy_(_map(_normalize(h_.to(opmath), mean_, rstd_), a, c))
         if grad_y_ is not None:
             dy = grad_y_.to(opmath)
-            if mean_ is not None and layout.fused:
+            if mean_ is not None and blocks.fused:
                 dnorm, da = _layer_norm_backward(dy, h_.to(opmath), mean_, rstd_, a)
             else:
                 n = _normalize(h_.to(opmath), mean_, rstd_)
                 dnorm = _norm_backward(_times(dy, a), n, rstd_, centered=mean_ is not None)
-                da = layout.sum_rows(n.mul_(dy))
+                da = blocks.sum_rows(n.mul_(dy))
             dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
             if any(wants[1:]):
                 das.append(da)
-                dcs.append(layout.sum_rows(dy))
+                dcs.append(blocks.sum_rows(dy))
         dh_.copy_(dvalue)
         if wants[0]:
-            dgates.append(layout.sum_rows(dvalue * x_))
-        if dx_ is not None:
+            dgates.append(blocks.sum_rows(dvalue * x_))
+        if dx_ is not None and gate_ is not None:
             torch.mul(dvalue, gate_, out=dx_)
-    dgate_GD = layout.gather(dgates) if dgates else None
-    daffine_GD = affine.grads(layout.gather(das), layout.gather(dcs)) if das else [None] * 4
+    dgate_GD = blocks.gather(dgates) if dgates else None
+    daffine_GD = affine.grads(blocks.gather(das), blocks.gather(dcs)) if das else [None] * 4
     for grad, grad_GD, operand in zip(grads, (dgate_GD, *daffine_GD), operands, strict=True):
-        if grad.numel():
-            grad.copy_(layout.reduce(grad_GD, operand))
+        if grad_GD is not None and operand is not None and grad.numel():
+            grad.copy_(blocks.reduce(grad_GD, operand))
     return outputs
 
 
@@ -324,7 +332,7 @@ def passes_through(shift: Tensor | None, h: Tensor) -> bool:
     return shift is not None and shift.shape == h.shape
 
 
-def _outputs(
+def outputs(
     x: Tensor, residual: Tensor | None, norm: str, h_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     opmath, rows = _opmath(x, h_dtype, dtype), x.shape[:-1]
@@ -336,7 +344,7 @@ def _outputs(
 
 
 def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return _outputs(x, residual, args[5], *args[-2:])
+    return outputs(x, residual, args[5], *args[-2:])
 
 
 def wanted(
@@ -438,13 +446,15 @@ BACKWARD_SCHEMA = (
 def _triton(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    return triton_norm_modulate.forward(*args)
+    in_fp64 = _opmath(args[0], *args[-2:]) == torch.float64
+    return _native(*args) if in_fp64 else triton_norm_modulate.forward(*args)
 
 
 def _triton_backward(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    return triton_norm_modulate.backward(*args)
+    in_fp64 = args[10].dtype == torch.float64
+    return _native_backward(*args) if in_fp64 else triton_norm_modulate.backward(*args)
 
 
 norm_modulate = register(SCHEMA, native=_native, fake=_fake, triton=_triton, function=NormModulate)

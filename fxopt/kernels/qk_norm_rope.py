@@ -73,9 +73,10 @@ class Arguments(NamedTuple):
     def sections(self) -> list[Section]:
         """The first section and, if there is one, the second."""
         S = self.x.shape[1]
-        sections = [Section(*self[:5], self.eps, slice(0, S))]
+        sections = [Section(self.x, *self[1:5], self.eps, slice(0, S))]
         if self.x2 is not None:
-            sections.append(Section(*self[5:10], self.eps2, slice(S, S + self.x2.shape[1])))
+            rows = slice(S, S + self.x2.shape[1])
+            sections.append(Section(self.x2, *self[6:10], self.eps2, rows))
         return sections
 
     @property
@@ -158,13 +159,13 @@ def native_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
             g = g.clone()  # dx may not alias grad
         v_BSGN = _grouped(s.x_BSHd.to(a.math), a.across_heads)
         # native_layer_norm_backward reads the statistics as if they were contiguous.
-        stats = [
+        mean_s, rstd_s = (
             t[:, s.rows].reshape(*v_BSGN.shape[:-1], 1).contiguous() if t.dim() > 1 else t
             for t in (mean, rstd)
-        ]
+        )
         needs_s = needs[len(grads) : len(grads) + 3]
         g_BSGN = _grouped(g, a.across_heads)
-        dx, dw, db = _norm_backward(g_BSGN, v_BSGN, *_affine(a, s), *stats, a.norm, needs_s)
+        dx, dw, db = _norm_backward(g_BSGN, v_BSGN, *_affine(a, s), mean_s, rstd_s, a.norm, needs_s)
         grads += [None if dx is None else dx.reshape(s.x_BSHd.shape).contiguous(), dw, db]
     grads += [None] * (6 - len(grads))
     return tuple(

@@ -9,6 +9,9 @@ Tiles are [H, P]: heads of the program by pairs of a head, both padded to powers
 holds the first members of the rotated pairs and its twin q the second members.
 """
 
+# Kernel parameters have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -180,10 +183,11 @@ def _forward_token(s, batch, token, row, heads_H1, out_ptr, mean_ptr, rstd_ptr, 
 
 @triton.jit(do_not_specialize=["num_first", "num_second"])
 def _forward(first, second, out_ptr, mean_ptr, rstd_ptr, num_first, num_second, c):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     heads_H1 = tl.program_id(1) * c.H + tl.arange(0, c.H)[:, None]
-    batch = row // (num_first + num_second)
-    token = row % (num_first + num_second)
+    batch = (row // (num_first + num_second)).to(tl.int64)
+    token = (row % (num_first + num_second)).to(tl.int64)
+    row = row.to(tl.int64)
     if token < num_first:
         _forward_token(first, batch, token, row, heads_H1, out_ptr, mean_ptr, rstd_ptr, c)
     elif second is not None:
@@ -215,9 +219,9 @@ def _backward_section(s, to, incoming, num_batches, start, num_tokens, num_all, 
     dweight_q = tl.zeros((c.H, c.P), c.MATH)
     dbias_p = tl.zeros((c.H, c.P), c.MATH)
     dbias_q = tl.zeros((c.H, c.P), c.MATH)
-    for i in tl.range(tl.program_id(0).to(tl.int64), num_batches * num_tokens, tl.num_programs(0)):
-        batch = i // num_tokens
-        token = i % num_tokens
+    for i in tl.range(tl.program_id(0), num_batches * num_tokens, tl.num_programs(0)):
+        batch = (i // num_tokens).to(tl.int64)
+        token = (i % num_tokens).to(tl.int64)
         row = batch * num_all + start + token
         strides = incoming.grad_strides
         g_ptr = incoming.grad + batch * strides[0] + (start + token) * strides[1]
@@ -251,7 +255,8 @@ def _backward_section(s, to, incoming, num_batches, start, num_tokens, num_all, 
                 along_1 = _group_mean(g_p, g_q, c) if c.NORM == "layer" else 0.0
                 g_p = (g_p - along_x * x_p - along_1) * rstd
                 g_q = (g_q - along_x * x_q - along_1) * rstd
-            _store_pairs(to.dx + (i * c.NUM_HEADS + heads) * c.D, heads_H1, g_p, g_q, c)
+            dx_ptr = to.dx + ((batch * num_tokens + token) * c.NUM_HEADS + heads) * c.D
+            _store_pairs(dx_ptr, heads_H1, g_p, g_q, c)
     _store_partial(to.dweight, heads_H1, dweight_p, dweight_q, c)
     _store_partial(to.dbias, heads_H1, dbias_p, dbias_q, c)
 
@@ -336,7 +341,10 @@ def _inputs(a: Arguments) -> tuple[Inputs, Inputs | None]:
 
 def _section_inputs(s: Section, rotation: str) -> Inputs:
     weight, bias = (None if t is None else t.contiguous() for t in (s.weight, s.bias))
-    cos, sin, strides, width, per_head = None, None, (None, None), 0, False
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    strides: tuple[Any, Any] = (None, None)
+    width, per_head = 0, False
     if rotation != "none" and s.cos is not None and s.sin is not None:
         width = s.cos.shape[-1]
         cos, sin = (t.expand(*s.x_BSHd.shape[:3], width) for t in (s.cos, s.sin))

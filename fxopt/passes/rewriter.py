@@ -99,10 +99,11 @@ class _Rewriter:
         """All structural reasons why the region may not be replaced."""
         region, reasons = self.region(binding)
         outputs, inputs = set(binding.outputs), set(binding.inputs)
+        kept = _kept(region, inputs | outputs)
         for node in sorted(region):
             if ir.mutates(node):
                 reasons.append(Reason(f"{node.target} writes in place", node))
-            if node in outputs or ir.tensor(node) is None:
+            if node in outputs or node in kept or ir.tensor(node) is None:
                 continue
             strangers = [u for u in node.users if u not in region]
             if strangers:
@@ -112,7 +113,7 @@ class _Rewriter:
             writers = [u for u in node.users if ir.mutates(u)]
             if writers:
                 reasons.append(Reason(f"{node.name} is written in place by {writers[0]}", node))
-        after = _descendants(region) - region
+        after = _descendants(region - kept) - region
         if after & inputs:
             reasons.append(Reason("an input of the region depends on its output", binding.anchor))
         for node in binding.constants:
@@ -234,6 +235,16 @@ def _declined(rule: Rule, node: fx.Node, reasons: Sequence[Reason]) -> Declined:
     unique = dict.fromkeys(r.why for r in reasons)
     remedy = next((r.remedy for r in reasons if r.remedy), "")
     return Declined(rule.name, ir.fqn(node), node.name, ir.source(node), tuple(unique), remedy)
+
+
+def _kept(region: set[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+    """Casts and views of the region's inputs and outputs: they stay for whoever else uses them."""
+    kept: set[fx.Node] = set()
+    for node in sorted(region):
+        if ir.is_call(node, *ir.CASTS, *ir.VIEWS) and node not in ends:
+            if all(i in ends or i in kept or _is_size(i) for i in node.all_input_nodes):
+                kept.add(node)
+    return kept
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -367,7 +367,9 @@ def test_no_tokens():
 def test_a_second_backward_is_refused():
     args = Case().args
     x = args[0].requires_grad_()
-    (dx,) = torch.autograd.grad(fused(*args).sum(), x, create_graph=True)
+    out = fused(*args)
+    grad = torch.ones_like(out).requires_grad_()
+    (dx,) = torch.autograd.grad(out, x, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 

@@ -71,7 +71,7 @@ def _output(node: fx.Node) -> fx.Node:
 
 def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
     found = gated_residual(node, gate_required=True)
-    if found is None or _feeds_a_norm(node):
+    if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
 
     def emit(call: Call, residual: fx.Node, branch: fx.Node, gate: fx.Node) -> fx.Node:

@@ -152,7 +152,21 @@ def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _sources(region: list[fx.Node]) -> list[fx.Node]:
-    return [n for n in region if _is_view_chain(n)]
+    """For each projection in the region, the last view of it that everything else goes through."""
+    chains: dict[fx.Node, list[list[fx.Node]]] = {}
+    for node in region:
+        if _is_view_chain(node):
+            chain = [node]
+            while ir.is_call(chain[0], *ir.VIEWS):
+                chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
+            chains.setdefault(chain[0], []).append(chain)
+    sources = []
+    for group in chains.values():
+        common = [nodes[0] for nodes in zip(*group, strict=False) if len(set(nodes)) == 1]
+        while _is_tuple(common[-1]):
+            common.pop()
+        sources.append(common[-1])
+    return sources
 
 
 def _joint_cat(region: list[fx.Node], num_sources: int) -> fx.Node | None:
