@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt import cost, errors, fakes, hardware, traffic
-from fxopt.report import Applied, Report
+from fxopt.backends import options
+from fxopt.backends.blocks import find_blocks
+from fxopt.backends.capture import CannotCapture
+from fxopt.backends.exported import rewrite_block
+from fxopt.kernels import registration
+from fxopt.report import Applied, Declined, Report
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
@@ -62,9 +67,10 @@ def explain(
         progress: called before each step with steps done, steps in all and the step's name.
 
     Raises:
-        errors.UnknownPreset, errors.UnknownTarget: with the nearest names.
+        errors.UnknownPreset, errors.UnknownTarget, errors.UnknownRecipe: with the nearest names.
         errors.NotAModule, errors.InputMismatch: if the model or its inputs do not fit.
     """
+    options.check(recipe=recipe)
     device = hardware.lookup(target)
     if isinstance(model, str):
         blocks = preset_blocks(model, batch, height, width)
@@ -81,16 +87,11 @@ def explain(
 
 
 def _explain_block(block: Block, recipe: str, target: hardware.Target) -> Report:
-    from fxopt.backends.exported import rewrite_block
-
+    found, rewritten = _rewrite(block, recipe)
     forward, backward = traffic.count(block.module, block.args, block.kwargs)
-    with fakes.substituted(block.module, fakes.shell):
-        args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
-        rewritten = rewrite_block(block.module, args, kwargs)
-    after = sum(traffic.count(block.module, block.args, block.kwargs, rewritten), cost.Work())
     before = forward + backward
+    after = sum(traffic.count(block.module, block.args, block.kwargs, rewritten), cost.Work())
     linears = {p.shape for p in forward.gemms if p.shape and p.shape[0] >= MIN_FP8_TOKENS}
-    found = rewritten.report
     return Report(
         "explain",
         recipe,
@@ -107,10 +108,20 @@ def _explain_block(block: Block, recipe: str, target: hardware.Target) -> Report
     )
 
 
+def _rewrite(block: Block, recipe: str) -> tuple[Report, Callable[..., Any]]:
+    """What `optimize` reports on the block and its rewritten forward, or its own if it has none."""
+    with fakes.substituted(block.module, fakes.shell):
+        args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
+        try:
+            rewritten = rewrite_block(block.module, args, kwargs, recipe)
+        except CannotCapture as error:
+            declined = Declined("capture", "", "", "", (str(error),))
+            return Report("optimize", recipe, "meta", declined=(declined,)), block.module
+    return rewritten.report, rewritten
+
+
 def _planned(applied: Applied, block: Block, target: hardware.Target) -> Applied:
     """`applied` for all blocks of the class, with the provider that the target would run."""
-    from fxopt.kernels import registration
-
     provider = applied.provider
     if applied.rule in registration.PROVIDERS:
         provider = registration.provider(applied.rule, torch.device("cuda"))
@@ -144,16 +155,9 @@ def preset_blocks(name: str, batch: int, height: int | None, width: int | None) 
 def model_blocks(model: nn.Module, example_inputs: Inputs | None) -> list[Block]:
     """The distinct repeated blocks of `model`, with the inputs that they get from the example.
 
-    Blocks are the children of the model's `nn.ModuleList`s; a model without any is one block. Two
-    of one class are the same if their parameters and inputs have the same sizes.
+    Two blocks of one class are the same if their parameters and inputs have the same sizes.
     """
-    candidates = {
-        child
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        for child in module
-        if any(True for _ in child.parameters())
-    } or {model}
+    candidates = find_blocks(model, None).values()
     named = isinstance(example_inputs, Mapping)
     args = () if named or example_inputs is None else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}

@@ -15,7 +15,7 @@ from fxopt.hardware import TARGETS
 from fxopt.report import Applied, Declined, Report
 
 COST_COLUMNS = ("", "GEMM", "attention", "glue", "total", "glue bytes", "launches", "saved")
-APPLIED_COLUMNS = ("rule", "times", "places", "provider", "tier", "source", "glue saved")
+APPLIED_COLUMNS = ("rule", "times", "blocks", "provider", "tier", "source", "glue saved")
 LEGEND = "".join(f'<i class="{kind}"></i>{kind}' for kind in ("gemm", "attention", "glue"))
 
 Entry = TypeVar("Entry", Applied, Declined)
@@ -23,7 +23,7 @@ Entry = TypeVar("Entry", Applied, Declined)
 
 @dataclass(frozen=True)
 class Group:
-    """What happened in the blocks of one class; entries that differ only by module are one."""
+    """What happened in the blocks of one class; entries that differ only by block are one."""
 
     name: str
     applied: tuple[tuple[Applied, int], ...]
@@ -32,17 +32,19 @@ class Group:
 
 
 def groups(report: Report) -> list[Group]:
-    """The report by block class; each entry with the number of modules that it stands for."""
+    """The report by block class; each entry with the number of blocks that it stands for."""
     costs = {block.block_class: block for block in report.blocks}
-    return [
-        Group(
-            name or "model",
-            _aggregate((a for a in report.applied if a.block_class == name), _add),
-            _aggregate((d for d in report.declined if d.block_class == name), lambda d, _: d),
-            costs.get(name),
+    found = []
+    for name in report.block_classes():
+        cost = costs.get(name)
+        # A plan looks at one block of each class.
+        each = cost.count if cost else 1
+        applied = _aggregate((a for a in report.applied if a.block_class == name), each, _add)
+        declined = _aggregate(
+            (d for d in report.declined if d.block_class == name), each, lambda d, _: d
         )
-        for name in report.block_classes()
-    ]
+        found.append(Group(name or "model", applied, declined, cost))
+    return found
 
 
 def _add(total: Applied, other: Applied) -> Applied:
@@ -55,7 +57,7 @@ def _add(total: Applied, other: Applied) -> Applied:
 
 
 def _aggregate(
-    entries: Iterable[Entry], combine: Callable[[Entry, Entry], Entry]
+    entries: Iterable[Entry], each: int, combine: Callable[[Entry, Entry], Entry]
 ) -> tuple[tuple[Entry, int], ...]:
     merged: dict[tuple, tuple[Entry, set[str]]] = {}
     for entry in entries:
@@ -69,7 +71,7 @@ def _aggregate(
             merged[key] = (combine(previous, entry), fqns | {entry.fqn})
         else:
             merged[key] = (entry, {entry.fqn})
-    return tuple((entry, len(fqns)) for entry, fqns in merged.values())
+    return tuple((entry, each * len(fqns)) for entry, fqns in merged.values())
 
 
 def quantity(value: float, unit: str) -> str:
@@ -78,6 +80,12 @@ def quantity(value: float, unit: str) -> str:
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {prefix}{unit}"
     return f"{value / 1e-6:.3g} µ{unit}" if value else "0"
+
+
+def brief(source: str) -> str:
+    """`source` from its package on, where it is installed in one; else its last two names."""
+    _, installed, rest = source.rpartition("site-packages/")
+    return rest if installed else "/".join(source.split("/")[-2:])
 
 
 def cost_rows(block: BlockCost) -> list[tuple[str, ...]]:
@@ -102,13 +110,13 @@ def applied_rows(group: Group) -> list[tuple[str, ...]]:
         (
             a.rule,
             str(a.count),
-            str(num_places),
+            str(num_blocks),
             a.provider,
             a.tier,
-            a.source,
+            brief(a.source),
             quantity(a.bytes_saved, "B") if a.bytes_saved else "",
         )
-        for a, num_places in group.applied
+        for a, num_blocks in group.applied
     ]
 
 
@@ -188,8 +196,8 @@ def text(report: Report) -> str:
             lines += _table(COST_COLUMNS, cost_rows(group.cost))
         if group.applied:
             lines += ["  applied", *_table(APPLIED_COLUMNS, applied_rows(group))]
-        for declined, num_places in group.declined:
-            where = f"{declined.source}, node {declined.node}, {num_places} place(s)"
+        for declined, num_blocks in group.declined:
+            where = f"{brief(declined.source)}, node {declined.node}, {num_blocks} block(s)"
             lines.append(f"  declined {declined.rule} at {where}")
             lines += [f"    - {reason}" for reason in declined.reasons]
             lines += [f"    remedy: {declined.remedy}"] if declined.remedy else []
@@ -200,12 +208,19 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Header and rows without the columns that are empty in every row."""
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return [tuple(row[i] for i in kept) for row in (columns, *rows)]
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    table = _filled(columns, rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "    "
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (columns, *rows)
+        for row in table
     ]
 
 
@@ -253,16 +268,17 @@ def _bars(block: BlockCost) -> str:
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{markup.escape(c)}</th>" for c in columns)
+    header, *filled = _filled(columns, rows)
+    head = "".join(f"<th>{markup.escape(c)}</th>" for c in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{markup.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{markup.escape(c)}</td>" for c in row) + "</tr>" for row in filled
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _declined(entry: Declined, num_places: int) -> str:
+def _declined(entry: Declined, num_blocks: int) -> str:
     reasons = "".join(f"<li>{markup.escape(reason)}</li>" for reason in entry.reasons)
     remedy = f"<p>Remedy: {markup.escape(entry.remedy)}</p>" if entry.remedy else ""
-    where = markup.escape(f"{entry.source}, node {entry.node}, {num_places} place(s)")
+    where = markup.escape(f"{brief(entry.source)}, node {entry.node}, {num_blocks} block(s)")
     head = f"<summary>{markup.escape(entry.rule)} <small>{where}</small></summary>"
     return f"<details open>{head}<ul>{reasons}</ul>{remedy}</details>"

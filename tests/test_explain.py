@@ -1,25 +1,29 @@
 """Planning without a GPU and without weights."""
 
 import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
 from fxopt import errors
+from fxopt.backends.capture import CannotCapture
 from fxopt.explain import explain, load_example, model_blocks
 from fxopt.report import Applied, Declined, Report
+
+# The package binds the name `explain` to the function.
+explain_module = sys.modules["fxopt.explain"]
 
 
 class Block(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.linear = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, dim)
+        self.down = nn.Linear(dim, dim)
 
     def forward(self, x, scale=None):
-        return x + self.linear(self.norm(x) * scale)
+        return x + self.down(self.up(self.norm(x) * scale))
 
 
 class Model(nn.Module):
@@ -44,9 +48,8 @@ INPUTS = {"x": torch.zeros(2, 64, 16), "scale": torch.zeros(32)}
 @pytest.fixture
 def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
-    module = types.ModuleType("fxopt.backends.exported")
 
-    def rewrite_block(block, args, kwargs):
+    def rewrite_block(block, args, kwargs, recipe):
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):
@@ -61,8 +64,7 @@ def unchanged_blocks(monkeypatch):
         )
         return rewritten
 
-    module.rewrite_block = rewrite_block
-    monkeypatch.setitem(sys.modules, "fxopt.backends.exported", module)
+    monkeypatch.setattr(explain_module, "rewrite_block", rewrite_block)
 
 
 def test_blocks_of_a_model_are_found_with_their_inputs():
@@ -95,6 +97,16 @@ def test_every_block_of_a_class_is_counted(unchanged_blocks):
     assert report.totals["glue_bytes_before"] == report.totals["glue_bytes_after"] == total
     assert [(f.in_features, f.out_features, f.num_tokens) for f in wide.fp8] == [(32, 32, 128)]
     assert [done for done, _, _ in seen] == [0, 1, 2]
+
+
+def test_block_that_cannot_be_captured_stays_and_says_why(monkeypatch):
+    def refuse(*_):
+        raise CannotCapture("torch.export: no")
+
+    monkeypatch.setattr(explain_module, "rewrite_block", refuse)
+    report = explain(nn.Linear(4, 4), example_inputs=(torch.zeros(2, 4),))
+    assert [(d.rule, d.reasons) for d in report.declined] == [("capture", ("torch.export: no",))]
+    assert report.blocks[0].before == report.blocks[0].after
 
 
 def test_preset_has_its_published_work(unchanged_blocks):
@@ -134,6 +146,11 @@ def test_bad_model_is_refused(arguments, error, match):
 def test_bad_target_is_refused_before_any_work():
     with pytest.raises(errors.UnknownTarget, match="h100"):
         explain("flux-dev", target="h1000")
+
+
+def test_bad_recipe_is_refused():
+    with pytest.raises(errors.UnknownRecipe, match="did you mean 'bf16'"):
+        explain("flux-dev", recipe="bf61")
 
 
 def test_inputs_that_do_not_fit_are_refused():

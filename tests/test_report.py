@@ -21,10 +21,13 @@ def applied(rule="qk_norm_rope", fqn="blocks.0", count=2, **fields):
 
 
 def declined(**fields):
-    fields = {"block_class": "FluxBlock", "remedy": "call clone() first"} | fields
-    return Declined(
-        "attention", "blocks.0", "softmax_3", "flux.py:40", ("dim is -2", "a < b & c"), **fields
-    )
+    fields = {
+        "fqn": "blocks.0",
+        "block_class": "FluxBlock",
+        "remedy": "call clone() first",
+    } | fields
+    reasons = ("dim is -2", "a < b & c")
+    return Declined("attention", node="softmax_3", source="flux.py:40", reasons=reasons, **fields)
 
 
 REPORT = Report(
@@ -46,7 +49,15 @@ BLOCK = BlockCost(
     Cost(4e-3, 1.5e-3, 7e-4, 10**12, 10**11, 2 * 10**9, 60, 350_000_000),
     (Fp8BreakEven(3072, 3072, 4096, 743), Fp8BreakEven(64, 3072, 4096, None)),
 )
-PLAN = Report("explain", "bf16", "h100", REPORT.applied, REPORT.declined, REPORT.totals, (BLOCK,))
+PLAN = Report(
+    "explain",
+    "bf16",
+    "h100",
+    (applied(fqn="", count=38), applied("norm_modulate", fqn="", count=19)),
+    (declined(fqn=""),),
+    REPORT.totals,
+    (BLOCK,),
+)
 
 
 def test_counts_sum_over_blocks():
@@ -86,7 +97,7 @@ def test_merge_joins_doors_and_sums_totals():
 def test_text_aggregates_by_block_class_and_gives_every_reason():
     lines = str(REPORT).splitlines()
     row = next(line.split() for line in lines if line.strip().startswith("qk_norm_rope"))
-    assert row[:3] == ["qk_norm_rope", "4", "2"]  # four substitutions in two modules
+    assert row[:3] == ["qk_norm_rope", "4", "2"]  # four substitutions in two blocks
     text = str(REPORT)
     assert text.count("FluxBlock") == 1
     for part in ("flux.py:40", "softmax_3", "dim is -2", "a < b & c", "remedy: call clone() first"):
@@ -154,12 +165,12 @@ def test_page_reads_on_a_phone(tmp_path):
     assert width <= PHONE_WIDTH
     for part in (
         "fxopt explain: bf16 on h100",
-        "5 substitutions would be made: qk_norm_rope 4, norm_modulate 1.",
+        "57 substitutions would be made: qk_norm_rope 38, norm_modulate 19.",
         "FluxBlock \N{MULTIPLICATION SIGN}19",
         "before 7.5 ms",
         "after 6.2 ms",
-        "qk_norm_rope\t4\t2\ttriton\trounding",
-        "attention flux.py:40, node softmax_3, 1 place(s)",
+        "qk_norm_rope\t38\t19\ttriton\trounding",
+        "attention flux.py:40, node softmax_3, 19 block(s)",
         "a < b & c",
         "Remedy: call clone() first",
         "FP8 pays from 743 tokens",

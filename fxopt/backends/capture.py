@@ -308,8 +308,9 @@ def _size_guards(gm: fx.GraphModule) -> list[Any]:
             if isinstance(size, torch.SymInt):
                 shape_env = size.node.shape_env
                 assert shape_env is not None
-                guards = [g.expr for g in shape_env.guards]
-                return [g for g in guards if not _excludes_small(g)]
+                # Sizes found to be equal share one symbol from then on; only that one has a value.
+                guards = [shape_env.replace(g.expr) for g in shape_env.guards]
+                return [g for g in guards if g != sympy.true and not _excludes_small(g)]
     return []
 
 

@@ -96,6 +96,42 @@ def _same_random_numbers() -> Iterator[None]:
         yield
 
 
+class RewrittenCallable:
+    """A block's rewritten forward, not installed; parameters are read from the block at call time.
+
+    report: what was rewritten, as `fxopt.report` gives it.
+    """
+
+    def __init__(self, block: nn.Module, plan: Plan, recipe: str) -> None:
+        self.bound = _Bound(block, plan)
+        target = options.target_name(next(block.parameters()).device)
+        outcome = plan.outcome
+        self.report = state.with_fqn(
+            Report("optimize", recipe, target, tuple(outcome.applied), tuple(outcome.declined)),
+            "",
+            type(block).__name__,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.bound.run(pytree.tree_leaves((args, kwargs)))
+
+
+def rewrite_block(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: str = "bf16"
+) -> RewrittenCallable:
+    """Rewrite `block` for calls like this one without running or changing it.
+
+    Args:
+        block: may live on the meta device.
+        args, kwargs: inputs of its forward; only shapes and dtypes are read.
+
+    Raises:
+        CannotCapture: the block cannot be exported.
+    """
+    plan = capture(block, block.forward, args, kwargs, options.rules_for(recipe))
+    return RewrittenCallable(block, plan, recipe)
+
+
 class Optimized:
     """One use of `optimize` on a model."""
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from fxopt.kernels.registration import below_autograd, register
 
 # Elements per step of the native provider on CPU: the temporaries of one step stay in the L2 cache.
-CPU_BLOCK = 1 << 15
+CPU_BLOCK = 1 << 16
 
-# ATen's LayerNorm backward adds up the weight gradient row after row: up to this many, its rounding
-# error stays below that of the products. The blocks' sums are added pairwise.
-MAX_FUSED_ROWS = 64
+# ATen's LayerNorm backward adds up the weight gradient row after row; up to this many rows, the
+# sum's rounding error is near that of the terms. The sums of the blocks are added pairwise.
+MAX_FUSED_ROWS = 128
 
 
 def reference(
@@ -218,18 +218,22 @@ def _native(
     blocks = Blocks(x, (gate, *operands))
     affine = Affine(blocks, operands, (weight_offset, scale_offset), opmath)
     beside = (blocks.operand(gate, opmath), affine.a, affine.c)
+    # On CPU ATen's LayerNorm reads and writes bf16 or fp16 beside fp32 statistics and parameters.
+    mixes = x.is_cpu and affine.a is not None and not blocks.per_row
+    norm_dtype = dtype if mixes and dtype == (x if residual is None else h).dtype else opmath
     rows = (x, residual, h, y, mean.unsqueeze(-1), rstd.unsqueeze(-1))
     for x_, residual_, h_, y_, mean_, rstd_, gate_, a, c in zip(
         *map(blocks.rows, rows), *map(blocks.operand_rows, beside), strict=True
     ):
-        value = x_.to(opmath)
+        value = x_
         if residual_ is not None:
-            value = _times(value, gate_) + residual_
-            value = h_.copy_(value).to(opmath)
+            value = _times(x_.to(opmath), gate_) + residual_
+            value = h_.copy_(value)
         if norm == "layer":
-            n, mean_block, rstd_block = _layer_norm(value, a, c, eps)
+            n, mean_block, rstd_block = _layer_norm(value.to(norm_dtype), a, c, eps)
             mean_.copy_(mean_block)
         elif norm == "rms":
+            value = value.to(opmath)
             rstd_block = value.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
             n = _map(value * rstd_block, a, c)
         if norm != "none":
@@ -299,7 +303,7 @@ def _native_backward(
         if wants[0]:
             dgates.append(blocks.sum_rows(dvalue * x_))
         if dx_ is not None and gate_ is not None:
-            torch.mul(dvalue, gate_, out=dx_)
+            dx_.copy_(dvalue * gate_)
     dgate_GD = blocks.gather(dgates) if dgates else None
     daffine_GD = affine.grads(blocks.gather(das), blocks.gather(dcs)) if das else [None] * 4
     for grad, grad_GD, operand in zip(grads, (dgate_GD, *daffine_GD), operands, strict=True):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
 
-MAX_TILE = 4096
-WARPS_PER_SM = 16
+MAX_TILE = 4096  # elements of a program, unless a norm across the heads needs more
+WARPS_PER_SM = 16  # of the backward: few partial sums, enough loads in flight
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -286,7 +286,7 @@ def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """`fxopt::qk_norm_rope_backward` in one launch, and a sum per weight and bias."""
     a, mean, rstd, needs = split_backward_arguments(args)
     config, num_blocks, num_warps = _plan(a)
-    # The gradient sums take as many registers again as the rest of the forward's tile.
+    # The gradient sums double the registers of a tile: half as many elements per thread.
     num_warps = min(16, 2 * num_warps)
     num_rows = grad.shape[0] * max(_num_tokens(a))
     num_programs = max(1, min(num_rows, _num_resident(a.x.device, num_warps) // num_blocks))

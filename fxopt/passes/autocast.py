@@ -29,7 +29,8 @@ class Autocast:
 
     @staticmethod
     def current(device_type: str) -> Autocast:
-        enabled = torch.is_autocast_enabled(device_type)
+        known = torch.amp.is_autocast_available(device_type)  # "meta" is not
+        enabled = known and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if enabled else None
         return Autocast(device_type, dtype, enabled)
 

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -30,16 +30,9 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         gm: Dynamo's graph.
         example_inputs: real or fake tensors and sizes, one per placeholder.
     """
-    values = [
-        n.meta.get("example_value", e)
-        for n, e in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-    ]
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "Dynamo gives fake inputs"
-    fakes = [
-        fake_mode.from_tensor(v) if isinstance(v, torch.Tensor) and not _is_fake(v) else v
-        for v in values
-    ]
+    fake_mode = detect_fake_mode(example_inputs)
+    assert fake_mode is not None, "Dynamo runs its backends under a fake mode"
+    fakes = [_as_fake(fake_mode, v) for v in example_inputs]
 
     def run(*inputs: Any) -> Any:
         with fx_traceback.preserve_node_meta():
@@ -55,8 +48,13 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     return traced
 
 
-def _is_fake(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
+def _as_fake(fake_mode: Any, value: Any) -> Any:
+    """The FakeTensor that Dynamo made of a real input, with the sizes that it left symbolic."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch._subclasses.FakeTensor):
+        return value
+    context = TracingContext.try_get()
+    symbolic = context.tensor_to_context.get(value) if context is not None else None
+    return fake_mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic)
 
 
 class _Retracer(fx.Interpreter):

@@ -407,14 +407,14 @@ def test_mixed_dtypes():
 
 @pytest.mark.parametrize("norm, rotation", zip(NORMS, ROTATIONS, strict=True))
 def test_opcheck(norm, rotation):
-    for sections, across_heads in (("one", False), ("text", True)):
-        case = Case(norm, across_heads, rotation, sections=sections)
+    for sections, across_heads, affine in (("one", False, "none"), ("text", True, "weight+bias")):
+        case = Case(norm, across_heads, rotation, sections=sections, affine=affine)
         args = case.args
         _, mean, rstd = native(*args)
         needs = [t is not None for t in (*args[:3], *args[5:8])]
         rest = (*args[:10], mean, rstd, *args[10:], needs)
         torch.library.opcheck(qk_norm_rope_backward, (case.grad, *rest))
-        for i in (0, 1, 5, 6):
+        for i in (0, 1, 2, 5, 6, 7):
             args[i] = None if args[i] is None else args[i].requires_grad_()
         torch.library.opcheck(qk_norm_rope, tuple(args))
 

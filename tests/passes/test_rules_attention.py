@@ -1,0 +1,117 @@
+"""Decomposed attention to scaled_dot_product_attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from tests.passes.rewriting import Rewritten, Written, normal, rewrite
+
+H, d = 4, 8
+
+
+def rewritten(forward, *inputs: Tensor) -> Rewritten:
+    return rewrite(Written(forward), *inputs, rules=["attention"])
+
+
+def qkv(batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [normal(batch, H, tokens, d, dtype=dtype, seed=i) for i in range(3)]
+
+
+def plain(m, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = F.softmax(q @ k.transpose(-2, -1) * d**-0.5, dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
+
+
+def masked(m, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = (q / d**0.5) @ k.mT
+    return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def grouped(m, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    batch, heads, tokens, width = k.shape
+    k, v = (
+        t[:, :, None].expand(batch, heads, 2, tokens, width).reshape(batch, 2 * heads, tokens, width)
+        for t in (k, v)
+    )
+    return (q @ k.transpose(2, 3) * d**-0.5 + mask).softmax(-1) @ v
+
+
+def test_scale_and_fp32_softmax():
+    assert_expected_inline(rewritten(plain, *qkv(2, 5)).code(), """\
+transpose = aten.transpose.int(inputs_1, -2, -1)
+matmul = aten.matmul(inputs_0, transpose)
+mul = aten.mul.Tensor(matmul, 0.3535533905932738)
+softmax = aten.softmax.int(mul, -1, float32)
+matmul_1 = aten.matmul(softmax, inputs_2)
+return (matmul_1,)""")
+
+
+def test_bool_mask():
+    keep = torch.rand(2, 1, 5, 5) > 0.3
+    keep[..., 0] = True
+    found = rewritten(masked, *qkv(2, 5), keep)
+    assert_expected_inline(found.code(), """\
+div = aten.div.Tensor(inputs_0, 2.8284271247461903)
+m_t = aten.mT(inputs_1)
+matmul = aten.matmul(div, m_t)
+bitwise_not = aten.bitwise_not(inputs_3)
+masked_fill = aten.masked_fill.Scalar(matmul, bitwise_not, -inf)
+softmax = aten.softmax.int(masked_fill, -1)
+matmul_1 = aten.matmul(softmax, inputs_2)
+return (matmul_1,)""")
+    found.assert_as_accurate(*qkv(2, 5), keep)
+
+
+def test_grouped_queries():
+    q, k, v = qkv(2, 5)
+    k, v, mask = k[:, :2], v[:, :2], torch.randn(2, 1, 5, 5)
+    found = rewritten(grouped, q, k, v, mask)
+    assert_expected_inline(found.code(), """\
+to_dtype = aten.to.dtype(inputs_3, float32)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
+    to_dtype, 0.0, False, scale = 0.3535533905932738, enable_gqa = True)
+return (scaled_dot_product_attention,)""")
+    found.assert_as_accurate(q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients(dtype: torch.dtype):
+    found = rewritten(plain, *qkv(2, 5, dtype))
+    assert found.count("attention") == 1
+    found.assert_as_accurate(*qkv(3, 7, dtype))
+
+
+NEAR_MISSES = {
+    "softmax over queries": lambda m, q, k, v: (q @ k.mT).softmax(-2) @ v,
+    "softmax over heads": lambda m, q, k, v: (q @ k.mT).softmax(1) @ v,
+    "mask scaled as well": lambda m, q, k, v: ((q @ k.mT + q @ q.mT) * 0.3).softmax(-1) @ v,
+    "weights from the right": lambda m, q, k, v: v.mT @ (q @ k.mT).softmax(-1),
+    "transposed weights": lambda m, q, k, v: (q @ k.mT).softmax(-1).mT @ v,
+    "scale by a tensor": lambda m, q, k, v: (q @ k.mT * q.mean()).softmax(-1) @ v,
+    "masked to zero": lambda m, q, k, v: (
+        (q @ k.mT).masked_fill((q @ k.mT) < 0, 0.0).softmax(-1) @ v
+    ),
+    "weights are returned": lambda m, q, k, v: ((q @ k.mT).softmax(-1), (q @ k.mT).softmax(-1) @ v),
+    "weights are masked after": lambda m, q, k, v: (q @ k.mT).softmax(-1).tril() @ v,
+    "subtracted mask": lambda m, q, k, v: (q @ k.mT - (q @ k.mT).tril()).softmax(-1) @ v,
+    "keys not transposed": lambda m, q, k, v: (q @ k[:, :, :8]).softmax(-1) @ v,
+    "heads exchanged too": lambda m, q, k, v: (q @ k.permute(1, 0, 3, 2)).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay(name: str):
+    # As many tokens as channels and as many samples as heads: shapes give nothing away.
+    inputs = qkv(H, d)
+    found = rewritten(NEAR_MISSES[name], *inputs)
+    assert not found.count("attention"), found.code()
+    found.assert_as_accurate(*inputs)
+
+
+def test_declines_with_the_reason():
+    found = rewritten(NEAR_MISSES["softmax over queries"], *qkv(2, 5))
+    assert_expected_inline("\n".join(found.reasons("attention")), """softmax is over dim -2, attention is over the last""")
+    found = rewritten(NEAR_MISSES["weights are returned"], *qkv(2, 5))
+    assert_expected_inline("\n".join(found.reasons("attention")), """the softmax does not go into one product with the values alone""")

@@ -1,0 +1,127 @@
+"""Linears on one input, and what makes that input, as one autograd node."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from tests.passes.rewriting import RULES, Rewritten, Written, normal, rewrite
+
+D, F_ = 16, 24
+
+
+def rewritten(forward, *inputs: Tensor, **parameters: Tensor) -> Rewritten:
+    return rewrite(Written(forward, **parameters), *inputs)
+
+
+def weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "q": normal(D, D, dtype=dtype),
+        "k": normal(D, D, dtype=dtype, seed=1),
+        "bias": normal(D, dtype=dtype),
+    }
+
+
+def shared(m, x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.linear(x, m.q, m.bias), F.linear(x, m.k)
+
+
+def normed(m, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return shared(m, F.layer_norm(x, (D,)) * (1 + scale[:, None]))
+
+
+def beside(m, x: Tensor, y: Tensor) -> Tensor:
+    return F.linear(torch.cat([x, F.gelu(y)], dim=-1), m.down)
+
+
+def test_linears_on_one_input():
+    found = rewritten(shared, normal(2, 5, D), **weights())
+    assert_expected_inline(found.code(), """\
+linears = fxopt.linears(inputs_0, [p_q, p_k], [p_bias, None])
+getitem = linears[0]
+getitem_1 = linears[1]
+return (getitem, getitem_1)""")
+
+
+def test_a_norm_and_its_linears():
+    found = rewritten(normed, normal(2, 5, D), normal(2, D), **weights())
+    assert_expected_inline(found.code(), """\
+unsqueeze = aten.unsqueeze(inputs_1, 1)
+norm_modulate_linears = fxopt.norm_modulate_linears(inputs_0, None, None, None, None, unsqueeze,
+    None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None])
+getitem_1 = norm_modulate_linears[0]
+getitem_2 = getitem_1[0]
+getitem_3 = getitem_1[1]
+return (getitem_2, getitem_3)""")
+
+
+def test_an_activation_beside_attention_and_its_linear():
+    found = rewritten(beside, normal(2, 5, D), normal(2, 5, F_), down=normal(D, D + F_))
+    assert_expected_inline(found.code(), """\
+gated_activation_linear = fxopt.gated_activation_linear(inputs_1, None, 'gelu_erf', 'none',
+    inputs_0, p_down, None)
+return (gated_activation_linear,)""")
+    found.assert_as_accurate(normal(1, 3, D), normal(1, 3, F_))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients(dtype: torch.dtype):
+    found = rewritten(shared, normal(2, 5, D, dtype=dtype), **weights(dtype))
+    assert found.count("merge_linears") == 1
+    found.assert_as_accurate(normal(3, 7, D, dtype=dtype))
+    inputs = normal(2, 5, D, dtype=dtype), normal(2, D, dtype=dtype)
+    found = rewritten(normed, *inputs, **weights(dtype))
+    assert found.count("merge_linears") == 1
+    found.assert_as_accurate(*inputs)
+
+
+def test_frozen_weights():
+    module = Written(normed, **weights())
+    module.q.requires_grad_(False)
+    inputs = normal(2, 5, D), normal(2, D)
+    found = rewrite(module, *inputs)
+    assert found.count("merge_linears") == 1
+    found.assert_as_accurate(*inputs)
+
+
+NEAR_MISSES = {
+    "two inputs": lambda m, x: (F.linear(x, m.q), F.linear(x.sin(), m.k)),
+    "one linear": lambda m, x: F.linear(x, m.q),
+    "the second depends on the first": lambda m, x: F.linear(F.linear(x, m.q), m.k),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay(name: str):
+    found = rewritten(NEAR_MISSES[name], normal(2, 5, D), **weights())
+    assert not found.count("merge_linears"), found.code()
+    found.assert_as_accurate(normal(2, 5, D))
+
+
+def test_an_input_written_between_two_linears():
+    def forward(m, x):
+        h = x * 2
+        first = F.linear(h, m.q)
+        h.add_(1)
+        return first, F.linear(h, m.k)
+
+    found = rewritten(forward, normal(2, 5, D), **weights())
+    assert not found.count("merge_linears")
+    assert_expected_inline("\n".join(found.reasons("merge_linears")), """""")
+    found.assert_as_accurate(normal(2, 5, D))
+
+
+def test_a_normed_tensor_with_another_user_declines_with_the_reason():
+    def forward(m, x, scale):
+        n = F.layer_norm(x, (D,)) * (1 + scale[:, None])
+        return F.linear(n, m.q), n.sin()
+
+    inputs = normal(2, 5, D), normal(2, D)
+    found = rewritten(forward, *inputs, **weights())
+    assert not found.count("merge_linears")
+    assert_expected_inline("\n".join(found.reasons("merge_linears")), """the normed tensor is also used by sin and is kept for it""")
+
+
+def test_compilers_do_this_themselves():
+    assert not RULES["merge_linears"].compiled
