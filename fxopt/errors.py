@@ -220,8 +220,8 @@ class StillRewritten(FxoptError):
 
     block: str
     template = (
-        "block {block!r} holds a rewritten graph, which cannot be pickled; save model.state_dict(), "
-        "or call fxopt.restore(model) before torch.save(model)"
+        "block {block!r} holds a rewritten graph, which cannot be pickled; save "
+        "model.state_dict(), or call fxopt.restore(model) before torch.save(model)"
     )
 
 

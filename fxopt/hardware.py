@@ -20,9 +20,9 @@ class Achievable:
             about 3 TB/s of an H100's 3.35.
             Source: https://github.com/Dao-AILab/quack
         gemm: of the dense peak, by a large matrix product; 0.78 of an H100's 989 TFLOPS is 771.
-            Source: https://github.com/deepseek-ai/DeepGEMM states 1,550 of 1,979 in FP8.
+            Source: https://github.com/deepseek-ai/DeepGEMM states 1,550 of 1,979 in FP8 (H800).
         attention: of the dense BF16 peak. FlashAttention-3 states up to 740 TFLOPS forward on an
-            H100 and about 560 backward; weighted by their FLOPs (2 to 5) that is 0.60.
+            H100; with 560 assumed for backward, weighted by FLOPs (2 to 5), that is 0.60.
             Source: https://arxiv.org/abs/2407.08608
     """
 

@@ -27,6 +27,7 @@ CASES = [
     (errors.TargetMatchesNothing("blok.*", ("blocks.0",)), ["'blok.*'", "1 submodules", "glob"]),
     (errors.UnsupportedTorch("2.10.1"), ["2.10.1", "2.11", "pip install"]),
     (errors.NothingToRestore("Flux"), ["Flux", "nothing to restore", "fxopt.optimize"]),
+    (errors.StillRewritten("blocks.0"), ["'blocks.0'", "pickled", "fxopt.restore"]),
     (errors.NotReported("Flux"), ["Flux", "no report", "fxopt.explain"]),
     (errors.MissingPackage("diffusers", "preset 'x'", "models"), ["diffusers", "fxopt[models]"]),
     (errors.NotAnExample("a.py:f", "no file"), ["'a.py:f'", "no file", "FILE.py:FUNCTION"]),

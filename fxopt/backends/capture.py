@@ -302,16 +302,19 @@ def _size_guards(gm: fx.GraphModule) -> list[Any]:
     A graph captured at 2 computes the same at 1: sizes only enter views, and the first call of
     every plan is checked against the module's own result.
     """
-    for node in gm.graph.nodes:
-        value = ir.tensor(node)
-        for size in value.shape if value is not None else ():
-            if isinstance(size, torch.SymInt):
-                shape_env = size.node.shape_env
-                assert shape_env is not None
-                # Sizes found to be equal share one symbol from then on; only that one has a value.
-                guards = [shape_env.replace(g.expr) for g in shape_env.guards]
-                return [g for g in guards if g != sympy.true and not _excludes_small(g)]
-    return []
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    shapes = [ir.shape(n) for n in placeholders if ir.tensor(n) is not None]
+    sizes = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return []
+    shape_env = sizes[0].node.shape_env
+    assert shape_env is not None
+    known = set().union(*(ir.expression(s).free_symbols for s in sizes))
+    # Sizes found to be equal share one symbol from then on. Symbols that no shape holds are
+    # strides: they decide whether a reshape copies, which the graph leaves open.
+    guards = [shape_env.replace(g.expr) for g in shape_env.guards]
+    guards = [g for g in guards if g != sympy.true and g.free_symbols <= known]
+    return [g for g in guards if not _excludes_small(g)]
 
 
 def _excludes_small(guard: Any) -> bool:

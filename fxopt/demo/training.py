@@ -6,6 +6,7 @@ Shapes: B images, S image tokens of 2x2 pixels, C pixels per token, T text token
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,7 +76,9 @@ def load_images() -> tuple[Tensor, Tensor]:
 def pack(images: Tensor) -> Tensor:
     """[N, SIDE, SIDE] -> [N, S, C]"""
     rows = SIDE // PATCH
-    return images.reshape(-1, rows, PATCH, rows, PATCH).transpose(2, 3).reshape(-1, rows**2, PATCH**2)
+    return (
+        images.reshape(-1, rows, PATCH, rows, PATCH).transpose(2, 3).reshape(-1, rows**2, PATCH**2)
+    )
 
 
 def unpack(tokens: Tensor) -> Tensor:
@@ -179,6 +182,11 @@ class Run:
         loss.backward()
         return loss.detach()
 
+    def peak_bytes(self, batch: Batch) -> int:
+        """Peak memory of one forward and backward: activations, gradients and temporaries."""
+        self.optimizer.zero_grad()
+        return peak_bytes(lambda: self.gradients(batch))
+
     @property
     def setup_seconds(self) -> float:
         """From opening the door to the end of the first step."""
@@ -188,13 +196,13 @@ class Run:
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Most bytes that CPU allocations held at once while `function` ran, above those before it.
 
-    From the allocator's own events, as torch.profiler records them, so that buffers within fused
-    and compiled kernels count too.
+    From the allocator's own events, as torch.profiler records them: buffers inside of ops and of
+    compiled code count too.
     """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    # Kineto otherwise writes two lines to standard error for every profile.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profiler:
         function()
-    events = [event for event in profiler.events() if event.name == "[memory]"]
-    events.sort(key=lambda event: event.time_range.start)
-    return max(itertools.accumulate((event.cpu_memory_usage for event in events), initial=0))
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))

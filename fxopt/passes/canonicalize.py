@@ -52,12 +52,22 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
     elif ir.is_call(node, aten.view.default, aten._unsafe_view.default):
         # The same where a view exists; inputs of later calls may have other strides.
         node.target = aten.reshape.default
+    elif node.op == "call_function" and node.target in TRANSPOSITIONS:
+        dims = TRANSPOSITIONS[node.target] or node.args[1:]
+        node.target, node.args = aten.transpose.int, (node.args[0], *dims)
     elif ir.is_call(node, aten.rms_norm.default) and len(node.args) < 4:
         _bind_machine_epsilon(node)
 
 
 # Facts that the callers check on their real inputs, once per call and not once per op.
 METADATA_CHECKS = (aten._assert_tensor_metadata.default,)
+
+# The dims they exchange; None: their own arguments.
+TRANSPOSITIONS: dict[Any, tuple[int, int] | None] = {
+    aten.mT.default: (-2, -1),
+    aten.swapaxes.default: None,
+    aten.swapdims.default: None,
+}
 
 
 def _source(node: fx.Node) -> fx.Node | None:

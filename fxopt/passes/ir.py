@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -131,6 +132,26 @@ def is_floating(node: fx.Node) -> bool:
 def mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a call writes in place."""
+    if not mutates(node):
+        return []
+    named = arguments(node)
+    targets = [named[a.name] for a in node.target._schema.arguments if a.is_write]  # type: ignore[union-attr]
+    return [t for t in pytree.tree_leaves(targets) if isinstance(t, fx.Node)]
+
+
+def memory(node: fx.Node) -> fx.Node:
+    """The node that made the memory that `node` may share: behind views and in-place writes."""
+    while True:
+        if is_call(node, *VIEWS, aten.contiguous.default):
+            node = node.args[0]  # type: ignore[assignment]
+        elif mutates(node):
+            node = written(node)[0]
+        else:
+            return node
 
 
 def skip_copies(node: fx.Node) -> fx.Node:

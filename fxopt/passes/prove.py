@@ -76,9 +76,10 @@ class Sizes:
         self.values: dict[Any, int] = dict(zip(names, itertools.cycle(SMALL_SIZES), strict=False))
         # A size that the capture tied to a number (a table as wide as a head) keeps its own value.
         for guard in shape_env.guards if shape_env is not None else ():
-            if isinstance(guard.expr, sympy.Eq):
-                for symbol in guard.expr.free_symbols & symbols:
-                    self.values[symbol] = int(shape_env.var_to_val[symbol])
+            tied = shape_env.replace(guard.expr)
+            if isinstance(tied, sympy.Eq) and tied.subs(self.values) != sympy.true:
+                for symbol in tied.free_symbols & symbols:
+                    self.values[symbol] = int(shape_env.backed_var_to_val[symbol])
 
     @staticmethod
     def _sizes(val: Any) -> Sequence[Any]:

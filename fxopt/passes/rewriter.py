@@ -100,19 +100,12 @@ class _Rewriter:
         region, reasons = self.region(binding)
         outputs, inputs = set(binding.outputs), set(binding.inputs)
         kept = _kept(region, inputs | outputs)
-        for node in sorted(region):
-            if ir.mutates(node):
-                reasons.append(Reason(f"{node.target} writes in place", node))
-            if node in outputs or node in kept or ir.tensor(node) is None:
-                continue
+        for node in sorted(region - outputs - kept):
             strangers = [u for u in node.users if u not in region]
-            if strangers:
+            if strangers and ir.tensor(node) is not None:
                 why = f"{node.name} is also used by {strangers[0].name} ({strangers[0].target})"
                 reasons.append(Reason(why, node))
-        for node in (*inputs, *outputs):
-            writers = [u for u in node.users if ir.mutates(u)]
-            if writers:
-                reasons.append(Reason(f"{node.name} is written in place by {writers[0]}", node))
+        reasons += self.overwritten(binding, region)
         after = _descendants(region - kept) - region
         if after & inputs:
             reasons.append(Reason("an input of the region depends on its output", binding.anchor))
@@ -121,6 +114,27 @@ class _Rewriter:
             if learned:
                 why = f"{sorted(learned)[0]} is trained, and the op gives it no gradient"
                 reasons.append(Reason(why, node, "freeze it, or leave this region as it is"))
+        return reasons
+
+    def overwritten(self, binding: Binding, region: set[fx.Node]) -> list[Reason]:
+        """What is read at the anchor, or moved ahead of it, is not written before or after."""
+        writes = [(w, ir.memory(t)) for w in self.graph.nodes for t in ir.written(w)]
+        if not writes:
+            return []
+        read = {*region, *binding.inputs, *binding.outputs}
+        stack = [i for i in binding.inputs if i > binding.anchor]
+        while stack:
+            sources = set(stack.pop().all_input_nodes) - read
+            read |= sources
+            stack += [i for i in sources if i > binding.anchor]
+        reasons = []
+        for node in sorted(read):
+            memory = ir.memory(node)
+            later = next((w for w, written in writes if written is memory and w > node), None)
+            if later is not None:
+                reasons.append(Reason(f"{node.name} is written in place by {later.name}", node))
+            elif ir.mutates(node) and (node in region or node > binding.anchor):
+                reasons.append(Reason(f"{node.target} writes in place", node))
         return reasons
 
     def region(self, binding: Binding) -> tuple[set[fx.Node], list[Reason]]:

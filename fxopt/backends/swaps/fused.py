@@ -1,0 +1,246 @@
+"""The words in which a fused forward is written: norms, MLPs, attention operands, as fxopt ops.
+
+Each reads parameters off the modules at the time of the call. A linear that is no plain `nn.Linear`
+any more (LoRA, quantized, sharded) is called as a module, on the tensor that the op then makes.
+
+Shapes: B batch, S tokens, D features, H heads, d head dim, F features of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+ops = torch.ops.fxopt
+_fired: ContextVar[list[tuple[str, str]] | None] = ContextVar("fired", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[list[tuple[str, str]]]:
+    """Collect (rule, op) of every substitution that runs."""
+    found: list[tuple[str, str]] = []
+    token = _fired.set(found)
+    try:
+        yield found
+    finally:
+        _fired.reset(token)
+
+
+def fire(rule: str, op: str) -> None:
+    """Note that a substitution by `rule` runs; the proof of a replacement counts them."""
+    found = _fired.get()
+    if found is not None:
+        found.append((rule, op))
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` is its weight and bias and nothing else."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not is_traceable_wrapper_subclass(linear.weight)
+    )
+
+
+class NormConstants(NamedTuple):
+    """n = norm(h) * (weight_offset + weight) + bias, by kind: "layer", "rms" or "none"."""
+
+    kind: str
+    eps: float
+    weight_offset: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def read_norm(norm: nn.Module | None, x: Tensor, weight_offset: float = 0.0) -> NormConstants:
+    """Read the constants and parameters off any library's LayerNorm or RMSNorm; None is no norm."""
+    if norm is None or type(norm) is nn.Identity:
+        return NormConstants("none", 0.0, 0.0, None, None)
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
+    return NormConstants(
+        kind, eps, weight_offset, getattr(norm, "weight", None), getattr(norm, "bias", None)
+    )
+
+
+class Normed(NamedTuple):
+    """norm(residual + gate * x) * (scale_offset + scale) + shift, computed where it is needed.
+
+    x, residual: [B, S, D]. gate, scale, shift: broadcastable to them, or None.
+    """
+
+    norm: nn.Module
+    x: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+    scale_offset: float = 1.0
+    h_dtype: torch.dtype | None = None
+
+    def value(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The normed tensor in `dtype` (default: x's), and h = residual + gate * x."""
+        n, h_dtype = read_norm(self.norm, self.x), self._h_dtype()
+        if n.kind == "none":
+            h = gated_residual(self.residual, self.gate, self.x, h_dtype)
+            return h, h
+        self._fire(n)
+        settings = (*n[:3], self.scale_offset, h_dtype, dtype or self.x.dtype)
+        y, h, _, _ = ops.norm_modulate(*self._operands(n), *settings)
+        return y, h if self.residual is not None else self.x
+
+    def into(self, *linears: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """What `linears` make of the normed tensor, and h."""
+        n = read_norm(self.norm, self.x)
+        if n.kind == "none" or not all(map(is_plain, linears)):
+            y, h = self.value()
+            return project(y, *linears), h
+        self._fire(n)
+        fire("merge_linears", "norm_modulate")
+        settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
+        weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+        outs, h = ops.norm_modulate_linears(*self._operands(n), *settings, weights, biases)
+        return outs, h if self.residual is not None else self.x
+
+    def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
+        return (self.x, self.residual, self.gate, n.weight, n.bias, self.scale, self.shift)
+
+    def _h_dtype(self) -> torch.dtype:
+        return self.h_dtype or promoted(self.x, self.residual, self.gate)
+
+    def _fire(self, n: NormConstants) -> None:
+        if self.residual is not None or self.scale is not None or self.shift is not None:
+            fire("norm_modulate", "norm_modulate")
+        elif n.kind == "rms":
+            fire("rms_norm", "norm_modulate")
+
+
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of a sum of `tensors`."""
+    first, *others = [t.dtype for t in tensors if t is not None]
+    for other in others:
+        first = torch.promote_types(first, other)
+    return first
+
+
+def gated_residual(
+    residual: Tensor | None, gate: Tensor | None, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """residual + gate * x; one op where there is a gate."""
+    if residual is None:
+        return x
+    if gate is None:
+        return residual + x
+    fire("norm_modulate", "norm_modulate")
+    dtype = dtype or promoted(x, residual, gate)
+    operands = (x, residual, gate, None, None, None, None)
+    return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
+
+
+def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Several linears of one input, as one autograd node."""
+    if len(linears) == 1 or not all(map(is_plain, linears)):
+        return [linear(x) for linear in linears]
+    fire("merge_linears", "linears")
+    return ops.linears(x, [m.weight for m in linears], [m.bias for m in linears])
+
+
+class Mlp(NamedTuple):
+    """inputs -> act(gate) * up -> dropout -> out, as `fxopt::gated_activation` names them.
+
+    inputs: one linear, or those of gate and up. `out` may take other features beside the activation.
+    """
+
+    inputs: tuple[nn.Module, ...]
+    activation: str
+    packing: str
+    out: nn.Module
+    dropout: nn.Module | None = None
+
+    def __call__(self, hidden: Sequence[Tensor], beside: Tensor | None = None) -> Tensor:
+        """`out([beside | act])` for the outputs of `inputs`."""
+        gate, up = (*hidden, None)[:2]
+        assert gate is not None
+        fire("gated_activation", "gated_activation")
+        if is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
+            fire("merge_linears", "gated_activation")
+            weight, bias = self.out.weight, self.out.bias
+            return ops.gated_activation_linear(
+                gate, up, self.activation, self.packing, beside, weight, bias
+            )
+        y = ops.gated_activation(gate, up, self.activation, self.packing)
+        if self.dropout is not None:
+            y = self.dropout(y)
+        return self.out(y if beside is None else torch.cat([beside, y], -1))
+
+
+class Rotation(NamedTuple):
+    """Rotary tables that broadcast to [B, S, H, d] or, with one entry per pair, [B, S, H, d/2]."""
+
+    kind: str
+    cos: Tensor
+    sin: Tensor
+
+    def split(self, length: int) -> tuple[Rotation, Rotation]:
+        """The tables of the first `length` tokens, and those of the others."""
+        first, second = (
+            Rotation(self.kind, self.cos[:, part], self.sin[:, part])
+            for part in (slice(0, length), slice(length, None))
+        )
+        return first, second
+
+
+def of_complex(freqs: Tensor) -> Rotation:
+    """Tables [..., S, d/2] that hold cos + i sin, as a rotation of interleaved pairs."""
+    tables = torch.view_as_real(freqs).unsqueeze(-3)
+    return Rotation("interleaved", tables[..., 0], tables[..., 1])
+
+
+class Section(NamedTuple):
+    """One run of tokens [B, S, H * d] of a query or key, its norm and its rotation."""
+
+    x: Tensor
+    norm: nn.Module | None = None
+    rotation: Rotation | None = None
+
+
+def operand(
+    sections: Sequence[Section], head_dim: int, *, across_heads: bool = False
+) -> Tensor:
+    """Queries or keys [B, S, H, d]: each section normed and rotated, all in one buffer."""
+    if all(s.norm is None and s.rotation is None for s in sections):
+        return heads(torch.cat([s.x for s in sections], 1), head_dim)
+    fire("qk_norm_rope", "qk_norm_rope")
+    arguments: list[Any] = []
+    norms = [read_norm(s.norm, s.x) for s in sections]
+    for section, norm in zip(sections, norms, strict=True):
+        tables = section.rotation[1:] if section.rotation is not None else (None, None)
+        arguments += [heads(section.x, head_dim), norm.weight, norm.bias, *tables]
+    arguments += [None] * (10 - len(arguments))
+    kind = next((s.rotation.kind for s in sections if s.rotation is not None), "none")
+    settings = (norms[0].kind, norms[0].eps, norms[-1].eps, 0.0, across_heads, kind)
+    return ops.qk_norm_rope(*arguments, *settings, sections[0].x.dtype)[0]
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H * d] to [B, S, H, d]."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def modulation(temb: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What the linears of several AdaLN modules make of one embedding [B, D]: [B, 1, n * D] each."""
+    return [m.unsqueeze(1) for m in project(F.silu(temb), *linears)]
+
+
+def clip_half(x: Tensor) -> Tensor:
+    """Clip fp16 to its range, as diffusers does at the end of a block."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -1,0 +1,225 @@
+"""Run a module's own forward and its replacement on small inputs; compare values and gradients.
+
+Both run on a replica on the CPU that has the module's structure, sizes and constants, and random
+parameters: the module may be sharded, on a GPU or without values, and a projection that is zero at
+the start of training would hide what it multiplies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxopt.backends.reads import Reads, recording
+from fxopt.backends.swaps.fused import counting
+from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
+from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE, _difference, _error
+
+RAISED = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+# Factor on the first argument, the one that the norms see: eps decides at 1e-3.
+SCALES = (1.0, 1e-3)
+_STRUCTURAL = (Tensor, nn.Module, dict, list, tuple, set, str, int, float, type(None))
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`why_not` is None if the replacement may stand; `fired` are its substitutions, (rule, op)."""
+
+    why_not: str | None
+    fired: tuple[tuple[str, str], ...] = ()
+
+
+_verdicts: dict[Any, list[tuple[Reads, Verdict]]] = {}
+
+
+def prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Verdict]:
+    """Judge `swap` on `module`; modules of one structure whose read attributes agree share it.
+
+    Args:
+        module: the module with its own forward; it is not run, its replica is.
+        example: arguments in the dtypes in which the module is called.
+    """
+    leaves, spec = pytree.tree_flatten(example)
+    kinds = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+    key = (swap.name, swap.forward, structure(module), spec, kinds)
+    known = _verdicts.setdefault(key, [])
+    for reads, verdict in known:
+        if reads.hold_for(module):
+            return reads, verdict
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        known.append(_prove(module, swap, example))
+    return known[-1]
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """Classes of all submodules and the shapes and dtypes of their parameters."""
+    return tuple(
+        (path, type(m), tuple((n, p.shape, p.dtype) for n, p in _own_parameters(m)))
+        for path, m in module.named_modules()
+    )
+
+
+def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, p) for n, p in module._parameters.items() if p is not None]
+
+
+def _prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Verdict]:
+    reads = Reads()
+    try:
+        twin = replica(module)
+        with recording(twin) as reads, counting() as fired:
+            why_not = _compare(twin, module, swap, example, fired)
+        verdict = Verdict(why_not, tuple(fired))
+    except Unfit as reason:
+        verdict = Verdict(str(reason))
+    except Exception as error:  # a guess that cannot even run is a wrong guess
+        first = (str(error).splitlines() or [""])[0]
+        verdict = Verdict(f"it does not run on a probe: {type(error).__name__}: {first}")
+    # The replica is in evaluation mode whatever the module is in.
+    reads.values = {k: v for k, v in reads.values.items() if k[1] != "training"}
+    return reads, verdict
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """A copy on the CPU without hooks, its parameters random float64."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(_random(p)) if p.is_floating_point() else p.detach().cpu()
+        for p in module.parameters()
+    }
+    for submodule in module.modules():
+        for name, value in vars(submodule).items():
+            if name in _HOOKS:
+                memo[id(value)] = type(value)()
+            elif not isinstance(value, _STRUCTURAL):
+                memo[id(value)] = value  # a config or a processor: shared, not copied
+    twin = copy.deepcopy(module, memo)
+    for submodule in twin.modules():
+        submodule.__dict__.pop("forward", None)
+    return twin.to("cpu").eval()
+
+
+def _random(parameter: Tensor) -> Tensor:
+    # Unit gain for matrices; vectors spread about one, so that no norm weight is one or zero.
+    fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
+    x = torch.randn(parameter.shape, dtype=torch.float64) * fan_in**-0.5
+    return x if parameter.dim() > 1 else x + 1
+
+
+def _compare(
+    twin: nn.Module,
+    module: nn.Module,
+    swap: Swap,
+    example: Arguments,
+    fired: list[tuple[str, str]],
+) -> str | None:
+    dtypes = [p.dtype for p in module.parameters()]
+    for p, dtype in zip(twin.parameters(), dtypes, strict=True):
+        p.data = p.data.to(dtype).to(p.dtype)  # what the model's own dtype can hold
+    truth: Sequence[Tensor | None] = ()
+    own, fused = twin.forward, lambda **arguments: swap.forward(twin, **arguments)
+    first = next(iter(example))
+    with Raised():
+        for scale in reversed(SCALES):
+            wide = pytree.tree_map_only(Tensor, _raise, example)
+            wide[first] = wide[first] * scale
+            truth = _run(twin, own, wide, swap)
+            fired.clear()
+            found = _run(twin, fused, wide, swap)
+            why_not = _disagreement(truth, found, scale)
+            if why_not:
+                return why_not
+    count = list(fired)
+    for p, dtype in zip(twin.parameters(), dtypes, strict=True):
+        p.data = p.data.to(dtype)
+    for name, buffer in module.named_buffers():
+        twin.get_buffer(name).data = buffer.detach().cpu()
+    why_not = _inaccuracy(truth, _run(twin, own, example, swap), _run(twin, fused, example, swap))
+    fired[:] = count
+    return why_not
+
+
+def _run(
+    twin: nn.Module, forward: Callable[..., Any], example: Mapping[str, Any], swap: Swap
+) -> list[Tensor | None]:
+    """Outputs, then gradients of the arguments and of all parameters."""
+    arguments, wanted = {}, list(twin.parameters())
+    for name, value in example.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in swap.constants:
+            value = value.detach().clone().requires_grad_()
+            wanted.append(value)
+        arguments[name] = value
+    torch.manual_seed(0)
+    outputs = [o for o in pytree.tree_leaves(forward(**arguments)) if isinstance(o, Tensor)]
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs
+    ]
+    wanted = [w for w in wanted if w.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+    return [*(o.detach() for o in outputs), *gradients]
+
+
+def _disagreement(
+    truth: Sequence[Tensor | None], found: Sequence[Tensor | None], scale: float
+) -> str | None:
+    if len(truth) != len(found):
+        return f"{len(truth) - len(found)} outputs are missing"
+    for index, (t, f) in enumerate(zip(truth, found, strict=True)):
+        if t is None or f is None:
+            if t is not f and (t if t is not None else f).any():  # type: ignore[union-attr]
+                return f"result {index} has no gradient in one of the two forms"
+        elif not _difference(t, f) <= MEANING_TOLERANCE:
+            return (
+                f"result {index} differs by {_difference(t, f):.2g} in float64 on inputs of "
+                f"scale {scale:g}"
+            )
+    return None
+
+
+def _inaccuracy(
+    truth: Sequence[Tensor | None],
+    eager: Sequence[Tensor | None],
+    ours: Sequence[Tensor | None],
+) -> str | None:
+    for index, (t, e, o) in enumerate(zip(truth, eager, ours, strict=True)):
+        if t is None or e is None or o is None:
+            continue
+        if e.dtype != o.dtype:
+            return f"result {index} is {o.dtype}, not {e.dtype}"
+        bound = ERROR_FACTOR * _error(t, e) + torch.finfo(e.dtype).eps
+        if not _error(t, o) <= bound:
+            return f"result {index}: error {_error(t, o):.2g}, above {bound:.2g} (twice eager's)"
+    return None
+
+
+class Raised(TorchFunctionMode):
+    """Raises every floating-point dtype that code names to double precision."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
+        args, kwargs = pytree.tree_map_only(torch.dtype, _raised, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _raised(dtype: torch.dtype) -> torch.dtype:
+    return RAISED.get(dtype, dtype)
+
+
+def _raise(value: Tensor) -> Tensor:
+    return value.to(_raised(value.dtype))

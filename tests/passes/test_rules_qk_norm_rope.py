@@ -1,0 +1,272 @@
+"""QK-norm, rotary embedding and the joint concatenation to one op per operand.
+
+Shapes: B batch, S tokens, T text tokens, H heads, d head dim, D = H * d.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from tests.passes.rewriting import Rewritten, Written, normal, rewrite
+
+H, d = 2, 8
+D = H * d
+
+
+def rewritten(forward, *inputs: Tensor, **parameters: Tensor) -> Rewritten:
+    return rewrite(Written(forward, **parameters), *inputs, rules=["qk_norm_rope"])
+
+
+def projections(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    weights = {name: normal(D, D, dtype=dtype, seed=i) / 4 for i, name in enumerate("qkv")}
+    return weights | {"norm_q": normal(d, dtype=dtype), "norm_k": normal(d, dtype=dtype, seed=1)}
+
+
+def tables(tokens: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(tokens)[:, None] * 0.7 ** torch.arange(d // 2)
+    return angle.cos(), angle.sin()
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (H, d))
+
+
+def neighbours(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """FLUX: pairs of neighbours, tables [S, d]."""
+    a, b = x_BSHd.reshape(*x_BSHd.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-b, a], dim=-1).flatten(3)
+    cos, sin = (t.repeat_interleave(2, dim=-1)[None, :, None] for t in (cos, sin))
+    return (x_BSHd.float() * cos + turned.float() * sin).to(x_BSHd.dtype)
+
+
+def halves(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Llama: the two halves, tables [S, d]."""
+    a, b = x_BSHd.chunk(2, dim=-1)
+    cos, sin = (torch.cat([t, t], dim=-1)[None, :, None] for t in (cos, sin))
+    return x_BSHd * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def attention(rope=neighbours, norm=F.rms_norm):
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        q = rope(norm(q, (d,), m.norm_q, eps=1e-6), cos, sin)
+        k = rope(norm(k, (d,), m.norm_k, eps=1e-6), cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return forward
+
+
+def joint(m, x: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Text before image, as in FLUX."""
+    operands = []
+    for w, norm in ((m.q, m.norm_q), (m.k, m.norm_k)):
+        parts = [F.rms_norm(heads(F.linear(t, w)), (d,), norm, eps=1e-6) for t in (text, x)]
+        operands.append(neighbours(torch.cat(parts, dim=1), cos, sin))
+    operands.append(torch.cat([heads(F.linear(t, m.v)) for t in (text, x)], dim=1))
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in operands))
+
+
+def test_norm_and_rotation():
+    found = rewritten(attention(), normal(2, 5, D), *tables(5), **projections())
+    assert_expected_inline(found.code(), """\
+linear = aten.linear(inputs_0, p_q)
+unflatten = aten.unflatten.int(linear, -1, [2, 8])
+linear_1 = aten.linear(inputs_0, p_k)
+unflatten_1 = aten.unflatten.int(linear_1, -1, [2, 8])
+linear_2 = aten.linear(inputs_0, p_v)
+unflatten_2 = aten.unflatten.int(linear_2, -1, [2, 8])
+repeat_interleave = aten.repeat_interleave.self_int(inputs_1, 2, -1)
+unsqueeze = aten.unsqueeze(repeat_interleave, 0)
+unsqueeze_1 = aten.unsqueeze(unsqueeze, 2)
+repeat_interleave_1 = aten.repeat_interleave.self_int(inputs_2, 2, -1)
+unsqueeze_2 = aten.unsqueeze(repeat_interleave_1, 0)
+unsqueeze_3 = aten.unsqueeze(unsqueeze_2, 2)
+qk_norm_rope = fxopt.qk_norm_rope(unflatten, p_norm_q, None, unsqueeze_1, unsqueeze_3, None,
+    None, None, None, None, 'rms', 1e-06, 1e-06, 0.0, False, 'interleaved', float32)
+getitem_4 = qk_norm_rope[0]
+permute = aten.permute(getitem_4, [0, 2, 1, 3])
+qk_norm_rope_1 = fxopt.qk_norm_rope(unflatten_1, p_norm_k, None, unsqueeze_1, unsqueeze_3, None,
+    None, None, None, None, 'rms', 1e-06, 1e-06, 0.0, False, 'interleaved', float32)
+getitem_5 = qk_norm_rope_1[0]
+permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
+transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(permute, permute_1,
+    transpose_2)
+transpose_3 = aten.transpose.int(scaled_dot_product_attention, 1, 2)
+flatten_2 = aten.flatten.using_ints(transpose_3, 2)
+return (flatten_2,)""")
+
+
+def test_the_joint_sequence():
+    inputs = normal(2, 5, D), normal(2, 3, D), *tables(8)
+    found = rewritten(joint, *inputs, **projections())
+    assert found.count("qk_norm_rope") == 2
+    assert_expected_inline(found.code(), """\
+linear = aten.linear(inputs_1, p_q)
+unflatten = aten.unflatten.int(linear, -1, [2, 8])
+linear_1 = aten.linear(inputs_0, p_q)
+unflatten_1 = aten.unflatten.int(linear_1, -1, [2, 8])
+repeat_interleave = aten.repeat_interleave.self_int(inputs_2, 2, -1)
+unsqueeze = aten.unsqueeze(repeat_interleave, 0)
+unsqueeze_1 = aten.unsqueeze(unsqueeze, 2)
+repeat_interleave_1 = aten.repeat_interleave.self_int(inputs_3, 2, -1)
+unsqueeze_2 = aten.unsqueeze(repeat_interleave_1, 0)
+unsqueeze_3 = aten.unsqueeze(unsqueeze_2, 2)
+linear_2 = aten.linear(inputs_1, p_k)
+unflatten_2 = aten.unflatten.int(linear_2, -1, [2, 8])
+linear_3 = aten.linear(inputs_0, p_k)
+unflatten_3 = aten.unflatten.int(linear_3, -1, [2, 8])
+linear_4 = aten.linear(inputs_1, p_v)
+unflatten_4 = aten.unflatten.int(linear_4, -1, [2, 8])
+linear_5 = aten.linear(inputs_0, p_v)
+unflatten_5 = aten.unflatten.int(linear_5, -1, [2, 8])
+cat_2 = aten.cat([unflatten_4, unflatten_5], 1)
+sym_size_int_11 = aten.sym_size.int(unflatten, 1)
+slice_tensor = aten.slice.Tensor(unsqueeze_1, 1, 0, sym_size_int_11)
+slice_tensor_1 = aten.slice.Tensor(unsqueeze_3, 1, 0, sym_size_int_11)
+slice_tensor_2 = aten.slice.Tensor(unsqueeze_1, 1, sym_size_int_11, 9223372036854775807)
+slice_tensor_3 = aten.slice.Tensor(unsqueeze_3, 1, sym_size_int_11, 9223372036854775807)
+qk_norm_rope = fxopt.qk_norm_rope(unflatten, p_norm_q, None, slice_tensor, slice_tensor_1,
+    unflatten_1, p_norm_q, None, slice_tensor_2, slice_tensor_3, 'rms', 1e-06, 1e-06, 0.0,
+    False, 'interleaved', float32)
+getitem_4 = qk_norm_rope[0]
+permute = aten.permute(getitem_4, [0, 2, 1, 3])
+sym_size_int_13 = aten.sym_size.int(unflatten_2, 1)
+slice_tensor_4 = aten.slice.Tensor(unsqueeze_1, 1, 0, sym_size_int_13)
+slice_tensor_5 = aten.slice.Tensor(unsqueeze_3, 1, 0, sym_size_int_13)
+slice_tensor_6 = aten.slice.Tensor(unsqueeze_1, 1, sym_size_int_13, 9223372036854775807)
+slice_tensor_7 = aten.slice.Tensor(unsqueeze_3, 1, sym_size_int_13, 9223372036854775807)
+qk_norm_rope_1 = fxopt.qk_norm_rope(unflatten_2, p_norm_k, None, slice_tensor_4, slice_tensor_5,
+    unflatten_3, p_norm_k, None, slice_tensor_6, slice_tensor_7, 'rms', 1e-06, 1e-06, 0.0,
+    False, 'interleaved', float32)
+getitem_5 = qk_norm_rope_1[0]
+permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
+transpose_2 = aten.transpose.int(cat_2, 1, 2)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(permute, permute_1,
+    transpose_2)
+return (scaled_dot_product_attention,)""")
+    found.assert_as_accurate(normal(1, 6, D), normal(1, 2, D), *tables(8))
+
+
+def test_norm_alone():
+    found = rewritten(
+        attention(rope=lambda x, cos, sin: x), normal(2, 5, D), *tables(5), **projections()
+    )
+    assert found.count("qk_norm_rope") == 2
+    found.assert_as_accurate(normal(1, 3, D), *tables(3))
+
+
+def test_rotation_alone():
+    found = rewritten(
+        attention(norm=lambda x, *_, eps: x), normal(2, 5, D), *tables(5), **projections()
+    )
+    assert found.count("qk_norm_rope") == 2
+    found.assert_as_accurate(normal(1, 3, D), *tables(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", [neighbours, halves])
+def test_values_and_gradients(rope, dtype: torch.dtype):
+    inputs = normal(2, 5, D, dtype=dtype), *(t.to(dtype) for t in tables(5))
+    found = rewritten(attention(rope), *inputs, **projections(dtype))
+    assert found.count("qk_norm_rope") == 2
+    found.assert_as_accurate(normal(1, 7, D, dtype=dtype), *(t.to(dtype) for t in tables(7)))
+
+
+def _swapped(x, cos, sin):
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([b * cos[:, None] - a * sin[:, None], a * cos[:, None] + b * sin[:, None]], -1)
+
+
+def _pairs(first, second, join):
+    def rope(x, cos, sin):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return join(first(a, b, cos, sin), second(a, b, cos, sin))
+
+    return rope
+
+
+def _stack(a, b):
+    return torch.stack([a, b], dim=-1).flatten(-2)
+
+
+def _cat(a, b):
+    return torch.cat([a, b], dim=-1)
+
+
+NEAR_MISSES = {
+    "wrong sign": _pairs(
+        lambda a, b, c, s: a * c + b * s, lambda a, b, c, s: b * c + a * s, _stack
+    ),
+    "pairs exchanged": _pairs(
+        lambda a, b, c, s: b * c + a * s, lambda a, b, c, s: a * c - b * s, _stack
+    ),
+    "neighbours in, halves out": _pairs(
+        lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * s, _cat
+    ),
+    "one table for both": _pairs(
+        lambda a, b, c, s: a * c - b * c, lambda a, b, c, s: b * c + a * s, _stack
+    ),
+    "rotated twice in one member": _pairs(
+        lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + 2 * a * s, _stack
+    ),
+    "shifted tokens": lambda x, cos, sin: halves(x, cos.roll(1, 0), sin).roll(1, 1),
+    "not linear": lambda x, cos, sin: halves(x, cos, sin).sin(),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay(name: str):
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(attention(NEAR_MISSES[name]), *inputs, **projections())
+    assert not found.count("qk_norm_rope"), found.code()
+    assert found.reasons("qk_norm_rope")
+    found.assert_as_accurate(*inputs)
+
+
+def test_declines_with_the_reason():
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(attention(NEAR_MISSES["wrong sign"]), *inputs, **projections())
+    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """\
+queries: what stands between the norm and attention is no known rotation
+keys: what stands between the norm and attention is no known rotation""")
+
+
+def test_rotated_queries_that_are_used_elsewhere_keep_their_value():
+    def forward(m, x, cos, sin):
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        normed = F.rms_norm(q, (d,), m.norm_q, eps=1e-6)
+        out = F.scaled_dot_product_attention(neighbours(normed, cos, sin), k, v)
+        return out, normed
+
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(forward, *inputs, **projections())
+    assert not found.count("qk_norm_rope")
+    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """\
+queries: the operand is [s21, s35, 2, 8], not [batch, heads, tokens, head_dim]
+keys: the operand is [s21, s35, 2, 8], not [batch, heads, tokens, head_dim]""")
+
+
+def test_trained_tables_decline_with_the_reason():
+    def forward(m, x):
+        return attention()(m, x, m.cos[: x.shape[1]], m.sin[: x.shape[1]])
+
+    cos, sin = tables(16)
+    found = rewritten(forward, normal(2, 5, D), cos=cos, sin=sin, **projections())
+    assert not found.count("qk_norm_rope")
+    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """\
+p_cos is trained, and the op gives it no gradient
+p_sin is trained, and the op gives it no gradient""")
+    found.assert_as_accurate(normal(2, 5, D))
+
+
+def test_tables_that_came_to_need_a_gradient_are_refused():
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(attention(), *inputs, **projections())
+    cos, sin = (t.requires_grad_() for t in tables(5))
+    with pytest.raises(AssertionError, match="another call"):
+        found(inputs[0], cos, sin)
