@@ -31,6 +31,8 @@ VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
 }
+# Backward kernels that sum their programs' partial sums in a second launch.
+REDUCING = {"fxopt::norm_modulate_backward", "fxopt::qk_norm_rope_backward"}
 ALLOCATIONS = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros_like"),
 }
@@ -57,8 +59,7 @@ class Traffic:
     Args:
         gemms, attentions: its products.
         glue: bytes read and written by everything else, by op; each operand is read once.
-        launches: kernels by op: one each, two for a backward op of fxopt, which reduces its partial
-            sums in a second one.
+        launches: kernels by op: one each, two for an op in REDUCING.
         saved: bytes kept for backward, by storage, without the parameters.
     """
 
@@ -121,8 +122,7 @@ class _Counting(TorchDispatchMode):
         cost, name = kind(func), func._schema.name.removeprefix("aten::")
         if cost in ("view", "allocation"):
             return out
-        is_own_backward = func.namespace == "fxopt" and name.endswith("_backward")
-        self.traffic.launches[name] += 2 if is_own_backward else 1
+        self.traffic.launches[name] += 2 if name in REDUCING else 1
         operands = args[1:] if name == "copy_" else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))

@@ -4,6 +4,9 @@ A linear keeps its input for its weight gradient. Where a fused op makes that in
 that are kept anyway, the pair keeps only those: the backward of the op makes the input once more in
 the pass that it does in any case. Linears on one input add up its gradient inside their GEMMs.
 
+A linear whose output is split is run as one product per piece, on rows of its one weight: the
+gradients of the pieces then need not be joined.
+
 Shapes: T tokens (all leading dims), K input features, N output features.
 """
 
@@ -21,23 +24,28 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.registration import register_composite
 
 
+# For each output: which linear, and which rows of its weight, first and last + 1.
+Pieces = tuple[tuple[int, int, int], ...]
+
+
 class Linears(torch.autograd.Function):
     """x -> (x W_i^T + b_i) for several linears."""
 
     @staticmethod
-    def forward(ctx: Any, num_linears: int, x: Tensor, *parameters: Tensor | None) -> Any:
+    def forward(ctx: Any, pieces: Pieces, x: Tensor, *parameters: Tensor | None) -> Any:
+        num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         ctx.save_for_backward(x, *weights)
-        ctx.num_linears = num_linears
+        ctx.pieces = pieces
         ctx.set_materialize_grads(False)
-        return _forward(x, weights, biases)
+        return _forward(x, weights, biases, pieces)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
         _, needs_x, *needs = ctx.needs_input_grad
-        dx = input_gradient(grads, weights, x.shape) if needs_x else None
-        return None, dx, *parameter_gradients(grads, x, needs)
+        dx = input_gradient(grads, weights, ctx.pieces, x.shape) if needs_x else None
+        return None, dx, *parameter_gradients(grads, x, weights, ctx.pieces, needs)
 
 
 class NormModulateLinears(torch.autograd.Function):
@@ -45,9 +53,10 @@ class NormModulateLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: tuple[Any, ...], num_linears: int, *tensors: Tensor | None
+        ctx: Any, settings: tuple[Any, ...], pieces: Pieces, *tensors: Tensor | None
     ) -> Any:
         operands, parameters = tensors[:7], tensors[7:]
+        num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         y, h, mean, rstd = norm_modulate(*operands, *settings)
         x, residual, gate, *modulation = operands
@@ -55,9 +64,9 @@ class NormModulateLinears(torch.autograd.Function):
         ctx.save_for_backward(
             h if residual is not None else x, branch, gate, *modulation, mean, rstd, *weights
         )
-        ctx.settings, ctx.num_linears = settings, num_linears
+        ctx.settings, ctx.pieces = settings, pieces
         ctx.set_materialize_grads(False)
-        return (*_forward(y, weights, biases), h)
+        return (*_forward(y, weights, biases, pieces), h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -67,7 +76,7 @@ class NormModulateLinears(torch.autograd.Function):
             grad_h = None
         norm, _, weight_offset, scale_offset, _, dtype = ctx.settings
         needs, needs_parameters = ctx.needs_input_grad[2:9], ctx.needs_input_grad[9:]
-        dy = input_gradient(grad_outs, weights, h.shape)
+        dy = input_gradient(grad_outs, weights, ctx.pieces, h.shape)
         if dy is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
         dh, dx, dgate, *modulation_grads, y = torch.ops.fxopt.norm_modulate_backward(
@@ -94,7 +103,7 @@ class NormModulateLinears(torch.autograd.Function):
             dshift = dy.to(shift.dtype)
         found = (dx if gate is not None else dh, dh, dgate, dweight, dbias, dscale, dshift)
         operand_grads = [g if need else None for g, need in zip(found, needs, strict=True)]
-        parameter_grads = parameter_gradients(grad_outs, y, needs_parameters)
+        parameter_grads = parameter_gradients(grad_outs, y, weights, ctx.pieces, needs_parameters)
         return None, None, *operand_grads, *parameter_grads
 
 
@@ -149,9 +158,12 @@ class GatedActivationLinear(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+    x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None], pieces: Pieces
 ) -> tuple[Tensor, ...]:
-    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+    return tuple(
+        F.linear(x, weights[i][start:stop], None if (b := biases[i]) is None else b[start:stop])
+        for i, start, stop in pieces
+    )
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -159,40 +171,75 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def input_gradient(
-    grads: Sequence[Tensor | None], weights: Sequence[Tensor], shape: torch.Size
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], pieces: Pieces, shape: torch.Size
 ) -> Tensor | None:
     """sum_i g_i W_i [*shape], accumulated in the GEMMs; None if no output has a gradient."""
     dx_TK: Tensor | None = None
-    for grad, weight in zip(grads, weights, strict=True):
+    for grad, (i, start, stop) in zip(grads, pieces, strict=True):
         if grad is None:
             continue
-        dx_TK = _flat(grad) @ weight if dx_TK is None else dx_TK.addmm_(_flat(grad), weight)
+        rows = weights[i][start:stop]
+        dx_TK = _flat(grad) @ rows if dx_TK is None else dx_TK.addmm_(_flat(grad), rows)
     return None if dx_TK is None else dx_TK.view(shape)
 
 
 def parameter_gradients(
-    grads: Sequence[Tensor | None], x: Tensor, needs: Sequence[bool]
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    pieces: Pieces,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of all weights, then of all biases; `needs` in that order."""
-    num_linears = len(grads)
-    weights = [
-        _flat(g).t() @ _flat(x) if g is not None and need else None
-        for g, need in zip(grads, needs[:num_linears], strict=True)
-    ]
-    biases = [
-        _flat(g).sum(0) if g is not None and need else None
-        for g, need in zip(grads, needs[num_linears:], strict=True)
-    ]
-    return [*weights, *biases]
+    num_linears = len(weights)
+    dweights: list[Tensor | None] = [None] * num_linears
+    dbiases: list[Tensor | None] = [None] * num_linears
+    for grad, (i, start, stop) in zip(grads, pieces, strict=True):
+        if grad is None:
+            continue
+        whole = stop - start == weights[i].shape[0]
+        if needs[i] and whole:
+            dweights[i] = _flat(grad).t() @ _flat(x)
+        elif needs[i]:
+            dweight = _buffer(dweights, i, weights[i], pieces, grads)
+            torch.mm(_flat(grad).t(), _flat(x), out=dweight[start:stop])
+        if needs[num_linears + i] and whole:
+            dbiases[i] = _flat(grad).sum(0)
+        elif needs[num_linears + i]:
+            dbias = _buffer(dbiases, i, weights[i][:, 0], pieces, grads)
+            torch.sum(_flat(grad), 0, out=dbias[start:stop])
+    return [*dweights, *dbiases]
 
 
-def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
-    return list(Linears.apply(len(weights), x, *weights, *biases))
+def _buffer(
+    buffers: list[Tensor | None],
+    i: int,
+    like: Tensor,
+    pieces: Pieces,
+    grads: Sequence[Tensor | None],
+) -> Tensor:
+    """The gradient of parameter `i` while its pieces come in; zero where a piece has none."""
+    if buffers[i] is None:
+        complete = all(g is not None for g, p in zip(grads, pieces, strict=True) if p[0] == i)
+        buffers[i] = torch.empty_like(like) if complete else torch.zeros_like(like)
+    return buffers[i]  # type: ignore[return-value]
+
+
+def _pieces(flat: list[int]) -> Pieces:
+    return tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+
+
+def _linears(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pieces: list[int]
+) -> list[Tensor]:
+    return list(Linears.apply(_pieces(pieces), x, *weights, *biases))
 
 
 def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases) = args[:7], args[7:13], args[13:]
-    *outs, h = NormModulateLinears.apply(settings, len(weights), *operands, *weights, *biases)
+    operands, settings, (weights, biases, pieces) = args[:7], args[7:13], args[13:]
+    *outs, h = NormModulateLinears.apply(
+        settings, _pieces(pieces), *operands, *weights, *biases
+    )
     return outs, h
 
 
@@ -210,12 +257,12 @@ def _gated_activation_linear(
 
 
 linears = register_composite(
-    "linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", _linears
+    "linears(Tensor x, Tensor[] weights, Tensor?[] biases, int[] pieces) -> Tensor[]", _linears
 )
 norm_modulate_linears = register_composite(
     "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
-    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases) "
+    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] pieces) "
     "-> (Tensor[] outs, Tensor h)",
     _norm_modulate_linears,
 )

@@ -408,7 +408,8 @@ class NormModulate(torch.autograd.Function):
         ]
         ctx.mark_non_differentiable(mean, rstd, *absent)
         branch = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(x if residual is None else h, branch, gate, *affine, mean, rstd)
+        kept = None if ctx.norm == "none" else x if residual is None else h
+        ctx.save_for_backward(kept, branch, gate, *affine, mean, rstd)
         return y, h, mean, rstd
 
     @staticmethod
@@ -418,6 +419,7 @@ class NormModulate(torch.autograd.Function):
         if grad_y is None and grad_h is None:
             return (None,) * 7 + no_grads
         h, branch, gate, *affine, mean, rstd = ctx.saved_tensors
+        h = grad_h if h is None else h  # without a norm only its shape and dtype are read
         shift, needs = affine[3], list(ctx.needs_input_grad[:7])
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
         constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype

@@ -40,6 +40,9 @@ def as_norm(node: Any) -> Norm | None:
         kind = "layer" if node.target is aten.layer_norm.default else "rms"
         return Norm(node, a["input"], kind, a["eps"], a["weight"], a.get("bias"))
     if ir.is_call(node, operator.getitem) and node.args[1] == 0:
+        if ir.is_call(node.args[0], aten.native_layer_norm.default):
+            x, sizes, weight, bias, eps = node.args[0].args
+            return Norm(node, x, "layer", eps, weight, bias) if len(sizes) == 1 else None
         return _as_bare_fxopt_norm(node)
     return None
 

@@ -34,6 +34,9 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
         for node in list(graph.nodes):
             if ir.is_call(node, aten.empty_like.default, aten.empty.memory_format):
                 _join_writes(graph, node)
+        _read_sizes_off_inputs(graph)
+        for node in list(graph.nodes):
+            _join_slices(graph, node)
         if not any(ir.mutates(n) for n in graph.nodes):
             _share_common_subexpressions(graph)
         graph.eliminate_dead_code()
@@ -113,6 +116,52 @@ IDENTITIES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.reshape.default: _moved_nothing,
     aten.alias.default: _moved_nothing,
 }
+
+
+def _read_sizes_off_inputs(graph: fx.Graph) -> None:
+    """A size is read off a placeholder that has it, not off a tensor that may go away."""
+    known: dict[Any, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, size in enumerate(ir.shape(node) if ir.tensor(node) is not None else ()):
+            known.setdefault(ir.expression(size), (node, dim))
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        source = known.get(ir.expression(node.meta["val"]))
+        if source is not None:
+            node.args = source
+
+
+def _join_slices(graph: fx.Graph, node: fx.Node) -> None:
+    """x[:n] and x[n:] are a split: the same views, and one kernel for their gradient, not three."""
+    slices = [u for u in node.users if ir.is_call(u, aten.slice.Tensor)]
+    if len(slices) != 2 or ir.tensor(node) is None:
+        return
+    named = [ir.arguments(s) for s in slices]
+    if any(a["step"] != 1 for a in named) or named[0]["dim"] != named[1]["dim"]:
+        return
+    order = sorted((0, 1), key=lambda i: named[i]["start"] not in (None, 0))
+    (first, a), (second, b) = ((slices[i], named[i]) for i in order)
+    starts, stops = (a["start"] in (None, 0), b["end"]), (a["end"], b["start"])
+    to_the_end = starts[1] is None or starts[1] == 2**63 - 1
+    same_cut = stops[0] is stops[1] or (isinstance(stops[0], int) and stops[0] == stops[1])
+    is_size = isinstance(stops[0], fx.Node) or (isinstance(stops[0], int) and stops[0] > 0)
+    if not (starts[0] and to_the_end and same_cut and is_size):
+        return
+    dim = a["dim"]
+    before = min(slices)
+    cut = stops[0].meta["val"] if isinstance(stops[0], fx.Node) else stops[0]
+    if not ir.same(ir.shape(first)[dim], cut):
+        return  # the cut lies behind the end
+    with graph.inserting_before(before):
+        if isinstance(stops[0], fx.Node) and stops[0] > before:
+            return
+        rest = _call(graph, before, aten.sym_size.int, node, dim)
+        rest = _call(graph, before, operator.sub, rest, stops[0])
+        split = _call(graph, before, aten.split_with_sizes.default, node, [stops[0], rest], dim)
+        for i, old in enumerate((first, second)):
+            part = _call(graph, old, operator.getitem, split, i)
+            old.replace_all_uses_with(part)
+    for old in slices:
+        graph.erase_node(old)
 
 
 @dataclass(frozen=True)

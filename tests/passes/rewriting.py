@@ -56,7 +56,7 @@ class Rewritten:
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((inputs, {}))
-        assert self.plan.accepts(leaves, spec, Autocast.current("cpu")), "another call than the graph fits"
+        assert self.plan.accepts(leaves, spec, Autocast.current("cpu")), "not what the graph was captured for"
         state = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         slots = [v if kind == "constant" else state[v] for kind, v in self.plan.slots]
         return pytree.tree_unflatten(self.plan.run(*slots, *leaves), self.plan.out_spec)

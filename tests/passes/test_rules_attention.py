@@ -40,12 +40,9 @@ def grouped(m, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def test_scale_and_fp32_softmax():
     assert_expected_inline(rewritten(plain, *qkv(2, 5)).code(), """\
-transpose = aten.transpose.int(inputs_1, -2, -1)
-matmul = aten.matmul(inputs_0, transpose)
-mul = aten.mul.Tensor(matmul, 0.3535533905932738)
-softmax = aten.softmax.int(mul, -1, float32)
-matmul_1 = aten.matmul(softmax, inputs_2)
-return (matmul_1,)""")
+scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
+    None, 0.0, False, scale = 0.3535533905932738, enable_gqa = False)
+return (scaled_dot_product_attention,)""")
 
 
 def test_bool_mask():
@@ -54,7 +51,7 @@ def test_bool_mask():
     found = rewritten(masked, *qkv(2, 5), keep)
     assert_expected_inline(found.code(), """\
 div = aten.div.Tensor(inputs_0, 2.8284271247461903)
-m_t = aten.mT(inputs_1)
+m_t = aten.transpose.int(inputs_1, -2, -1)
 matmul = aten.matmul(div, m_t)
 bitwise_not = aten.bitwise_not(inputs_3)
 masked_fill = aten.masked_fill.Scalar(matmul, bitwise_not, -inf)
@@ -66,7 +63,8 @@ return (matmul_1,)""")
 
 def test_grouped_queries():
     q, k, v = qkv(2, 5)
-    k, v, mask = k[:, :2], v[:, :2], torch.randn(2, 1, 5, 5)
+    k, v = normal(2, 2, 5, d), normal(2, 2, 5, d, seed=1)
+    mask = torch.randn(2, 1, 5, 5)
     found = rewritten(grouped, q, k, v, mask)
     assert_expected_inline(found.code(), """\
 to_dtype = aten.to.dtype(inputs_3, float32)

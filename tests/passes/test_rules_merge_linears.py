@@ -106,9 +106,9 @@ def test_an_input_written_between_two_linears():
         h.add_(1)
         return first, F.linear(h, m.k)
 
-    found = rewritten(forward, normal(2, 5, D), **weights())
+    module = Written(forward, **weights()).requires_grad_(False)
+    found = rewrite(module, normal(2, 5, D))
     assert not found.count("merge_linears")
-    assert_expected_inline("\n".join(found.reasons("merge_linears")), """""")
     found.assert_as_accurate(normal(2, 5, D))
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, S tokens, D features, H heads, d head dim, F features of an MLP
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -98,17 +99,19 @@ class Normed(NamedTuple):
         y, h, _, _ = ops.norm_modulate(*self._operands(n), *settings)
         return y, h if self.residual is not None else self.x
 
-    def into(self, *linears: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """What `linears` make of the normed tensor, and h."""
+    def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
+        """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
         if n.kind == "none" or not all(map(is_plain, linears)):
             y, h = self.value()
-            return project(y, *linears), h
+            outs = project(y, *linears)
+            return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self._fire(n)
         fire("merge_linears", "norm_modulate")
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-        outs, h = ops.norm_modulate_linears(*self._operands(n), *settings, weights, biases)
+        parameters = (weights, biases, pieces(weights, sizes))
+        outs, h = ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
         return outs, h if self.residual is not None else self.x
 
     def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
@@ -151,13 +154,22 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     if len(linears) == 1 or not all(map(is_plain, linears)):
         return [linear(x) for linear in linears]
     fire("merge_linears", "linears")
-    return ops.linears(x, [m.weight for m in linears], [m.bias for m in linears])
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    return ops.linears(x, weights, biases, pieces(weights))
+
+
+def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
+    """(linear, first row, last row + 1) of each output, flat: one per linear, or one's `sizes`."""
+    if not sizes:
+        return [i for index, w in enumerate(weights) for i in (index, 0, w.shape[0])]
+    ends = list(itertools.accumulate(sizes))
+    return [i for size, end in zip(sizes, ends, strict=True) for i in (0, end - size, end)]
 
 
 class Mlp(NamedTuple):
     """inputs -> act(gate) * up -> dropout -> out, as `fxopt::gated_activation` names them.
 
-    inputs: one linear, or those of gate and up. `out` may take other features beside the activation.
+    inputs: one linear, or those of gate and up. `out` may take features beside the activation.
     """
 
     inputs: tuple[nn.Module, ...]
@@ -213,9 +225,7 @@ class Section(NamedTuple):
     rotation: Rotation | None = None
 
 
-def operand(
-    sections: Sequence[Section], head_dim: int, *, across_heads: bool = False
-) -> Tensor:
+def operand(sections: Sequence[Section], head_dim: int, *, across_heads: bool = False) -> Tensor:
     """Queries or keys [B, S, H, d]: each section normed and rotated, all in one buffer."""
     if all(s.norm is None and s.rotation is None for s in sections):
         return heads(torch.cat([s.x for s in sections], 1), head_dim)
@@ -237,7 +247,7 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def modulation(temb: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """What the linears of several AdaLN modules make of one embedding [B, D]: [B, 1, n * D] each."""
+    """What the linears of several AdaLN modules make of one embedding: [B, D] to [B, 1, n * D]."""
     return [m.unsqueeze(1) for m in project(F.silu(temb), *linears)]
 
 

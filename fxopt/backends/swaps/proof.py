@@ -8,8 +8,10 @@ the start of training would hide what it multiplies.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.fused import counting
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
-from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE, _difference, _error
+from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE
 
 RAISED = {
     torch.float32: torch.float64,
@@ -28,6 +30,9 @@ RAISED = {
     torch.bfloat16: torch.float64,
     torch.complex64: torch.complex128,
 }
+# Gradients that cancel to nothing (of a key's bias) are rounding: they are compared with this part
+# of the largest result at least.
+CANCELLED = 1e-3
 # Factor on the first argument, the one that the norms see: eps decides at 1e-3.
 SCALES = (1.0, 1e-3)
 _STRUCTURAL = (Tensor, nn.Module, dict, list, tuple, set, str, int, float, type(None))
@@ -60,7 +65,7 @@ def prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Ver
         if reads.hold_for(module):
             return reads, verdict
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone
         known.append(_prove(module, swap, example))
     return known[-1]
 
@@ -90,7 +95,12 @@ def _prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Ve
         first = (str(error).splitlines() or [""])[0]
         verdict = Verdict(f"it does not run on a probe: {type(error).__name__}: {first}")
     # The replica is in evaluation mode whatever the module is in.
-    reads.values = {k: v for k, v in reads.values.items() if k[1] != "training"}
+    held = {path: vars(m) for path, m in module.named_modules(remove_duplicate=False)}
+    reads.values = {
+        (path, name): value
+        for (path, name), value in reads.values.items()
+        if name != "training" and name in held[path]
+    }
     return reads, verdict
 
 
@@ -115,7 +125,7 @@ def replica(module: nn.Module) -> nn.Module:
 def _random(parameter: Tensor) -> Tensor:
     # Unit gain for matrices; vectors spread about one, so that no norm weight is one or zero.
     fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
-    x = torch.randn(parameter.shape, dtype=torch.float64) * fan_in**-0.5
+    x = torch.randn(parameter.shape, dtype=torch.float64, device="cpu") * fan_in**-0.5
     return x if parameter.dim() > 1 else x + 1
 
 
@@ -130,7 +140,8 @@ def _compare(
     for p, dtype in zip(twin.parameters(), dtypes, strict=True):
         p.data = p.data.to(dtype).to(p.dtype)  # what the model's own dtype can hold
     truth: Sequence[Tensor | None] = ()
-    own, fused = twin.forward, lambda **arguments: swap.forward(twin, **arguments)
+    own = partial(twin.forward, **_left_out(twin, example))
+    fused = partial(swap.forward, twin)
     first = next(iter(example))
     with Raised():
         for scale in reversed(SCALES):
@@ -152,17 +163,25 @@ def _compare(
     return why_not
 
 
+def _left_out(module: nn.Module, example: Arguments) -> dict[str, None]:
+    """Arguments without a default that the example stands for by leaving them out."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    return dict.fromkeys(name for name in required if name not in example)
+
+
 def _run(
     twin: nn.Module, forward: Callable[..., Any], example: Mapping[str, Any], swap: Swap
 ) -> list[Tensor | None]:
     """Outputs, then gradients of the arguments and of all parameters."""
-    arguments, wanted = {}, list(twin.parameters())
+    arguments: Arguments = {}
+    wanted: list[Tensor] = list(twin.parameters())
     for name, value in example.items():
         if isinstance(value, Tensor) and value.is_floating_point() and name not in swap.constants:
             value = value.detach().clone().requires_grad_()
             wanted.append(value)
         arguments[name] = value
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     outputs = [o for o in pytree.tree_leaves(forward(**arguments)) if isinstance(o, Tensor)]
     generator = torch.Generator().manual_seed(1)
     weights = [
@@ -178,15 +197,16 @@ def _disagreement(
 ) -> str | None:
     if len(truth) != len(found):
         return f"{len(truth) - len(found)} outputs are missing"
+    least = _least_size(truth)
     for index, (t, f) in enumerate(zip(truth, found, strict=True)):
         if t is None or f is None:
             if t is not f and (t if t is not None else f).any():  # type: ignore[union-attr]
                 return f"result {index} has no gradient in one of the two forms"
-        elif not _difference(t, f) <= MEANING_TOLERANCE:
-            return (
-                f"result {index} differs by {_difference(t, f):.2g} in float64 on inputs of "
-                f"scale {scale:g}"
-            )
+        elif t.shape != f.shape:
+            return f"result {index} is {list(f.shape)}, not {list(t.shape)}"
+        elif not _error(t, f, least) <= MEANING_TOLERANCE:
+            difference = f"{_error(t, f, least):.2g} in float64 on inputs of scale {scale:g}"
+            return f"result {index} differs by {difference}"
     return None
 
 
@@ -195,15 +215,27 @@ def _inaccuracy(
     eager: Sequence[Tensor | None],
     ours: Sequence[Tensor | None],
 ) -> str | None:
+    least = _least_size(truth)
     for index, (t, e, o) in enumerate(zip(truth, eager, ours, strict=True)):
         if t is None or e is None or o is None:
             continue
         if e.dtype != o.dtype:
             return f"result {index} is {o.dtype}, not {e.dtype}"
-        bound = ERROR_FACTOR * _error(t, e) + torch.finfo(e.dtype).eps
-        if not _error(t, o) <= bound:
-            return f"result {index}: error {_error(t, o):.2g}, above {bound:.2g} (twice eager's)"
+        bound = ERROR_FACTOR * _error(t, e, least) + torch.finfo(e.dtype).eps
+        if not _error(t, o, least) <= bound:
+            error = _error(t, o, least)
+            return f"result {index}: error {error:.2g}, above {bound:.2g} (twice eager's)"
     return None
+
+
+def _least_size(truth: Sequence[Tensor | None]) -> float:
+    return CANCELLED * max(torch.linalg.vector_norm(t).item() for t in truth if t is not None)
+
+
+def _error(truth: Tensor, found: Tensor, least_size: float) -> float:
+    """Size of the difference, relative to that of the truth."""
+    error = torch.linalg.vector_norm(truth - found.to(truth.dtype)).item()
+    return error / max(torch.linalg.vector_norm(truth).item(), least_size) if error else 0.0
 
 
 class Raised(TorchFunctionMode):

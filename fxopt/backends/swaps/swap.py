@@ -15,24 +15,26 @@ class Unfit(Exception):
 
 
 class Draw:
-    """A seeded source of small inputs in the dtype of a module's parameters."""
+    """A seeded source of small inputs on the CPU, in the dtype of a module's matrices."""
 
     B, S, T = 2, 5, 3  # samples, tokens, tokens of the second stream
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, module: nn.Module) -> None:
+        parameters = [p for p in module.parameters() if p.is_floating_point()]
+        matrices = [p for p in parameters if p.dim() == 2]
+        first = next(iter((*matrices, *parameters)), None)
+        self.dtype = torch.get_default_dtype() if first is None else first.dtype
         self.generator = torch.Generator().manual_seed(0)
 
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal, in double precision; `dtype` is what the module will be given."""
+    def normal(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         # The offset keeps means away from zero: a LayerNorm is then no RMSNorm.
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64) + 0.3
-        return x.to(dtype or self.dtype)
+        return (x + 0.3).to(self.dtype)
 
-    def tables(self, *shape: int, dtype: torch.dtype | None = torch.float32) -> tuple[Tensor, Tensor]:
-        """cos and sin whose pairs, of neighbours or of halves, hold what rotary tables hold."""
-        angle = torch.randn((*shape[:-1], shape[-1]), generator=self.generator)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+    def tables(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of random angles, in fp32 as models make them."""
+        angle = torch.randn(shape, generator=self.generator, device="cpu")
+        return angle.cos(), angle.sin()
 
 
 Arguments = dict[str, Any]
@@ -62,10 +64,3 @@ class Family:
 
     classes: tuple[str, ...]
     swap: Swap
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the module's matrices, or of what parameters it has."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    matrices = [p for p in parameters if p.dim() == 2]
-    return next((p.dtype for p in (*matrices, *parameters)), torch.get_default_dtype())

@@ -15,17 +15,24 @@ from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 SDPA = aten.scaled_dot_product_attention.default
 MATMULS = (aten.matmul.default, aten.bmm.default)
+# A score that is added to such a number leaves it as it is: adding the number and writing it over
+# the score are then one thing, also where a whole row is masked.
+ABSORBING = -1e30
 
 
 @dataclass(frozen=True)
 class Scores:
-    """q @ k^T * scale + mask. keep: whether a bool mask is True where attention is allowed."""
+    """q @ k^T * scale + mask.
+
+    keep: whether a bool mask is True where attention is allowed. fill: the score elsewhere.
+    """
 
     q: fx.Node
     k_T: fx.Node
     scale: float = 1.0
     mask: fx.Node | None = None
     keep: bool = True
+    fill: float = float("-inf")
 
 
 def propose(softmax: fx.Node) -> Iterator[Binding | Reason]:
@@ -99,10 +106,9 @@ def _scaled(scores: Scores | None, factor: float) -> Scores | None:
 
 def _masked(inner: Any, mask: Any, value: Any, *, keep: bool) -> Scores | None:
     found = read_scores(inner)
-    is_minus_infinity = isinstance(value, (int, float)) and value == float("-inf")
-    if found is None or found.mask is not None or not is_minus_infinity:
+    if found is None or found.mask is not None or not isinstance(value, (int, float)):
         return None
-    return replace(found, mask=mask, keep=keep)
+    return replace(found, mask=mask, keep=keep, fill=value) if value <= ABSORBING else None
 
 
 def _attended(softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -156,7 +162,7 @@ def _bind(
         given = dict(zip(inputs, nodes, strict=True))
         mask = given[scores.mask] if scores.mask is not None else None
         if mask is not None and ir.dtype(scores.mask) == torch.bool:  # type: ignore[arg-type]
-            mask = mask if scores.keep else call(aten.logical_not.default, mask)
+            mask = _emit_mask(call, mask, scores, dtype)
         elif mask is not None:
             mask = call(aten.to.dtype, mask, dtype)
         args = (given[scores.q], given[k], given[v], mask, 0.0, False)
@@ -164,6 +170,14 @@ def _bind(
         return result if out == dtype else call(aten.to.dtype, result, out)
 
     return Binding(softmax, inputs, (product,), emit, "attention")
+
+
+def _emit_mask(call: Call, mask: fx.Node, scores: Scores, dtype: torch.dtype) -> fx.Node:
+    if scores.fill == float("-inf"):
+        return mask if scores.keep else call(aten.logical_not.default, mask)
+    fill = max(scores.fill, torch.finfo(dtype).min)
+    values = (0.0, fill) if scores.keep else (fill, 0.0)
+    return call(aten.to.dtype, call(aten.where.Scalar, mask, *values), dtype)
 
 
 RULE = Rule(

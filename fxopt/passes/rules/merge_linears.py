@@ -39,7 +39,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if producer is not None:
         why = f"the normed tensor is also used by {others[0].name} and is kept for it"
         yield Reason(why, shared)
-    if len(group) > 1:
+    if len(group) > 1 or len(_split(group)[0]) > 1:
         yield _bind_linears(shared, group)
 
 
@@ -60,9 +60,51 @@ def _parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
     return [a["weight"] for a in named], [a["bias"] for a in named]
 
 
+def _split(group: list[fx.Node]) -> tuple[list[fx.Node], list[int]]:
+    """The outputs of the group's products, and for each its linear and rows of weight.
+
+    A linear whose output is only split counts with its pieces, not as a whole.
+    """
+    outputs: list[fx.Node] = []
+    pieces: list[int] = []
+
+    def visit(node: fx.Node, i: int, start: int, stop: int) -> None:
+        parts = _parts(node)
+        if parts is None:
+            outputs.append(node)
+            pieces.extend((i, start, stop))
+            return
+        for part in parts:
+            size = ir.shape(part)[-1]
+            visit(part, i, start, start + size)
+            start += size
+
+    for i, linear in enumerate(group):
+        visit(linear, i, 0, ir.shape(linear)[-1])
+    return outputs, pieces
+
+
+def _parts(node: fx.Node) -> list[fx.Node] | None:
+    """What `node` is split into along the last dim, if that is all that happens to it."""
+    sizes = ir.shape(node)
+    if len(node.users) != 1 or len(sizes) < 3 or ir.same(sizes[-2], 1):
+        return None  # one row per sample: six small products would cost more than one join
+    split = next(iter(node.users))
+    if not ir.is_call(
+        split, aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default
+    ):
+        return None
+    if ir.arguments(split)["dim"] % len(ir.shape(node)) != len(ir.shape(node)) - 1:
+        return None
+    parts = sorted(split.users, key=lambda u: u.args[1])  # type: ignore[arg-type, return-value]
+    whole = [p.args[1] for p in parts] == list(range(len(split.meta["val"])))
+    return parts if whole and all(isinstance(ir.shape(p)[-1], int) for p in parts) else None
+
+
 def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
     tensors, settings = operands[:7], operands[7:]
     weights, biases = _parameters(group)
+    products, pieces = _split(group)
     h = None
     if ir.is_call(y, operator.getitem):
         h = next((u for u in y.args[0].users if u.args[1] == 1), None)  # type: ignore[union-attr]
@@ -74,14 +116,14 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
         arguments = [given[n] for n in listed]
         tensors, parameters = arguments[:7], arguments[7:]
         w, b = parameters[: len(group)], parameters[len(group) :]
-        op = call(norm_modulate_linears, *tensors, *settings, w, b)
+        op = call(norm_modulate_linears, *tensors, *settings, w, b, pieces)
         outs = call(operator.getitem, op, 0)
-        results = [call(operator.getitem, outs, i) for i in range(len(group))]
+        results = [call(operator.getitem, outs, i) for i in range(len(products))]
         if h is not None:
             results.append(call(operator.getitem, op, 1))
         return tuple(results)
 
-    outputs = (*group, h) if h is not None else tuple(group)
+    outputs = (*products, h) if h is not None else tuple(products)
     carries = (y, h) if h is not None else (y,)
     return Binding(
         group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries
@@ -116,14 +158,16 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
 
 def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
     weights, biases = _parameters(group)
+    products, pieces = _split(group)
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        outs = call(linears, given[x], [given[w] for w in weights], [given[b] for b in biases])
-        return tuple(call(operator.getitem, outs, i) for i in range(len(group)))
+        w, b = [given[w] for w in weights], [given[b] for b in biases]
+        outs = call(linears, given[x], w, b, pieces)
+        return tuple(call(operator.getitem, outs, i) for i in range(len(products)))
 
-    return Binding(group[0], inputs, tuple(group), emit, "linears", regroups=True)
+    return Binding(group[0], inputs, tuple(products), emit, "linears", regroups=True)
 
 
 RULE = Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -44,12 +44,12 @@ def propose(node: fx.Node) -> Iterator[Binding | Reason]:
     if norm is None:
         return
     before = gated_residual(algebra.skip_upcasts(norm.x), gate_required=False)
-    users = [u for u in norm.out.users if u.op != "output"]
+    users = _starts(norm.out)
     after = [m for u in users for m in modulations(norm.out, u)]
     if len(users) > 1 and after:
         # One norm under several modulations: each op norms anew, if all of them do.
         heads = [next(iter(modulations(norm.out, u)), None) for u in users]
-        if None in heads or len(users) != len(norm.out.users):
+        if None in heads or any(u.op == "output" for u in norm.out.users):
             yield Reason("the normed tensor has a user that does not modulate it", norm.out)
             return
         yield bind(norm, None, tuple(h for h in heads if h is not None))
@@ -58,19 +58,29 @@ def propose(node: fx.Node) -> Iterator[Binding | Reason]:
         if before is not None:
             yield bind(norm, before, (modulation,))
         yield bind(norm, None, (modulation,))
+    out = through_casts(norm.out)
     if before is not None:
-        yield bind(norm, before, (Modulation(norm.out),))
+        yield bind(norm, before, (Modulation(out),))
+    elif norm.kind == "layer" and (out is not norm.out or ir.is_call(norm.x, *ir.CASTS)):
+        yield bind(norm, None, (Modulation(out),))  # a norm in a wider dtype, and back
+
+
+def through_casts(node: fx.Node) -> fx.Node:
+    """The last of the casts that `node` goes through before anything else uses it."""
+    while len(node.users) == 1 and ir.is_call(next(iter(node.users)), *ir.CASTS):
+        node = next(iter(node.users))
+    return node
 
 
 def _output(node: fx.Node) -> fx.Node:
-    """The normed tensor of a norm anchor: the fxopt op returns a tuple."""
-    if node.target is norm_modulate:
+    """The normed tensor of a norm anchor: some ops return a tuple."""
+    if node.target in (norm_modulate, aten.native_layer_norm.default):
         return next((u for u in node.users if u.args[1] == 0), node)
     return node
 
 
 def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
-    found = gated_residual(node, gate_required=True)
+    found = gated_residual(through_casts(node), gate_required=True)
     if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
 
@@ -128,6 +138,13 @@ def _is_smaller(gate: fx.Node, branch: fx.Node) -> bool:
     return not ir.same(ir.shape(gate), ir.shape(branch))
 
 
+def _starts(n: fx.Node) -> list[fx.Node]:
+    """Users of `n`, but for the sum in n * scale + n, which the product leads to."""
+    users = [u for u in n.users if u.op != "output"]
+    inner = {m.out for u in users for m in modulations(n, u) if m.out is not u}
+    return [u for u in users if u not in inner]
+
+
 def modulations(n: fx.Node, user: fx.Node) -> Iterator[Modulation]:
     """Affine chains that start with `user` of the normed tensor `n`, the longest first."""
     found = [Modulation(n)]
@@ -151,19 +168,25 @@ def _step(last: Modulation, n: fx.Node, user: fx.Node) -> Modulation | None:
     if ir.tensor(user) is None or not ir.same(ir.shape(user), ir.shape(n)):
         return None
     if ir.is_call(user, aten.addcmul.default) and last.scale is None and last.shift is None:
-        shift, a, b = user.args
+        addend, a, b = user.args
         other = _other((a, b), last.out)
         if ir.arguments(user)["value"] == 1 and other is not None:
             scale, offset = algebra.offset_by_one(other)
-            return Modulation(user, scale, offset, shift)
+            return _plus(Modulation(user, scale, offset), addend, n)
     other = _other(algebra.factors(user), last.out)
     if other is not None and last.scale is None and last.shift is None:
         scale, offset = algebra.offset_by_one(other)
         return Modulation(user, scale, offset)
     other = _other(algebra.terms(user), last.out)
     if other is not None and last.shift is None:
-        return Modulation(user, last.scale, last.scale_offset, algebra.skip_upcasts(other))
+        return _plus(replace(last, out=user), other, n)
     return None
+
+
+def _plus(product: Modulation, addend: fx.Node, n: fx.Node) -> Modulation:
+    if addend is n and product.scale is not None:
+        return replace(product, scale_offset=product.scale_offset + 1.0)
+    return replace(product, shift=algebra.skip_upcasts(addend))
 
 
 def _other(pair: tuple[fx.Node, fx.Node] | None, one: fx.Node) -> fx.Node | None:
@@ -181,8 +204,8 @@ def bind(norm: Norm, before: GatedResidual | None, after: tuple[Modulation, ...]
         "x": x,
         "residual": before.residual if before else None,
         "gate": before.gate if before else None,
-        "weight": norm.weight,
-        "bias": norm.bias,
+        "weight": norm.weight and algebra.skip_upcasts(norm.weight),
+        "bias": norm.bias and algebra.skip_upcasts(norm.bias),
     }
     for i, m in enumerate(after):
         named |= {f"scale{i}": m.scale, f"shift{i}": m.shift}
@@ -224,6 +247,7 @@ RULE = Rule(
     version=1,
     anchors=(
         aten.layer_norm.default,
+        aten.native_layer_norm.default,
         aten.rms_norm.default,
         norm_modulate,
         aten.add.Tensor,

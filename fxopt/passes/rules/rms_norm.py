@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -93,25 +94,36 @@ def _ends(anchor: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]
             yield end, region
 
 
-def _is_affine(side: fx.Node, x: fx.Node) -> bool:
+def _is_affine(side: Any, x: fx.Node) -> bool:
     """Whether `side` is a [D] vector, possibly with leading dims of 1."""
-    sizes = ir.shape(side)
+    sizes = ir.shape(side) if ir.tensor(side) is not None else ()
     return bool(sizes) and ir.same(sizes[-1], ir.shape(x)[-1]) and all(s == 1 for s in sizes[:-1])
+
+
+def _vector(side: fx.Node, x: fx.Node) -> tuple[fx.Node, float]:
+    """(w, o) if `side` is o + w, behind casts and views that only add dims of 1."""
+    node, offset = ir.skip_casts(side), 0.0
+    while True:
+        inner, one = algebra.offset_by_one(node)
+        if one and not offset:
+            offset = one
+        elif ir.is_call(node, *ir.VIEWS) and _is_affine(node.args[0], x):
+            inner = node.args[0]
+        else:
+            return node, offset
+        node = ir.skip_casts(inner)
 
 
 def _hypotheses(
     anchor: fx.Node, end: fx.Node, region: list[fx.Node], x: fx.Node, sides: list[fx.Node]
 ) -> Iterator[Binding]:
-    peeled, offset = [], 0.0
-    for side in sides:
-        inner, one = algebra.offset_by_one(ir.skip_casts(side))
-        offset = max(offset, one)
-        peeled.append(ir.skip_casts(inner))
-    if any(len(ir.shape(p)) != 1 for p in peeled):
+    found = [_vector(side, x) for side in sides]
+    vectors, offset = [w for w, _ in found], max([o for _, o in found], default=0.0)
+    if any(len(ir.shape(w)) != 1 for w in vectors):
         return
     constants = {a for n in region for a in n.args if isinstance(a, float) and 0 <= a < 0.1}
     subtracts = any(ir.is_call(n, aten.sub.Tensor, aten.var.correction) for n in region)
-    weight, bias = (*peeled, None, None)[:2]
+    weight, bias = (*vectors, None, None)[:2]
     for eps in sorted(constants, reverse=True) or [0.0]:
         for kind in ("layer",) if subtracts else ("rms",):
             yield _bind(anchor, end, algebra.skip_upcasts(x), kind, eps, weight, bias, offset)

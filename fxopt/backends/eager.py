@@ -1,0 +1,289 @@
+"""The third door: replace forwards of known modules, by class and structure; nothing is captured.
+
+A module keeps its class, parameters, hooks and `state_dict`. Its forward becomes an instance
+attribute that runs the fused form, or, where that does not fit a call, the module's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from fxopt.backends import options, state
+from fxopt.backends.blocks import find_blocks
+from fxopt.backends.reads import Watch
+from fxopt.backends.swaps import candidates
+from fxopt.backends.swaps.proof import Verdict, prove
+from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
+from fxopt.errors import StillRewritten, StrictRule
+from fxopt.kernels.registration import provider
+from fxopt.passes.autocast import Autocast
+from fxopt.passes.rules import CATALOGUE
+from fxopt.report import Applied, Declined, Report
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
+REMEDY = "fxopt.optimize(model) reads the forward itself"
+
+
+def swap(
+    model: nn.Module,
+    *,
+    recipe: str = "bf16",
+    strict: Sequence[str] = (),
+    targets: Sequence[str | type[nn.Module]] | None = None,
+) -> nn.Module:
+    """Replace the forwards of known blocks, MLPs and norms in place; the same object comes back.
+
+    Blocks of the known families are replaced whole; in others, MLPs and norms. Each distinct
+    replacement is first proved against the module's own forward, on small random inputs, values and
+    gradients; what fails keeps its own and stands in `fxopt.report(model)` with the reason.
+
+    Args:
+        model: any module; parameters, `state_dict`, hooks and classes are untouched.
+        recipe: numerics; "bf16" keeps the model's own dtypes.
+        strict: names of rules that must find a place.
+        targets: FQN globs or classes of the modules to look into; None for the repeated blocks.
+
+    Raises:
+        FxoptError: one class per mistake, see `fxopt.errors`; the model is as it was.
+    """
+    state.require_module(model)
+    options.check(recipe=recipe, rules=strict)
+    blocks = find_blocks(model, targets)
+    if any(isinstance(door, Swaps) for door in state.doors(model)):
+        return model
+    door = Swaps(recipe)
+    for fqn, block in blocks.items():
+        door.enter(fqn, block)
+    report = door.report()
+    for rule in strict:
+        if not report.count(rule):
+            door.restore(model)
+            raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+    state.remember(model, door)
+    return model
+
+
+class Swaps:
+    """One use of `swap` on a model."""
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+        self.installed: list[SwappedForward] = []
+        self.declined: list[Declined] = []
+        self.device: torch.device | None = None
+
+    def enter(self, fqn: str, block: nn.Module) -> None:
+        """Swap a block, or what can be swapped inside it."""
+        first = next(block.parameters(), None)
+        self.device = self.device or (None if first is None else first.device)
+        if "forward" in block.__dict__:
+            why = "its forward is replaced already, by another door or by the user"
+            self.declined.append(declined("swap", fqn, block, (why,)))
+            return
+        found = list(self._swap_within(fqn, block))
+        if any(f.module is block for f in found):
+            return
+        fired = {rule for f in found for rule, _ in f.verdict.fired}
+        for rule in (r.name for r in CATALOGUE if r.name not in fired):
+            reason = OUT_OF_REACH.format(type(block).__name__)
+            self.declined.append(declined(rule, fqn, block, (reason,), REMEDY))
+
+    def _swap_within(self, fqn: str, module: nn.Module) -> Iterator[SwappedForward]:
+        forward = self._first_proved(fqn, module)
+        if forward is not None:
+            module.forward = forward
+            self.installed.append(forward)
+            yield forward
+            return
+        for name, child in module.named_children():
+            if "forward" not in child.__dict__:
+                yield from self._swap_within(f"{fqn}.{name}" if fqn else name, child)
+
+    def _first_proved(self, fqn: str, module: nn.Module) -> SwappedForward | None:
+        reasons = []
+        for candidate in candidates(module):
+            forward = SwappedForward(fqn, module, candidate)
+            if forward.verdict.why_not is None:
+                return forward
+            reasons.append(f"{candidate.name}: {forward.verdict.why_not}")
+        if reasons:
+            tried = (f"{len(reasons)} forms tried, the likeliest is {reasons[0]}",)
+            self.declined.append(declined("swap", fqn, module, tried))
+        return None
+
+    def restore(self, model: nn.Module) -> None:
+        for forward in reversed(self.installed):
+            forward.module.__dict__.pop("forward", None)
+
+    def report(self) -> Report:
+        applied = tuple(a for f in self.installed for a in f.applied(self.device))
+        refused = tuple(d for f in self.installed for d in f.declined())
+        target = options.target_name(self.device)
+        return Report("swap", self.recipe, target, applied, (*self.declined, *refused))
+
+
+class SwappedForward:
+    """Stands in for a module's forward: runs the fused form where it was proved, else the own."""
+
+    def __init__(self, fqn: str, module: nn.Module, candidate: Swap) -> None:
+        self.fqn, self.module, self.swap = fqn, module, candidate
+        self.original: Callable[..., Any] = module.forward
+        self.names = [
+            p.name
+            for p in inspect.signature(module.forward).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        self.refusals: dict[str, None] = {}
+        self._forget()
+        self.verdict = self._verdict(None)
+
+    def _forget(self) -> None:
+        self.admitted: dict[Any, str | None] = {}
+        self.watches: list[Watch] = []
+        inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
+        self.inner = inner
+        self.hooks = [held[name] for held in inner for name in HOOKS]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwappedForward:
+        twin = SwappedForward.__new__(SwappedForward)
+        memo[id(self)] = twin
+        twin.__dict__ |= self.__dict__ | {"refusals": {}}
+        twin.module = copy.deepcopy(self.module, memo)
+        twin.original = type(twin.module).forward.__get__(twin.module)
+        twin._forget()
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise StillRewritten(self.fqn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or len(args) > len(self.names):
+            return self.original(*args, **kwargs)
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        arguments = {n: v for n, v in arguments.items() if v is not None and v != {}}
+        try:
+            why_not = self._why_not(arguments)
+            if why_not is None:
+                return self.swap.forward(self.module, **arguments)
+        except Unfit as reason:
+            why_not = str(reason)
+        self.refusals[why_not] = None
+        return self.original(*args, **kwargs)
+
+    def _why_not(self, arguments: Arguments) -> str | None:
+        """Why this call has to run the module's own forward, or None."""
+        if not all(watch.unchanged() for watch in self.watches):
+            self._forget()
+        if any(self.hooks):
+            return "a submodule has hooks, which the fused form would not call"
+        if any("forward" in held for held in self.inner):
+            return "the forward of a submodule is replaced"
+        first = next((v for v in arguments.values() if isinstance(v, Tensor)), None)
+        if first is not None and Autocast.current(first.device.type).enabled:
+            return "autocast is on: the casts lie between the modules"
+        key = tuple(
+            (name, kind(value, name in self.swap.constants))
+            for name, value in sorted(arguments.items())
+            if name not in self.swap.passed_on
+        )
+        if key not in self.admitted:
+            self.admitted[key] = self._verdict(arguments).why_not
+        return self.admitted[key]
+
+    def _verdict(self, arguments: Arguments | None) -> Verdict:
+        """Judge the fused form for arguments of this kind; None for those it is made for."""
+        with torch.inference_mode(False), _disable_current_modes():
+            try:
+                examples = list(self.swap.examples(self.module, Draw(self.module)))
+                example = examples[0] if arguments is None else self._like(arguments, examples)
+            except Unfit as reason:
+                return Verdict(str(reason))
+            except Exception as error:
+                return Verdict(f"it is not built as expected: {type(error).__name__}: {error}")
+            reads, verdict = prove(self.module, self.swap, example)
+        self.watches.append(Watch(self.module, reads))
+        return verdict
+
+    def _like(self, arguments: Arguments, examples: Sequence[Arguments]) -> Arguments:
+        """The example with the names of a call, in its dtypes."""
+        given = {n: v for n, v in arguments.items() if n not in self.swap.passed_on}
+        for name, value in given.items():
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
+                    raise Unfit(f"{name} is a {type(leaf).__name__}")
+                constant = name in self.swap.constants
+                if constant and isinstance(leaf, Tensor) and leaf.requires_grad:
+                    raise Unfit(f"{name} requires grad, the op gives it none; detach it")
+        for example in examples:
+            if example.keys() == given.keys():
+                cast = _in_dtypes_of({name: given[name] for name in example}, example)
+                if cast is not None:
+                    return cast
+        known = " or ".join(dict.fromkeys(_described(e) for e in examples))
+        raise Unfit(f"it is called with {_described(given)}, not with {known}")
+
+    def applied(self, device: torch.device | None) -> Iterator[Applied]:
+        where, name = source(self.module), type(self.module).__name__
+        for (rule, op), count in Counter(self.verdict.fired).items():
+            by = provider(op, device or torch.device("cpu"))
+            yield Applied(rule, self.fqn, count, by, "rounding", where, block_class=name)
+
+    def declined(self) -> Iterator[Declined]:
+        if self.refusals:
+            yield declined("swap", self.fqn, self.module, tuple(self.refusals))
+
+
+def declined(
+    rule: str, fqn: str, module: nn.Module, reasons: tuple[str, ...], remedy: str = ""
+) -> Declined:
+    name = type(module).__name__
+    return Declined(rule, fqn, name, source(module), reasons, remedy, block_class=name)
+
+
+def source(module: nn.Module) -> str:
+    """ "file.py:line" of the forward that a module's class has."""
+    code = inspect.unwrap(type(module).forward).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def kind(value: Any, constant: bool) -> Any:
+    """What decides whether a proof holds for a value: all but sizes and numbers."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), type(value), constant and value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return tuple(kind(v, constant) for v in value)
+    return value if isinstance(value, (bool, str)) else type(value)
+
+
+def _in_dtypes_of(given: Arguments, example: Arguments) -> Arguments | None:
+    """The example in the dtypes of a call; None if more than dtypes and sizes differ."""
+    (leaves, spec), (of_call, spec_of_call) = map(pytree.tree_flatten, (example, given))
+    if spec != spec_of_call or not all(map(_same_kind, leaves, of_call)):
+        return None
+    cast = [
+        e.to(c.dtype) if isinstance(e, Tensor) else c for e, c in zip(leaves, of_call, strict=True)
+    ]
+    return pytree.tree_unflatten(cast, spec)
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dim() == b.dim() and a.is_floating_point() == b.is_floating_point()
+    return type(a) is type(b) and a == b
+
+
+def _described(arguments: Arguments) -> str:
+    return ", ".join(
+        f"{name} of {value.dim()} dims" if isinstance(value, Tensor) else name
+        for name, value in arguments.items()
+    )

@@ -1,0 +1,55 @@
+"""Module swapping: which forwards can stand for which modules. One file is one kind of module.
+
+`fused` holds the words that a fused forward is written in, `swap` what a candidate is, `proof` how
+it is judged. FAMILIES lists the known block classes; MLPs and norms are found by structure.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+from fxopt.backends.swaps import (
+    decoder,
+    flux,
+    flux2,
+    ltx,
+    mlps,
+    norms,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+)
+from fxopt.backends.swaps.swap import Family, Swap
+
+FAMILIES: tuple[Family, ...] = (
+    *flux.FAMILIES,
+    *flux2.FAMILIES,
+    *sd3.FAMILIES,
+    *qwen_image.FAMILIES,
+    *wan.FAMILIES,
+    *ltx.FAMILIES,
+    *z_image.FAMILIES,
+    *decoder.FAMILIES,
+)
+
+
+def candidates(module: nn.Module) -> Iterator[Swap]:
+    """Swaps worth a proof on `module`, the likeliest first."""
+    if "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
+        return
+    for family in FAMILIES:
+        if any(type(module).forward is _forward(name) for name in family.classes):
+            yield family.swap
+    yield from mlps.candidates(module)
+    yield from norms.candidates(module)
+
+
+def _forward(name: str) -> object:
+    """The forward of a class given by its dotted name, if its library is imported."""
+    library, _, class_name = name.rpartition(".")
+    known = getattr(sys.modules.get(library), class_name, None)
+    return getattr(known, "forward", None)

@@ -1,0 +1,98 @@
+"""Decoder layers of language models in transformers: Llama, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import Mlp, Normed, Rotation, Section, fire, heads, operand
+from fxopt.backends.swaps.mlps import activation
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
+
+MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
+# Of what the layer gives to the attention function, these change nothing inside the layer itself.
+PASSED_ON = ("position_ids", "use_cache", "cache_position")
+
+
+def layer(
+    layer: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **passed_on: Any,
+) -> Tensor:
+    attn, x = layer.self_attn, hidden_states
+    cos, sin = (t.unsqueeze(2) for t in position_embeddings)
+    rotation = Rotation("half", cos, sin)
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+    (q, k, v), _ = Normed(layer.input_layernorm, x).into(*linears)
+    norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+    q, k = (
+        operand([Section(t, norm, rotation)], attn.head_dim).transpose(1, 2)
+        for t, norm in zip((q, k), norms, strict=True)
+    )
+    v = heads(v, attn.head_dim).transpose(1, 2)
+    branch = attn.o_proj(attend(attn, q, k, v, attention_mask, passed_on))
+
+    parts = layer.mlp
+    name = activation(parts.act_fn)
+    mlp = Mlp((parts.gate_proj, parts.up_proj), name, "none", parts.down_proj)
+    norm = layer.post_attention_layernorm
+    hidden, h = Normed(norm, branch, residual=x).into(*mlp.inputs)
+    return h + mlp(hidden)
+
+
+def attend(
+    attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, passed_on: dict[str, Any]
+) -> Tensor:
+    """The attention function that the model's configuration names; "eager" becomes SDPA.
+
+    q, k, v: [B, H, S, d]. Returns [B, S, H * d].
+    """
+    dropout = attn.attention_dropout if attn.training else 0.0
+    chosen = attn.config._attn_implementation
+    if chosen == "eager":
+        fire("attention", "attention")
+        grouped = attn.num_key_value_groups > 1
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, scale=attn.scaling, enable_gqa=grouped
+        ).transpose(1, 2)
+    else:
+        if hasattr(attn, "sliding_window"):
+            passed_on = {"sliding_window": attn.sliding_window, **passed_on}
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+        call = functions[chosen]
+        out, _ = call(attn, q, k, v, mask, dropout=dropout, scaling=attn.scaling, **passed_on)
+    return out.flatten(2)
+
+
+def examples(layer: Any, draw: Draw) -> Iterator[Arguments]:
+    width, head_dim = layer.hidden_size, layer.self_attn.head_dim
+    angle = draw.normal(1, draw.S, head_dim // 2).repeat(1, 1, 2)
+    arguments = {
+        "hidden_states": draw.normal(draw.B, draw.S, width),
+        "position_embeddings": (angle.cos(), angle.sin()),
+    }
+    causal = torch.full((draw.S, draw.S), -1e4, dtype=draw.dtype).triu(1)[None, None]
+    yield arguments
+    yield arguments | {"attention_mask": causal}
+    yield arguments | {"attention_mask": causal == 0}
+
+
+FAMILIES = (
+    Family(
+        tuple(f"transformers.models.{name}DecoderLayer" for name in MODULES),
+        Swap(
+            "layer",
+            layer,
+            examples,
+            constants=("position_embeddings", "attention_mask"),
+            passed_on=PASSED_ON,
+        ),
+    ),
+)

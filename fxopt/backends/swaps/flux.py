@@ -1,0 +1,120 @@
+"""FLUX.1: double-stream and single-stream blocks of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import (
+    Mlp,
+    Normed,
+    Rotation,
+    clip_half,
+    gated_residual,
+    modulation,
+)
+from fxopt.backends.swaps.mlps import activation, feed_forward
+from fxopt.backends.swaps.streams import (
+    Part,
+    Stream,
+    dispatch,
+    draw_streams,
+    image_and_text,
+    joint,
+    joint_attention,
+    through,
+)
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
+
+MODULE = "diffusers.models.transformers.transformer_flux"
+
+
+def double(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    attn = block.attn
+    qkv, qkv_text = image_and_text(attn)
+    shared = modulation(temb, block.norm1.linear, block.norm1_context.linear)
+    image, text = (m.chunk(6, -1) for m in shared)
+    text_tables, image_tables = tables(image_rotary_emb).split(encoder_hidden_states.shape[1])
+    streams = (
+        Stream(
+            encoder_hidden_states,
+            text,
+            (block.norm1_context.norm, block.norm2_context),
+            qkv_text,
+            (attn.norm_added_q, attn.norm_added_k),
+            attn.to_add_out,
+            feed_forward(block.ff_context),
+            text_tables,
+        ),
+        Stream(
+            hidden_states,
+            image,
+            (block.norm1.norm, block.norm2),
+            qkv,
+            (attn.norm_q, attn.norm_k),
+            through(attn.to_out),
+            feed_forward(block.ff),
+            image_tables,
+        ),
+    )
+    text_out, image_out = joint(streams, attn.head_dim, dispatch(attn))
+    return clip_half(text_out), image_out
+
+
+def single(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    attn, length = block.attn, encoder_hidden_states.shape[1]
+    x = torch.cat([encoder_hidden_states, hidden_states], 1)
+    shift, scale, gate = modulation(temb, block.norm.linear)[0].chunk(3, -1)
+    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out)
+    linears = (block.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
+    (hidden, *qkv), _ = Normed(block.norm.norm, x, scale, shift).into(*linears)
+    part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
+    (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
+    x = clip_half(gated_residual(x, gate, mlp([hidden], beside=attended)))
+    return x[:, :length], x[:, length:]
+
+
+def tables(cos_sin: tuple[Tensor, Tensor]) -> Rotation:
+    """[S, d] each, joint over both streams."""
+    cos, sin = (t[None, :, None] for t in cos_sin)
+    return Rotation("interleaved", cos, sin)
+
+
+def draw_tables(draw: Draw, head_dim: int) -> tuple[Tensor, Tensor]:
+    return draw.tables(draw.T + draw.S, head_dim)
+
+
+def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
+    width = block.attn.query_dim
+    yield {
+        **draw_streams(draw, width),
+        "temb": draw.normal(draw.B, width),
+        "image_rotary_emb": draw_tables(draw, block.attn.head_dim),
+    }
+
+
+FAMILIES = (
+    Family(
+        (f"{MODULE}.FluxTransformerBlock",),
+        Swap("double", double, examples, constants=("image_rotary_emb",)),
+    ),
+    Family(
+        (f"{MODULE}.FluxSingleTransformerBlock",),
+        Swap("single", single, examples, constants=("image_rotary_emb",)),
+    ),
+)

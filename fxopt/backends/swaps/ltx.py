@@ -1,0 +1,65 @@
+"""LTX-Video: diffusers' block of self-attention, cross-attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import Normed, Rotation, gated_residual, heads, project
+from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.streams import draw_streams
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
+from fxopt.backends.swaps.wan import attention
+
+
+def block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    x, mlp = hidden_states, feed_forward(block.ff)
+    modulation = block.scale_shift_table + temb.unflatten(-1, block.scale_shift_table.shape)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(2)
+    head_dim = block.attn1.head_dim
+    rotation = Rotation("interleaved", *(heads(t, head_dim) for t in image_rotary_emb))
+
+    attn = block.attn1
+    qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
+    x = gated_residual(x, gate, attention(attn, qkv, rotation))
+
+    attn = block.attn2
+    kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
+    mask = encoder_attention_mask
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, encoder_hidden_states.shape[1], x.shape[0])
+        mask = mask.view(x.shape[0], attn.heads, -1, mask.shape[-1])
+    branch = attention(attn, [attn.to_q(x), *kv], mask=mask)
+
+    hidden, x = Normed(block.norm2, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
+    return gated_residual(x, gate_mlp, mlp(hidden))
+
+
+def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
+    width = block.attn1.inner_dim
+    arguments = {
+        **draw_streams(draw, width),
+        "temb": draw.normal(draw.B, 1, 6 * width),
+        "image_rotary_emb": draw.tables(draw.B, draw.S, width),
+    }
+    mask = torch.tensor([[[0.0, 0.0, -1e4]], [[0.0, -1e4, -1e4]]], dtype=draw.dtype)
+    yield {**arguments, "encoder_attention_mask": mask}
+    yield arguments
+
+
+FAMILIES = (
+    Family(
+        ("diffusers.models.transformers.transformer_ltx.LTXVideoTransformerBlock",),
+        Swap("block", block, examples, constants=("image_rotary_emb", "encoder_attention_mask")),
+    ),
+)

@@ -1,0 +1,91 @@
+"""Qwen-Image: diffusers' double-stream block with complex rotary tables and a padded text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import clip_half, modulation, of_complex
+from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.streams import (
+    Stream,
+    dispatch,
+    draw_streams,
+    image_and_text,
+    joint,
+    through,
+)
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+
+
+def double(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    encoder_hidden_states_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if block.zero_cond_t:
+        raise Unfit("zero_cond_t gives the two streams different embeddings")
+    attn = block.attn
+    qkv, qkv_text = image_and_text(attn)
+    image_tables, text_tables = image_rotary_emb
+    of_image, of_text = modulation(temb, block.img_mod[1], block.txt_mod[1])
+    streams = (
+        Stream(
+            encoder_hidden_states,
+            of_text.chunk(6, -1),
+            (block.txt_norm1, block.txt_norm2),
+            qkv_text,
+            (attn.norm_added_q, attn.norm_added_k),
+            attn.to_add_out,
+            feed_forward(block.txt_mlp),
+            of_complex(text_tables),
+        ),
+        Stream(
+            hidden_states,
+            of_image.chunk(6, -1),
+            (block.img_norm1, block.img_norm2),
+            qkv,
+            (attn.norm_q, attn.norm_k),
+            through(attn.to_out),
+            feed_forward(block.img_mlp),
+            of_complex(image_tables),
+        ),
+    )
+    mask = encoder_hidden_states_mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(hidden_states.shape[:2])], 1)[:, None, None]
+    text_out, image_out = joint(streams, attn.inner_dim // attn.heads, dispatch(attn, mask))
+    return clip_half(text_out), clip_half(image_out)
+
+
+def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
+    attn = block.attn
+    pairs = attn.inner_dim // attn.heads // 2
+    image, text = (torch.complex(*draw.tables(n, pairs)) for n in (draw.S, draw.T))
+    arguments = {
+        **draw_streams(draw, block.dim),
+        "temb": draw.normal(draw.B, block.dim),
+        "image_rotary_emb": (image, text),
+    }
+    mask = torch.arange(draw.T) < torch.tensor([[draw.T], [1]])
+    yield {**arguments, "encoder_hidden_states_mask": mask}
+    yield arguments
+
+
+FAMILIES = (
+    Family(
+        ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock",),
+        Swap(
+            "double",
+            double,
+            examples,
+            constants=("image_rotary_emb", "encoder_hidden_states_mask"),
+        ),
+    ),
+)

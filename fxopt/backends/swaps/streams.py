@@ -1,0 +1,153 @@
+"""Transformer blocks of two token streams that meet in one attention, as all MMDiTs have them.
+
+A family says where its block keeps the parts of a stream; the order of the ops is the same in all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.backends.swaps.fused import (
+    Mlp,
+    Normed,
+    Rotation,
+    Section,
+    gated_residual,
+    heads,
+    operand,
+)
+from fxopt.backends.swaps.swap import Draw
+
+DISPATCH = "diffusers.models.attention_dispatch"
+
+
+class Stream(NamedTuple):
+    """One stream of tokens on its way through a block.
+
+    x: [B, S, D]. modulation: shift, scale and gate of attention, then of the MLP, as
+    [B, 1, D] each. norms: before attention and before the MLP. qkv: its three projections.
+    qk_norms: of its queries and keys. out: what attention's result goes through.
+    """
+
+    x: Tensor
+    modulation: Sequence[Tensor]
+    norms: tuple[nn.Module, nn.Module]
+    qkv: tuple[nn.Module, nn.Module, nn.Module]
+    qk_norms: tuple[nn.Module, nn.Module]
+    out: Callable[[Tensor], Tensor]
+    mlp: Mlp
+    rotation: Rotation | None = None
+
+    def projected(self) -> list[Tensor]:
+        """Queries, keys and values [B, S, H * d]."""
+        shift, scale = self.modulation[:2]
+        return Normed(self.norms[0], self.x, scale, shift).into(*self.qkv)[0]
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """The stream behind the block, from its part of the attention's result [B, S, H * d]."""
+        return finish(self.x, self.out(attended), self.modulation[2:], self.norms[1], self.mlp)
+
+
+def finish(
+    residual: Tensor, branch: Tensor, modulation: Sequence[Tensor], norm: nn.Module, mlp: Mlp
+) -> Tensor:
+    """h = residual + gate * branch, then h + gate_mlp * mlp(norm(h) * (1 + scale) + shift)."""
+    gate, shift, scale, gate_mlp = modulation
+    hidden, h = Normed(norm, branch, scale, shift, residual, gate).into(*mlp.inputs)
+    return gated_residual(h, gate_mlp, mlp(hidden))
+
+
+class Part(NamedTuple):
+    """What attention needs to know of a section that is no Stream."""
+
+    qk_norms: tuple[nn.Module | None, nn.Module | None]
+    rotation: Rotation | None = None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
+    """Both streams behind the block; attention sees them in the order in which they are given."""
+    attended = joint_attention([s.projected() for s in streams], streams, head_dim, attend)
+    return [s.finish(a) for s, a in zip(streams, attended, strict=True)]
+
+
+def joint_attention(
+    projections: Sequence[Sequence[Tensor]],
+    parts: Sequence[Stream | Part],
+    head_dim: int,
+    attend: Attend,
+) -> Sequence[Tensor]:
+    """The result of one attention over all sections, section by section, [B, S, H * d] each.
+
+    parts: for each section its `qk_norms` and its `rotation`.
+    """
+    q, k = (
+        operand(
+            [
+                Section(p[i], s.qk_norms[i], s.rotation)
+                for p, s in zip(projections, parts, strict=True)
+            ],
+            head_dim,
+        )
+        for i in (0, 1)
+    )
+    values = [p[2] for p in projections]
+    v = heads(values[0] if len(values) == 1 else torch.cat(values, 1), head_dim)
+    return attend(q, k, v).split([p[0].shape[1] for p in projections], 1)
+
+
+def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
+    """diffusers' attention with the backend that was chosen for `attn`: [B, S, H * d]."""
+    processor = attn.processor
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = sys.modules[DISPATCH].dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )
+        return out.flatten(2, 3)
+
+    return attend
+
+
+def through(modules: Any) -> Callable[[Tensor], Tensor]:
+    """Call several modules one after the other: diffusers' `to_out`."""
+
+    def call(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return call
+
+
+Projections = tuple[nn.Module, nn.Module, nn.Module]
+
+
+def image_and_text(attn: Any) -> tuple[Projections, Projections]:
+    """The projections of diffusers' joint attention: (q, k, v) of the image, then of the text."""
+    return (
+        (attn.to_q, attn.to_k, attn.to_v),
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+    )
+
+
+def draw_streams(draw: Draw, width: int) -> dict[str, Tensor]:
+    """`hidden_states` and `encoder_hidden_states` of diffusers' blocks."""
+    return {
+        "hidden_states": draw.normal(draw.B, draw.S, width),
+        "encoder_hidden_states": draw.normal(draw.B, draw.T, width),
+    }

@@ -1,0 +1,82 @@
+"""Wan: diffusers' block of self-attention, cross-attention and MLP, modulated in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import Normed, Rotation, Section, gated_residual, operand, project
+from fxopt.backends.swaps.fused import heads as in_heads
+from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.streams import dispatch, draw_streams, through
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+
+MODULE = "diffusers.models.transformers.transformer_wan"
+
+
+def block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: tuple[Tensor, Tensor],
+) -> Tensor:
+    x, dtype = hidden_states, hidden_states.dtype
+    if block.attn2.add_k_proj is not None:
+        raise Unfit("the cross-attention has image keys beside the text")
+    modulation = (
+        block.scale_shift_table.unsqueeze(-3) + temb.float()
+        if temb.dim() == 4
+        else (block.scale_shift_table + temb.float())
+    )
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+        m.squeeze(-2) if temb.dim() == 4 else m for m in modulation.chunk(6, -2)
+    )
+    cos, sin = rotary_emb
+    rotation = Rotation("interleaved", cos[..., 0::2], sin[..., 1::2])
+
+    attn = block.attn1
+    qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
+    branch = attention(attn, qkv, rotation)
+
+    attn = block.attn2
+    (q,), x = Normed(block.norm2, branch, residual=x, gate=gate, h_dtype=dtype).into(attn.to_q)
+    branch = attention(attn, [q, *project(encoder_hidden_states, attn.to_k, attn.to_v)])
+
+    mlp = feed_forward(block.ffn)
+    hidden, x = Normed(block.norm3, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
+    return gated_residual(x, gate_mlp, mlp(hidden), dtype)
+
+
+def attention(
+    attn: Any, qkv: list[Tensor], rotation: Rotation | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Attention whose queries and keys are normed across heads; qkv are [B, S, H * d]."""
+    head_dim = qkv[0].shape[-1] // attn.heads
+    q, k = (
+        operand([Section(x, norm, rotation)], head_dim, across_heads=True)
+        for x, norm in zip(qkv, (attn.norm_q, attn.norm_k), strict=False)
+    )
+    return through(attn.to_out)(dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim)))
+
+
+def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
+    attn = block.attn1
+    width, head_dim = attn.inner_dim, attn.inner_dim // attn.heads
+    cos, sin = draw.tables(1, draw.S, 1, head_dim // 2)
+    arguments = {
+        **draw_streams(draw, width),
+        "rotary_emb": tuple(t.repeat_interleave(2, -1) for t in (cos, sin)),
+    }
+    yield arguments | {"temb": draw.normal(draw.B, 6, width)}
+    yield arguments | {"temb": draw.normal(draw.B, draw.S, 6, width)}
+
+
+FAMILIES = (
+    Family(
+        (f"{MODULE}.WanTransformerBlock",),
+        Swap("block", block, examples, constants=("rotary_emb",)),
+    ),
+)

@@ -1,0 +1,64 @@
+"""Z-Image: diffusers' single-stream block with norms on both sides of attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.backends.swaps.fused import Mlp, Normed, of_complex
+from fxopt.backends.swaps.streams import Part, dispatch, joint_attention, through
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
+
+
+def block(
+    block: Any,
+    x: Tensor,
+    freqs_cis: Tensor,
+    attn_mask: Tensor | None = None,
+    adaln_input: Tensor | None = None,
+) -> Tensor:
+    attn, ff = block.attention, block.feed_forward
+    scale = gate = scale_mlp = gate_mlp = None
+    if adaln_input is not None:
+        modulation = block.adaLN_modulation(adaln_input).unsqueeze(1)
+        scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, 2)
+        gate, gate_mlp = gate.tanh(), gate_mlp.tanh()
+    mask = attn_mask[:, None, None] if attn_mask is not None and attn_mask.dim() == 2 else attn_mask
+
+    qkv, _ = Normed(block.attention_norm1, x, scale).into(attn.to_q, attn.to_k, attn.to_v)
+    part = Part((attn.norm_q, attn.norm_k), of_complex(freqs_cis))
+    head_dim = qkv[0].shape[-1] // attn.heads
+    (attended,) = joint_attention([qkv], [part], head_dim, dispatch(attn, mask))
+    branch = through(attn.to_out)(attended)
+    # x + gate * norm(branch) is a modulation of the norm by gate and x.
+    x, _ = Normed(block.attention_norm2, branch, gate, x, scale_offset=0.0).value()
+
+    mlp = Mlp((ff.w1, ff.w3), "silu", "none", ff.w2)
+    hidden, _ = Normed(block.ffn_norm1, x, scale_mlp).into(*mlp.inputs)
+    x, _ = Normed(block.ffn_norm2, mlp(hidden), gate_mlp, x, scale_offset=0.0).value()
+    return x
+
+
+def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
+    width, head_dim = block.dim, block.head_dim
+    cos, sin = draw.tables(draw.B, draw.S, head_dim // 2)
+    arguments = {
+        "x": draw.normal(draw.B, draw.S, width),
+        "freqs_cis": torch.complex(cos, sin),
+    }
+    if block.modulation:
+        embedding = block.adaLN_modulation[0].in_features
+        arguments["adaln_input"] = draw.normal(draw.B, embedding)
+    yield arguments
+    yield arguments | {"attn_mask": torch.arange(draw.S) < torch.tensor([[draw.S], [2]])}
+
+
+FAMILIES = (
+    Family(
+        ("diffusers.models.transformers.transformer_z_image.ZImageTransformerBlock",),
+        Swap("block", block, examples, constants=("freqs_cis", "attn_mask")),
+    ),
+)

@@ -1,0 +1,402 @@
+"""The idioms of the catalogue in the many ways in which people write them.
+
+Each function draws one spelling and returns a module with inputs. `pick(what, *alternatives)`
+returns one of its alternatives; the caller decides how.
+
+Shapes: B batch, S tokens, T text tokens, D channels, F hidden channels, H heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.passes.rewriting import Written, normal
+
+Pick = Callable[..., Any]
+Spelling = tuple[nn.Module, list[Tensor]]
+
+H, d = 3, 8
+D = H * d
+EPS = 1e-6
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def copied(pick: Pick) -> Callable[[Tensor], Tensor]:
+    """What leaves a tensor as it is."""
+    return pick(
+        "copy",
+        lambda x: x,
+        lambda x: x.contiguous(),
+        lambda x: x.clone(),
+        lambda x: x.to(x.dtype),
+        lambda x: x.view(x.shape),
+        lambda x: x.reshape(x.shape),
+        lambda x: x.unsqueeze(0).squeeze(0),
+        lambda x: x.transpose(0, 1).transpose(0, 1),
+        lambda x: F.dropout(x, 0.0),
+        lambda x: x[:],
+    )
+
+
+def upcast(pick: Pick) -> Callable[[Tensor], Tensor]:
+    return pick(
+        "upcast",
+        lambda x: x,
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.type(torch.float32),
+        lambda x: x.to(dtype=torch.float32),
+    )
+
+
+def downcast(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    """downcast(x, like): x in the dtype of `like`."""
+    return pick(
+        "downcast",
+        lambda x, like: x.to(like.dtype),
+        lambda x, like: x.type_as(like),
+        lambda x, like: x.to(like),
+        lambda x, like: x.type(like.dtype),
+    )
+
+
+def times(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    return pick(
+        "times",
+        lambda a, b: a * b,
+        lambda a, b: b * a,
+        lambda a, b: a.mul(b),
+        lambda a, b: torch.mul(b, a),
+        lambda a, b: torch.multiply(a, b),
+    )
+
+
+def plus(pick: Pick) -> Callable[[Any, Any], Tensor]:
+    return pick(
+        "plus",
+        lambda a, b: a + b,
+        lambda a, b: b + a,
+        lambda a, b: torch.add(a, b),
+        lambda a, b: torch.add(b, a) if isinstance(b, Tensor) else a.add(b),
+    )
+
+
+def one_plus(pick: Pick) -> Callable[[Tensor], Tensor]:
+    return pick(
+        "one plus",
+        lambda s: 1 + s,
+        lambda s: s + 1.0,
+        lambda s: s.add(1),
+        lambda s: torch.add(s, 1),
+        lambda s: torch.add(torch.ones_like(s), s),
+    )
+
+
+def wrapped(pick: Pick, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward under activation checkpointing, or in an autocast region that changes nothing."""
+
+    def off(m: nn.Module, *inputs: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return forward(m, *inputs)
+
+    def recomputed(m: nn.Module, *inputs: Tensor) -> Any:
+        if inputs[0].dtype == torch.float64:  # recomputation would leave the truth's fp32 islands
+            return forward(m, *inputs)
+        return checkpoint(forward, m, *inputs, use_reentrant=False)
+
+    return pick(
+        "wrapper",
+        forward,
+        forward,
+        off,
+        recomputed,
+    )
+
+
+def finished(
+    pick: Pick, forward: Callable[..., Any], inputs: list[Tensor], **parameters: Tensor
+) -> Spelling:
+    module = Written(wrapped(pick, forward), **parameters)
+    module.requires_grad_(pick("weights", True, False))
+    return module, inputs
+
+
+# Norms
+
+
+def mean_square(pick: Pick) -> Callable[[Tensor], Tensor]:
+    square = pick(
+        "square",
+        lambda h: h.pow(2),
+        lambda h: h * h,
+        lambda h: h**2,
+        lambda h: h.square(),
+        lambda h: torch.pow(h, 2.0),
+        lambda h: torch.mul(h, h),
+        lambda h: h.abs().square(),
+    )
+    mean = pick(
+        "mean",
+        lambda s: s.mean(-1, keepdim=True),
+        lambda s: s.mean(dim=-1, keepdim=True),
+        lambda s: torch.mean(s, dim=(-1,), keepdim=True),
+        lambda s: s.mean(s.dim() - 1).unsqueeze(-1),
+        lambda s: s.mean(-1)[..., None],
+        lambda s: s.sum(-1, keepdim=True) / s.shape[-1],
+        lambda s: s.sum(dim=-1, keepdim=True) * (1 / s.shape[-1]),
+    )
+    return pick(
+        "mean square",
+        *[lambda h: mean(square(h))] * 7,
+        lambda h: (h.norm(2, dim=-1, keepdim=True) * h.shape[-1] ** -0.5) ** 2,
+        lambda h: torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1],
+    )
+
+
+def over_root(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    """over_root(h, v) = h / sqrt(v)."""
+    multiply = times(pick)
+    return pick(
+        "over root",
+        lambda h, v: multiply(h, torch.rsqrt(v)),
+        lambda h, v: multiply(h, v.rsqrt()),
+        lambda h, v: multiply(h, 1 / torch.sqrt(v)),
+        lambda h, v: multiply(h, v.pow(-0.5)),
+        lambda h, v: multiply(h, v**-0.5),
+        lambda h, v: multiply(h, torch.reciprocal(v.sqrt())),
+        lambda h, v: h / torch.sqrt(v),
+        lambda h, v: torch.div(h, v**0.5),
+    )
+
+
+def affine(pick: Pick) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    multiply, one = times(pick), one_plus(pick)
+    return pick(
+        "weight",
+        (lambda n, w: multiply(n, w), "weight"),
+        (lambda n, w: multiply(n, w), "weight"),
+        (lambda n, w: multiply(n, w[None, None]), "weight"),
+        (lambda n, w: multiply(n, w.view(1, 1, -1)), "weight"),
+        (lambda n, w: multiply(n, one(w)), "weight"),
+        (lambda n, w: n, ""),
+    )
+
+
+def rms(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    """rms(x, w): a decomposed RMSNorm."""
+    raise_, lower, add = upcast(pick), downcast(pick), plus(pick)
+    square, root, copy = mean_square(pick), over_root(pick), copied(pick)
+    (weigh, _), weigh_first = affine(pick), pick("weigh first", True, False)
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        h = raise_(copy(x))
+        n = root(h, add(square(h), EPS))
+        return lower(weigh(n, raise_(w)), x) if weigh_first else weigh(lower(n, x), w)
+
+    return norm
+
+
+def layer(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    """layer(x, w): a decomposed LayerNorm without bias."""
+    raise_, lower, add = upcast(pick), downcast(pick), plus(pick)
+    square, root, (weigh, _) = mean_square(pick), over_root(pick), affine(pick)
+    variance = pick(
+        "variance",
+        lambda h, c: square(c),
+        lambda h, c: h.var(-1, unbiased=False, keepdim=True),
+        lambda h, c: torch.var(h, dim=-1, correction=0, keepdim=True),
+        lambda h, c: torch.var_mean(h, -1, correction=0, keepdim=True)[0],
+    )
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        h = raise_(x)
+        centred = h - h.mean(-1, keepdim=True)
+        return lower(weigh(root(centred, add(variance(h, centred), EPS)), raise_(w)), x)
+
+    return norm
+
+
+def rms_norm(pick: Pick) -> Spelling:
+    norm = pick("norm", rms, rms, rms, layer)(pick)
+    dtype = pick("dtype", *DTYPES)
+    x = pick("rank", normal(2, 5, D, dtype=dtype), normal(2, 5, H, D, dtype=dtype))
+    return finished(pick, lambda m, x: norm(x, m.w), [x], w=normal(D, dtype=dtype))
+
+
+def modulated(pick: Pick) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """modulated(n, s, b) = (1 + s) * n + b."""
+    multiply, one, add = times(pick), one_plus(pick), plus(pick)
+    return pick(
+        "modulate",
+        lambda n, s, b: add(multiply(n, one(s)), b),
+        lambda n, s, b: add(multiply(n, one(s)), b),
+        lambda n, s, b: torch.addcmul(b, n, one(s)),
+        lambda n, s, b: torch.addcmul(b, one(s), n),
+        lambda n, s, b: add(add(n, multiply(n, s)), b),
+        lambda n, s, b: torch.addcmul(n, n, s) + b,
+        lambda n, s, b: multiply(n, one(s)),
+        lambda n, s, b: add(n, b),
+    )
+
+
+def vectors(pick: Pick, num: int, dtype: torch.dtype) -> tuple[Callable[..., Any], list[Tensor]]:
+    """(read, inputs): `read(*inputs)` gives `num` modulations of [B, S, D] from one or more tensors."""
+    wide = normal(2, num * D, dtype=dtype)
+    single = [normal(2, D, dtype=dtype, seed=i) for i in range(num)]
+    spread = pick(
+        "spread",
+        lambda t: t[:, None],
+        lambda t: t.unsqueeze(1),
+        lambda t: t.view(-1, 1, D),
+        lambda t: t.reshape(t.shape[0], 1, t.shape[1]),
+    )
+
+    def each(split: Callable[[Tensor], Any]) -> Callable[..., Any]:
+        return lambda t: [spread(v) for v in split(t)]
+
+    return pick(
+        "vectors",
+        (lambda *t: [spread(v) for v in t], single),
+        (each(lambda t: t.chunk(num, dim=-1)), [wide]),
+        (each(lambda t: t.split(D, dim=1)), [wide]),
+        (each(lambda t: torch.tensor_split(t, num, dim=-1)), [wide]),
+        (each(lambda t: t.unflatten(-1, (num, D)).unbind(1)), [wide]),
+        (each(lambda t: [t[:, i * D : (i + 1) * D] for i in range(num)]), [wide]),
+        (lambda t: t.unsqueeze(1).chunk(num, dim=-1), [wide]),
+        (lambda t: t.view(-1, num, D).split(1, dim=1), [wide]),
+        (lambda t: t.view(-1, num, 1, D).unbind(1), [wide]),
+        (lambda t: t.unflatten(1, (num, D)).select(1, 0)[:, None, :].expand(-1, 1, D), [wide])
+        if num == 1
+        else (lambda t: (t.view(-1, num, D)[:, i : i + 1] for i in range(num)), [wide]),
+        (lambda *t: t, [normal(2, 5, D, dtype=dtype, seed=i) for i in range(num)]),
+        (lambda *t: t, [normal(D, dtype=dtype, seed=i) for i in range(num)]),
+    )
+
+
+def composite(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
+    """A norm by a function or module of PyTorch, or by hand."""
+    return pick(
+        "composite",
+        lambda x, w: F.layer_norm(x, (D,), eps=EPS),
+        lambda x, w: F.layer_norm(x, (D,), w, eps=EPS),
+        lambda x, w: F.layer_norm(x.float(), [D], eps=EPS).to(x.dtype),
+        lambda x, w: F.layer_norm(x.float(), [D], w.float(), None, EPS).type_as(x),
+        lambda x, w: torch.layer_norm(x, (D,), None, None, EPS),
+        lambda x, w: torch.native_layer_norm(x, (D,), None, None, EPS)[0],
+        lambda x, w: F.rms_norm(x, (D,), w, EPS),
+        lambda x, w: torch.rms_norm(x, (D,), None, EPS),
+        lambda x, w: F.rms_norm(x, (D,)) * w,
+        rms(pick),
+        layer(pick),
+    )
+
+
+def norm_modulate(pick: Pick) -> Spelling:
+    """Norm, then modulation."""
+    norm, modulate, copy = composite(pick), modulated(pick), copied(pick)
+    dtype = pick("dtype", *DTYPES)
+    island = pick("island", False, False, True)
+    read, inputs = vectors(pick, 2, dtype)
+
+    def forward(m: nn.Module, x: Tensor, *mod: Tensor) -> Tensor:
+        s, b = read(*mod)
+        if island:
+            return modulate(norm(x.float(), m.w.float()), s.float(), b.float()).to(x.dtype)
+        return modulate(copy(norm(x, m.w)), s, b)
+
+    x = normal(2, 5, D, dtype=dtype)
+    return finished(pick, forward, [x, *inputs], w=normal(D, dtype=dtype))
+
+
+def gated(pick: Pick) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """gated(x, g, y) = x + g * y."""
+    multiply, add = times(pick), plus(pick)
+    return pick(
+        "gate",
+        lambda x, g, y: add(x, multiply(g, y)),
+        lambda x, g, y: add(x, multiply(g, y)),
+        lambda x, g, y: torch.addcmul(x, g, y),
+        lambda x, g, y: torch.addcmul(x, y, g),
+        lambda x, g, y: add(x, multiply(torch.tanh(g), y)),
+        lambda x, g, y: add(x.float(), multiply(g.float(), y.float())).type_as(x),
+        lambda x, g, y: (x.float() + y * g).to(x.dtype),
+    )
+
+
+def gated_residual(pick: Pick) -> Spelling:
+    """Gated residual, norm and modulation; the sum goes on as well, or does not."""
+    norm, modulate, join, copy = composite(pick), modulated(pick), gated(pick), copied(pick)
+    dtype, goes_on = pick("dtype", *DTYPES), pick("goes on", True, True, False)
+    read, inputs = vectors(pick, 3, dtype)
+
+    def forward(m: nn.Module, x: Tensor, y: Tensor, *mod: Tensor) -> Any:
+        s, b, g = read(*mod)
+        h = join(x, g, copy(y))
+        out = modulate(norm(h, m.w), s, b)
+        return (h, out) if goes_on else out
+
+    x, y = normal(2, 5, D, dtype=dtype), normal(2, 5, D, dtype=dtype, seed=1)
+    return finished(pick, forward, [x, y, *inputs], w=normal(D, dtype=dtype))
+
+
+# Activations
+
+
+def gated_activation(pick: Pick) -> Spelling:
+    multiply, dtype = times(pick), pick("dtype", *DTYPES)
+    root = pick("constant", math.sqrt(2 / math.pi), 0.7978845608028654, 0.79788456)
+    cube = pick("cube", lambda x: x**3, lambda x: x.pow(3.0), lambda x: x * x * x)
+    act = pick(
+        "activation",
+        F.silu,
+        lambda x: torch.nn.functional.silu(x, inplace=False),
+        lambda x: multiply(x, torch.sigmoid(x)),
+        lambda x: multiply(x, x.sigmoid()),
+        lambda x: x / (1 + torch.exp(-x)),
+        F.gelu,
+        nn.GELU(),
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+        lambda x: x * 0.5 * (1.0 + torch.erf(x * 2**-0.5)),
+        lambda x: x * torch.special.ndtr(x),
+        lambda x: 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * cube(x)))),
+        lambda x: 0.5 * multiply(x, 1 + torch.tanh(root * (x + 0.044715 * cube(x)))),
+        lambda x: 0.5 * x * (1 + torch.tanh(x * root * (1 + 0.044715 * x * x))),
+    )
+    raise_, lower, copy = upcast(pick), downcast(pick), copied(pick)
+    width = 2 * D
+    split = pick(
+        "halves",
+        lambda t: t.chunk(2, dim=-1),
+        lambda t: t.split(D, dim=-1),
+        lambda t: t.split([D, D], dim=2),
+        lambda t: (t[..., :D], t[..., D:]),
+        lambda t: t.unflatten(-1, (2, D)).unbind(-2),
+        lambda t: torch.tensor_split(t, 2, dim=-1),
+        lambda t: (t.narrow(-1, 0, D), t.narrow(-1, D, D)),
+    )
+    swapped = pick("order", False, True)
+    form = pick("form", "two linears", "halves", "two inputs", "alone")
+
+    def forward(m: nn.Module, *inputs: Tensor) -> Tensor:
+        if form == "two inputs":
+            g, u = inputs
+        elif form == "two linears":
+            g, u = F.linear(inputs[0], m.wide[:D]), F.linear(inputs[0], m.wide[D:])
+        elif form == "halves":
+            g, u = split(F.linear(inputs[0], m.wide))
+        else:
+            return F.linear(lower(act(raise_(F.linear(inputs[0], m.wide))), inputs[0]), m.down)
+        g, u = (u, g) if swapped else (g, u)
+        return multiply(lower(act(raise_(copy(g))), u), u)
+
+    inputs = [normal(2, 5, D, dtype=dtype, seed=i) for i in range(2 if form == "two inputs" else 1)]
+    parameters = {"wide": normal(width, D, dtype=dtype), "down": normal(D, width, dtype=dtype)}
+    return finished(pick, forward, inputs, **parameters)
