@@ -219,6 +219,8 @@ def _channels_are_fixed(
 ) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
         return False
+    if value.shape[-1] == value.shape[-2]:
+        return False  # a mask over pairs of tokens
     shapes = [p.leaves[index].shape for p in earlier if p.in_spec == spec]
     return all(s is None or ir.same(s[-1], value.shape[-1]) for s in shapes if s)
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import options, state
 from fxopt.backends.blocks import find_blocks
@@ -145,7 +144,13 @@ class SwappedForward:
         ]
         self.refusals: dict[str, None] = {}
         self._forget()
-        self.verdict = self._verdict(None)
+        self.verdict = self._first_verdict()
+
+    def _first_verdict(self) -> Verdict:
+        try:
+            return self._verdict(next(self.swap.examples(self.module, Draw(self.module))))
+        except (AttributeError, TypeError, ValueError) as error:
+            return Verdict(f"it is not built as expected: {error}")
 
     def _forget(self) -> None:
         self.admitted: dict[Any, str | None] = {}
@@ -191,46 +196,17 @@ class SwappedForward:
         first = next((v for v in arguments.values() if isinstance(v, Tensor)), None)
         if first is not None and Autocast.current(first.device.type).enabled:
             return "autocast is on: the casts lie between the modules"
-        key = tuple(
-            (name, kind(value, name in self.swap.constants))
-            for name, value in sorted(arguments.items())
-            if name not in self.swap.passed_on
-        )
+        key = self.swap.signature(arguments)
         if key not in self.admitted:
             self.admitted[key] = self._verdict(arguments).why_not
         return self.admitted[key]
 
-    def _verdict(self, arguments: Arguments | None) -> Verdict:
-        """Judge the fused form for arguments of this kind; None for those it is made for."""
+    def _verdict(self, arguments: Arguments) -> Verdict:
+        """Judge the fused form for arguments of this kind."""
         with torch.inference_mode(False), _disable_current_modes():
-            try:
-                examples = list(self.swap.examples(self.module, Draw(self.module)))
-                example = examples[0] if arguments is None else self._like(arguments, examples)
-            except Unfit as reason:
-                return Verdict(str(reason))
-            except Exception as error:
-                return Verdict(f"it is not built as expected: {type(error).__name__}: {error}")
-            reads, verdict = prove(self.module, self.swap, example)
+            reads, verdict = prove(self.module, self.swap, arguments)
         self.watches.append(Watch(self.module, reads))
         return verdict
-
-    def _like(self, arguments: Arguments, examples: Sequence[Arguments]) -> Arguments:
-        """The example with the names of a call, in its dtypes."""
-        given = {n: v for n, v in arguments.items() if n not in self.swap.passed_on}
-        for name, value in given.items():
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
-                    raise Unfit(f"{name} is a {type(leaf).__name__}")
-                constant = name in self.swap.constants
-                if constant and isinstance(leaf, Tensor) and leaf.requires_grad:
-                    raise Unfit(f"{name} requires grad, the op gives it none; detach it")
-        for example in examples:
-            if example.keys() == given.keys():
-                cast = _in_dtypes_of({name: given[name] for name in example}, example)
-                if cast is not None:
-                    return cast
-        known = " or ".join(dict.fromkeys(_described(e) for e in examples))
-        raise Unfit(f"it is called with {_described(given)}, not with {known}")
 
     def applied(self, device: torch.device | None) -> Iterator[Applied]:
         where, name = source(self.module), type(self.module).__name__
@@ -254,36 +230,3 @@ def source(module: nn.Module) -> str:
     """ "file.py:line" of the forward that a module's class has."""
     code = inspect.unwrap(type(module).forward).__code__
     return f"{code.co_filename}:{code.co_firstlineno}"
-
-
-def kind(value: Any, constant: bool) -> Any:
-    """What decides whether a proof holds for a value: all but sizes and numbers."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.dim(), type(value), constant and value.requires_grad
-    if isinstance(value, (tuple, list)):
-        return tuple(kind(v, constant) for v in value)
-    return value if isinstance(value, (bool, str)) else type(value)
-
-
-def _in_dtypes_of(given: Arguments, example: Arguments) -> Arguments | None:
-    """The example in the dtypes of a call; None if more than dtypes and sizes differ."""
-    (leaves, spec), (of_call, spec_of_call) = map(pytree.tree_flatten, (example, given))
-    if spec != spec_of_call or not all(map(_same_kind, leaves, of_call)):
-        return None
-    cast = [
-        e.to(c.dtype) if isinstance(e, Tensor) else c for e, c in zip(leaves, of_call, strict=True)
-    ]
-    return pytree.tree_unflatten(cast, spec)
-
-
-def _same_kind(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dim() == b.dim() and a.is_floating_point() == b.is_floating_point()
-    return type(a) is type(b) and a == b
-
-
-def _described(arguments: Arguments) -> str:
-    return ", ".join(
-        f"{name} of {value.dim()} dims" if isinstance(value, Tensor) else name
-        for name, value in arguments.items()
-    )

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
@@ -45,6 +46,8 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _simplify(graph: fx.Graph, node: fx.Node) -> None:
+    if node.op == "call_function":
+        node.target = SYNONYMS.get(node.target, node.target)
     if ir.is_call(node, *METADATA_CHECKS):
         graph.erase_node(node)
     elif node.op == "call_function" and node.target in IDENTITIES:
@@ -55,9 +58,8 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
     elif ir.is_call(node, aten.view.default, aten._unsafe_view.default):
         # The same where a view exists; inputs of later calls may have other strides.
         node.target = aten.reshape.default
-    elif node.op == "call_function" and node.target in TRANSPOSITIONS:
-        dims = TRANSPOSITIONS[node.target] or node.args[1:]
-        node.target, node.args = aten.transpose.int, (node.args[0], *dims)
+    elif ir.is_call(node, aten.mT.default):
+        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
     elif ir.is_call(node, aten.rms_norm.default) and len(node.args) < 4:
         _bind_machine_epsilon(node)
 
@@ -65,11 +67,21 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
 # Facts that the callers check on their real inputs, once per call and not once per op.
 METADATA_CHECKS = (aten._assert_tensor_metadata.default,)
 
-# The dims they exchange; None: their own arguments.
-TRANSPOSITIONS: dict[Any, tuple[int, int] | None] = {
-    aten.mT.default: (-2, -1),
-    aten.swapaxes.default: None,
-    aten.swapdims.default: None,
+# Two names of one op.
+SYNONYMS: dict[Any, Any] = {
+    aten.absolute.default: aten.abs.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.special_erf.default: aten.erf.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_softmax.default: aten.softmax.int,
+    aten.linalg_matmul.default: aten.matmul.default,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.true_divide.Tensor: aten.div.Tensor,
 }
 
 
@@ -94,12 +106,13 @@ def _cast_nothing(node: fx.Node) -> fx.Node | None:
 
 
 def _moved_nothing(node: fx.Node) -> fx.Node | None:
-    before = _source(node)
-    return before if before is not None and ir.same(ir.shape(before), ir.shape(node)) else None
-
-
-def _sliced_nothing(node: fx.Node) -> fx.Node | None:
-    return _moved_nothing(node) if ir.arguments(node)["step"] == 1 else None
+    """What `node` is a view of all of, in the same order: behind views that undo one another."""
+    source = _source(node)
+    while source is not None:
+        if ir.same_memory(source, node):
+            return source
+        source = _source(source) if ir.is_call(source, *ir.VIEWS) else None
+    return None
 
 
 IDENTITIES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
@@ -110,11 +123,7 @@ IDENTITIES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.to.device: _cast_nothing,
     aten.to.other: _cast_nothing,
     aten.type_as.default: _cast_nothing,
-    aten.slice.Tensor: _sliced_nothing,
-    aten.expand.default: _moved_nothing,
-    aten.view.default: _moved_nothing,
-    aten.reshape.default: _moved_nothing,
-    aten.alias.default: _moved_nothing,
+    **dict.fromkeys(ir.VIEWS - {operator.getitem}, _moved_nothing),
 }
 
 
@@ -125,9 +134,21 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
         for dim, size in enumerate(ir.shape(node) if ir.tensor(node) is not None else ()):
             known.setdefault(ir.expression(size), (node, dim))
     for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        size = ir.expression(node.meta["val"])
+        if isinstance(size, (int, sympy.Integer)):
+            _replace_by_constant(node, int(size))
+            continue
         source = known.get(ir.expression(node.meta["val"]))
         if source is not None:
             node.args = source
+
+
+def _replace_by_constant(node: fx.Node, value: int) -> None:
+    def replaced(n: fx.Node) -> Any:
+        return value if n is node else n
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg(user.args, replaced), map_arg(user.kwargs, replaced)
 
 
 def _join_slices(graph: fx.Graph, node: fx.Node) -> None:
@@ -154,8 +175,10 @@ def _join_slices(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(before):
         if isinstance(stops[0], fx.Node) and stops[0] > before:
             return
-        rest = _call(graph, before, aten.sym_size.int, node, dim)
-        rest = _call(graph, before, operator.sub, rest, stops[0])
+        rest: Any = ir.shape(second)[dim]
+        if not isinstance(rest, int):
+            rest = _call(graph, before, aten.sym_size.int, node, dim)
+            rest = _call(graph, before, operator.sub, rest, stops[0])
         split = _call(graph, before, aten.split_with_sizes.default, node, [stops[0], rest], dim)
         for i, old in enumerate((first, second)):
             part = _call(graph, old, operator.getitem, split, i)

@@ -43,6 +43,12 @@ VIEWS = frozenset(
         aten.unbind.int,
         aten.alias.default,
         aten.view_as.default,
+        aten.expand_as.default,
+        aten.reshape_as.default,
+        aten.movedim.int,
+        aten.movedim.intlist,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
         operator.getitem,
     }
 )
@@ -117,6 +123,16 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(expression(a)) == str(expression(b))
+
+
+def same_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are the same elements of the same memory in the same order."""
+    x, y = tensor(a), tensor(b)
+    assert x is not None and y is not None
+    if x.dtype != y.dtype or not (same(x.shape, y.shape) and same(x.stride(), y.stride())):
+        return False
+    storages = {t.untyped_storage()._cdata for t in (x, y)}
+    return len(storages) == 1 and same(x.storage_offset(), y.storage_offset())
 
 
 def expression(size: Any) -> Any:

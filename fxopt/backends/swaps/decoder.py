@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Mlp, Normed, Rotation, Section, fire, heads, operand
 from fxopt.backends.swaps.mlps import activation
@@ -84,6 +85,15 @@ def examples(layer: Any, draw: Draw) -> Iterator[Arguments]:
     yield arguments | {"attention_mask": causal == 0}
 
 
+def small(layer: Any) -> nn.Module:
+    attn = layer.self_attn
+    config = copy.copy(attn.config)
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 96, 32
+    config.num_attention_heads = 4
+    config.num_key_value_heads = 2 if attn.num_key_value_groups > 1 else 4
+    return type(layer)(config, attn.layer_idx)
+
+
 FAMILIES = (
     Family(
         tuple(f"transformers.models.{name}DecoderLayer" for name in MODULES),
@@ -91,6 +101,7 @@ FAMILIES = (
             "layer",
             layer,
             examples,
+            small,
             constants=("position_embeddings", "attention_mask"),
             passed_on=PASSED_ON,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.flux import draw_tables, tables
 from fxopt.backends.swaps.fused import Mlp, Normed, clip_half, gated_residual
@@ -106,13 +106,18 @@ def single_examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     }
 
 
+def small(block: Any) -> nn.Module:
+    bias = block.attn.use_bias
+    return type(block)(dim=64, num_attention_heads=2, attention_head_dim=32, bias=bias)
+
+
 FAMILIES = (
     Family(
         (f"{MODULE}.Flux2TransformerBlock",),
-        Swap("double", double, double_examples, constants=("image_rotary_emb",)),
+        Swap("double", double, double_examples, small, constants=("image_rotary_emb",)),
     ),
     Family(
         (f"{MODULE}.Flux2SingleTransformerBlock",),
-        Swap("single", single, single_examples, constants=("image_rotary_emb",)),
+        Swap("single", single, single_examples, small, constants=("image_rotary_emb",)),
     ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Normed, Rotation, gated_residual, heads, project
 from fxopt.backends.swaps.mlps import feed_forward
@@ -57,9 +57,19 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     yield arguments
 
 
+def small(block: Any) -> nn.Module:
+    return type(block)(dim=64, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64)
+
+
 FAMILIES = (
     Family(
         ("diffusers.models.transformers.transformer_ltx.LTXVideoTransformerBlock",),
-        Swap("block", block, examples, constants=("image_rotary_emb", "encoder_attention_mask")),
+        Swap(
+            "block",
+            block,
+            examples,
+            small,
+            constants=("image_rotary_emb", "encoder_attention_mask"),
+        ),
     ),
 )

@@ -5,10 +5,13 @@ Which activation stands between, and which half it is applied to, is not read bu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Mlp, is_plain, project
@@ -77,4 +80,24 @@ def _swap(argument: str, inputs: tuple[str, ...], out: str, name: str, packing: 
         for leading in ((draw.B, draw.S), (draw.S,)):
             yield {argument: draw.normal(*leading, width)}  # type: ignore[arg-type]
 
-    return Swap(f"mlp {inputs} {out} {name} {packing}", forward, examples)
+    def small(module: nn.Module) -> nn.Module:
+        return _narrow(module, module.get_submodule(out).in_features)  # type: ignore[arg-type]
+
+    return Swap(f"mlp {inputs} {out} {name} {packing}", forward, examples, small)
+
+
+def _narrow(module: nn.Module, hidden: int) -> nn.Module:
+    """A copy whose features are few; `hidden` of them stand between activation and last linear."""
+    few = {hidden: 24, 2 * hidden: 48}
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    memo: dict[int, Any] = {}
+    for linear in linears:
+        for size in (linear.in_features, linear.out_features):
+            few.setdefault(size, 16 + 4 * len(few))
+        for p in linear.parameters():
+            shape = [few[size] for size in p.shape]
+            memo[id(p)] = nn.Parameter(torch.empty(shape, device="cpu"))
+    twin = copy.deepcopy(module, memo)
+    for linear in (m for m in twin.modules() if isinstance(m, nn.Linear)):
+        linear.out_features, linear.in_features = linear.weight.shape
+    return twin

@@ -1,8 +1,9 @@
 """Run a module's own forward and its replacement on small inputs; compare values and gradients.
 
-Both run on a replica on the CPU that has the module's structure, sizes and constants, and random
+Both run on a replica on the CPU that has the module's structure and constants, and random
 parameters: the module may be sharded, on a GPU or without values, and a projection that is zero at
-the start of training would hide what it multiplies.
+the start of training would hide what it multiplies. Where a narrow replica can be built, it is: the
+forward of a block does not depend on its width.
 """
 
 from __future__ import annotations
@@ -50,23 +51,21 @@ class Verdict:
 _verdicts: dict[Any, list[tuple[Reads, Verdict]]] = {}
 
 
-def prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Verdict]:
+def prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
     """Judge `swap` on `module`; modules of one structure whose read attributes agree share it.
 
     Args:
         module: the module with its own forward; it is not run, its replica is.
-        example: arguments in the dtypes in which the module is called.
+        arguments: those of a call; only their kinds count.
     """
-    leaves, spec = pytree.tree_flatten(example)
-    kinds = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
-    key = (swap.name, swap.forward, structure(module), spec, kinds)
+    key = (swap.name, structure(module), swap.signature(arguments))
     known = _verdicts.setdefault(key, [])
     for reads, verdict in known:
         if reads.hold_for(module):
             return reads, verdict
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)  # of the CPU alone
-        known.append(_prove(module, swap, example))
+        known.append(_prove(module, swap, arguments))
     return known[-1]
 
 
@@ -82,10 +81,11 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in module._parameters.items() if p is not None]
 
 
-def _prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Verdict]:
+def _prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
     reads = Reads()
     try:
-        twin = replica(module)
+        twin = replica(module, swap)
+        example = swap.like(arguments, twin)
         with recording(twin) as reads, counting() as fired:
             why_not = _compare(twin, module, swap, example, fired)
         verdict = Verdict(why_not, tuple(fired))
@@ -94,20 +94,54 @@ def _prove(module: nn.Module, swap: Swap, example: Arguments) -> tuple[Reads, Ve
     except Exception as error:  # a guess that cannot even run is a wrong guess
         first = (str(error).splitlines() or [""])[0]
         verdict = Verdict(f"it does not run on a probe: {type(error).__name__}: {first}")
-    # The replica is in evaluation mode whatever the module is in.
     held = {path: vars(m) for path, m in module.named_modules(remove_duplicate=False)}
     reads.values = {
         (path, name): value
         for (path, name), value in reads.values.items()
-        if name != "training" and name in held[path]
+        if name in held[path] and not _is_incidental(name, value, held[path][name])
     }
     return reads, verdict
 
 
-def replica(module: nn.Module) -> nn.Module:
-    """A copy on the CPU without hooks, its parameters random float64."""
+def _is_incidental(name: str, value: Any, own: Any) -> bool:
+    """Whether a replica may read another value than the module: its mode, and its sizes."""
+    is_size = isinstance(value, (int, tuple)) and not isinstance(value, bool)
+    return name == "training" or (is_size and value != own)
+
+
+def replica(module: nn.Module, swap: Swap) -> nn.Module:
+    """A copy on the CPU, without hooks, its parameters random float64; narrow where it can be."""
+    twin = swap.small(module) if swap.small is not None else None
+    if twin is None or not _alike(twin, module):
+        twin = _copy(module)
+    for p in twin.parameters():
+        if p.is_floating_point():
+            p.data = _random(p)
+    return twin.to("cpu").eval()
+
+
+def _alike(twin: nn.Module, module: nn.Module) -> bool:
+    """Give `twin` the plain attributes of `module`, sizes aside; False if it is built otherwise."""
+    pairs = list(zip(twin.named_modules(), module.named_modules(), strict=False))
+    if len(list(twin.modules())) != len(list(module.modules())):
+        return False
+    for (path, a), (own_path, b) in pairs:
+        names = [n for n, _ in _own_parameters(a)]
+        same_class = type(a) is type(b) or not path  # sharding changes the class of a block
+        if path != own_path or not same_class or names != [n for n, _ in _own_parameters(b)]:
+            return False
+        for name, value in vars(b).items():
+            plain = isinstance(value, (bool, str, float, type(None)))
+            if name in vars(a) and (plain or not isinstance(value, _STRUCTURAL)):
+                a.__dict__[name] = value
+    return True
+
+
+def _copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(_random(p)) if p.is_floating_point() else p.detach().cpu()
+        id(p): nn.Parameter(torch.empty(p.shape, device="cpu"))
+        if p.is_floating_point()
+        else p.detach().cpu()
         for p in module.parameters()
     }
     for submodule in module.modules():
@@ -119,7 +153,7 @@ def replica(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module, memo)
     for submodule in twin.modules():
         submodule.__dict__.pop("forward", None)
-    return twin.to("cpu").eval()
+    return twin
 
 
 def _random(parameter: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import clip_half, modulation, of_complex
 from fxopt.backends.swaps.mlps import feed_forward
@@ -78,6 +78,10 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     yield arguments
 
 
+def small(block: Any) -> nn.Module:
+    return type(block)(dim=64, num_attention_heads=2, attention_head_dim=32)
+
+
 FAMILIES = (
     Family(
         ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock",),
@@ -85,6 +89,7 @@ FAMILIES = (
             "double",
             double,
             examples,
+            small,
             constants=("image_rotary_emb", "encoder_hidden_states_mask"),
         ),
     ),

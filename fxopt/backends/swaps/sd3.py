@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
@@ -80,9 +80,20 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     yield {**draw_streams(draw, width), "temb": draw.normal(draw.B, width)}
 
 
+def small(block: Any) -> nn.Module:
+    return type(block)(
+        dim=64,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        context_pre_only=block.context_pre_only,
+        qk_norm=None if block.attn.norm_q is None else "rms_norm",
+        use_dual_attention=block.use_dual_attention,
+    )
+
+
 FAMILIES = (
     Family(
         ("diffusers.models.attention.JointTransformerBlock",),
-        Swap("joint", joint_block, examples),
+        Swap("joint", joint_block, examples, small),
     ),
 )

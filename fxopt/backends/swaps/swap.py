@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Unfit(Exception):
@@ -47,6 +49,8 @@ class Swap:
     name: tells hypotheses about one module apart.
     forward: `forward(module, **arguments)`; raises Unfit where it does not apply.
     examples: small arguments for a module; one dict for each set of arguments that it is given.
+    small: a module of the same structure as the given one, as narrow as can be; None for no other
+        than the module itself.
     constants: arguments that get no gradient (tables, masks).
     passed_on: arguments that go to the attention function as they are, whatever they hold.
     """
@@ -54,8 +58,67 @@ class Swap:
     name: str
     forward: Callable[..., Any]
     examples: Callable[[Any, Draw], Iterator[Arguments]]
+    small: Callable[[Any], nn.Module] | None = None
     constants: tuple[str, ...] = ()
     passed_on: tuple[str, ...] = ()
+
+    def signature(self, arguments: Arguments) -> tuple[Any, ...]:
+        """What decides whether a proof holds for a call: all of its arguments but their sizes."""
+        return tuple(
+            (name, _kind(value, name in self.constants))
+            for name, value in sorted(arguments.items())
+            if name not in self.passed_on
+        )
+
+    def like(self, arguments: Arguments, module: nn.Module) -> Arguments:
+        """Small arguments for `module` with the names and dtypes of a call's."""
+        given = {n: v for n, v in arguments.items() if n not in self.passed_on}
+        for name, value in given.items():
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
+                    raise Unfit(f"{name} is a {type(leaf).__name__}")
+                if name in self.constants and getattr(leaf, "requires_grad", False):
+                    raise Unfit(f"{name} requires grad, the op gives it none; detach it")
+        examples = list(self.examples(module, Draw(module)))
+        for example in examples:
+            if example.keys() == given.keys():
+                cast = _in_dtypes_of({name: given[name] for name in example}, example)
+                if cast is not None:
+                    return cast
+        known = " or ".join(dict.fromkeys(_described(e) for e in examples))
+        raise Unfit(f"it is called with {_described(given)}, not with {known}")
+
+
+def _kind(value: Any, constant: bool) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), type(value), constant and value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return tuple(_kind(v, constant) for v in value)
+    return value if isinstance(value, (bool, str)) else type(value)
+
+
+def _in_dtypes_of(given: Arguments, example: Arguments) -> Arguments | None:
+    """The example in the dtypes of a call; None if more than dtypes and sizes differ."""
+    (leaves, spec), (of_call, spec_of_call) = map(pytree.tree_flatten, (example, given))
+    if spec != spec_of_call or not all(map(_same_kind, leaves, of_call)):
+        return None
+    cast = [
+        e.to(c.dtype) if isinstance(e, Tensor) else c for e, c in zip(leaves, of_call, strict=True)
+    ]
+    return pytree.tree_unflatten(cast, spec)
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dim() == b.dim() and a.is_floating_point() == b.is_floating_point()
+    return type(a) is type(b) and a == b
+
+
+def _described(arguments: Arguments) -> str:
+    return ", ".join(
+        f"{name} of {value.dim()} dims" if isinstance(value, Tensor) else name
+        for name, value in arguments.items()
+    )
 
 
 @dataclass(frozen=True)

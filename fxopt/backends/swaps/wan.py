@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Normed, Rotation, Section, gated_residual, operand, project
 from fxopt.backends.swaps.fused import heads as in_heads
@@ -74,9 +74,14 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     yield arguments | {"temb": draw.normal(draw.B, draw.S, 6, width)}
 
 
+def small(block: Any) -> nn.Module:
+    cross_attn_norm = type(block.norm2) is not nn.Identity
+    return type(block)(dim=64, ffn_dim=96, num_heads=2, cross_attn_norm=cross_attn_norm)
+
+
 FAMILIES = (
     Family(
         (f"{MODULE}.WanTransformerBlock",),
-        Swap("block", block, examples, constants=("rotary_emb",)),
+        Swap("block", block, examples, small, constants=("rotary_emb",)),
     ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxopt.backends.swaps.fused import Mlp, Normed, of_complex
 from fxopt.backends.swaps.streams import Part, dispatch, joint_attention, through
@@ -56,9 +56,14 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     yield arguments | {"attn_mask": torch.arange(draw.S) < torch.tensor([[draw.S], [2]])}
 
 
+def small(block: Any) -> nn.Module:
+    qk_norm = block.attention.norm_q is not None
+    return type(block)(0, 64, 2, 2, 1e-5, qk_norm, modulation=block.modulation)
+
+
 FAMILIES = (
     Family(
         ("diffusers.models.transformers.transformer_z_image.ZImageTransformerBlock",),
-        Swap("block", block, examples, constants=("freqs_cis", "attn_mask")),
+        Swap("block", block, examples, small, constants=("freqs_cis", "attn_mask")),
     ),
 )
