@@ -45,11 +45,28 @@ def write_out(gm: fx.GraphModule, ambient: Autocast) -> None:
 
 def _write_out(gm: fx.GraphModule, state: Autocast) -> None:
     fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+    states = [state]
+    entered: list[fx.Node] = []
     for node in list(gm.graph.nodes):
-        if is_region(node):
+        state = states[-1]
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            states.append(_nested(state, *node.args[:3]))
+            entered.append(node)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            states.pop()
+            gm.graph.erase_node(node)
+            gm.graph.erase_node(entered.pop())
+        elif is_region(node):
             _inline(gm, node, state)
         elif state.enabled and isinstance(node.target, torch._ops.OpOverload):
             _cast_arguments(gm.graph, node, state, fake_mode)
+
+
+def _nested(outer: Autocast, device_type: Any, dtype: Any, enabled: Any) -> Autocast:
+    """The state inside a region; one for another device type leaves the outer state as it is."""
+    if device_type != outer.device_type:
+        return outer
+    return Autocast(device_type, dtype or outer.dtype, bool(enabled))
 
 
 def is_region(node: fx.Node) -> bool:
@@ -61,9 +78,7 @@ def is_region(node: fx.Node) -> bool:
 def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast) -> None:
     device_type, dtype, enabled, _cache, body_node, *operands = node.args
     body = getattr(gm, body_node.target)  # type: ignore[union-attr, arg-type]
-    inner = Autocast(device_type, dtype, bool(enabled))  # type: ignore[arg-type]
-    # A region for another device type leaves the outer state as it is.
-    _write_out(body, inner if device_type == outer.device_type else outer)
+    _write_out(body, _nested(outer, device_type, dtype, enabled))
     values = dict(
         zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )

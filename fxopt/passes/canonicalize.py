@@ -46,29 +46,29 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _simplify(graph: fx.Graph, node: fx.Node) -> None:
-    if node.op == "call_function":
-        node.target = SYNONYMS.get(node.target, node.target)
-    if ir.is_call(node, *METADATA_CHECKS):
+    if node.op != "call_function":
+        return
+    node.target = SYNONYMS.get(node.target, node.target)
+    if node.target is aten.mT.default:
+        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
+    if node.target is aten.rms_norm.default and len(node.args) < 4:
+        _bind_machine_epsilon(node)
+    if node.target in METADATA_CHECKS:
         graph.erase_node(node)
-    elif node.op == "call_function" and node.target in IDENTITIES:
+    elif node.target in IDENTITIES:
         source = IDENTITIES[node.target](node)
         if source is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    elif ir.is_call(node, aten.view.default, aten._unsafe_view.default):
-        # The same where a view exists; inputs of later calls may have other strides.
-        node.target = aten.reshape.default
-    elif ir.is_call(node, aten.mT.default):
-        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
-    elif ir.is_call(node, aten.rms_norm.default) and len(node.args) < 4:
-        _bind_machine_epsilon(node)
 
 
 # Facts that the callers check on their real inputs, once per call and not once per op.
 METADATA_CHECKS = (aten._assert_tensor_metadata.default,)
 
-# Two names of one op.
+# Two names of one op. A reshape is a view where one exists; later calls may have other strides.
 SYNONYMS: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
     aten.absolute.default: aten.abs.default,
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
@@ -107,7 +107,7 @@ def _cast_nothing(node: fx.Node) -> fx.Node | None:
 
 def _moved_nothing(node: fx.Node) -> fx.Node | None:
     """What `node` is a view of all of, in the same order: behind views that undo one another."""
-    source = _source(node)
+    source = _source(node) if ir.tensor(node) is not None else None
     while source is not None:
         if ir.same_memory(source, node):
             return source

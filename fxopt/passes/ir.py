@@ -213,29 +213,50 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return named | dict(node.kwargs)
 
 
+def is_barrier(node: fx.Node) -> bool:
+    """Whether other nodes may not be moved across: writes, random numbers, changes of mode."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        draws = torch.Tag.nondeterministic_seeded in node.target.tags
+        return mutates(node) or (draws and arguments(node).get("dropout_p") != 0)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return not isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat))
+
+
+def segments(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node the number of barriers before it, itself included."""
+    found: dict[fx.Node, int] = {}
+    count = 0
+    for node in graph.nodes:
+        count += is_barrier(node)
+        found[node] = count
+    return found
+
+
 def toposort(graph: fx.Graph) -> None:
-    """Order the nodes so that each follows its inputs, otherwise as they stood."""
+    """Order the nodes so that each follows its inputs, otherwise as they stood.
+
+    Barriers keep their place: nodes are reordered between two of them only.
+    """
     placed: set[fx.Node] = set()
     order: list[fx.Node] = []
 
     def place(node: fx.Node) -> None:
-        stack = [(node, iter(node.all_input_nodes))]
+        stack = [node]
         while stack:
-            current, inputs = stack[-1]
-            pending = next((i for i in inputs if i not in placed), None)
-            if pending is not None:
-                stack.append((pending, iter(pending.all_input_nodes)))
+            current = stack[-1]
+            pending = [i for i in current.all_input_nodes if i not in placed]
+            if pending:
+                stack += pending
                 continue
             stack.pop()
             if current not in placed:
                 placed.add(current)
                 order.append(current)
 
-    nodes = list(graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder":
-            place(node)
-    for node in nodes:
+    for node in list(graph.nodes):
         place(node)
     cursor = graph._root
     for node in order:

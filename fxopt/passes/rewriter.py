@@ -100,12 +100,16 @@ class _Rewriter:
         region, reasons = self.region(binding)
         outputs, inputs = set(binding.outputs), set(binding.inputs)
         kept = _kept(region, inputs | outputs)
+        segments = ir.segments(self.graph)
         for node in sorted(region - outputs - kept):
             strangers = [u for u in node.users if u not in region]
             if strangers and ir.tensor(node) is not None:
                 why = f"{node.name} is also used by {strangers[0].name} ({strangers[0].target})"
                 reasons.append(Reason(why, node))
         reasons += self.overwritten(binding, region)
+        if len({segments[n] for n in region - kept}) > 1:
+            why = "a write, a random number or a change of grad mode stands inside the region"
+            reasons.append(Reason(why, binding.anchor))
         after = _descendants(region - kept) - region
         if after & inputs:
             reasons.append(Reason("an input of the region depends on its output", binding.anchor))
@@ -252,13 +256,19 @@ def _declined(rule: Rule, node: fx.Node, reasons: Sequence[Reason]) -> Declined:
 
 
 def _kept(region: set[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
-    """Casts and views of the region's inputs and outputs: they stay for whoever else uses them."""
+    """What stays for others at next to no cost: casts, views, and one row per sample (1 + scale)."""
     kept: set[fx.Node] = set()
-    for node in sorted(region):
-        if ir.is_call(node, *ir.CASTS, *ir.VIEWS) and node not in ends:
-            if all(i in ends or i in kept or _is_size(i) for i in node.all_input_nodes):
-                kept.add(node)
+    for node in sorted(region - ends):
+        if all(i in ends or i in kept or _is_size(i) for i in node.all_input_nodes) and (
+            ir.is_call(node, *ir.CASTS, *ir.VIEWS) or _is_row(node)
+        ):
+            kept.add(node)
     return kept
+
+
+def _is_row(node: fx.Node) -> bool:
+    sizes = ir.shape(node) if ir.tensor(node) is not None else ()
+    return bool(sizes) and (len(sizes) < 3 or ir.same(sizes[-2], 1)) and not ir.mutates(node)
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -190,8 +190,6 @@ def _compare(
     count = list(fired)
     for p, dtype in zip(twin.parameters(), dtypes, strict=True):
         p.data = p.data.to(dtype)
-    for name, buffer in module.named_buffers():
-        twin.get_buffer(name).data = buffer.detach().cpu()
     why_not = _inaccuracy(truth, _run(twin, own, example, swap), _run(twin, fused, example, swap))
     fired[:] = count
     return why_not
