@@ -1,10 +1,54 @@
-"""Fused kernels for the training of unmodified diffusion transformers."""
+"""Fused kernels for the training of unmodified diffusion transformers.
 
-from fxopt.backends.exported import optimize
-from fxopt.backends.state import report, restore
+Three doors to one catalogue: `optimize(model)`, `torch.compile(model, backend="fxopt")` and
+`swap(model)`. The doors load when they are first used: `import fxopt` itself costs little.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fxopt.errors import FxoptError
 from fxopt.recipes import Recipe
 from fxopt.report import Report
 
+if TYPE_CHECKING:
+    from fxopt.backends.eager import swap
+    from fxopt.backends.exported import optimize
+    from fxopt.backends.state import report, restore
+    from fxopt.explanation import explain
+
 __version__ = "0.1.0"
-__all__ = ["FxoptError", "Recipe", "Report", "optimize", "report", "restore"]
+__all__ = [
+    "FxoptError",
+    "Recipe",
+    "Report",
+    "explain",
+    "optimize",
+    "report",
+    "restore",
+    "swap",
+]
+
+_LAZY = {
+    "explain": "fxopt.explanation",
+    "optimize": "fxopt.backends.exported",
+    "report": "fxopt.backends.state",
+    "restore": "fxopt.backends.state",
+    "swap": "fxopt.backends.eager",
+}
+# The import above has bound the submodule to the name of the function.
+globals().pop("report")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -73,7 +73,7 @@ def _positive(text: str) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from fxopt.explain import explain, load_example
+    from fxopt.explanation import explain, load_example
 
     model, inputs = options.model, None
     with quiet():

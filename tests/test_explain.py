@@ -8,11 +8,11 @@ from torch import nn
 
 from fxopt import errors
 from fxopt.backends.capture import CannotCapture
-from fxopt.explain import explain, load_example, model_blocks
+from fxopt.explanation import explain, load_example, model_blocks
 from fxopt.report import Applied, Declined, Report
 
 # The package binds the name `explain` to the function.
-explain_module = sys.modules["fxopt.explain"]
+explain_module = sys.modules["fxopt.explanation"]
 
 
 class Block(nn.Module):

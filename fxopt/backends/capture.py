@@ -71,7 +71,9 @@ class Plan:
         values: dict[Any, int] = {}
         pairs = [
             (ir.expression(expected), actual)
-            for leaf, shape in zip((x for x in self.leaves if x.shape is not None), shapes, strict=True)
+            for leaf, shape in zip(
+                (x for x in self.leaves if x.shape is not None), shapes, strict=True
+            )
             for expected, actual in zip(leaf.shape or (), shape, strict=True)
         ]
         for expected, actual in pairs:
@@ -175,7 +177,7 @@ def _capture(
     slots, learned = _slots(program)
     outcome = rewrite(gm, rules, device=device, parameters=learned)
     return Plan(
-        run=gm.forward,
+        run=_without(autocast, gm.forward),
         gm=gm,
         slots=slots,
         in_spec=in_spec,
@@ -187,6 +189,18 @@ def _capture(
         guards=_size_guards(gm),
         outcome=outcome,
     )
+
+
+def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as it was captured: its casts are part of it, those of regions without autocast too."""
+    if not autocast.enabled:
+        return run
+
+    def call(*inputs: Any) -> Any:
+        with torch.autocast(autocast.device_type, enabled=False):
+            return run(*inputs)
+
+    return call
 
 
 def _check_inputs(module: nn.Module, leaves: Sequence[Any]) -> torch.device:

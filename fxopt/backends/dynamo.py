@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.backends import inductor, options
+from fxopt.backends import inductor
+from fxopt.backends import options as shared
 from fxopt.errors import UnknownOption
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -23,7 +24,8 @@ from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.report import Declined, Report
 
 INNER = ("inductor", "aot_eager", "eager")
-_reports: list[Report] = []
+# What `torch.compile(backend="fxopt")` has done in this process, a report for each graph.
+compile_reports: list[Report] = []
 
 
 def backend(
@@ -31,7 +33,8 @@ def backend(
     example_inputs: Sequence[Any],
     *,
     mode: str | None = None,
-    options: dict[str, Any] | None = None,  # noqa: A002 - the name that torch.compile passes
+    options: dict[str, Any] | None = None,
+    reports: list[Report] | None = None,
 ) -> Callable[..., Any]:
     """Rewrite and compile one graph of Dynamo's.
 
@@ -41,16 +44,18 @@ def backend(
         mode: as for `torch.compile`; handed to Inductor.
         options: "recipe", "inner" (which compiler gets the graph: "inductor", "aot_eager" or
             "eager"), and whatever else Inductor takes.
+        reports: where to note what was done; None for the process-wide list.
 
     Raises:
         UnknownOption, UnknownRecipe: a name that is not known.
     """
     settings = dict(options or {})
-    recipe = settings.pop("recipe", "bf16")
-    inner = settings.pop("inner", "inductor")
-    _check(recipe, inner)
+    recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
+    shared.check(recipe=recipe)
+    if inner not in INNER:
+        raise UnknownOption(inner, INNER)
     rewritten, report = rewritten_graph(gm, example_inputs, recipe)
-    _reports.append(report)
+    (compile_reports if reports is None else reports).append(report)
     if inner == "eager":
         return rewritten.forward
     if inner == "aot_eager":
@@ -58,19 +63,6 @@ def backend(
 
         return aot_eager(rewritten, example_inputs)  # type: ignore[no-any-return]
     return inductor.compile_graph(rewritten, example_inputs, mode, settings)
-
-
-def _check(recipe: str, inner: str) -> None:
-    options.check(recipe=recipe)
-    if inner not in INNER:
-        raise UnknownOption(inner, INNER)
-
-
-def last_reports() -> tuple[Report, ...]:
-    """Reports of the graphs compiled in this process since the last call, oldest first."""
-    found = tuple(_reports)
-    _reports.clear()
-    return found
 
 
 def rewritten_graph(
@@ -84,7 +76,7 @@ def rewritten_graph(
         canonicalize(graph)
         outcome = rewrite(
             graph,
-            options.rules_for(recipe, compiled=True),
+            shared.rules_for(recipe, compiled=True),
             device=device,
             parameters=_parameters(gm),
         )
@@ -105,7 +97,7 @@ def _not_captured(reason: str) -> Declined:
 
 
 def _report(outcome: Outcome, recipe: str, device: torch.device) -> Report:
-    target = options.target_name(device)
+    target = shared.target_name(device)
     return Report("compile", recipe, target, tuple(outcome.applied), tuple(outcome.declined))
 
 

@@ -40,11 +40,11 @@ def swap(
     strict: Sequence[str] = (),
     targets: Sequence[str | type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """Replace the forwards of known blocks, MLPs and norms in place; the same object comes back.
+    """Replace the forwards of known blocks, or of their parts, in place; the same object comes back.
 
-    Blocks of the known families are replaced whole; in others, MLPs and norms. Each distinct
-    replacement is first proved against the module's own forward, on small random inputs, values and
-    gradients; what fails keeps its own and stands in `fxopt.report(model)` with the reason.
+    Blocks of the known families are replaced whole; in others, attention, AdaLN, MLPs and norms.
+    Each distinct replacement is first proved against the module's own forward, on small random
+    inputs, values and gradients; what fails keeps its own, and `fxopt.report(model)` says why.
 
     Args:
         model: any module; parameters, `state_dict`, hooks and classes are untouched.
@@ -85,6 +85,8 @@ class Swaps:
         """Swap a block, or what can be swapped inside it."""
         first = next(block.parameters(), None)
         self.device = self.device or (None if first is None else first.device)
+        if isinstance(block.__dict__.get("forward"), SwappedForward):
+            return  # one module under two names
         if "forward" in block.__dict__:
             why = "its forward is replaced already, by another door or by the user"
             self.declined.append(declined("swap", fqn, block, (why,)))
@@ -121,8 +123,9 @@ class Swaps:
         return None
 
     def restore(self, model: nn.Module) -> None:
-        for forward in reversed(self.installed):
-            forward.module.__dict__.pop("forward", None)
+        for forward in self.installed:
+            if forward.module.__dict__.get("forward") is forward:
+                del forward.module.forward
 
     def report(self) -> Report:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
@@ -132,7 +135,10 @@ class Swaps:
 
 
 class SwappedForward:
-    """Stands in for a module's forward: runs the fused form where it was proved, else the own."""
+    """Stands in for a module's forward: runs the fused form where it was proved, else the own.
+
+    A proof holds for the kind of arguments it was made with; another kind is proved when it comes.
+    """
 
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap) -> None:
         self.fqn, self.module, self.swap = fqn, module, candidate
@@ -154,7 +160,7 @@ class SwappedForward:
 
     def _forget(self) -> None:
         self.admitted: dict[Any, str | None] = {}
-        self.watches: list[Watch] = []
+        self.watches: list[Watch] | None = []
         inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
         self.inner = inner
         self.hooks = [held[name] for held in inner for name in HOOKS]
@@ -165,7 +171,7 @@ class SwappedForward:
         twin.__dict__ |= self.__dict__ | {"refusals": {}}
         twin.module = copy.deepcopy(self.module, memo)
         twin.original = type(twin.module).forward.__get__(twin.module)
-        twin._forget()
+        twin.watches = None  # the copy of the module is not complete yet
         return twin
 
     def __reduce__(self) -> Any:
@@ -175,7 +181,7 @@ class SwappedForward:
         if torch.compiler.is_compiling() or len(args) > len(self.names):
             return self.original(*args, **kwargs)
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        arguments = {n: v for n, v in arguments.items() if v is not None and v != {}}
+        arguments = {n: v for n, v in arguments.items() if not _is_absent(v)}
         try:
             why_not = self._why_not(arguments)
             if why_not is None:
@@ -187,7 +193,7 @@ class SwappedForward:
 
     def _why_not(self, arguments: Arguments) -> str | None:
         """Why this call has to run the module's own forward, or None."""
-        if not all(watch.unchanged() for watch in self.watches):
+        if self.watches is None or not all(watch.unchanged() for watch in self.watches):
             self._forget()
         if any(self.hooks):
             return "a submodule has hooks, which the fused form would not call"
@@ -205,7 +211,7 @@ class SwappedForward:
         """Judge the fused form for arguments of this kind."""
         with torch.inference_mode(False), _disable_current_modes():
             reads, verdict = prove(self.module, self.swap, arguments)
-        self.watches.append(Watch(self.module, reads))
+        self.watches = [*(self.watches or ()), Watch(self.module, reads)]
         return verdict
 
     def applied(self, device: torch.device | None) -> Iterator[Applied]:
@@ -228,5 +234,10 @@ def declined(
 
 def source(module: nn.Module) -> str:
     """ "file.py:line" of the forward that a module's class has."""
-    code = inspect.unwrap(type(module).forward).__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
+
+
+def _is_absent(argument: Any) -> bool:
+    """Whether an argument says no more than its default: None, or a dict without an item."""
+    return argument is None or (type(argument) is dict and not argument)

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from fxopt.backends import options, state
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import CannotCapture, Plan, capture
-from fxopt.backends.dynamo import backend
+from fxopt.backends.compiled import CompiledBlocks
 from fxopt.backends.reads import Watch
-from fxopt.errors import FxoptError, StillRewritten, StrictRule
+from fxopt.errors import FxoptError, StillRewritten
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rule import Rule
 from fxopt.report import Applied, Declined, Report
@@ -55,22 +55,18 @@ def optimize(
     """
     state.require_module(model)
     options.check(recipe=recipe, execution=execution, rules=strict)
-    rules = options.rules_for(recipe)
     blocks = find_blocks(model, targets)
-    if any(isinstance(door, Optimized) for door in state.doors(model)):
+    if any(isinstance(door, (Optimized, CompiledBlocks)) for door in state.doors(model)):
         return model
     if example_inputs is not None:
         options.check_inputs(model, example_inputs)
-    door = Optimized(recipe, tuple(strict), execution)
+    door: state.Door
     if execution == "compile":
-        for module in blocks.values():
-            module.compile(backend=backend)
+        door = CompiledBlocks(recipe, blocks)
     else:
-        plans: dict[type[nn.Module], list[Plan | str]] = {}
-        for fqn, module in blocks.items():
-            door.install(fqn, module, plans.setdefault(type(module), []), rules)
+        door = Optimized(recipe, blocks)
     state.remember(model, door)
-    door.check_strict_after_first_call(model)
+    state.check_after_first_call(model, door, strict)
     if example_inputs is not None:
         try:
             _run(model, example_inputs)
@@ -135,21 +131,18 @@ def rewrite_block(
 class Optimized:
     """One use of `optimize` on a model."""
 
-    def __init__(self, recipe: str, strict: tuple[str, ...], execution: str) -> None:
-        self.recipe, self.strict, self.execution = recipe, strict, execution
-        self.blocks: list[RewrittenBlock] = []
-
-    def install(
-        self, fqn: str, module: nn.Module, plans: list[Plan | str], rules: Sequence[Rule]
-    ) -> None:
-        block = RewrittenBlock(fqn, module, plans, rules)
-        module.forward = block
-        self.blocks.append(block)
+    def __init__(self, recipe: str, blocks: Mapping[str, nn.Module]) -> None:
+        self.recipe = recipe
+        rules = options.rules_for(recipe)
+        plans: dict[type[nn.Module], list[Plan | str]] = {}
+        self.blocks = [
+            RewrittenBlock(fqn, module, plans.setdefault(type(module), []), rules)
+            for fqn, module in blocks.items()
+        ]
+        for block in self.blocks:
+            block.module.forward = block
 
     def restore(self, model: nn.Module) -> None:
-        if self.execution == "compile":
-            for module in model.modules():
-                module._compiled_call_impl = None  # type: ignore[assignment]
         for block in self.blocks:
             block.uninstall()
 
@@ -159,21 +152,6 @@ class Optimized:
         device = next((b.device for b in self.blocks if b.device is not None), None)
         target = options.target_name(device)
         return Report("optimize", self.recipe, target, tuple(applied), tuple(declined))
-
-    def check_strict_after_first_call(self, model: nn.Module) -> None:
-        if not self.strict:
-            return
-
-        def check(*_: Any) -> None:
-            handle.remove()
-            report = self.report()
-            for rule in self.strict:
-                if not report.count(rule):
-                    declined = [d for d in report.declined if d.rule == rule]
-                    state.restore(model)
-                    raise StrictRule(rule, declined)
-
-        handle = model.register_forward_hook(check)
 
 
 class RewrittenBlock:

@@ -1,12 +1,15 @@
 """What a capture read from a module, so that a graph is used only where it would be the same.
 
 A capture runs the module's own Python once. Whatever attribute it read then (a flag, a processor,
-`training`) is part of what it found; a module of the same class whose read attributes are equal
-would give the same graph. Attributes that no capture read, such as a layer's index, may differ.
+`training`, a method) is part of what it found; a module of the same class whose read attributes
+are equal would give the same graph. Attributes that no capture read, such as a layer's index, may
+differ.
 """
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,31 +18,42 @@ from typing import Any
 import torch
 from torch import nn
 
-# Bookkeeping of nn.Module: compared as structure or as hooks, not as values.
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "__dict__", "__class__", "forward"})
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# What nn.Module keeps and offers itself: watched as structure, or the same for all.
+_OF_ANY_MODULE = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"training", "forward"}
+_ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+# Compared by identity: what they hold is no setting, or is watched elsewhere.
+_OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
 
 
 @dataclass
 class Reads:
-    """Attributes read, as (path of the submodule, name) -> value; paths are relative."""
+    """Attributes read, as (path of the submodule, name) -> `frozen` value; paths are relative."""
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
+    # Containers among them, each with a copy of what it held when it was read.
+    contents: list[tuple[Any, Any]] = field(default_factory=list)
 
     def hold_for(self, module: nn.Module) -> bool:
         """Whether `module` has the same value in each attribute that was read."""
         submodules = dict(module.named_modules(remove_duplicate=False))
         for (path, name), value in self.values.items():
-            holder = submodules.get(path)
-            if holder is None or not equivalent(holder.__dict__.get(name, _MISSING), value):
+            if path not in submodules or frozen(_find(submodules[path], name)[1]) != value:
                 return False
         return True
+
+    def undo(self) -> None:
+        """Put back what was written to the containers since."""
+        for live, kept in self.contents:
+            if not _same(live, kept):
+                live.clear()
+                live.extend(kept) if isinstance(live, list) else live.update(kept)
 
 
 @contextmanager
@@ -50,13 +64,12 @@ def recording(module: nn.Module) -> Iterator[Reads]:
     original = nn.Module.__getattribute__
 
     def recorder(self: nn.Module, name: str) -> Any:
-        value = original(self, name)
         path = paths.get(id(self))
-        if path is not None and name not in _STRUCTURE and not name.startswith("__"):
-            held = original(self, "__dict__")
-            if name in held and name not in _BOOKKEEPING:
-                reads.values[path, name] = value
-        return value
+        if path is not None and _is_setting(self, path, name) and (path, name) not in reads.values:
+            value = _find(self, name)[1]
+            reads.values[path, name] = frozen(value)
+            reads.contents += _contents(value)
+        return original(self, name)
 
     nn.Module.__getattribute__ = recorder  # type: ignore[method-assign, assignment]
     try:
@@ -65,26 +78,66 @@ def recording(module: nn.Module) -> Iterator[Reads]:
         del nn.Module.__getattribute__
 
 
-_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
+def _is_setting(module: nn.Module, path: str, name: str) -> bool:
+    if name in _OF_ANY_MODULE or name.startswith("__") or (name == "forward" and not path):
+        return False
+    held = object.__getattribute__(module, "__dict__")
+    return not any(name in held[kind] for kind in ("_parameters", "_buffers", "_modules"))
 
 
-def equivalent(a: Any, b: Any, depth: int = 3) -> bool:
-    """Whether two attribute values steer a forward alike."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
+def _find(module: nn.Module, name: str) -> tuple[Any, Any]:
+    """Where an attribute stands, in the instance or in a class, and its value there."""
+    held = object.__getattribute__(module, "__dict__")
+    for namespace in (held, *map(vars, type(module).__mro__)):
+        if name in namespace:
+            return namespace, namespace[name]
+    return held, _MISSING
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Equal to itself alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def frozen(value: Any, depth: int = 4) -> Any:
+    """What to compare a value by, now or later: its content, or the object itself."""
+    if isinstance(value, _ATOMS):
+        return type(value), value
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [frozen(v, depth - 1) for v in value]
+    if depth and isinstance(value, dict):
+        return type(value), {k: frozen(v, depth - 1) for k, v in value.items()}
+    if depth and hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+        return type(value), frozen(vars(value), depth - 1)
+    return _Same(value)
+
+
+def _contents(value: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
+    """The containers that can change within a value, each with a copy."""
+    if isinstance(value, _OPAQUE) or isinstance(value, types.MappingProxyType):
+        return
+    live = vars(value) if hasattr(value, "__dict__") and not isinstance(value, dict) else value
+    if not isinstance(live, (list, tuple, set, dict)) or not depth:
+        return
+    if not isinstance(live, tuple):
+        yield live, copy.copy(live)
+    for item in list(live.values() if isinstance(live, dict) else live):
+        if not isinstance(item, _ATOMS):
+            yield from _contents(item, depth - 1)
+
+
+def _same(live: Any, kept: Any) -> bool:
+    try:
+        return bool(live == kept)
+    except (RuntimeError, ValueError):  # two tensors or arrays, hence not one
         return False
-    if isinstance(a, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)):
-        return bool(a == b)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equivalent(x, y, depth) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equivalent(a[k], b[k], depth) for k in a)
-    if isinstance(a, (nn.Module, torch.Tensor)) or callable(a) and not hasattr(a, "__dict__"):
-        return False
-    if depth == 0 or not hasattr(a, "__dict__"):
-        return False
-    return equivalent(vars(a), vars(b), depth - 1)
 
 
 class Watch:
@@ -92,23 +145,53 @@ class Watch:
 
     def __init__(self, module: nn.Module, reads: Reads) -> None:
         submodules = dict(module.named_modules(remove_duplicate=False))
-        self.identities: list[tuple[dict[str, Any], str, Any]] = []
-        self.hooks: list[Any] = []
+        self.attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.contents: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
         for path, name in reads.values:
-            holder = submodules[path].__dict__
-            self.identities.append((holder, name, holder[name]))
-        for path, submodule in submodules.items():
-            for name, child in submodule._modules.items():
-                self.identities.append((submodule._modules, name, child))
-            if path:
-                self.hooks += [getattr(submodule, hooks) for hooks in _HOOKS]
+            self._watch(submodules[path], name)
+        for submodule in submodules.values():
+            self.contents.append((submodule._modules, dict(submodule._modules)))
+            for held in (submodule._parameters, submodule._buffers):
+                self.tensors += [(held, name, *_kind(t)) for name, t in held.items()]
+        self.hooks = hooks(module)
+
+    def _watch(self, submodule: nn.Module, name: str) -> None:
+        namespace, value = _find(submodule, name)
+        self.attributes[id(namespace), name] = (namespace, name, value)
+        if namespace is not submodule.__dict__:  # it would be hidden by one in the instance
+            held = submodule.__dict__
+            self.attributes[id(held), name] = (held, name, _MISSING)
+        self.contents += _contents(value)
 
     def unchanged(self) -> bool:
-        for holder, name, value in self.identities:
-            if holder.get(name, _MISSING) is not value:
+        """Whether a new capture would read the same, and find tensors of the same kind."""
+        for namespace, name, value in self.attributes.values():
+            if namespace.get(name, _MISSING) is not value:
+                return False
+        for live, kept in self.contents:
+            if not _same(live, kept):
+                return False
+        for held, name, cls, dtype, shape in self.tensors:
+            t = held.get(name)
+            if type(t) is not cls or (t is not None and (t.dtype is not dtype or t.shape != shape)):
                 return False
         return True
 
     def hooked(self) -> bool:
         """Whether a submodule has hooks, which a graph would not call."""
-        return any(self.hooks)
+        return any(self.hooks) or has_global_hooks()
+
+
+def _kind(t: torch.Tensor | None) -> tuple[Any, Any, Any]:
+    return type(t), getattr(t, "dtype", None), getattr(t, "shape", None)
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """The hook tables of all submodules; those of `module` itself are called around its forward."""
+    inner = (m for m in module.modules() if m is not module)
+    return [getattr(m, name) for m in inner for name in _HOOKS]
+
+
+def has_global_hooks() -> bool:
+    return bool(torch.nn.modules.module._has_any_global_hook())

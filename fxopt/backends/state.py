@@ -6,12 +6,14 @@ Both live in the `__dict__` of the modules they belong to, so that `copy.deepcop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
 
-from fxopt.errors import NotAModule, NothingToRestore, NotReported
+from fxopt.backends.dynamo import compile_reports
+from fxopt.errors import NotAModule, NothingToRestore, NotReported, StrictRule
 from fxopt.report import Report
 
 ATTRIBUTE = "_fxopt_doors"
@@ -38,20 +40,33 @@ def remember(model: nn.Module, door: Door) -> None:
     model.__dict__.setdefault(ATTRIBUTE, []).append(door)
 
 
-def report(model: nn.Module) -> Report:
-    """What the doors have rewritten in `model` so far, what they declined, and why.
+def report(model: nn.Module | None = None) -> Report:
+    """What the doors have rewritten so far, what they declined, and why.
+
+    Args:
+        model: what was given to `optimize` or `swap`, or comes from `torch.compile`; None for all
+            graphs that `torch.compile(backend="fxopt")` has compiled in this process.
 
     Raises:
         NotReported: no door was opened on this model.
     """
-    require_module(model)
-    found = [door.report() for door in doors(model)]
+    if model is None:
+        found = list(compile_reports)
+    else:
+        require_module(model)
+        found = [door.report() for door in doors(model)]
+        if not found and _is_compiled(model):
+            found = list(compile_reports)
     if not found:
         raise NotReported(type(model).__name__)
     merged = found[0]
     for other in found[1:]:
         merged = merged.merge(other)
     return merged
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -68,6 +83,22 @@ def restore(model: nn.Module) -> nn.Module:
         door.restore(model)
     del model.__dict__[ATTRIBUTE]
     return model
+
+
+def check_after_first_call(model: nn.Module, door: Door, strict: Sequence[str]) -> None:
+    """Raise StrictRule, and restore the model, if a rule has not fired when a call is over."""
+    if not strict:
+        return
+
+    def check(*_: Any) -> None:
+        handle.remove()
+        report = door.report()
+        for rule in strict:
+            if not report.count(rule):
+                restore(model)
+                raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+
+    handle = model.register_forward_hook(check)
 
 
 def with_fqn(report: Report, prefix: str, block_class: str) -> Report:

@@ -23,7 +23,6 @@ from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.registration import register_composite
 
-
 # For each output: which linear, and which rows of its weight, first and last + 1.
 Pieces = tuple[tuple[int, int, int], ...]
 
@@ -237,9 +236,7 @@ def _linears(
 
 def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
     operands, settings, (weights, biases, pieces) = args[:7], args[7:13], args[13:]
-    *outs, h = NormModulateLinears.apply(
-        settings, _pieces(pieces), *operands, *weights, *biases
-    )
+    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *operands, *weights, *biases)
     return outs, h
 
 

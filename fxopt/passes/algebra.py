@@ -110,6 +110,13 @@ def skip_upcasts(node: fx.Node) -> fx.Node:
     return node
 
 
+def through_casts(node: fx.Node) -> fx.Node:
+    """The last of the casts that `node` goes through before anything else uses it."""
+    while len(node.users) == 1 and ir.is_call(next(iter(node.users)), *ir.CASTS):
+        node = next(iter(node.users))
+    return node
+
+
 def broadcasts_into(small: Any, big: fx.Node) -> bool:
     """Whether tensor `small` broadcasts to `big`'s shape without changing it."""
     if ir.tensor(small) is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,17 +115,31 @@ class _RecordCasts(TorchDispatchMode):
         return out
 
 
+def _run(
+    node: fx.Node, state: Autocast, fake_mode: Any, *, enabled: bool
+) -> tuple[Any, dict[int, torch.dtype]]:
+    """The node's result with and without autocast, and the casts of its arguments."""
+    tensors = [v for v in (ir.tensor(n) for n in node.all_input_nodes) if v is not None]
+    recorder = _RecordCasts(tensors)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    autocast = torch.autocast(state.device_type, state.dtype, enabled, cache_enabled=False)
+    with torch.no_grad(), autocast, enable_python_dispatcher(), fake_mode, recorder:
+        return node.target(*args, **kwargs), recorder.casts  # type: ignore[operator]
+
+
 def _cast_arguments(graph: fx.Graph, node: fx.Node, state: Autocast, fake_mode: Any) -> None:
     if ir.is_call(node, *ir.CASTS, *ir.VIEWS) or ir.tensor(node) is None or fake_mode is None:
         return
-    tensors = [v for v in (ir.tensor(n) for n in node.all_input_nodes) if v is not None]
-    recorder = _RecordCasts(tensors)
-    values = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    autocast = torch.autocast(state.device_type, dtype=state.dtype, cache_enabled=False)
-    with torch.no_grad(), autocast, fake_mode, recorder:
-        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+    result, casts = _run(node, state, fake_mode, enabled=True)
+    if result.dtype != ir.dtype(node):  # otherwise it keeps the value that its views share
+        node.meta["val"] = result
+    try:
+        _, own = _run(node, state, fake_mode, enabled=False)
+    except Exception:  # dtypes that only autocast brings together
+        own = {}
     for source in node.all_input_nodes:
-        dtype = recorder.casts.get(id(source.meta.get("val")))
+        key = id(source.meta.get("val"))
+        dtype = casts.get(key) if casts.get(key) != own.get(key) else None
         if dtype is None or dtype == ir.dtype(source):
             continue
         with graph.inserting_before(node):

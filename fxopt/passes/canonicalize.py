@@ -53,6 +53,8 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
         node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
     if node.target is aten.rms_norm.default and len(node.args) < 4:
         _bind_machine_epsilon(node)
+    if node.target in (aten.type_as.default, aten.to.other):
+        _read_dtype_off(node)
     if node.target in METADATA_CHECKS:
         graph.erase_node(node)
     elif node.target in IDENTITIES:
@@ -261,6 +263,16 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     with torch.no_grad(), fake_mode or nullcontext():
         node.meta["val"] = target(*values)
     return node
+
+
+def _read_dtype_off(node: fx.Node) -> None:
+    """A cast to the dtype of another tensor depends on its dtype alone."""
+    source, other = ir.tensor(node.args[0]), ir.tensor(node.args[1])
+    if source is None or other is None or source.device != other.device:
+        return
+    rest = {k: v for k, v in node.kwargs.items() if k in ("non_blocking", "copy")}
+    if not any(rest.values()) and node.kwargs.keys() == rest.keys() and len(node.args) == 2:
+        node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], other.dtype), {}
 
 
 def _bind_machine_epsilon(node: fx.Node) -> None:

@@ -54,7 +54,13 @@ def _as_fake(fake_mode: Any, value: Any) -> Any:
         return value
     context = TracingContext.try_get()
     symbolic = context.tensor_to_context.get(value) if context is not None else None
-    return fake_mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic)
+    if symbolic is None:
+        return fake_mode.from_tensor(value, static_shapes=True)
+    # The source is the key under which Dynamo's own symbols are found again.
+    source = getattr(symbolic, "tensor_source", None)
+    return fake_mode.from_tensor(
+        value, static_shapes=False, symbolic_context=symbolic, source=source
+    )
 
 
 class _Retracer(fx.Interpreter):
@@ -72,9 +78,7 @@ class _Retracer(fx.Interpreter):
         tracer: Any = mode.tracer
         proxied = pytree.tree_map(lambda a: _proxy(tracer, a), tuple(bodies))
         proxy = tracer.create_proxy("call_function", target, proxied, kwargs)
-        proxy.node.meta |= {
-            k: v for k, v in fx_traceback.get_current_meta().items() if k != "val"
-        }
+        proxy.node.meta |= {k: v for k, v in fx_traceback.get_current_meta().items() if k != "val"}
         return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 from torch._guards import detect_fake_mode
+from torch.fx.node import map_arg
 
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir

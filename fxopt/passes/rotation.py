@@ -158,9 +158,7 @@ def _readings(
                 yield table, view
 
 
-def _layouts(
-    value: torch.Tensor, layout: tuple[int, int, int, int]
-) -> Iterator[tuple[Step, ...]]:
+def _layouts(value: torch.Tensor, layout: tuple[int, int, int, int]) -> Iterator[tuple[Step, ...]]:
     starts: list[tuple[Step, ...]] = [()]
     if value.is_complex():
         as_real = (aten.view_as_real.default, ())

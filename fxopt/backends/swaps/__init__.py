@@ -1,7 +1,7 @@
 """Module swapping: which forwards can stand for which modules. One file is one kind of module.
 
 `fused` holds the words that a fused forward is written in, `swap` what a candidate is, `proof` how
-it is judged. FAMILIES lists the known block classes; MLPs and norms are found by structure.
+it is judged. FAMILIES lists the known classes, blocks first; MLPs and norms are found by structure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from fxopt.backends.swaps import (
+    adaln,
+    attention,
     decoder,
     flux,
     flux2,
@@ -34,6 +36,8 @@ FAMILIES: tuple[Family, ...] = (
     *ltx.FAMILIES,
     *z_image.FAMILIES,
     *decoder.FAMILIES,
+    *adaln.FAMILIES,
+    *attention.FAMILIES,
 )
 
 

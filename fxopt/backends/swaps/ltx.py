@@ -26,8 +26,7 @@ def block(
     x, mlp = hidden_states, feed_forward(block.ff)
     modulation = block.scale_shift_table + temb.unflatten(-1, block.scale_shift_table.shape)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(2)
-    head_dim = block.attn1.head_dim
-    rotation = Rotation("interleaved", *(heads(t, head_dim) for t in image_rotary_emb))
+    rotation = tables(image_rotary_emb, block.attn1.head_dim)
 
     attn = block.attn1
     qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
@@ -35,14 +34,28 @@ def block(
 
     attn = block.attn2
     kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
-    mask = encoder_attention_mask
-    if mask is not None:
-        mask = attn.prepare_attention_mask(mask, encoder_hidden_states.shape[1], x.shape[0])
-        mask = mask.view(x.shape[0], attn.heads, -1, mask.shape[-1])
+    mask = per_head(attn, encoder_attention_mask, encoder_hidden_states)
     branch = attention(attn, [attn.to_q(x), *kv], mask=mask)
 
     hidden, x = Normed(block.norm2, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
     return gated_residual(x, gate_mlp, mlp(hidden))
+
+
+def tables(cos_sin: tuple[Tensor, Tensor], head_dim: int) -> Rotation:
+    """[B, S, H * d] each: other angles for each head."""
+    return Rotation("interleaved", *(heads(t, head_dim) for t in cos_sin))
+
+
+def per_head(attn: Any, mask: Tensor | None, keys: Tensor) -> Tensor | None:
+    """The additive mask [B, 1, S] of the keys [B, S, D], as [B, H, 1, S]."""
+    if mask is None:
+        return None
+    mask = attn.prepare_attention_mask(mask, keys.shape[1], keys.shape[0])
+    return mask.view(keys.shape[0], attn.heads, -1, mask.shape[-1])
+
+
+def draw_mask(draw: Draw) -> Tensor:
+    return torch.tensor([[[0.0, 0.0, -1e4]], [[0.0, -1e4, -1e4]]], dtype=draw.dtype)
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
@@ -52,8 +65,7 @@ def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
         "temb": draw.normal(draw.B, 1, 6 * width),
         "image_rotary_emb": draw.tables(draw.B, draw.S, width),
     }
-    mask = torch.tensor([[[0.0, 0.0, -1e4]], [[0.0, -1e4, -1e4]]], dtype=draw.dtype)
-    yield {**arguments, "encoder_attention_mask": mask}
+    yield {**arguments, "encoder_attention_mask": draw_mask(draw)}
     yield arguments
 
 

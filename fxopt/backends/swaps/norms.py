@@ -1,4 +1,4 @@
-"""RMSNorms and LayerNorms of any library, found by structure: a vector or two and no children."""
+"""RMSNorms of any library, found by structure: a weight or none, and no children."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def normed(norm: nn.Module, x: Tensor, weight_offset: float) -> Tensor:
 def _argument(module: nn.Module) -> str | None:
     """The name of the one argument of what may be an RMSNorm over the last dim."""
     vectors = [p for p in module._parameters.values() if p is not None]
-    if list(module.children()) or isinstance(module, nn.LayerNorm) or len(vectors) != 1:
+    if list(module.children()) or isinstance(module, nn.LayerNorm) or len(vectors) > 1:
         return None
-    if vectors[0].dim() != 1 or not any(
+    if any(v.dim() != 1 for v in vectors) or not any(
         n == "eps" or (isinstance(v, float) and 0 < v < 0.1) for n, v in vars(module).items()
     ):
         return None
@@ -54,4 +54,5 @@ def _argument(module: nn.Module) -> str | None:
 
 
 def _width(norm: nn.Module) -> int:
-    return next(norm.parameters()).shape[0]
+    shape = getattr(norm, "normalized_shape", (24,))
+    return int(next((p.shape for p in norm.parameters()), shape)[0])

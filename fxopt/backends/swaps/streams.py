@@ -73,9 +73,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
-    """Both streams behind the block; attention sees them in the order in which they are given."""
+    """The text and the image stream behind the block; attention sees them in this order."""
     attended = joint_attention([s.projected() for s in streams], streams, head_dim, attend)
-    return [s.finish(a) for s, a in zip(streams, attended, strict=True)]
+    pairs = list(zip(streams, attended, strict=True))
+    # Image first, as the blocks do it: dropouts draw random numbers in their order.
+    return [stream.finish(part) for stream, part in reversed(pairs)][::-1]
 
 
 def joint_attention(

@@ -24,8 +24,8 @@ class Draw:
     def __init__(self, module: nn.Module) -> None:
         parameters = [p for p in module.parameters() if p.is_floating_point()]
         matrices = [p for p in parameters if p.dim() == 2]
-        first = next(iter((*matrices, *parameters)), None)
-        self.dtype = torch.get_default_dtype() if first is None else first.dtype
+        last = next(iter((*matrices[::-1], *parameters)), None)
+        self.dtype = torch.get_default_dtype() if last is None else last.dtype
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:

@@ -34,12 +34,10 @@ def block(
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
         m.squeeze(-2) if temb.dim() == 4 else m for m in modulation.chunk(6, -2)
     )
-    cos, sin = rotary_emb
-    rotation = Rotation("interleaved", cos[..., 0::2], sin[..., 1::2])
 
     attn = block.attn1
     qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
-    branch = attention(attn, qkv, rotation)
+    branch = attention(attn, qkv, tables(rotary_emb))
 
     attn = block.attn2
     (q,), x = Normed(block.norm2, branch, residual=x, gate=gate, h_dtype=dtype).into(attn.to_q)
@@ -48,6 +46,12 @@ def block(
     mlp = feed_forward(block.ffn)
     hidden, x = Normed(block.norm3, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
     return gated_residual(x, gate_mlp, mlp(hidden), dtype)
+
+
+def tables(rotary_emb: tuple[Tensor, Tensor]) -> Rotation:
+    """[1, S, 1, d] each, every entry twice."""
+    cos, sin = rotary_emb
+    return Rotation("interleaved", cos[..., 0::2], sin[..., 1::2])
 
 
 def attention(

@@ -15,9 +15,10 @@ from fxopt.passes.regions import between, is_closed, side_inputs
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 DECOMPOSED = {
-    aten.tanh.default: ("gelu_tanh",),
-    aten.erf.default: ("gelu_erf",),
-    aten.sigmoid.default: ("silu",),
+    aten.tanh.default: "gelu_tanh",
+    aten.erf.default: "gelu_erf",
+    aten.special_ndtr.default: "gelu_erf",
+    aten.sigmoid.default: "silu",
 }
 MAX_CHAIN = 8
 
@@ -35,7 +36,9 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         if len(ir.shape(x)) < 3:
             continue  # one row per sample: an embedding, not an MLP
         product = _gated(activation.out)
-        if product is not None:
+        if isinstance(product, Reason):
+            yield product
+        elif product is not None:
             node, up = product
             if ir.dtype(up) != ir.dtype(x) or ir.dtype(node) != ir.dtype(x):
                 yield Reason(f"gate is {ir.dtype(x)}, the other half {ir.dtype(up)}", node)
@@ -49,13 +52,16 @@ def _activations(anchor: fx.Node) -> Iterator[Activation]:
     x = anchor.args[0]
     if not isinstance(x, fx.Node) or not ir.is_floating(x):
         return
-    if anchor.target is aten.gelu.default:
-        tanh = ir.arguments(anchor)["approximate"] == "tanh"
-        yield Activation("gelu_tanh" if tanh else "gelu_erf", x, anchor)
-    elif anchor.target is aten.silu.default:
-        yield Activation("silu", x, anchor)
-    else:
+    if anchor.target in DECOMPOSED:
         yield from _decomposed(anchor)
+        return
+    name = "silu"
+    if anchor.target is aten.gelu.default:
+        name = "gelu_tanh" if ir.arguments(anchor)["approximate"] == "tanh" else "gelu_erf"
+    out = algebra.through_casts(anchor)
+    if out is not anchor:
+        yield Activation(name, algebra.skip_upcasts(x), out)
+    yield Activation(name, x, anchor)
 
 
 def _decomposed(anchor: fx.Node) -> Iterator[Activation]:
@@ -78,21 +84,28 @@ def _decomposed(anchor: fx.Node) -> Iterator[Activation]:
             assert isinstance(x, fx.Node)
             region = between(x, end)
             if anchor in region and is_closed(region) and not side_inputs(region, x):
-                for name in DECOMPOSED[anchor.target]:  # type: ignore[index]
-                    yield Activation(name, x, end)
+                yield Activation(DECOMPOSED[anchor.target], x, end)
 
 
-def _gated(out: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _gated(out: fx.Node) -> tuple[fx.Node, fx.Node] | Reason | None:
     """(product, up) if the activation is multiplied with a tensor of its own shape."""
-    if len(out.users) != 1:
+    products = [u for u in out.users if _gate_of(u, out) is not None]
+    if not products:
         return None
-    product = next(iter(out.users))
+    if len(out.users) != 1:
+        other = next(u for u in out.users if u is not products[0])
+        return Reason(f"the activation is also used by {other.name} and is kept for it", out)
+    up = _gate_of(products[0], out)
+    assert up is not None
+    return algebra.through_casts(products[0]), algebra.skip_upcasts(up)
+
+
+def _gate_of(product: fx.Node, out: fx.Node) -> fx.Node | None:
     pair = algebra.factors(product)
     if pair is None or pair.count(out) != 1:
         return None
     up = pair[1] if pair[0] is out else pair[0]
-    same = ir.tensor(up) is not None and ir.same(ir.shape(up), ir.shape(out))
-    return (product, up) if same else None
+    return up if ir.tensor(up) is not None and ir.same(ir.shape(up), ir.shape(out)) else None
 
 
 def _feeds_a_linear(out: fx.Node) -> bool:
@@ -104,9 +117,7 @@ def _feeds_a_linear(out: fx.Node) -> bool:
     return False
 
 
-def _bind(
-    anchor: fx.Node, activation: Activation, out: fx.Node, up: fx.Node | None
-) -> Binding:
+def _bind(anchor: fx.Node, activation: Activation, out: fx.Node, up: fx.Node | None) -> Binding:
     x = activation.x
     halves = _halves(x, up) if up is not None else None
     if halves is not None:
@@ -135,7 +146,9 @@ def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(base, i) if `node` is half i of base's last dim."""
     if ir.is_call(node, operator.getitem):
         split, index = node.args
-        if not ir.is_call(split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+        if not ir.is_call(
+            split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
+        ):
             return None
         base = split.args[0]  # type: ignore[union-attr]
         start = None if index not in (0, 1) else index

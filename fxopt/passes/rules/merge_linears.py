@@ -91,7 +91,11 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
         return None  # one row per sample: six small products would cost more than one join
     split = next(iter(node.users))
     if not ir.is_call(
-        split, aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default
+        split,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
     ):
         return None
     if ir.arguments(split)["dim"] % len(ir.shape(node)) != len(ir.shape(node)) - 1:
@@ -125,9 +129,7 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
 
     outputs = (*products, h) if h is not None else tuple(products)
     carries = (y, h) if h is not None else (y,)
-    return Binding(
-        group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries
-    )
+    return Binding(group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries)
 
 
 def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:

@@ -58,18 +58,11 @@ def propose(node: fx.Node) -> Iterator[Binding | Reason]:
         if before is not None:
             yield bind(norm, before, (modulation,))
         yield bind(norm, None, (modulation,))
-    out = through_casts(norm.out)
+    out = algebra.through_casts(norm.out)
     if before is not None:
         yield bind(norm, before, (Modulation(out),))
     elif norm.kind == "layer" and (out is not norm.out or ir.is_call(norm.x, *ir.CASTS)):
         yield bind(norm, None, (Modulation(out),))  # a norm in a wider dtype, and back
-
-
-def through_casts(node: fx.Node) -> fx.Node:
-    """The last of the casts that `node` goes through before anything else uses it."""
-    while len(node.users) == 1 and ir.is_call(next(iter(node.users)), *ir.CASTS):
-        node = next(iter(node.users))
-    return node
 
 
 def _output(node: fx.Node) -> fx.Node:
@@ -80,7 +73,7 @@ def _output(node: fx.Node) -> fx.Node:
 
 
 def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
-    found = gated_residual(through_casts(node), gate_required=True)
+    found = gated_residual(algebra.through_casts(node), gate_required=True)
     if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
 

@@ -125,7 +125,7 @@ def _depends_on_projection(node: fx.Node) -> bool:
     stack = [node]
     while stack:
         current = stack.pop()
-        if current in seen or ir.tensor(current) is None and not _is_tuple(current):
+        if current in seen or (ir.tensor(current) is None and not _is_tuple(current)):
             continue
         if current.op == "call_function" and current.target in PROJECTIONS:
             return True

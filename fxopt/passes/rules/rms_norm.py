@@ -55,13 +55,7 @@ def _normed_input(anchor: fx.Node) -> fx.Node | None:
     node = ir.skip_casts(source)
     while True:
         inner = node.args[0] if node.op == "call_function" and node.args else None
-        if ir.is_call(node, aten.pow.Tensor_Scalar, aten.square.default, aten.abs.default):
-            assert isinstance(inner, fx.Node)
-            node = ir.skip_casts(inner)
-        elif ir.is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]:
-            assert isinstance(inner, fx.Node)
-            node = ir.skip_casts(inner)
-        elif ir.is_call(node, aten.sub.Tensor) and _is_mean_of(node.args[1], inner):
+        if ir.is_call(node, aten.pow.Tensor_Scalar, aten.square.default, aten.abs.default) or (ir.is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]) or (ir.is_call(node, aten.sub.Tensor) and _is_mean_of(node.args[1], inner)):
             assert isinstance(inner, fx.Node)
             node = ir.skip_casts(inner)
         else:

@@ -1,0 +1,108 @@
+"""What a forward may do that its graph would not show; a capture that meets it is given up.
+
+A graph holds tensor operations. Autograd functions, hooks on tensors and checkpoints inside a
+forward change its backward or its memory, attributes that it sets change the module: tracing goes
+through all of them without a trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class CannotCapture(Exception):
+    """The block stays as it is; the message says why, for the report."""
+
+
+@dataclass
+class Asked:
+    """What the model's own code asked about autograd."""
+
+    grad_mode: bool = False
+
+
+@contextmanager
+def refusing(module: nn.Module) -> Iterator[Asked]:
+    """Raise CannotCapture where code does what a graph of `module` would not show."""
+    asked = Asked()
+    inside = {id(m) for m in module.modules()}
+    set_attribute, is_grad_enabled = nn.Module.__setattr__, torch.is_grad_enabled
+
+    def apply(cls: type, *_: Any, **__: Any) -> Any:
+        raise CannotCapture(f"it calls {cls.__qualname__}.apply: a graph would lose its backward")
+
+    def enter(_: Any) -> Any:
+        raise CannotCapture("it hooks saved tensors (a checkpoint?): a graph would not")
+
+    def set_on_module(self: nn.Module, name: str, value: Any) -> None:
+        if id(self) in inside:
+            raise CannotCapture(f"its forward sets the attribute {name!r}: a graph would not")
+        set_attribute(self, name, value)
+
+    def asks_grad_mode() -> bool:
+        asked.grad_mode |= not _is_torch(sys._getframe(1))
+        return is_grad_enabled()
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
+            (nn.Module, "__setattr__", set_on_module),
+            (torch, "is_grad_enabled", asks_grad_mode),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        stack.enter_context(_TensorQuestions())
+        yield asked
+
+
+class _TensorQuestions(TorchFunctionMode):
+    """Refuses code of the model that asks or changes how a tensor is differentiated."""
+
+    REFUSED = {
+        Tensor.requires_grad.__get__: "asks whether a tensor requires a gradient",  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__: "asks for the grad_fn of a tensor",  # type: ignore[attr-defined]
+        Tensor.register_hook: "registers a hook on a tensor",
+        Tensor.retain_grad: "retains the gradient of a tensor",
+    }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        why = self.REFUSED.get(func)
+        if why and not _is_torch(_caller()):
+            raise CannotCapture(f"its forward {why}: a graph would not")
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> Any:
+    """The frame that made a call, behind the modes that it went through."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back:
+        frame = frame.f_back
+    return frame
+
+
+def _is_torch(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    held = vars(owner)
+    own, kept = name in held, held.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, kept)
+        else:
+            delattr(owner, name)
