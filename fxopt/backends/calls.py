@@ -19,11 +19,12 @@ PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of one call, flat, and the autocast state it is made in."""
+    """The inputs of one call, flat, and the modes it is made in."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
     autocast: Autocast
+    grad_mode: bool
     shapes: tuple[torch.Size, ...]
 
     @staticmethod
@@ -32,7 +33,7 @@ class Call:
         tensors = [v for v in leaves if isinstance(v, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         shapes = tuple(t.shape for t in tensors)
-        return Call(leaves, spec, Autocast.current(device), shapes)
+        return Call(leaves, spec, Autocast.current(device), torch.is_grad_enabled(), shapes)
 
     @property
     def device(self) -> torch.device | None:
@@ -43,7 +44,7 @@ class Call:
         kinds = [
             (v.dtype, v.dim(), type(v)) if isinstance(v, Tensor) else type(v) for v in self.leaves
         ]
-        return self.spec, self.autocast, tuple(kinds)
+        return self.spec, self.autocast, self.grad_mode, tuple(kinds)
 
     def singles(self) -> Hashable:
         """Which sizes are 1: PyTorch's own Python, and a model's, may branch on those."""
@@ -91,9 +92,7 @@ def leaves_of(
     return found
 
 
-def sizes_fit(
-    leaves: Sequence[Leaf], guards: Sequence[Any], shapes: Sequence[torch.Size]
-) -> bool:
+def sizes_fit(leaves: Sequence[Leaf], guards: Sequence[Any], shapes: Sequence[torch.Size]) -> bool:
     """Whether the sizes of a call can stand for the symbols of a graph."""
     symbolic = [leaf.shape for leaf in leaves if leaf.shape is not None]
     pairs = [
@@ -103,9 +102,9 @@ def sizes_fit(
     ]
     values: dict[Any, int] = {}
     for expected, actual in pairs:
-        if isinstance(expected, sympy.Symbol):
-            if values.setdefault(expected, actual) != actual or actual == 0:
-                return False
+        symbol = isinstance(expected, sympy.Symbol)
+        if symbol and (actual == 0 or values.setdefault(expected, actual) != actual):
+            return False
     rest = [(e, a) for e, a in pairs if not isinstance(e, sympy.Symbol)]
     return all(sympy.sympify(e).subs(values) == a for e, a in rest) and all(
         guard.subs(values) == sympy.true for guard in guards

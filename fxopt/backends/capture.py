@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from fxopt.backends.calls import PLAIN, Call, Leaf, leaves_of, size_guards, sizes_fit
 from fxopt.backends.reads import Reads, recording
+from fxopt.backends.unseen import CannotCapture as CannotCapture
+from fxopt.backends.unseen import refusing
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
-PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-
-
-class CannotCapture(Exception):
-    """The block stays as it is; the message says why, for the report."""
+TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+State = dict[str, tuple[Any, ...]]
 
 
 @dataclass
@@ -46,71 +46,44 @@ class Plan:
     out_spec: pytree.TreeSpec
     reads: Reads
     autocast: Autocast
-    state: dict[str, tuple[torch.Size, torch.dtype]]
-    leaves: list[_Leaf]
+    # Its forward takes another way without grad mode.
+    needs_grad_mode: bool
+    state: State
+    leaves: list[Leaf]
     guards: list[Any]
     outcome: Outcome
-    _shapes: dict[Any, bool] = field(default_factory=dict)
+    # By which sizes are 1: why it may not run there, or None.
+    tried: dict[Hashable, str | None] = field(default_factory=dict)
+    _sizes: dict[Any, bool] = field(default_factory=dict)
 
-    def accepts(self, leaves: Sequence[Any], spec: pytree.TreeSpec, autocast: Autocast) -> bool:
-        """Whether a call with these inputs is one that the graph was captured for."""
-        if spec != self.in_spec or autocast != self.autocast:
+    def accepts(self, call: Call) -> bool:
+        """Whether a call is one that the graph was captured for."""
+        if call.spec != self.in_spec or call.autocast != self.autocast:
             return False
-        if not all(leaf.matches(value) for leaf, value in zip(self.leaves, leaves, strict=True)):
+        if self.needs_grad_mode and not call.grad_mode:
             return False
-        shapes = tuple(v.shape for v in leaves if isinstance(v, Tensor))
-        if shapes not in self._shapes:
-            self._shapes[shapes] = self._sizes_hold(shapes)
-        return self._shapes[shapes]
+        if not all(map(Leaf.matches, self.leaves, call.leaves)):
+            return False
+        if call.shapes not in self._sizes:
+            self._sizes[call.shapes] = sizes_fit(self.leaves, self.guards, call.shapes)
+        return self._sizes[call.shapes]
 
     def fits(self, module: nn.Module) -> bool:
         """Whether `module` would have given the same graph."""
         return state_of(module) == self.state and self.reads.hold_for(module)
 
-    def _sizes_hold(self, shapes: Sequence[torch.Size]) -> bool:
-        values: dict[Any, int] = {}
-        pairs = [
-            (ir.expression(expected), actual)
-            for leaf, shape in zip(
-                (x for x in self.leaves if x.shape is not None), shapes, strict=True
-            )
-            for expected, actual in zip(leaf.shape or (), shape, strict=True)
-        ]
-        for expected, actual in pairs:
-            if isinstance(expected, sympy.Symbol):
-                if values.setdefault(expected, actual) != actual or actual == 0:
-                    return False
-        return all(
-            sympy.sympify(e).subs(values) == a for e, a in pairs if not isinstance(e, sympy.Symbol)
-        ) and all(g.subs(values) == sympy.true for g in self.guards)
 
-
-@dataclass(frozen=True)
-class _Leaf:
-    """What one input of a call must look like."""
-
-    value: Any
-    shape: tuple[Any, ...] | None
-    dtype: torch.dtype | None
-    device: torch.device | None
-    trainable: bool
-
-    def matches(self, value: Any) -> bool:
-        if self.shape is None:
-            return type(value) is type(self.value) and bool(value == self.value)
-        return (
-            isinstance(value, Tensor)
-            and value.dtype == self.dtype
-            and value.device == self.device
-            and value.dim() == len(self.shape)
-            and (self.trainable or not value.requires_grad)
-        )
-
-
-def state_of(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shapes and dtypes of all parameters and buffers by FQN."""
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {name: (t.shape, t.dtype) for name, t in named}
+def state_of(module: nn.Module) -> State:
+    """Shapes and dtypes of all parameters and buffers by FQN, and which of them are one tensor."""
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    first: dict[int, str] = {}
+    return {
+        name: (t.shape, t.dtype, type(t) in TENSORS or type(t), first.setdefault(id(t), name))
+        for name, t in named
+    }
 
 
 def capture(
@@ -119,76 +92,111 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
-    earlier: Sequence[Plan] = (),
 ) -> Plan:
-    """Export `module` for all sizes of its inputs and apply `rules`.
-
-    Channels (the last dim of a floating-point input) are taken as fixed, unless one of the
-    `earlier` plans had another number. A batch of 1 would be taken for a constant, so it is exported as 2, if the sizes then still
-    agree with those of the call.
+    """The first of `captures`.
 
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    fixed = [_channels_are_fixed(i, v, in_spec, earlier) for i, v in enumerate(leaves)]
-    has_single = any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in leaves)
-    if has_single:
-        try:
-            doubled = [_doubled(v) for v in leaves]
-            plan = _capture(module, forward, leaves, in_spec, doubled, fixed, rules)
-        except CannotCapture:
-            plan = None
-        if plan is not None and plan.accepts(leaves, in_spec, plan.autocast):
-            return plan
-    return _capture(module, forward, leaves, in_spec, leaves, fixed, rules)
+    return next(captures(module, forward, Call.of(args, kwargs), rules))
+
+
+def captures(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    rules: Sequence[Rule],
+    earlier: Sequence[Plan] = (),
+) -> Iterator[Plan]:
+    """Export `module` for all sizes of its inputs and apply `rules`, the most general plan first.
+
+    Channels (the last dim of a floating-point input) are taken as fixed, unless one of the
+    `earlier` plans had another number. A batch of 1 would be taken for a constant, so it is
+    exported as 2 first, if the sizes then still agree with those of the call.
+
+    Raises:
+        CannotCapture: the inputs or the forward cannot be exported.
+    """
+    device = _check_inputs(module, call)
+    fixed = [_channels_are_fixed(i, v, call.spec, earlier) for i, v in enumerate(call.leaves)]
+    if any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in call.leaves):
+        with contextlib.suppress(CannotCapture):
+            doubled = [_doubled(v) for v in call.leaves]
+            plan = _capture(module, forward, call, doubled, fixed, rules, device)
+            if plan.accepts(call):
+                yield plan
+    yield _capture(module, forward, call, call.leaves, fixed, rules, device)
 
 
 def _capture(
     module: nn.Module,
     forward: Callable[..., Any],
-    leaves: list[Any],
-    in_spec: pytree.TreeSpec,
+    call: Call,
     example: list[Any],
     fixed: list[bool],
     rules: Sequence[Rule],
+    device: torch.device,
 ) -> Plan:
-    device = _check_inputs(module, leaves)
-    autocast = Autocast.current(device.type)
-    example = [v.detach() if isinstance(v, Tensor) else v for v in example]
-    example_args, example_kwargs = pytree.tree_unflatten(example, in_spec)
-    dims = [_dims(v, f) for v, f in zip(example, fixed, strict=True)]
-    dynamic = pytree.tree_unflatten(dims, in_spec)
-    with recording(module) as reads, _quiet(), _original(module, forward), torch.no_grad():
-        try:
-            program = export(
-                module,
-                example_args,
-                example_kwargs,
-                dynamic_shapes=_by_name(module, forward, dynamic),
-                strict=False,
-            )
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise CannotCapture(f"torch.export: {type(error).__name__}: {first}") from error
+    program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
     gm = program.graph_module
-    write_out(gm, autocast)
+    write_out(gm, call.autocast)
     canonicalize(gm)
     slots, learned = _slots(program)
-    outcome = rewrite(gm, rules, device=device, parameters=learned)
+    inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
+    learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
+    outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned))
     return Plan(
-        run=_without(autocast, gm.forward),
+        run=_without(call.autocast, gm.forward),
         gm=gm,
         slots=slots,
-        in_spec=in_spec,
+        in_spec=call.spec,
         out_spec=program.call_spec.out_spec,
         reads=reads,
-        autocast=autocast,
+        autocast=call.autocast,
+        needs_grad_mode=needs_grad_mode,
         state=state_of(module),
-        leaves=_leaves(gm, len(slots), leaves, outcome.constants),
-        guards=_size_guards(gm),
+        leaves=leaves_of(gm, len(slots), call.leaves, outcome.constants),
+        guards=size_guards(gm),
         outcome=outcome,
     )
+
+
+def _export(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    example: list[Any],
+    fixed: list[bool],
+) -> tuple[ExportedProgram, Reads, bool]:
+    # In grad mode and with the inputs' own requires_grad: without, regions that a model takes out
+    # of its gradient would not be told from the rest.
+    example = [
+        v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in example
+    ]
+    args, kwargs = call.arguments(example)
+    dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
+    reads = Reads()
+    try:
+        with (
+            _own_forward(module, forward),
+            _quiet(),
+            torch.enable_grad(),
+            recording(module) as reads,
+            refusing(module) as asked,
+        ):
+            program = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        if asked.grad_mode and not call.grad_mode:
+            raise CannotCapture("its forward asks for the grad mode, which is off")
+        if not reads.hold_for(module):
+            raise CannotCapture("its forward changes its own attributes: a graph would not")
+    except CannotCapture as reason:
+        reads.undo()
+        raise CannotCapture(str(reason), reads) from reason
+    except Exception as error:
+        reads.undo()
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CannotCapture(f"torch.export: {type(error).__name__}: {first}", reads) from error
+    return program, reads, asked.grad_mode
 
 
 def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,28 +211,25 @@ def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_inputs(module: nn.Module, leaves: Sequence[Any]) -> torch.device:
-    tensors = [v for v in leaves if isinstance(v, Tensor)]
-    for value in leaves:
+def _check_inputs(module: nn.Module, call: Call) -> torch.device:
+    for value in call.leaves:
         if not isinstance(value, (*PLAIN, Tensor)):
             raise CannotCapture(f"an input is a {type(value).__name__}, not a tensor or a number")
-    for value in (*tensors, *module.parameters()):
-        kind = type(value)
-        if kind not in (Tensor, nn.Parameter, nn.Buffer) and not _is_fake(value):
-            raise CannotCapture(f"a tensor is a {kind.__name__}, whose layout a graph would drop")
+    tensors = [v for v in call.leaves if isinstance(v, Tensor)]
+    for value in (*tensors, *module.parameters(), *module.buffers()):
+        if type(value) not in TENSORS and not isinstance(value, torch._subclasses.FakeTensor):
+            name = type(value).__name__
+            raise CannotCapture(f"a tensor is a {name}, whose layout a graph would drop")
     if not tensors:
         raise CannotCapture("it is called without a tensor")
     return tensors[0].device
 
 
-def _is_fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
-
-
 def _doubled(value: Any) -> Any:
     """The input with a batch of 2 for a batch of 1; only its shape is read."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
-        return value.new_empty((2, *value.shape[1:]))
+        doubled = value.new_empty((2, *value.shape[1:]))
+        return doubled.requires_grad_(value.requires_grad)
     return value
 
 
@@ -233,8 +238,6 @@ def _channels_are_fixed(
 ) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
         return False
-    if value.shape[-1] == value.shape[-2]:
-        return False  # a mask over pairs of tokens
     shapes = [p.leaves[index].shape for p in earlier if p.in_spec == spec]
     return all(s is None or ir.same(s[-1], value.shape[-1]) for s in shapes if s)
 
@@ -242,23 +245,24 @@ def _channels_are_fixed(
 def _dims(value: Any, channels_are_fixed: bool) -> Any:
     if not isinstance(value, Tensor):
         return None
-    num_dims = value.dim() - channels_are_fixed
-    return dict.fromkeys(range(num_dims), Dim.AUTO)
+    return dict.fromkeys(range(value.dim() - channels_are_fixed), Dim.AUTO)
 
 
-def _by_name(module: nn.Module, forward: Callable[..., Any], dynamic: Any) -> Any:
+def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """Dynamic shapes by parameter name of forward, as export wants them."""
-    bound = inspect.signature(forward).bind(*dynamic[0], **dynamic[1])
-    return dict(bound.arguments)
+    try:
+        return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CannotCapture(str(error)) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporting reports on itself; what matters goes to the report."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -266,7 +270,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _original(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Show the export the module's own forward."""
     installed = module.__dict__.get("forward")
     module.forward = forward
@@ -279,9 +283,14 @@ def _original(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = installed
 
 
-def _slots(program: Any) -> tuple[list[tuple[str, Any]], frozenset[str]]:
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _slots(program: ExportedProgram) -> tuple[list[tuple[str, Any]], set[str]]:
+    """The state that the leading placeholders read, and the names of those of parameters."""
     slots: list[tuple[str, Any]] = []
-    learned = set()
+    learned: set[str] = set()
     kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}
     for spec in program.graph_signature.input_specs:
         if spec.kind in kinds:
@@ -289,54 +298,10 @@ def _slots(program: Any) -> tuple[list[tuple[str, Any]], frozenset[str]]:
             if spec.kind is InputKind.PARAMETER:
                 learned.add(spec.arg.name)
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            slots.append(("constant", program.constants[spec.target]))
+            slots.append(("constant", program.constants[spec.target or ""]))
         elif spec.kind is not InputKind.USER_INPUT:
             raise CannotCapture(f"the export lifted a {spec.kind.name.lower()}")
     for output in program.graph_signature.output_specs:
         if isinstance(output.arg, ConstantArgument) and output.arg.value is not None:
             raise CannotCapture("it returns a value that is no tensor")
-    return slots, frozenset(learned)
-
-
-def _leaves(
-    gm: fx.GraphModule, num_slots: int, leaves: Sequence[Any], constants: set[str]
-) -> list[_Leaf]:
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"][num_slots:]
-    found = []
-    for node, value in zip(placeholders, leaves, strict=True):
-        if not isinstance(value, Tensor):
-            found.append(_Leaf(value, None, None, None, True))
-            continue
-        trainable = str(node.target) not in constants
-        found.append(_Leaf(None, ir.shape(node), value.dtype, value.device, trainable))
-    return found
-
-
-def _size_guards(gm: fx.GraphModule) -> list[Any]:
-    """Conditions on sizes that the capture relied on, but for "not 0 or 1".
-
-    A graph captured at 2 computes the same at 1: sizes only enter views, and the first call of
-    every plan is checked against the module's own result.
-    """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    shapes = [ir.shape(n) for n in placeholders if ir.tensor(n) is not None]
-    sizes = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
-    if not sizes:
-        return []
-    shape_env = sizes[0].node.shape_env
-    assert shape_env is not None
-    known = set().union(*(ir.expression(s).free_symbols for s in sizes))
-    # Sizes found to be equal share one symbol from then on. Symbols that no shape holds are
-    # strides: they decide whether a reshape copies, which the graph leaves open.
-    guards = [shape_env.replace(g.expr) for g in shape_env.guards]
-    guards = [g for g in guards if g != sympy.true and g.free_symbols <= known]
-    return [g for g in guards if not _excludes_small(g)]
-
-
-def _excludes_small(guard: Any) -> bool:
-    """Whether a condition says no more than that one size is not 0 or 1."""
-    if len(guard.free_symbols) != 1:
-        return False
-    (symbol,) = guard.free_symbols
-    sizes = (*range(2, 18), 1000, 4097, 10**6, 2**40)
-    return all(guard.subs(symbol, value) == sympy.true for value in sizes)
+    return slots, learned

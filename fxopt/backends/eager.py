@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import options, state
 from fxopt.backends.blocks import find_blocks
-from fxopt.backends.reads import Watch
+from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
@@ -28,7 +28,6 @@ from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE
 from fxopt.report import Applied, Declined, Report
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
 REMEDY = "fxopt.optimize(model) reads the forward itself"
 
@@ -40,7 +39,7 @@ def swap(
     strict: Sequence[str] = (),
     targets: Sequence[str | type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """Replace the forwards of known blocks, or of their parts, in place; the same object comes back.
+    """Replace forwards of known blocks, or of their parts, in place; the same object comes back.
 
     Blocks of the known families are replaced whole; in others, attention, AdaLN, MLPs and norms.
     Each distinct replacement is first proved against the module's own forward, on small random
@@ -61,13 +60,16 @@ def swap(
     if any(isinstance(door, Swaps) for door in state.doors(model)):
         return model
     door = Swaps(recipe)
-    for fqn, block in blocks.items():
-        door.enter(fqn, block)
-    report = door.report()
-    for rule in strict:
-        if not report.count(rule):
-            door.restore(model)
-            raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+    try:
+        for fqn, block in blocks.items():
+            door.enter(fqn, block)
+        report = door.report()
+        for rule in strict:
+            if not report.count(rule):
+                raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+    except BaseException:
+        door.restore(model)
+        raise
     state.remember(model, door)
     return model
 
@@ -153,17 +155,19 @@ class SwappedForward:
         self.verdict = self._first_verdict()
 
     def _first_verdict(self) -> Verdict:
+        why_not = self._intercepted()
+        if why_not is not None:
+            return Verdict(why_not)
         try:
             return self._verdict(next(self.swap.examples(self.module, Draw(self.module))))
-        except (AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # of a class that is known, but not of its structure
             return Verdict(f"it is not built as expected: {error}")
 
     def _forget(self) -> None:
         self.admitted: dict[Any, str | None] = {}
         self.watches: list[Watch] | None = []
-        inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
-        self.inner = inner
-        self.hooks = [held[name] for held in inner for name in HOOKS]
+        self.inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
+        self.hooks = hooks(self.module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwappedForward:
         twin = SwappedForward.__new__(SwappedForward)
@@ -195,10 +199,9 @@ class SwappedForward:
         """Why this call has to run the module's own forward, or None."""
         if self.watches is None or not all(watch.unchanged() for watch in self.watches):
             self._forget()
-        if any(self.hooks):
-            return "a submodule has hooks, which the fused form would not call"
-        if any("forward" in held for held in self.inner):
-            return "the forward of a submodule is replaced"
+        why_not = self._intercepted()
+        if why_not is not None:
+            return why_not
         first = next((v for v in arguments.values() if isinstance(v, Tensor)), None)
         if first is not None and Autocast.current(first.device.type).enabled:
             return "autocast is on: the casts lie between the modules"
@@ -206,6 +209,14 @@ class SwappedForward:
         if key not in self.admitted:
             self.admitted[key] = self._verdict(arguments).why_not
         return self.admitted[key]
+
+    def _intercepted(self) -> str | None:
+        """What the user has put between the submodules, which the fused form would not call."""
+        if any(self.hooks) or has_global_hooks():
+            return "a submodule has hooks, which the fused form would not call"
+        if any("forward" in held for held in self.inner):
+            return "the forward of a submodule is replaced"
+        return None
 
     def _verdict(self, arguments: Arguments) -> Verdict:
         """Judge the fused form for arguments of this kind."""

@@ -25,7 +25,10 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 # What nn.Module keeps and offers itself: watched as structure, or the same for all.
-_OF_ANY_MODULE = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"training", "forward"}
+_OF_ANY_MODULE = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {
+    "training",
+    "forward",
+}
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 # Compared by identity: what they hold is no setting, or is watched elsewhere.
 _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
@@ -121,7 +124,7 @@ def frozen(value: Any, depth: int = 4) -> Any:
 
 def _contents(value: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
     """The containers that can change within a value, each with a copy."""
-    if isinstance(value, _OPAQUE) or isinstance(value, types.MappingProxyType):
+    if isinstance(value, _OPAQUE):
         return
     live = vars(value) if hasattr(value, "__dict__") and not isinstance(value, dict) else value
     if not isinstance(live, (list, tuple, set, dict)) or not depth:

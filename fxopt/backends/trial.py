@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
-from fxopt.backends.unseen import CannotCapture
 
 # Two roundings of one value differ by eps; a block chains a few dozen. Sums over tokens cancel in
 # gradients, where a fault (a sign, a lost branch) shows as a difference of order one.
@@ -61,23 +61,26 @@ def compare(
     graph: Callable[..., Any],
     call: Call,
     trainable: Sequence[bool],
-) -> None:
-    """Raise CannotCapture unless `graph` gives the outputs and gradients of `own`.
+) -> str | None:
+    """Why `graph` may not stand for `own`: another output, another gradient; None if it may.
 
     Args:
         module: whose parameters both read.
         trainable: for each leaf of the call, whether the graph gives it a gradient.
     """
     if any(map(_has_no_values, (*module.parameters(), *call.leaves))):
-        return
-    expected = _results(module, own, call, trainable)
+        return None
+    expected = _run(module, own, call, trainable)
     try:
-        found = _results(module, graph, call, trainable)
+        found = _run(module, graph, call, trainable)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise CannotCapture(f"the graph does not run: {first}") from error
-    if not all(map(_agree, expected, found)):
-        raise CannotCapture("the graph gives another result than the module")
+        return f"the graph does not run: {first}"
+    if not _alike(expected.values, found.values):
+        return "the graph gives another result than the module"
+    if not _alike(expected.gradients, found.gradients, CANCELLATION):
+        return "the graph gives another gradient than the module"
+    return None
 
 
 def _has_no_values(t: Any) -> bool:
@@ -86,10 +89,17 @@ def _has_no_values(t: Any) -> bool:
     return isinstance(t, Tensor) and t.device.type == "meta"
 
 
-def _results(
+@dataclass(frozen=True)
+class _Results:
+    """Outputs and whatever may have been written in place; gradients of inputs and parameters."""
+
+    values: list[Any]
+    gradients: list[Any]
+
+
+def _run(
     module: nn.Module, forward: Callable[..., Any], call: Call, trainable: Sequence[bool]
-) -> tuple[list[Any], list[Any]]:
-    """Outputs with what was written in place, and gradients of inputs and parameters."""
+) -> _Results:
     parameters = {
         n: p.detach().requires_grad_(p.requires_grad) for n, p in module.named_parameters()
     }
@@ -104,21 +114,51 @@ def _results(
     copies = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
     args, kwargs = call.arguments(copies)
     with same_random_numbers(), _reparametrize_module(module, parameters | buffers):
-        results = pytree.tree_leaves(forward(*args, **kwargs))
-    results += copies + list(buffers.values())
+        outputs = pytree.tree_leaves(forward(*args, **kwargs))
+    values = [*outputs, *copies, *buffers.values()]
     wanted = [v for v in (*inputs, *parameters.values()) if _requires_grad(v)]
-    outputs = [r for r in results if _requires_grad(r)]
+    outputs = [o for o in outputs if _requires_grad(o)]
+    if not outputs or not wanted:
+        return _Results(values, [])
     with same_random_numbers():
         torch.manual_seed(0)
         weights = [torch.randn_like(o) for o in outputs]
-    if not outputs or not wanted:
-        return results, []
-    return results, list(torch.autograd.grad(outputs, wanted, weights, allow_unused=True))
+    gradients = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+    return _Results(values, list(gradients))
 
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _agree(expected: list[Any], found: list[Any]) -> bool:
-    ...
+def _alike(expected: Sequence[Any], found: Sequence[Any], factor: float = 1.0) -> bool:
+    sizes = [_norm(e).item() for e in expected if isinstance(e, Tensor)]
+    least = NEGLIGIBLE * max(sizes, default=0.0) if factor > 1 else 0.0
+    return len(expected) == len(found) and all(
+        _same(e, f, factor, least) for e, f in zip(expected, found, strict=True)
+    )
+
+
+def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return type(expected) is type(found) and bool(expected == found)
+    if (expected.shape, expected.dtype, expected.requires_grad) != (
+        found.shape,
+        found.dtype,
+        found.requires_grad,
+    ):
+        return False
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return bool((expected == found).all())
+    if not torch.isfinite(expected).all():
+        return True  # nothing to compare with
+    tolerance = factor * max(ROUNDINGS * torch.finfo(expected.dtype).eps, LEAST_TOLERANCE)
+    return bool(_norm(expected - found) <= tolerance * _norm(expected).clamp(min=least))
+
+
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t.detach(), dtype=_wide(t.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64

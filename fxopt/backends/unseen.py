@@ -17,9 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxopt.backends.reads import Reads
+
 
 class CannotCapture(Exception):
-    """The block stays as it is; the message says why, for the report."""
+    """The block stays as it is; the message says why, for the report.
+
+    reads: what the forward had read from its module until then.
+    """
+
+    def __init__(self, reason: str, reads: Reads | None = None) -> None:
+        super().__init__(reason)
+        self.reads = reads or Reads()
 
 
 @dataclass
@@ -63,20 +72,21 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
         yield asked
 
 
+_REFUSED: dict[Any, str] = {
+    Tensor.requires_grad.__get__: "asks whether a tensor requires a gradient",  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: "asks for the grad_fn of a tensor",  # type: ignore[attr-defined]
+    Tensor.register_hook: "registers a hook on a tensor",
+    Tensor.retain_grad: "retains the gradient of a tensor",
+}
+
+
 class _TensorQuestions(TorchFunctionMode):
     """Refuses code of the model that asks or changes how a tensor is differentiated."""
-
-    REFUSED = {
-        Tensor.requires_grad.__get__: "asks whether a tensor requires a gradient",  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__: "asks for the grad_fn of a tensor",  # type: ignore[attr-defined]
-        Tensor.register_hook: "registers a hook on a tensor",
-        Tensor.retain_grad: "retains the gradient of a tensor",
-    }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        why = self.REFUSED.get(func)
+        why = _REFUSED.get(func)
         if why and not _is_torch(_caller()):
             raise CannotCapture(f"its forward {why}: a graph would not")
         return func(*args, **(kwargs or {}))

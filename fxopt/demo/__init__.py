@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.backends.dynamo import INNER, last_reports
+from fxopt.backends.dynamo import INNER
 from fxopt.cli import Progress, quiet
 from fxopt.errors import MissingPackage
 from fxopt.report import Report
@@ -27,10 +27,10 @@ from fxopt.report import Report
 if TYPE_CHECKING:
     from fxopt.demo.training import Run, Scale
 
-# Another order of the same fp32 sums moves a run about as far as fxopt does, and the distance grows
-# with every step; the run "eager, reversed" shows by how much. A wrong gradient goes past this
-# bound within the first steps.
-LARGEST_GAP = 0.05
+# Relative to eager's loss, at any step. fp32 rounding moves a run a little further from its twin
+# with every step, whatever the cause: the run "reversed", eager with another order of its sums,
+# shows how far. The growth is chaotic, hence the distance from what is measured to this bound.
+LARGEST_GAP = 1e-3
 # Steps whose mean is the loss at the end; a single batch of 32 is noisy.
 NUM_LAST = 50
 REPORT_EVERY = 10  # steps
@@ -87,19 +87,16 @@ def build_runs(scale: Scale, inner: str, seed: int) -> list[Run]:
     def compiled(model: nn.Module) -> nn.Module:
         return torch.compile(model, backend="fxopt", options={"inner": inner})  # type: ignore[return-value]
 
-    doors: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "eager": lambda model: model,
-        "eager, reversed": lambda model: model,
+    doors: dict[str, Callable[[nn.Module], nn.Module] | None] = {
+        "eager": None,
+        "reversed": None,
         "optimize": fxopt.optimize,
         "compile": compiled,
+        "swap": fxopt.swap,
     }
-    if hasattr(fxopt, "swap"):
-        doors["swap"] = fxopt.swap
-    else:
-        print("no column for swap: this version of fxopt has no fxopt.swap")
     model = build_model(scale, seed)
     return [
-        Run(name, copy.deepcopy(model), door, scale, backwards=name == "eager, reversed")
+        Run(name, copy.deepcopy(model), door, scale, backwards=name == "reversed")
         for name, door in doors.items()
     ]
 
@@ -115,7 +112,8 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
         f"{num_parameters / 1e6:.1f} million parameters; digits of 8x8 pixels; "
         f"{scale.num_steps} steps of {scale.batch} images, each in {len(runs)} runs in turn"
     )
-    reports = train(runs, scale, seed)
+    train(runs, scale, seed)
+    reports = {run.name: fxopt.report(run.forward) for run in runs if run.door}
     last_batch = next(batches(scale, seed + 1))
     peaks = {run.name: run.peak_bytes(last_batch) for run in runs}
     print_table(runs, reports, peaks)
@@ -131,11 +129,11 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     return verdict(runs)
 
 
-def train(runs: Sequence[Run], scale: Scale, seed: int) -> dict[str, Report]:
-    """Train all runs in lockstep; the reports of those that have one."""
+def train(runs: Sequence[Run], scale: Scale, seed: int) -> None:
+    """Train all runs in lockstep."""
     from fxopt.demo.training import batches
 
-    progress, reports = Progress(), {}
+    progress = Progress()
     for index, batch in enumerate(batches(scale, seed)):
         # First and last in turn, so that a drift of the machine's speed falls on all alike.
         for run in runs if index % 2 == 0 else reversed(runs):
@@ -143,16 +141,9 @@ def train(runs: Sequence[Run], scale: Scale, seed: int) -> dict[str, Report]:
                 progress(0, scale.num_steps, f"steps; {run.name}: set-up and first step;")
                 run.open()
             run.step(batch)
-            if index == 0 and run.name == "compile":
-                first, *others = last_reports()
-                reports[run.name] = first.merge(*others)
         if (index + 1) % REPORT_EVERY == 0 or index + 1 == scale.num_steps:
             loss = runs[0].losses[-1]
             progress(index + 1, scale.num_steps, f"steps; loss {loss:.4f};")
-    for run in runs:
-        if run.name in ("optimize", "swap"):
-            reports[run.name] = fxopt.report(run.model)
-    return reports
 
 
 def largest_gap(run: Run, expected: Run) -> float:
@@ -173,25 +164,26 @@ def print_table(runs: Sequence[Run], reports: dict[str, Report], peaks: dict[str
     for run in runs:
         table.add_column(run.name, justify="right")
     counts = {name: report.counts() for name, report in reports.items()}
+    table.add_row("rewrites")
     for rule in dict.fromkeys(rule for found in counts.values() for rule in found):
         cells = [str(counts[r.name].get(rule, 0)) if r.name in counts else "" for r in runs]
-        table.add_row(f"rewrites: {rule}", *cells)
+        table.add_row(f"  {rule}", *cells)
     metrics: dict[str, Callable[[Run], str]] = {
-        f"loss, mean of the last {NUM_LAST} steps": lambda run: (
+        f"loss, last {NUM_LAST} steps": lambda run: (
             f"{statistics.fmean(run.losses[-NUM_LAST:]):.4f}"
         ),
-        "largest gap to eager's loss": lambda run: f"{largest_gap(run, eager):.2%}",
-        "step time / eager's, median": lambda run: f"{step_time_ratio(run, eager):.2f}",
+        "largest gap in loss": lambda run: f"{largest_gap(run, eager):.0e}",
+        "step time / eager's": lambda run: f"{step_time_ratio(run, eager):.2f}",
         "peak memory / eager's": lambda run: f"{peaks[run.name] / peaks[eager.name]:.2f}",
         "peak memory [MB]": lambda run: f"{peaks[run.name] / 1e6:.1f}",
-        "set-up and first step [s]": lambda run: f"{run.setup_seconds:.1f}",
+        "set-up, first step [s]": lambda run: f"{run.setup_seconds:.1f}",
     }
     for label, metric in metrics.items():
         table.add_row(label, *map(metric, runs))
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(
-        "eager, reversed: the same model without fxopt, each batch fed last sample first, which "
+        "reversed: eager once more, each batch fed last sample first, which "
         "only reorders sums.\nPeak memory: most bytes that the allocator held in one forward and "
         "backward, beyond weights and optimizer state.",
         highlight=False,
@@ -211,8 +203,8 @@ def verdict(runs: Sequence[Run]) -> int:
     for run in parted:
         print(
             f"MISSED: the losses of {run.name!r} part from eager's by "
-            f"{largest_gap(run, eager):.1%}, more than {LARGEST_GAP:.0%}"
+            f"{largest_gap(run, eager):.1%}, more than {LARGEST_GAP:.1%}"
         )
     if not parted:
-        print(f"holds: no run's loss parts from eager's by more than {LARGEST_GAP:.0%} at any step")
+        print(f"holds: no run's loss parts from eager's by more than {LARGEST_GAP:.1%} at any step")
     return int(bool(parted))

@@ -250,7 +250,7 @@ def _gated_activation_linear(
     bias: Tensor | None,
 ) -> Tensor:
     settings = (activation, packing)
-    return GatedActivationLinear.apply(settings, gate, up, beside, weight, bias)  # type: ignore[no-any-return]
+    return GatedActivationLinear.apply(settings, gate, up, beside, weight, bias)
 
 
 linears = register_composite(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels import norm_modulate as op
+from fxopt.kernels import native_norm_modulate as op
 
 
 @triton.jit

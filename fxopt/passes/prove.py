@@ -29,8 +29,8 @@ from fxopt.passes import ir
 # with eight digits (0.79788456) differ by 1e-8. A wrong eps shows as 1e-2 on the tiny inputs.
 MEANING_TOLERANCE = 1e-6
 ERROR_FACTOR = 2.0
-# Gradients that cancel to nothing (a saturated softmax) are rounding: 1e-3 of the outputs per
-# input is the least size that they are compared with.
+# Gradients that cancel to nothing (a saturated softmax) are rounding of what cancelled. In float64
+# they are compared with this part of it at least.
 CANCELLED = 1e-3
 # Factor on the activations: eps decides at 1e-3, overflow of squares in half precision at 1e3.
 SCALES = (1.0, 1e-3, 1e3, 0.0)
@@ -106,7 +106,8 @@ def prove(region: Runnable, replacement: Runnable, specs: Sequence[Spec]) -> str
             try:
                 _verdicts[key] = _prove(region, replacement, specs)
             except Exception as error:  # a guess that cannot even run is a wrong guess
-                _verdicts[key] = f"it does not run on a probe: {type(error).__name__}: {error}"
+                first = str(error).partition("\n")[0]
+                _verdicts[key] = f"it does not run on a probe: {type(error).__name__}: {first}"
     return _verdicts[key]
 
 
@@ -147,7 +148,7 @@ def _prove(region: Runnable, replacement: Runnable, specs: Sequence[Spec]) -> st
         found = _values_and_gradients(replacement64, inputs, specs)
         sizes = _least_sizes(truth, inputs, specs)
         for name, a, b, size in zip(_names(truth, specs), truth, found, sizes, strict=True):
-            difference = _difference(a, b, size)
+            difference = _difference(a, b, CANCELLED * size)
             if not difference <= MEANING_TOLERANCE:
                 return f"{name} differs by {difference:.2g} in float64 on inputs of scale {scale:g}"
         if scale != 1.0:
@@ -155,12 +156,14 @@ def _prove(region: Runnable, replacement: Runnable, specs: Sequence[Spec]) -> st
         own = [x.to(s.dtype) for x, s in zip(inputs, specs, strict=True)]
         eager = _values_and_gradients(region, own, specs)
         ours = _values_and_gradients(replacement, own, specs)
-        for name, t, e, o in zip(_names(truth, specs), truth, eager, ours, strict=True):
+        for name, t, e, o, size in zip(
+            _names(truth, specs), truth, eager, ours, sizes, strict=True
+        ):
             if e.dtype != o.dtype:
                 return f"{name} is {o.dtype}, not {e.dtype}"
-            bound = ERROR_FACTOR * _error(t, e) + torch.finfo(e.dtype).eps
-            if not _error(t, o) <= bound:
-                return f"{name}: error {_error(t, o):.2g}, above {bound:.2g} (twice eager's)"
+            bound = ERROR_FACTOR * _error(t, e, size) + torch.finfo(e.dtype).eps
+            if not _error(t, o, size) <= bound:
+                return f"{name}: error {_error(t, o, size):.2g}, above {bound:.2g} (twice eager's)"
     return None
 
 
@@ -200,11 +203,11 @@ def _names(found: Sequence[torch.Tensor], specs: Sequence[Spec]) -> list[str]:
 def _least_sizes(
     truth: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], specs: Sequence[Spec]
 ) -> list[float]:
-    """What each result is compared with at least: a gradient with outputs per input."""
+    """What each result is at least made of: a gradient of outputs per input, or of ones."""
     wanted = [x for x, s in zip(inputs, specs, strict=True) if s.needs_grad]
     outputs = truth[: len(truth) - len(wanted)]
     largest = max(_size(o) for o in outputs)
-    per_input = [CANCELLED * largest / _size(x) if _size(x) else 0.0 for x in wanted]
+    per_input = [largest / _size(x) if _size(x) else 1.0 for x in wanted]
     return [0.0] * len(outputs) + per_input
 
 
@@ -230,13 +233,13 @@ def _difference(truth: torch.Tensor, found: torch.Tensor, least_size: float) -> 
     return float((t - f).abs().max().item() / scale)
 
 
-def _error(truth: torch.Tensor, found: torch.Tensor) -> float:
+def _error(truth: torch.Tensor, found: torch.Tensor, least_size: float) -> float:
     """Root mean square error relative to that of the values: the largest error of few is noise."""
     if truth.numel() == 0:
         return 0.0
     f = found.to(truth.dtype)
-    size = torch.linalg.vector_norm(truth).item()
-    return float(torch.linalg.vector_norm(truth - f).item() / max(size, 1e-30))
+    size = max(torch.linalg.vector_norm(truth).item(), least_size * truth.numel() ** 0.5, 1e-30)
+    return float(torch.linalg.vector_norm(truth - f).item() / size)
 
 
 def raised(runnable: Runnable) -> Runnable:

@@ -52,32 +52,37 @@ def fresh():
     dynamo.compile_reports.clear()
 
 
-def check_family(name: str, inner: str, dtype: torch.dtype) -> None:
+def check_family(name: str, inner: str) -> None:
     family = FAMILIES[name]
-    model, inputs = family.build().to(dtype), family.inputs(2, 0, dtype)
-    exact, eager = truth(model, inputs), run(model, inputs)
+    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
+    exact, start = truth(model, inputs), run(model, inputs)
+    if inner == "inductor":
+        # What the door started from: Inductor's own sin and cos of a timestep are 20 times
+        # further from the truth than eager's.
+        model.compile(backend="inductor")
+        start = run(model, inputs)
+        torch._dynamo.reset()
+        model = family.build()
     model.compile(backend="fxopt", options={"inner": inner})
-    ours = run(model, inputs)
-    # A compiler that leaves dead parameters out of the graph and one that keeps them agree on
-    # everything else; factor 3: aot_eager's decompositions alone reach 2 on single tensors.
-    assert_as_accurate(ours, eager, exact, factor=3.0, what=name)
+    # Factor 3: aot_eager's decompositions alone reach 2 on single tensors.
+    assert_as_accurate(run(model, inputs), start, exact, factor=3.0, what=name)
     assert fxopt.report(model).counts() == FIRED[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_under_aot_eager(name):
-    check_family(name, "aot_eager", torch.float32)
+    check_family(name, "aot_eager")
 
 
-@pytest.mark.parametrize("name", ["flux", "llama-eager"])
+@pytest.mark.parametrize("name", ["ltx", "llama-eager"])
 def test_family_under_inductor(name):
-    check_family(name, "inductor", torch.float32)
+    check_family(name, "inductor")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_under_inductor_all(name):
-    check_family(name, "inductor", torch.float32)
+    check_family(name, "inductor")
 
 
 class Block(nn.Module):

@@ -211,14 +211,12 @@ def test_parts_of_blocks_with_an_overridden_forward(name: str) -> None:
 def _variants() -> list[tuple[str, nn.Module, dict[str, int]]]:
     from diffusers.models.attention import JointTransformerBlock
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
     wide = (96, 144, 3)  # another width than that of the narrow replica
     return [
         ("sd3 without qk norm", JointTransformerBlock(96, 3, 32), expected(6, 0, 2, 7)),
         ("wan without norm2", WanTransformerBlock(*wide), expected(4, 4, 1, 4)),
         ("wan with norm2", WanTransformerBlock(*wide, cross_attn_norm=True), expected(4, 4, 1, 5)),
-        ("z-image", ZImageTransformerBlock(0, 96, 3, 3, 1e-5, False), expected(4, 2, 1, 3)),
     ]
 
 

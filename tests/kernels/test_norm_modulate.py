@@ -160,7 +160,7 @@ def test_triton_matches_native(dtype, shape):
     for norm, gate, affine, scale, shift, offset, used in PROVIDER_CASES[shape[0] % 2 :: 2]:
         inputs = operands(gate, affine, scale, shift, dtype, shape)
         constants = (norm, EPS, offset, 1.0, dtype, dtype)
-        native = op_module._native(*inputs, *constants)
+        native = op_module.native.forward(*inputs, *constants)
         torch.testing.assert_close(triton.forward(*inputs, *constants), native, **tolerance)
         _, h, mean, rstd = native
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -182,7 +182,7 @@ def test_triton_matches_native(dtype, shape):
         )
         arguments = (*arguments, [True] * 7, norm != "none")
         torch.testing.assert_close(
-            triton.backward(*arguments), op_module._native_backward(*arguments), **tolerance
+            triton.backward(*arguments), op_module.native.backward(*arguments), **tolerance
         )
 
 
@@ -201,13 +201,13 @@ PROVIDERS = ("native", "triton")
 
 def run(provider: str, inputs: list[Tensor | None], *constants):
     if provider == "native":
-        return op_module._native(*inputs, *constants)
+        return op_module.native.forward(*inputs, *constants)
     return pytest.importorskip("fxopt.kernels.triton_norm_modulate").forward(*inputs, *constants)
 
 
 def run_backward(provider: str, *arguments):
     if provider == "native":
-        return op_module._native_backward(*arguments)
+        return op_module.native.backward(*arguments)
     return pytest.importorskip("fxopt.kernels.triton_norm_modulate").backward(*arguments)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxopt.backends.calls import Call
 from fxopt.backends.capture import Plan, capture
-from fxopt.passes.autocast import Autocast
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE
 from tests import numerics
@@ -56,11 +56,11 @@ class Rewritten:
         return "\n".join(textwrap.fill(line, 96, subsequent_indent="    ") for line in lines)
 
     def __call__(self, *inputs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((inputs, {}))
-        assert self.plan.accepts(leaves, spec, Autocast.current("cpu")), "not what the graph was captured for"
+        call = Call.of(inputs, {})
+        assert self.plan.accepts(call), "not what the graph was captured for"
         state = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         slots = [v if kind == "constant" else state[v] for kind, v in self.plan.slots]
-        return pytree.tree_unflatten(self.plan.run(*slots, *leaves), self.plan.out_spec)
+        return pytree.tree_unflatten(self.plan.run(*slots, *call.leaves), self.plan.out_spec)
 
     def assert_as_accurate(
         self, *inputs: Any, context: Callable[[], AbstractContextManager] = nullcontext

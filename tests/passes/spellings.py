@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.passes.rewriting import Written, normal
 
@@ -100,23 +99,17 @@ def one_plus(pick: Pick) -> Callable[[Tensor], Tensor]:
 
 
 def wrapped(pick: Pick, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward under activation checkpointing, or in an autocast region that changes nothing."""
+    """The forward as it is, or in a region without autocast."""
 
     def off(m: nn.Module, *inputs: Tensor) -> Any:
         with torch.autocast("cpu", enabled=False):
             return forward(m, *inputs)
-
-    def recomputed(m: nn.Module, *inputs: Tensor) -> Any:
-        if inputs[0].dtype == torch.float64:  # recomputation would leave the truth's fp32 islands
-            return forward(m, *inputs)
-        return checkpoint(forward, m, *inputs, use_reentrant=False)
 
     return pick(
         "wrapper",
         forward,
         forward,
         off,
-        recomputed,
     )
 
 
@@ -437,7 +430,7 @@ def masked(pick: Pick) -> tuple[Callable[[Tensor, Any], Tensor], list[Tensor]]:
         (lambda s, m: torch.where(m, s, minus_infinity), [keep]),
         (lambda s, m: torch.where(m, s, torch.finfo(s.dtype).min), [keep]),
         (lambda s, m: torch.where(m, s, torch.full_like(s, minus_infinity)), [keep]),
-        (lambda s, m: torch.where(m, s, torch.tensor(minus_infinity, dtype=s.dtype)), [keep]),
+        (lambda s, m: torch.where(m, s, torch.full([], minus_infinity, dtype=s.dtype)), [keep]),
         (lambda s, m: s.float().masked_fill(~m, lowest).to(s.dtype), [keep]),
     )
 
@@ -456,13 +449,6 @@ def scored(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
     product = pick("product", lambda q, k: q @ transposed(k), lambda q, k: q.matmul(transposed(k)))
     scale = pick("scale", d**-0.5, 1 / math.sqrt(d))
 
-    def baddbmm(q: Tensor, k: Tensor) -> Tensor:
-        (B, _, S, _), N = q.shape, k.shape[2]
-        q, k = q.reshape(B * H, S, d), k.reshape(B * H, N, d)
-        empty = torch.empty(B * H, S, N, dtype=q.dtype)
-        scores = torch.baddbmm(empty, q, k.transpose(1, 2), beta=0, alpha=scale)
-        return scores.view(B, H, S, N)
-
     return pick(
         "scaled",
         lambda q, k: product(q, k) * scale,
@@ -476,8 +462,35 @@ def scored(pick: Pick) -> Callable[[Tensor, Tensor], Tensor]:
         lambda q, k: torch.einsum("bhsd,bhtd->bhst", q, k) * scale,
         lambda q, k: product(q.float(), k.float()).to(q.dtype) * scale,
         product,
-        baddbmm,
     )
+
+
+def batched(pick: Pick) -> Callable[..., Tensor]:
+    """batched(q, k, v, weigh, mask) over heads folded into the batch, as in the first diffusers."""
+    fold = pick("fold", lambda x: x.flatten(0, 1), lambda x: x.reshape(-1, *x.shape[2:]))
+    scale = d**-0.5
+
+    def baddbmm(q: Tensor, k: Tensor) -> Tensor:
+        empty = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+        return torch.baddbmm(empty, q, k.transpose(1, 2), beta=0, alpha=scale)
+
+    product = pick(
+        "batched product",
+        baddbmm,
+        lambda q, k: torch.bmm(q, k.transpose(-1, -2)) * scale,
+        lambda q, k: torch.einsum("b i d, b j d -> b i j", q, k) * scale,
+    )
+    spread = pick("spread scores", True, False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, weigh: Any, mask: Any) -> Tensor:
+        scores = product(fold(q), fold(k))
+        if spread:
+            weights = weigh(mask(scores.view(-1, H, *scores.shape[1:])), q).flatten(0, 1)
+        else:
+            weights = F.softmax(scores, dim=-1)
+        return torch.bmm(weights, fold(v)).view(-1, H, q.shape[2], d)
+
+    return attend
 
 
 def attention(pick: Pick) -> Spelling:
@@ -488,7 +501,6 @@ def attention(pick: Pick) -> Spelling:
         lambda p, v: torch.matmul(p, v),
         lambda p, v: p.matmul(v).transpose(1, 2).reshape(v.shape[0], -1, H * d),
         lambda p, v: torch.einsum("bhst,bhtd->bhsd", p, v),
-        lambda p, v: torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, H)),
     )
     num_groups = pick("groups", 1, 1, H)
     repeat = pick(
@@ -501,12 +513,15 @@ def attention(pick: Pick) -> Spelling:
         lambda k: torch.repeat_interleave(k, num_groups, 1),
     )
     layout, dtype = pick("layout", "BHSD", "BSHD"), pick("dtype", *DTYPES)
+    batch, folded = batched(pick), pick("folded", False, False, True)
 
     def forward(m: nn.Module, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
         if layout == "BSHD":
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if num_groups > 1:
             k, v = repeat(k), repeat(v)
+        if folded:
+            return batch(q, k, v, weigh, lambda s: mask(s, *masks))
         return attend(copy(weigh(mask(score(q, k), *masks), q)), v)
 
     shapes = [(2, H, 5, d), (2, H // num_groups, 7, d), (2, H // num_groups, 7, d)]

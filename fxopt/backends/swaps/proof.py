@@ -94,19 +94,18 @@ def _prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, 
     except Exception as error:  # a guess that cannot even run is a wrong guess
         first = (str(error).splitlines() or [""])[0]
         verdict = Verdict(f"it does not run on a probe: {type(error).__name__}: {first}")
-    held = {path: vars(m) for path, m in module.named_modules(remove_duplicate=False)}
-    reads.values = {
-        (path, name): value
-        for (path, name), value in reads.values.items()
-        if name in held[path] and not _is_incidental(name, value, held[path][name])
-    }
-    return reads, verdict
+    return _without_incidental(reads, module), verdict
 
 
-def _is_incidental(name: str, value: Any, own: Any) -> bool:
-    """Whether a replica may read another value than the module: its mode, and its sizes."""
-    is_size = isinstance(value, (int, tuple)) and not isinstance(value, bool)
-    return name == "training" or (is_size and value != own)
+def _without_incidental(reads: Reads, module: nn.Module) -> Reads:
+    """What the replica read, without its mode and its sizes: those of the module may differ."""
+    kept = Reads()
+    for (path, name), value in reads.values.items():
+        is_size = isinstance(value, tuple) and value[0] in (int, tuple, torch.Size)
+        one = Reads({(path, name): value})
+        if name != "training" and (not is_size or one.hold_for(module)):
+            kept.values |= one.values
+    return kept
 
 
 def replica(module: nn.Module, swap: Swap) -> nn.Module:

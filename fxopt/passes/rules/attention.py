@@ -1,7 +1,14 @@
-"""softmax(q k^T * scale + mask) v, however spelled, to scaled_dot_product_attention."""
+"""softmax(q k^T * scale + mask) v, however spelled, to scaled_dot_product_attention.
+
+The two products are read as index expressions, so that matmul, bmm, baddbmm and einsum, with keys
+transposed by whatever views, are one form.
+
+Letters: s queries, t keys, c the dim that is summed over, other letters batch and heads.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +21,43 @@ from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 SDPA = aten.scaled_dot_product_attention.default
-MATMULS = (aten.matmul.default, aten.bmm.default)
+SPLITS = (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 # A score that is added to such a number leaves it as it is: adding the number and writing it over
 # the score are then one thing, also where a whole row is masked.
 ABSORBING = -1e30
+
+
+@dataclass(frozen=True)
+class Operand:
+    """`node` with its dims in the given order, times `factor`."""
+
+    node: fx.Node
+    order: tuple[int, ...]
+    factor: float = 1.0
+
+    def emit(self, call: Call, node: fx.Node, num_heads: int | None) -> fx.Node:
+        if self.order != tuple(range(len(self.order))):
+            node = call(aten.permute.default, node, list(self.order))
+        if num_heads is not None:
+            node = call(aten.unflatten.int, node, 0, [-1, num_heads])
+        return node
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two tensors over one index; `dims` name those of a, b and the result."""
+
+    node: fx.Node
+    a: fx.Node
+    b: fx.Node
+    dims: tuple[str, str, str]
+
+    def operand(self, letter: str, order: str) -> Operand | None:
+        """The operand that has `letter`, its dims in `order`."""
+        node, dims = (self.a, self.dims[0]) if letter in self.dims[0] else (self.b, self.dims[1])
+        if sorted(dims) != sorted(order):
+            return None
+        return _peeled(Operand(node, tuple(dims.index(x) for x in order)))
 
 
 @dataclass(frozen=True)
@@ -25,155 +65,241 @@ class Scores:
     """q @ k^T * scale + mask.
 
     keep: whether a bool mask is True where attention is allowed. fill: the score elsewhere.
+    num_heads: heads that are split off the batch only after the product; None if there are none.
     """
 
-    q: fx.Node
-    k_T: fx.Node
+    q: Operand
+    k: Operand
     scale: float = 1.0
     mask: fx.Node | None = None
     keep: bool = True
     fill: float = float("-inf")
+    num_heads: int | None = None
 
 
 def propose(softmax: fx.Node) -> Iterator[Binding | Reason]:
-    a = ir.arguments(softmax)
-    x = softmax.args[0]
+    x, dim = softmax.args[0], ir.arguments(softmax)["dim"]
     assert isinstance(x, fx.Node)
     rank = len(ir.shape(x))
     scores = read_scores(x)
+    if isinstance(scores, Reason):
+        yield scores
+        return
     if scores is None:
         return  # a softmax over something else
-    if a["dim"] % rank != rank - 1:
-        yield Reason(f"softmax is over dim {a['dim']}, attention is over the last", softmax)
+    if dim % rank != rank - 1:
+        yield Reason(f"softmax is over dim {dim}, attention is over the last", softmax)
         return
-    end = _attended(softmax)
-    if end is None:
+    product = _attended(softmax)
+    if product is None:
         yield Reason("the softmax does not go into one product with the values alone", softmax)
         return
-    product, v = end
-    k = _transposed(scores.k_T)
-    if k is None:
-        yield Reason("the keys are not transposed by a view of the last two dims", scores.k_T)
+    batch, s, t = product.dims[0][:-2], product.dims[0][-2], product.dims[0][-1]
+    (d,) = set(product.dims[1]) - set(batch + t)
+    v = product.operand(d, batch + t + d)
+    if v is None or v.factor != 1.0:
+        yield Reason("the values are more than a view", product.node)
         return
-    repeated = _unrepeated(k), _unrepeated(v)
-    if repeated[0] is not None and repeated[1] is not None:
-        yield _bind(softmax, product, scores, repeated[0], repeated[1], gqa=True)
-    yield _bind(softmax, product, scores, k, v, gqa=False)
+    order = tuple((batch + s + d).index(x) for x in product.dims[2])
+    k_before, v_before = _unrepeated(scores.k), _unrepeated(v)
+    if k_before is not None and v_before is not None:
+        grouped = replace(scores, k=k_before)
+        yield _bind(softmax, product.node, grouped, v_before, order, gqa=True)
+    yield _bind(softmax, product.node, scores, v, order, gqa=False)
 
 
-def read_scores(node: fx.Node) -> Scores | None:
+def read_product(node: fx.Node) -> Product | None:
+    if ir.is_call(node, aten.einsum.default):
+        equation, operands = node.args[:2]
+        inputs, _, out = str(equation).replace(" ", "").partition("->")
+        dims = (*inputs.split(","), out)
+        if len(dims) != 3 or any(len(set(x)) != len(x) or not x.isalpha() for x in dims):
+            return None
+        a, b = operands  # type: ignore[misc]
+    elif ir.is_call(node, aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
+        a, b = node.args[-2:]
+        batch = "ABEFGH"[: len(ir.shape(node)) - 2]
+        dims = (batch + "sc", batch + "ct", batch + "st")
+    else:
+        return None
+    ranks = [len(x) for x in dims[:2]]
+    if ranks != [len(ir.shape(a)), len(ir.shape(b))]:  # type: ignore[arg-type]
+        return None  # a product of unequal ranks broadcasts
+    shared = set(dims[0]) & set(dims[1])
+    return Product(node, a, b, dims) if len(shared - set(dims[2])) == 1 else None  # type: ignore[arg-type]
+
+
+def _peeled(operand: Operand) -> Operand:
+    """The operand behind exchanges of dims, copies and scalar factors."""
+    node, order, factor = operand.node, operand.order, operand.factor
+    rank = len(order)
+    while True:
+        pair = algebra.factors(node) or _quotient(node)
+        if ir.is_call(node, *ir.COPIES):
+            node = node.args[0]  # type: ignore[assignment]
+        elif ir.is_call(node, aten.transpose.int):
+            i, j = (dim % rank for dim in node.args[1:])  # type: ignore[operator]
+            order = tuple({i: j, j: i}.get(o, o) for o in order)
+            node = node.args[0]  # type: ignore[assignment]
+        elif ir.is_call(node, aten.permute.default):
+            order = tuple(node.args[1][o] % rank for o in order)  # type: ignore[index]
+            node = node.args[0]  # type: ignore[assignment]
+        elif pair is not None and isinstance(pair[1], (int, float)):
+            node, factor = pair[0], factor * pair[1]
+        else:
+            return Operand(algebra.skip_upcasts(node), order, factor)
+
+
+def _quotient(node: fx.Node) -> tuple[Any, float] | None:
+    """(a, 1 / b) if `node` is a / b for a number b."""
+    if ir.is_call(node, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
+        return node.args[0], 1.0 / node.args[1]
+    return None
+
+
+def read_scores(node: fx.Node) -> Scores | Reason | None:
     """Read the softmax's input backwards to the product of queries and keys."""
     node = ir.skip_casts(node)
-    if ir.is_call(node, *MATMULS):
-        q, k_T = node.args
-        return Scores(q, k_T)  # type: ignore[arg-type]
-    if ir.is_call(node, aten.baddbmm.default):
-        return _read_baddbmm(node)
+    product = read_product(node)
+    if product is not None:
+        return _unmasked(product)
     if ir.is_call(node, aten.masked_fill.Scalar):
-        inner, mask, value = node.args
-        return _masked(inner, mask, value, keep=False)
+        return _masked(node.args[0], node.args[1], node.args[2], keep=False)
     if ir.is_call(node, aten.where.ScalarOther, aten.where.self):
-        mask, inner, value = node.args
-        return _masked(inner, mask, value, keep=True)
-    if ir.is_call(node, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-        return _scaled(read_scores(node.args[0]), 1.0 / node.args[1])  # type: ignore[arg-type]
-    pair = algebra.factors(node)
+        return _masked(node.args[1], node.args[0], node.args[2], keep=True)
+    if ir.is_call(node, *SPLITS) and len(ir.shape(node)) == 4:
+        found, num_heads = read_scores(node.args[0]), ir.shape(node)[1]  # type: ignore[arg-type]
+        split = isinstance(found, Scores) and found.mask is None and len(found.q.order) == 3
+        return replace(found, num_heads=num_heads) if split and isinstance(num_heads, int) else None
+    pair = algebra.factors(node) or _quotient(node)
     if pair is not None:
         number = next((p for p in pair if isinstance(p, (int, float))), None)
         inner = next((p for p in pair if isinstance(p, fx.Node)), None)
-        return _scaled(read_scores(inner), number) if number is not None and inner else None
+        return _scaled(inner, number) if number is not None and inner is not None else None
     pair = algebra.terms(node)
     if pair is not None and all(isinstance(p, fx.Node) for p in pair):
         for inner, mask in (pair, pair[::-1]):
             found = read_scores(inner)
-            if found is not None and found.mask is None and algebra.broadcasts_into(mask, node):
+            fits = isinstance(found, Scores) and found.mask is None
+            if fits and algebra.broadcasts_into(mask, node):
                 return replace(found, mask=mask)
     return None
 
 
-def _read_baddbmm(node: fx.Node) -> Scores:
-    a = ir.arguments(node)
-    mask = a["self"] if a["beta"] == 1 else None
-    return Scores(a["batch1"], a["batch2"], float(a["alpha"]), mask)
-
-
-def _scaled(scores: Scores | None, factor: float) -> Scores | None:
-    # A mask that was added before the scaling would be scaled as well.
-    if scores is None or scores.mask is not None:
+def _unmasked(product: Product) -> Scores | None:
+    a = ir.arguments(product.node)
+    *batch, s, t = product.dims[2]
+    (c,) = set(product.dims[0]) & set(product.dims[1]) - set(product.dims[2])
+    q = product.operand(s, "".join(batch) + s + c)
+    k = product.operand(t, "".join(batch) + t + c)
+    if q is None or k is None:
         return None
-    return replace(scores, scale=scores.scale * factor)
+    mask = a["self"] if a.get("beta", 0) == 1 else None
+    return Scores(q, k, q.factor * k.factor * float(a.get("alpha", 1.0)), mask)
 
 
-def _masked(inner: Any, mask: Any, value: Any, *, keep: bool) -> Scores | None:
+def _scaled(inner: fx.Node, factor: float) -> Scores | Reason | None:
     found = read_scores(inner)
-    if found is None or found.mask is not None or not isinstance(value, (int, float)):
+    if isinstance(found, Scores):
+        # A mask that was added before the scaling would be scaled as well.
+        return replace(found, scale=found.scale * factor) if found.mask is None else None
+    return found
+
+
+def _masked(inner: Any, mask: Any, value: Any, *, keep: bool) -> Scores | Reason | None:
+    found = read_scores(inner)
+    if not isinstance(found, Scores) or found.mask is not None:
         return None
-    return replace(found, mask=mask, keep=keep, fill=value) if value <= ABSORBING else None
+    if ir.is_call(value, aten.full_like.default, aten.full.default):
+        value = value.args[1]
+    if isinstance(value, (int, float)) and value <= ABSORBING:
+        return replace(found, mask=mask, keep=keep, fill=value)
+    shown = "a tensor" if isinstance(value, fx.Node) else value
+    why = f"scores are masked with {shown}, not -inf: rows that are masked whole would differ"
+    return Reason(why, inner)
 
 
-def _attended(softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(product, v) if the weights go into weights @ v and nowhere else."""
+def _attended(softmax: fx.Node) -> Product | None:
+    """The product of the softmax and the values, if it goes there and nowhere else."""
     node = softmax
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if ir.is_call(user, *MATMULS):
-            weights, v = user.args
-            return (user, v) if weights is node and v is not node else None  # type: ignore[return-value]
-        if not ir.is_call(user, *ir.CASTS, *ir.COPIES):
+        product = read_product(user)
+        if product is not None and node in (product.a, product.b) and product.a is not product.b:
+            if node is product.b:
+                product = replace(product, a=product.b, b=product.a, dims=_exchanged(product.dims))
+            summed = set(product.dims[0]) & set(product.dims[1]) - set(product.dims[2])
+            return product if summed == {product.dims[0][-1]} else None
+        if not ir.is_call(user, *ir.CASTS, *ir.COPIES, *SPLITS):
+            return None
+        if not ir.same(ir.shape(user)[-2:], ir.shape(node)[-2:]):
             return None
         node = user
     return None
 
 
-def _transposed(k_T: fx.Node) -> fx.Node | None:
-    """k, if `k_T` is k with its last two dims exchanged by a view."""
-    k_T = ir.skip_copies(k_T)
-    rank = len(ir.shape(k_T))
-    if ir.is_call(k_T, aten.transpose.int):
-        dims = {d % rank for d in k_T.args[1:]}  # type: ignore[operator]
-        return k_T.args[0] if dims == {rank - 2, rank - 1} else None  # type: ignore[return-value]
-    if ir.is_call(k_T, aten.permute.default):
-        order = [d % rank for d in k_T.args[1]]  # type: ignore[operator, union-attr]
-        identity = [*range(rank - 2), rank - 1, rank - 2]
-        return k_T.args[0] if order == identity else None  # type: ignore[return-value]
-    return None
+def _exchanged(dims: tuple[str, str, str]) -> tuple[str, str, str]:
+    return dims[1], dims[0], dims[2]
 
 
-def _unrepeated(k: fx.Node) -> fx.Node | None:
-    """The heads before they were repeated for grouped queries: [B, 1, n] expand, then merge."""
-    if not ir.is_call(k, aten.reshape.default, aten.view.default, aten.flatten.using_ints):
+def _unrepeated(heads: Operand) -> Operand | None:
+    """The heads before they were repeated for grouped queries."""
+    found = unrepeated(heads.node)
+    if found is None or found[1] != heads.order[1] or len(heads.order) != 4:
         return None
-    expanded = ir.skip_copies(k.args[0])  # type: ignore[arg-type]
-    if not ir.is_call(expanded, aten.expand.default):
+    return replace(heads, node=found[0])
+
+
+def unrepeated(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(x, dim) if `node` is x with each item of `dim` repeated."""
+    if ir.is_call(node, aten.repeat_interleave.self_int):
+        a = ir.arguments(node)
+        return None if a["dim"] is None else (a["self"], a["dim"] % len(ir.shape(node)))
+    if not ir.is_call(node, *SPLITS):
         return None
-    inner = expanded.args[0]
-    if not ir.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2:  # type: ignore[union-attr]
+    expanded = ir.skip_copies(node.args[0])  # type: ignore[arg-type]
+    inner = expanded.args[0] if ir.is_call(expanded, aten.expand.default) else None
+    if not ir.is_call(inner, aten.unsqueeze.default):
         return None
-    return inner.args[0]  # type: ignore[union-attr, return-value]
+    dim = inner.args[1] % len(ir.shape(inner)) - 1  # type: ignore[union-attr, operator]
+    return inner.args[0], dim  # type: ignore[union-attr, return-value]
 
 
 def _bind(
-    softmax: fx.Node, product: fx.Node, scores: Scores, k: fx.Node, v: fx.Node, *, gqa: bool
+    softmax: fx.Node,
+    out: fx.Node,
+    scores: Scores,
+    v: Operand,
+    order: tuple[int, ...],
+    *,
+    gqa: bool,
 ) -> Binding:
-    inputs = tuple(dict.fromkeys(n for n in (scores.q, k, v, scores.mask) if n is not None))
-    dtype, out = ir.dtype(scores.q), ir.dtype(product)
+    operands = (scores.q, scores.k, v)
+    mask_nodes = () if scores.mask is None else (scores.mask,)
+    inputs = tuple(dict.fromkeys((*(o.node for o in operands), *mask_nodes)))
+    dtype, num_heads = ir.dtype(scores.q.node), scores.num_heads
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given = dict(zip(inputs, nodes, strict=True))
-        mask = given[scores.mask] if scores.mask is not None else None
-        if mask is not None and ir.dtype(scores.mask) == torch.bool:  # type: ignore[arg-type]
-            mask = _emit_mask(call, mask, scores, dtype)
-        elif mask is not None:
-            mask = call(aten.to.dtype, mask, dtype)
-        args = (given[scores.q], given[k], given[v], mask, 0.0, False)
-        result = call(SDPA, *args, **{"scale": scores.scale, "enable_gqa": gqa})
-        return result if out == dtype else call(aten.to.dtype, result, out)
+        q, k, v = (o.emit(call, given[o.node], num_heads) for o in operands)
+        mask = None
+        if scores.mask is not None:
+            mask = _emit_mask(call, given[scores.mask], scores, dtype)
+        result = call(SDPA, q, k, v, mask, 0.0, False, **{"scale": scores.scale, "enable_gqa": gqa})
+        if num_heads is not None and len(order) == 3:
+            result = call(aten.flatten.using_ints, result, 0, 1)
+        if order != tuple(range(len(order))):
+            result = call(aten.permute.default, result, list(order))
+        return result if ir.dtype(out) == dtype else call(aten.to.dtype, result, ir.dtype(out))
 
-    return Binding(softmax, inputs, (product,), emit, "attention")
+    return Binding(softmax, inputs, (out,), emit, "attention")
 
 
 def _emit_mask(call: Call, mask: fx.Node, scores: Scores, dtype: torch.dtype) -> fx.Node:
-    if scores.fill == float("-inf"):
+    assert scores.mask is not None
+    if ir.dtype(scores.mask) != torch.bool:
+        return call(aten.to.dtype, mask, dtype)
+    if math.isinf(scores.fill):
         return mask if scores.keep else call(aten.logical_not.default, mask)
     fill = max(scores.fill, torch.finfo(dtype).min)
     values = (0.0, fill) if scores.keep else (fill, 0.0)

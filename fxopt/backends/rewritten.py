@@ -1,0 +1,215 @@
+"""A block's forward as `optimize` installs it: run the graph that fits the call, or capture one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from fxopt.backends import trial
+from fxopt.backends.calls import Call
+from fxopt.backends.capture import Plan, State, captures, state_of
+from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
+from fxopt.backends.unseen import CannotCapture
+from fxopt.errors import StillRewritten
+from fxopt.passes.rule import Rule
+from fxopt.report import Applied, Declined
+
+# More captures of one block class than this mean that its inputs change in kind at every call.
+MAX_CAPTURES = 8
+
+
+@dataclass
+class Refusal:
+    """A kind of call that could not be captured, and for which modules."""
+
+    kind: Hashable
+    reason: str
+    reads: Reads
+    state: State
+
+    def fits(self, module: nn.Module) -> bool:
+        return state_of(module) == self.state and self.reads.hold_for(module)
+
+
+@dataclass
+class Captures:
+    """What the blocks of one class share."""
+
+    rules: Sequence[Rule]
+    plans: list[Plan] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
+        return self
+
+
+class Bound:
+    """A plan with one module's parameters, read where they are at the time of the call."""
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.plan, self.watch = plan, Watch(module, plan.reads)
+        # Sizes that were tried, or are like those that were.
+        self.admitted: set[tuple[torch.Size, ...]] = set()
+        self.sources: list[tuple[dict[str, Any], str]] = []
+        for kind, target in plan.slots:
+            if kind == "constant":
+                self.sources.append(({"": target}, ""))
+                continue
+            path, _, name = target.rpartition(".")
+            holder = module.get_submodule(path)
+            self.sources.append(
+                (holder._parameters if kind == "parameter" else holder._buffers, name)
+            )
+
+    def takes(self, call: Call) -> bool:
+        return call.shapes in self.admitted and self.plan.accepts(call) and self.watch.unchanged()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(pytree.tree_leaves((args, kwargs)))
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        out = self.plan.run(*[held[name] for held, name in self.sources], *leaves)
+        return pytree.tree_unflatten(out, self.plan.out_spec)
+
+
+class RewrittenForward:
+    """Stands in for a block's forward."""
+
+    def __init__(self, fqn: str, module: nn.Module, captures: Captures) -> None:
+        self.fqn, self.module, self.captures = fqn, module, captures
+        self.installed: Any = module.__dict__.get("forward")
+        self.original: Callable[..., Any] = module.forward
+        self.device: torch.device | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.bounds: list[Bound] = []
+        self.refused: dict[Hashable, Watch] = {}
+        self.reasons: dict[str, None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
+        twin = RewrittenForward.__new__(RewrittenForward)
+        memo[id(self)] = twin
+        twin.__dict__ |= self.__dict__
+        twin.module = copy.deepcopy(self.module, memo)
+        twin.installed = copy.deepcopy(self.installed, memo)
+        function = getattr(self.original, "__func__", None)
+        twin.original = function.__get__(twin.module) if function else twin.installed
+        twin._forget()
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise StillRewritten(self.fqn)
+
+    def uninstall(self) -> None:
+        if self.installed is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.forward = self.installed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_transformed():
+            return self.original(*args, **kwargs)
+        call = Call.of(args, kwargs)
+        bound = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
+        if bound is None:
+            return self.original(*args, **kwargs)
+        if bound.watch.hooked():
+            self.reasons["a submodule has hooks, which a graph would not call"] = None
+            return self.original(*args, **kwargs)
+        return bound.run(call.leaves)
+
+    def _bind(self, call: Call) -> Bound | None:
+        """A graph for this call: one that another block of the class has, or a new capture."""
+        watch = self.refused.get(call.kind())
+        if watch is not None and watch.unchanged():
+            return None
+        if any(hooks(self.module)) or has_global_hooks():
+            self.reasons["a submodule has hooks, which a graph would not call"] = None
+            return None
+        with trial.aside():
+            return self._shared(call) or self._capture(call)
+
+    def _shared(self, call: Call) -> Bound | None:
+        for plan in self.captures.plans:
+            if plan.accepts(call) and plan.fits(self.module):
+                bound = Bound(self.module, plan)
+                if self._agrees(bound, call) is None:
+                    return self._keep(bound, call)
+        return None
+
+    def _capture(self, call: Call) -> Bound | None:
+        known = self.captures
+        for refusal in known.refusals:
+            if refusal.kind == call.kind() and refusal.fits(self.module):
+                self._refuse(refusal)
+                return None
+        reason, reads = f"captured {MAX_CAPTURES} times already: its inputs change in kind", Reads()
+        if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
+            try:
+                for plan in captures(self.module, self.original, call, known.rules, known.plans):
+                    bound = Bound(self.module, plan)
+                    reads, why_not = plan.reads, self._agrees(bound, call)
+                    if why_not is None:
+                        known.plans.append(plan)
+                        return self._keep(bound, call)
+                    reason = why_not
+            except CannotCapture as error:
+                reason, reads = str(error), error.reads
+        refusal = Refusal(call.kind(), reason, reads, state_of(self.module))
+        known.refusals.append(refusal)
+        self._refuse(refusal)
+        return None
+
+    def _agrees(self, bound: Bound, call: Call) -> str | None:
+        """Why a plan may not run where these sizes are 1, or None; tried once."""
+        plan, singles = bound.plan, call.singles()
+        if singles not in plan.tried:
+            trainable = [leaf.trainable for leaf in plan.leaves]
+            plan.tried[singles] = trial.compare(self.module, self.original, bound, call, trainable)
+        return plan.tried[singles]
+
+    def _keep(self, bound: Bound, call: Call) -> Bound:
+        self.device = call.device
+        earlier = next((b for b in self.bounds if b.plan is bound.plan), None)
+        if earlier is not None and earlier.watch.unchanged():
+            bound = earlier
+        else:
+            self.bounds = [b for b in self.bounds if b is not earlier] + [bound]
+        bound.admitted.add(call.shapes)
+        return bound
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.refused[refusal.kind] = Watch(self.module, refusal.reads)
+        self.reasons[refusal.reason] = None
+
+    def applied(self) -> Iterator[Applied]:
+        kind = type(self.module).__name__
+        for bound in self.bounds[:1]:
+            counts: dict[tuple[str, str, str, str], int] = {}
+            for a in bound.plan.outcome.applied:
+                key = (a.rule, a.provider, a.tier, a.source)
+                counts[key] = counts.get(key, 0) + a.count
+            for (rule, provider, tier, source), count in counts.items():
+                yield Applied(rule, self.fqn, count, provider, tier, source, block_class=kind)
+
+    def declined(self) -> Iterator[Declined]:
+        kind = type(self.module).__name__
+        for bound in self.bounds[:1]:
+            for d in bound.plan.outcome.declined:
+                yield replace(d, fqn=self.fqn, block_class=kind)
+        if self.reasons:
+            yield Declined("capture", self.fqn, "", "", tuple(self.reasons), block_class=kind)
+
+
+def _is_transformed() -> bool:
+    """Whether vmap, grad, jvp or forward-mode AD is on: the ops know reverse mode alone."""
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or forward_ad._current_level >= 0
