@@ -59,9 +59,7 @@ def measure(case: str, num_pairs: int, compiled: bool) -> Iterator[rows.Row]:
     eager = through(lambda twin: twin)
     target = DECOMPOSED if case == "llama-eager" else NO_SLOWER
     yield from report(case, "eager", "optimize", eager, through(fxopt.optimize), num_pairs, target)
-    if hasattr(fxopt, "swap"):
-        swapped = through(fxopt.swap)
-        yield from report(case, "eager", "swap", eager, swapped, num_pairs, NO_SLOWER)
+    yield from report(case, "eager", "swap", eager, through(fxopt.swap), num_pairs, NO_SLOWER)
     if compiled:
         plain = through(torch.compile)
         backend = through(lambda twin: torch.compile(twin, backend="fxopt"))

@@ -2,7 +2,7 @@
 
 A FLUX-architecture model of 2, 8 and 24 layers: `fxopt.optimize(model)` and one forward and
 backward, against `torch.compile(model)` and the same. Every measurement has a process of its own
-and no cache on disk, so nothing is warm and imports count on both sides. Below each: the same first
+and no cache on disk: nothing is warm, and what a door imports counts. Beside them stands the first
 step with no door at all.
 """
 
@@ -28,7 +28,7 @@ DOORS: dict[str, Callable[..., object]] = {
     "optimize": fxopt.optimize,
     "torch.compile": torch.compile,
 }
-NUM_REPEATS = 3  # of the two that take seconds; torch.compile runs once a depth
+NUM_REPEATS = 3  # of optimize; the others run once a depth
 OVER_COMPILE = 0.1
 DEEPEST_OVER_SHALLOWEST = 1.3
 # torch.compile of 24 layers can take longer than all the rest; it is stopped here, and the ratio is
@@ -46,7 +46,7 @@ def measure_here(door: str, depth: int) -> float:
         return time.perf_counter() - start
 
 
-def measure(door: str, depth: int, time_limit: float) -> float:
+def measure(door: str, depth: int, time_limit: float | None = None) -> float:
     """The same in a new process; infinite if it takes longer than `time_limit` seconds."""
     command = [sys.executable, "-m", "bench.setup", "--one", door, str(depth)]
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -59,18 +59,14 @@ def measure(door: str, depth: int, time_limit: float) -> float:
     return float(done.stdout.split()[-1])
 
 
-def median_of(door: str, depth: int, num_repeats: int) -> float:
-    return statistics.median(measure(door, depth, TIME_LIMIT) for _ in range(num_repeats))
-
-
 def table(depths: Sequence[int], num_repeats: int, time_limit: float) -> Iterator[rows.Row]:
     """All rows; the compiled ones are left out at a `time_limit` of 0."""
     optimized: dict[int, float] = {}
     for depth in depths:
         case = f"flux, {depth} layers"
         print(case, file=sys.stderr)
-        yield rows.Row(case, "eager [s]", median_of("eager", depth, num_repeats))
-        optimized[depth] = median_of("optimize", depth, num_repeats)
+        yield rows.Row(case, "eager [s]", measure("eager", depth))
+        optimized[depth] = statistics.median(measure("optimize", depth) for _ in range(num_repeats))
         yield rows.Row(case, "optimize [s]", optimized[depth])
         if time_limit:
             yield from against_compile(case, depth, optimized[depth], time_limit)

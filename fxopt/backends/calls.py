@@ -52,7 +52,7 @@ class Call:
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments, with these leaves."""
-        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from fxopt.backends.calls import PLAIN, Call, Leaf, leaves_of, size_guards, sizes_fit
-from fxopt.backends.reads import Reads, recording
+from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
 from fxopt.passes import ir
@@ -170,16 +171,15 @@ def _export(
 ) -> tuple[ExportedProgram, Reads, bool]:
     # In grad mode and with the inputs' own requires_grad: without, regions that a model takes out
     # of its gradient would not be told from the rest.
-    example = [
-        v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in example
-    ]
-    args, kwargs = call.arguments(example)
+    with torch.inference_mode(False):
+        args, kwargs = call.arguments(list(map(_leaf, example)))
     dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
     reads = Reads()
     try:
         with (
             _own_forward(module, forward),
             _quiet(),
+            torch.inference_mode(False),
             torch.enable_grad(),
             recording(module) as reads,
             refusing(module) as asked,
@@ -223,6 +223,14 @@ def _check_inputs(module: nn.Module, call: Call) -> torch.device:
     if not tensors:
         raise CannotCapture("it is called without a tensor")
     return tensors[0].device
+
+
+def _leaf(value: Any) -> Any:
+    """The input without its history; a copy if it was made in inference mode."""
+    if not isinstance(value, Tensor):
+        return value
+    leaf = value.clone() if value.is_inference() else value.detach()
+    return leaf.requires_grad_(value.requires_grad)
 
 
 def _doubled(value: Any) -> Any:
@@ -271,16 +279,14 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward."""
-    installed = module.__dict__.get("forward")
-    module.forward = forward
+    """Show the export the module's own forward alone: its hooks run around it already."""
+    kept = dict(vars(module))
+    vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
     try:
         yield
     finally:
-        if installed is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = installed
+        vars(module).pop("forward")
+        vars(module).update({name: kept[name] for name in (*HOOKS, "forward") if name in kept})
 
 
 def _requires_grad(value: Any) -> bool:

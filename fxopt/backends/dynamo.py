@@ -61,7 +61,7 @@ def backend(
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(rewritten, example_inputs)  # type: ignore[no-any-return]
+        return aot_eager(rewritten, list(example_inputs))
     return inductor.compile_graph(rewritten, example_inputs, mode, settings)
 
 

@@ -52,11 +52,9 @@ def optimize(
         return model
     if example_inputs is not None:
         options.check_inputs(model, example_inputs)
-    door: state.Door
-    if execution == "compile":
-        door = CompiledBlocks(recipe, blocks)
-    else:
-        door = Optimized(recipe, blocks)
+    opens: type[Optimized | CompiledBlocks]
+    opens = CompiledBlocks if execution == "compile" else Optimized
+    door = opens(recipe, blocks)
     state.remember(model, door)
     state.check_after_first_call(model, door, strict)
     if example_inputs is not None:

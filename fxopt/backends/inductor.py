@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,10 +28,11 @@ def compile_graph(
     patches = {**(list_mode_options(mode) if mode else {}), **settings}
     installed = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
     patches["joint_custom_pre_pass"] = CatalogueIdentity(installed)
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
 
 
-class CatalogueIdentity(CustomGraphPass):  # type: ignore[misc]
+class CatalogueIdentity(CustomGraphPass):
     """Changes nothing but the key of Inductor's and AOTAutograd's caches.
 
     The caches know the graph, not the Python behind an op's backward: without this, a graph

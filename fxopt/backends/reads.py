@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -193,7 +193,7 @@ def _kind(t: torch.Tensor | None) -> tuple[Any, Any, Any]:
 def hooks(module: nn.Module) -> list[Any]:
     """The hook tables of all submodules; those of `module` itself are called around its forward."""
     inner = (m for m in module.modules() if m is not module)
-    return [getattr(m, name) for m in inner for name in _HOOKS]
+    return [getattr(m, name) for m in inner for name in HOOKS]
 
 
 def has_global_hooks() -> bool:

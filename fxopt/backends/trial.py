@@ -132,11 +132,11 @@ def _requires_grad(value: Any) -> bool:
 
 
 def _alike(expected: Sequence[Any], found: Sequence[Any], factor: float = 1.0) -> bool:
-    sizes = [_norm(e).item() for e in expected if isinstance(e, Tensor)]
-    least = NEGLIGIBLE * max(sizes, default=0.0) if factor > 1 else 0.0
-    return len(expected) == len(found) and all(
-        _same(e, f, factor, least) for e, f in zip(expected, found, strict=True)
-    )
+    if len(expected) != len(found):
+        return False
+    largest = max((_norm(e).item() for e in expected if _is_inexact(e)), default=0.0)
+    least = NEGLIGIBLE * largest if factor > 1 else 0.0
+    return all(_same(e, f, factor, least) for e, f in zip(expected, found, strict=True))
 
 
 def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
@@ -148,7 +148,7 @@ def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
         found.requires_grad,
     ):
         return False
-    if not (expected.is_floating_point() or expected.is_complex()):
+    if not _is_inexact(expected):
         return bool((expected == found).all())
     if not torch.isfinite(expected).all():
         return True  # nothing to compare with
@@ -156,9 +156,10 @@ def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
     return bool(_norm(expected - found) <= tolerance * _norm(expected).clamp(min=least))
 
 
+def _is_inexact(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def _norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t.detach(), dtype=_wide(t.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
+    wide = torch.complex128 if t.is_complex() else torch.float64
+    return torch.linalg.vector_norm(t.detach(), dtype=wide)

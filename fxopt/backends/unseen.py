@@ -73,8 +73,8 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
 
 
 _REFUSED: dict[Any, str] = {
-    Tensor.requires_grad.__get__: "asks whether a tensor requires a gradient",  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__: "asks for the grad_fn of a tensor",  # type: ignore[attr-defined]
+    vars(torch._C.TensorBase)["requires_grad"].__get__: "asks whether a tensor requires a gradient",
+    vars(torch._C.TensorBase)["grad_fn"].__get__: "asks for the grad_fn of a tensor",
     Tensor.register_hook: "registers a hook on a tensor",
     Tensor.retain_grad: "retains the gradient of a tensor",
 }

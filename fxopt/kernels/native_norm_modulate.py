@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 # Elements per step of the native provider on CPU: the temporaries of one step stay in the L2 cache.
-CPU_BLOCK = 1 << 16
-
-# ATen's LayerNorm backward adds up the weight gradient row after row; up to this many rows, the
-# sum's rounding error is near that of the terms. The sums of the blocks are added pairwise.
-MAX_FUSED_ROWS = 128
+CPU_BLOCK = 1 << 17
+# Up to this many elements there is one step.
+CPU_WHOLE = 1 << 18
 
 
 def opmath_of(x: Tensor, *dtypes: torch.dtype) -> torch.dtype:
@@ -48,26 +46,32 @@ class Groups:
 
 
 class Blocks(Groups):
-    """The rows of `x` in blocks `[r, D]`; beside each, a `[D]` or `[r, D]` of every operand."""
+    """The rows of `x` in blocks, and beside each what every operand is there.
+
+    Small tensors are one block `[G, R, D]` with operands `[G, 1, D]`: there the calls cost more
+    than the arithmetic. Larger ones are blocks `[r, D]` with operands `[D]`, or `[r, D]` where the
+    groups are much smaller than a block.
+    """
 
     def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
         super().__init__(x, operands)
         num_rows = self.num_groups * self.num_rows
-        limit = max(1, CPU_BLOCK // self.num_features) if x.is_cpu else num_rows
-        # Groups much smaller than a block would cost more in calls than in arithmetic.
-        self.per_row = 8 * self.num_rows < min(limit, num_rows)
+        self.whole = not x.is_cpu or x.numel() <= CPU_WHOLE
+        limit = num_rows if self.whole else max(1, CPU_BLOCK // self.num_features)
+        self.per_row = not self.whole and 8 * self.num_rows < min(limit, num_rows)
         if self.per_row:
             self._split(x, self.rank - 1)
         self.blocks_per_group = -(-self.num_rows // limit)
-        self.num_blocks = (
-            -(-num_rows // limit) if self.per_row else self.num_groups * self.blocks_per_group
-        )
-        self.fused = not self.per_row and limit <= MAX_FUSED_ROWS
+        self.num_blocks = self.num_groups * self.blocks_per_group
+        if self.per_row or self.whole:
+            self.num_blocks = -(-num_rows // limit)
 
     def rows(self, t: Tensor | None) -> Sequence[Tensor | None]:
         """Split `[..., D]` into blocks; None, or an output that is not wanted, into Nones."""
         if t is None or t.numel() == 0:
             return [None] * self.num_blocks
+        if self.whole:
+            return [t.reshape(self.num_groups, self.num_rows, t.shape[-1])]
         if self.per_row:
             return t.reshape(self.num_groups, t.shape[-1]).chunk(self.num_blocks)
         groups = t.reshape(self.num_groups, -1, t.shape[-1]).unbind()
@@ -77,14 +81,18 @@ class Blocks(Groups):
         """Split a `[G, D]` operand into what goes beside each block."""
         if t_GD is None or self.per_row:
             return self.rows(t_GD)
+        if self.whole:
+            return [t_GD.unsqueeze(1)]
         return [row for row in t_GD.unbind() for _ in range(self.blocks_per_group)]
 
     def sum_rows(self, t: Tensor) -> Tensor:
         """Reduce a block to what its operand is beside it."""
-        return t if self.per_row else t.sum(0)
+        return t if self.per_row else t.sum(-2)
 
     def gather(self, sums: list[Tensor]) -> Tensor:
         """Join the blocks' sums to `[G, D]`."""
+        if self.whole:
+            return sums[0]
         if self.per_row:
             return torch.cat(sums)
         return torch.stack(sums).view(self.num_groups, -1, self.num_features).sum(1)
@@ -223,19 +231,17 @@ def backward(
         *map(blocks.rows, rows), *map(blocks.operand_rows, beside), strict=True
     ):
         dvalue = None if grad_h_ is None else grad_h_.to(opmath)
+        if grad_y_ is not None or recompute:
+            value = h_.to(opmath)
+            n = _normalize(value, mean_, rstd_)
         if recompute:
-            y_.copy_(_map(_normalize(h_.to(opmath), mean_, rstd_), a, c))
+            y_.copy_(_map(n, a, c))
         if grad_y_ is not None:
             dy = grad_y_.to(opmath)
-            if mean_ is not None and blocks.fused:
-                dnorm, da = _layer_norm_backward(dy, h_.to(opmath), mean_, rstd_, a)
-            else:
-                n = _normalize(h_.to(opmath), mean_, rstd_)
-                dnorm = _norm_backward(_times(dy, a), n, rstd_, centered=mean_ is not None)
-                da = blocks.sum_rows(n.mul_(dy))
+            dnorm = _norm_backward(_times(dy, a), n, value, mean_, rstd_)
             dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
             if any(wants[1:]):
-                das.append(da)
+                das.append(blocks.sum_rows(n.mul_(dy)))
                 dcs.append(blocks.sum_rows(dy))
         dh_.copy_(dvalue)
         if wants[0]:
@@ -254,19 +260,14 @@ def _normalize(h: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     return h * rstd if mean is None else (h - mean).mul_(rstd)
 
 
-def _norm_backward(dn: Tensor, n: Tensor, rstd: Tensor, centered: bool) -> Tensor:
-    dh = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1)
-    return (dh.sub_(dn.mean(-1, keepdim=True)) if centered else dh).mul_(rstd)
-
-
-def _layer_norm_backward(
-    dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, a: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    mask = [True, a is not None, False]
-    grads = torch.ops.aten.native_layer_norm_backward(
-        dy, h, h.shape[-1:], mean, rstd, a, None, mask
-    )
-    return grads[0], h.new_zeros(h.shape[-1]) if a is None else grads[1]
+def _norm_backward(dn: Tensor, n: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+    if mean is not None:
+        # Without a weight: ATen sums the weight's gradient row by row, 7 times eager's error.
+        mask = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(
+            dn, h, h.shape[-1:], mean, rstd, None, None, mask
+        )[0]
+    return torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(rstd)
 
 
 def passes_through(shift: Tensor | None, h: Tensor) -> bool:

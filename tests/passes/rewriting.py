@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from fxopt.backends.calls import Call
 from fxopt.backends.capture import Plan, capture
@@ -63,17 +65,25 @@ class Rewritten:
         return pytree.tree_unflatten(self.plan.run(*slots, *call.leaves), self.plan.out_spec)
 
     def assert_as_accurate(
-        self, *inputs: Any, context: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        *inputs: Any,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        recomputed: bool = False,
     ) -> None:
         """Outputs and gradients are at most twice as far from float64 as the module's own.
 
         Gradients are those of the parameters and of each input that requires one.
+
+        Args:
+            context: what both are called in, such as autocast; the truth is not.
+            recomputed: whether the graph runs under activation checkpointing.
         """
         called = _Called(self.module, self.module, inputs)
         exact = numerics.truth(copy.deepcopy(called).requires_grad_(), called.constants)
         called.context = context
         eager = numerics.run(called, called.constants)
-        ours = _Called(self.module, self, inputs, context)
+        call = partial(checkpoint, self, use_reentrant=False) if recomputed else self
+        ours = _Called(self.module, call, inputs, context)
         found = numerics.run(ours, ours.constants)
         # The truth has gradients of frozen weights as well: in float64 only what has one is cast.
         exact = {what: exact[what] if t is not None else None for what, t in eager.items()}

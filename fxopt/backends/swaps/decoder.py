@@ -20,7 +20,7 @@ MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.mo
 PASSED_ON = ("position_ids", "use_cache", "cache_position")
 
 
-def layer(
+def fused_layer(
     layer: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -99,7 +99,7 @@ FAMILIES = (
         tuple(f"transformers.models.{name}DecoderLayer" for name in MODULES),
         Swap(
             "layer",
-            layer,
+            fused_layer,
             examples,
             small,
             constants=("position_embeddings", "attention_mask"),

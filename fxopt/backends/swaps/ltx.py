@@ -15,7 +15,7 @@ from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 from fxopt.backends.swaps.wan import attention
 
 
-def block(
+def fused_block(
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -78,7 +78,7 @@ FAMILIES = (
         ("diffusers.models.transformers.transformer_ltx.LTXVideoTransformerBlock",),
         Swap(
             "block",
-            block,
+            fused_block,
             examples,
             small,
             constants=("image_rotary_emb", "encoder_attention_mask"),

@@ -16,7 +16,7 @@ from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 MODULE = "diffusers.models.transformers.transformer_wan"
 
 
-def block(
+def fused_block(
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -86,6 +86,6 @@ def small(block: Any) -> nn.Module:
 FAMILIES = (
     Family(
         (f"{MODULE}.WanTransformerBlock",),
-        Swap("block", block, examples, small, constants=("rotary_emb",)),
+        Swap("block", fused_block, examples, small, constants=("rotary_emb",)),
     ),
 )

@@ -13,7 +13,7 @@ from fxopt.backends.swaps.streams import Part, dispatch, joint_attention, throug
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 
-def block(
+def fused_block(
     block: Any,
     x: Tensor,
     freqs_cis: Tensor,
@@ -64,6 +64,6 @@ def small(block: Any) -> nn.Module:
 FAMILIES = (
     Family(
         ("diffusers.models.transformers.transformer_z_image.ZImageTransformerBlock",),
-        Swap("block", block, examples, small, constants=("freqs_cis", "attn_mask")),
+        Swap("block", fused_block, examples, small, constants=("freqs_cis", "attn_mask")),
     ),
 )

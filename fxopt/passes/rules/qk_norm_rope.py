@@ -23,8 +23,8 @@ from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
 from fxopt.passes.rotation import Rotation, find_rotation
 from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.passes.rules.attention import SDPA, unrepeated
 
-SDPA = aten.scaled_dot_product_attention.default
 PROJECTIONS = frozenset(
     {ir.LINEAR, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
 )
@@ -96,14 +96,8 @@ def _is_done(node: fx.Node) -> bool:
 
 def _before_repeat(operand: fx.Node) -> fx.Node:
     """The key heads before they are repeated for grouped queries."""
-    node = ir.skip_copies(operand)
-    if ir.is_call(node, aten.reshape.default, aten.view.default, aten.flatten.using_ints):
-        inner = ir.skip_copies(node.args[0])  # type: ignore[arg-type]
-        if ir.is_call(inner, aten.expand.default):
-            base = inner.args[0]
-            if ir.is_call(base, aten.unsqueeze.default):
-                return base.args[0]  # type: ignore[union-attr, return-value]
-    return operand
+    found = unrepeated(ir.skip_copies(operand))
+    return found[0] if found is not None and found[1] == 1 else operand
 
 
 def _region(operand: fx.Node) -> list[fx.Node]:
@@ -163,7 +157,8 @@ def _sources(region: list[fx.Node]) -> list[fx.Node]:
     sources = []
     for group in chains.values():
         common = [nodes[0] for nodes in zip(*group, strict=False) if len(set(nodes)) == 1]
-        while _is_tuple(common[-1]):
+        # Heads that are cut into pairs belong to the rotation.
+        while _is_tuple(common[-1]) or len(ir.shape(common[-1])) > 4:
             common.pop()
         sources.append(common[-1])
     return sources

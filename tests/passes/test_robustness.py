@@ -1,0 +1,69 @@
+"""Each idiom in many spellings, and the near misses of each.
+
+Hypothesis draws the spellings from a fixed seed; a failure prints the draws. That a spelling which
+does not fire is left as it was, and that one which fires means the same, holds in either case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from tests.passes import spellings
+from tests.passes.rewriting import Rewritten, rewrite
+from tests.passes.spellings import Pick, Spelling
+
+NUM_EXAMPLES = 16
+LEAST_SHARE = 0.95
+# How often which rules fire, together, when an idiom is understood.
+IDIOMS: dict[Callable[[Pick], Spelling], tuple[int, tuple[str, ...]]] = {
+    spellings.rms_norm: (1, ("rms_norm",)),
+    # With [D] vectors for scale and shift, a norm and its modulation are one affine norm.
+    spellings.norm_modulate: (1, ("norm_modulate", "rms_norm")),
+    spellings.gated_residual: (1, ("norm_modulate",)),
+    spellings.gated_activation: (1, ("gated_activation",)),
+    spellings.attention: (1, ("attention",)),
+    spellings.qk_norm_rope: (2, ("qk_norm_rope",)),
+}
+FAST = settings(
+    max_examples=NUM_EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda f: f.__name__)
+def test_equivalent_spellings_fire(idiom: Callable[[Pick], Spelling]):
+    expected, rules = IDIOMS[idiom]
+    fired: list[bool] = []
+
+    @FAST
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        def pick(what: str, *alternatives: Any) -> Any:
+            return alternatives[data.draw(st.integers(0, len(alternatives) - 1), label=what)]
+
+        module, inputs = idiom(pick)
+        context = pick("context", nullcontext, nullcontext, autocast)
+        with context():
+            found = rewrite(module, *inputs)
+        fired.append(sum(found.count(rule) for rule in rules) == expected)
+        assert fired[-1] or any(found.reasons(rule) for rule in rules), "no reason is given"
+        found.assert_as_accurate(*inputs, context=context, recomputed=pick("recompute", False, True))
+
+    check()
+    assert sum(fired) >= LEAST_SHARE * len(fired), f"{sum(fired)} of {len(fired)} fired"
