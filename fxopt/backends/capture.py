@@ -23,7 +23,7 @@ from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
 from fxopt.passes import ir
-from fxopt.passes.autocast import Autocast, write_out
+from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
@@ -205,7 +205,7 @@ def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
         return run
 
     def call(*inputs: Any) -> Any:
-        with torch.autocast(autocast.device_type, enabled=False):
+        with suspended(autocast.device_type):
             return run(*inputs)
 
     return call

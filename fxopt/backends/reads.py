@@ -118,7 +118,7 @@ def frozen(value: Any, depth: int = 4) -> Any:
     if depth and isinstance(value, dict):
         return type(value), {k: frozen(v, depth - 1) for k, v in value.items()}
     if depth and hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
-        return type(value), frozen(vars(value), depth - 1)
+        return type(value), frozen(vars(value), depth)
     return _Same(value)
 
 

@@ -23,9 +23,10 @@ from fxopt.report import Applied, Declined
 
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
+HOOKED = "a submodule has hooks, which a graph would not call"
 
 
-@dataclass
+@dataclass(eq=False)
 class Refusal:
     """A kind of call that could not be captured, and for which modules."""
 
@@ -118,39 +119,38 @@ class RewrittenForward:
         if torch.compiler.is_compiling() or _is_transformed():
             return self.original(*args, **kwargs)
         call = Call.of(args, kwargs)
-        bound = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
-        if bound is None:
-            return self.original(*args, **kwargs)
-        if bound.watch.hooked():
-            self.reasons["a submodule has hooks, which a graph would not call"] = None
-            return self.original(*args, **kwargs)
-        return bound.run(call.leaves)
+        found = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
+        if isinstance(found, Bound):
+            if not found.watch.hooked():
+                return found.run(call.leaves)
+            self.reasons[HOOKED] = None
+        out = self.original(*args, **kwargs)
+        if isinstance(found, Refusal):  # not if the call itself is at fault, and has just failed
+            self._refuse(found)
+        return out
 
-    def _bind(self, call: Call) -> Bound | None:
+    def _bind(self, call: Call) -> Bound | Refusal | None:
         """A graph for this call: one that another block of the class has, or a new capture."""
         watch = self.refused.get(call.kind())
         if watch is not None and watch.unchanged():
             return None
         if any(hooks(self.module)) or has_global_hooks():
-            self.reasons["a submodule has hooks, which a graph would not call"] = None
+            self.reasons[HOOKED] = None
             return None
         with trial.aside():
             return self._shared(call) or self._capture(call)
 
-    def _shared(self, call: Call) -> Bound | None:
+    def _shared(self, call: Call) -> Bound | Refusal | None:
         for plan in self.captures.plans:
             if plan.accepts(call) and plan.fits(self.module):
                 bound = Bound(self.module, plan)
                 if self._agrees(bound, call) is None:
                     return self._keep(bound, call)
-        return None
+        fitting = (r for r in self.captures.refusals if r.kind == call.kind())
+        return next((r for r in fitting if r.fits(self.module)), None)
 
-    def _capture(self, call: Call) -> Bound | None:
+    def _capture(self, call: Call) -> Bound | Refusal:
         known = self.captures
-        for refusal in known.refusals:
-            if refusal.kind == call.kind() and refusal.fits(self.module):
-                self._refuse(refusal)
-                return None
         reason, reads = f"captured {MAX_CAPTURES} times already: its inputs change in kind", Reads()
         if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
             try:
@@ -163,10 +163,7 @@ class RewrittenForward:
                     reason = why_not
             except CannotCapture as error:
                 reason, reads = str(error), error.reads
-        refusal = Refusal(call.kind(), reason, reads, state_of(self.module))
-        known.refusals.append(refusal)
-        self._refuse(refusal)
-        return None
+        return Refusal(call.kind(), reason, reads, state_of(self.module))
 
     def _agrees(self, bound: Bound, call: Call) -> str | None:
         """Why a plan may not run where these sizes are 1, or None; tried once."""
@@ -187,6 +184,8 @@ class RewrittenForward:
         return bound
 
     def _refuse(self, refusal: Refusal) -> None:
+        if refusal not in self.captures.refusals:
+            self.captures.refusals.append(refusal)
         self.refused[refusal.kind] = Watch(self.module, refusal.reads)
         self.reasons[refusal.reason] = None
 

@@ -68,26 +68,30 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
             (torch, "is_grad_enabled", asks_grad_mode),
         ):
             stack.enter_context(_replaced(owner, name, value))
-        stack.enter_context(_TensorQuestions())
+        stack.enter_context(_AutogradOfTensors())
         yield asked
 
 
-_REFUSED: dict[Any, str] = {
-    vars(torch._C.TensorBase)["requires_grad"].__get__: "asks whether a tensor requires a gradient",
-    vars(torch._C.TensorBase)["grad_fn"].__get__: "asks for the grad_fn of a tensor",
+_HOOKS = {
     Tensor.register_hook: "registers a hook on a tensor",
     Tensor.retain_grad: "retains the gradient of a tensor",
 }
+_QUESTIONS = {
+    vars(torch._C.TensorBase)["requires_grad"].__get__: "asks whether a tensor requires a gradient",
+    vars(torch._C.TensorBase)["grad_fn"].__get__: "asks for the grad_fn of a tensor",
+}
 
 
-class _TensorQuestions(TorchFunctionMode):
-    """Refuses code of the model that asks or changes how a tensor is differentiated."""
+class _AutogradOfTensors(TorchFunctionMode):
+    """Refuses hooks on tensors, and code of the model that asks how a tensor is differentiated."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        why = _REFUSED.get(func)
-        if why and not _is_torch(_caller()):
+        why = _HOOKS.get(func)
+        if func in _QUESTIONS and not _is_torch(_caller()):
+            why = _QUESTIONS[func]
+        if why:
             raise CannotCapture(f"its forward {why}: a graph would not")
         return func(*args, **(kwargs or {}))
 

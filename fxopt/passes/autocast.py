@@ -6,6 +6,8 @@ autocast, and the casts that happen are recorded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,16 @@ class Autocast:
         enabled = known and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if enabled else None
         return Autocast(device_type, dtype, enabled)
+
+
+@contextmanager
+def suspended(device_type: str) -> Iterator[None]:
+    """Run ops in the dtypes that they are given, on this kind of device and on the CPU."""
+    with ExitStack() as stack:
+        for kind in {device_type, "cpu"}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def write_out(gm: fx.GraphModule, ambient: Autocast) -> None:

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir
+from fxopt.passes.autocast import suspended
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
 from fxopt.report import Applied, Declined
@@ -44,11 +45,12 @@ def rewrite(
         parameters: names of placeholders that are trained.
     """
     outcome = Outcome()
-    for body in ir.graphs(gm):
-        rewriter = _Rewriter(body, device, parameters, outcome)
-        for rule in rules:
-            rewriter.apply(rule)
-        rewriter.finish()
+    with suspended(device.type):  # the graph's casts are written out
+        for body in ir.graphs(gm):
+            rewriter = _Rewriter(body, device, parameters, outcome)
+            for rule in rules:
+                rewriter.apply(rule)
+            rewriter.finish()
     return outcome
 
 

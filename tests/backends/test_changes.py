@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +65,15 @@ def replace_module(block: nn.Module) -> None:
     block.up = linear
 
 
+def replace_forward(block: nn.Module) -> None:
+    block.up.forward = MethodType(lambda linear, x: F.linear(x, linear.weight), block.up)
+
+
+def parametrize(block: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(block.up)
+    block.up.parametrizations.weight.original0.data.mul_(2)
+
+
 def add_bias(block: nn.Module) -> None:
     block.norm1.bias = nn.Parameter(torch.ones(CHANNELS))
 
@@ -90,10 +99,10 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "data": lambda b: setattr(b.up.weight, "data", 2 * b.up.weight.data),
     "buffer": lambda b: setattr(b, "table", 2 * b.table),
     "buffer in place": lambda b: b.table.mul_(2),
-    "forward of a submodule": lambda b: setattr(b.up, "forward", lambda x: F.linear(x, b.up.weight)),
+    "forward of a submodule": replace_forward,
     "method": lambda b: setattr(b, "mlp", negated.__get__(b)),
     "activation": lambda b: setattr(b, "norm1", nn.Identity()),
-    "weight norm": lambda b: nn.utils.parametrizations.weight_norm(b.up),
+    "weight norm": parametrize,
     "epsilon": lambda b: setattr(b.norm1, "eps", 0.5),
 }
 

@@ -90,6 +90,6 @@ def test_the_model_here_is_rewritten() -> None:
     assert fxopt.report(model).counts() == {
         "qk_norm_rope": 4,
         "gated_activation": 2,
-        "norm_modulate": 4,
+        "norm_modulate": 2,
         "merge_linears": 6,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -22,9 +23,6 @@ from tests.backends.toys import (
 )
 from tests.families import FAMILIES, outputs
 
-# Families whose blocks get, at batch 1 and above, inputs of two kinds.
-TWO_CAPTURES = ("ltx",)
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twenty_resolutions(name: str) -> None:
@@ -34,20 +32,21 @@ def test_twenty_resolutions(name: str) -> None:
     with torch.no_grad():
         for size in range(20):
             inputs = family.inputs(1 + size % 3, size, torch.float32)
-            for found, expected in zip(
-                outputs(model, inputs), outputs(eager, inputs), strict=True
-            ):
+            for found, expected in zip(outputs(model, inputs), outputs(eager, inputs), strict=True):
                 # 1e-4: fp32 rounding through a few blocks.
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # SD3.5 has three kinds of blocks of one class: each counts for itself.
     shared = {id(b.captures): b.captures for b in model._fxopt_doors[0].blocks}.values()
-    assert all(len(s.plans) <= 2 for s in shared), [len(s.plans) for s in shared]
+    kinds = Counter((id(s), *p.state.items()) for s in shared for p in s.plans)
+    assert max(kinds.values()) <= 2, list(kinds.values())
     assert not reasons(model)
 
 
 def test_blocks_that_differ_in_what_is_not_read_share() -> None:
     model = fxopt.optimize(stack(num_blocks=5))
     assert [b.layer_idx for b in model.blocks] == list(range(5))
-    assert_like_eager(model, stack(num_blocks=5))
+    # 1e-4: fp32 rounding through five blocks.
+    torch.testing.assert_close(model(tokens()), stack(num_blocks=5)(tokens()), rtol=1e-4, atol=1e-4)
     assert captures(model) == 1
 
 
@@ -179,4 +178,5 @@ def test_strided_and_expanded_inputs() -> None:
     for x in (whole[..., ::2].transpose(0, 1), whole[:1, :1, :CHANNELS].expand(2, 5, CHANNELS)):
         assert_like_eager(model, eager, {"x": x})
     assert_like_eager(model, eager, {"x": tokens()})
+    assert not reasons(model)
     assert captures(model) == 1

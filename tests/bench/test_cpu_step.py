@@ -9,7 +9,7 @@ from bench import cpu_step, models, setup
 
 
 def tiny() -> models.Example:
-    return models.flux(2, num_heads=2, side=4)
+    return models.flux(2, num_heads=2, head_dim=32, side=4)
 
 
 def test_a_row_for_every_door(monkeypatch, capsys):

@@ -632,7 +632,7 @@ def qk_norm_rope(pick: Pick) -> Spelling:
     copy = copied(pick)
 
     def project(m: nn.Module, x: Tensor) -> list[Tensor]:
-        q, k, v = F.linear(x, m.qkv).chunk(3, -1) if fused else (F.linear(x, w) for w in m.split())
+        q, k, v = F.linear(x, m.qkv).chunk(3, -1) if fused else (F.linear(x, w) for w in m.qkv.chunk(3))
         if across:
             return [heads(norm(q, m.wide)), heads(norm(k, m.wide)), heads(v)]
         return [norm(copy(heads(q)), m.narrow), norm(heads(k), m.narrow), heads(v)]
@@ -667,6 +667,4 @@ def qk_norm_rope(pick: Pick) -> Spelling:
         "wide": normal(D, dtype=dtype),
         "narrow": normal(d, dtype=dtype),
     }
-    module, inputs = finished(pick, forward, inputs, **parameters)
-    module.split = lambda: module.qkv.chunk(3)
-    return module, inputs
+    return finished(pick, forward, inputs, **parameters)
