@@ -177,7 +177,7 @@ def _export(
     reads = Reads()
     try:
         with (
-            _own_forward(module, forward),
+            _untouched(module, forward),
             _quiet(),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -278,15 +278,19 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward alone: its hooks run around it already."""
-    kept = dict(vars(module))
+def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Show the export the module's own forward alone: its hooks run around it already.
+
+    The export leaves copies in the place of lists and dicts that modules hold.
+    """
+    kept = [(vars(m), dict(vars(m))) for m in module.modules()]
     vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
     try:
         yield
     finally:
-        vars(module).pop("forward")
-        vars(module).update({name: kept[name] for name in (*HOOKS, "forward") if name in kept})
+        for held, before in kept:
+            held.clear()
+            held.update(before)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -102,8 +102,8 @@ def sum_with_product(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def skip_upcasts(node: fx.Node) -> fx.Node:
     """The narrowest tensor that holds the same values: behind casts to wider dtypes."""
-    while ir.is_call(node, *ir.CASTS) and ir.is_floating(node) and ir.is_floating(node.args[0]):  # type: ignore[arg-type]
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+    while ir.is_call(node, *ir.CASTS) and ir.is_floating(node) and ir.is_floating(node.args[0]):
+        source: fx.Node = node.args[0]
         if ir.dtype(source).itemsize > ir.dtype(node).itemsize:
             break
         node = source

@@ -247,7 +247,7 @@ def _as_write(view: fx.Node) -> _Write | None:
         return None
     if a["dim"] % (last_dim + 1) != last_dim or ir.tensor(copy.args[1]) is None:
         return None
-    if not ir.same(ir.shape(view), ir.shape(copy.args[1])):  # type: ignore[arg-type]
+    if not ir.same(ir.shape(view), ir.shape(copy.args[1])):
         return None
     start, stop = a["start"] or 0, a["end"] if a["end"] is not None else 2**63 - 1
     if not all(isinstance(i, int) and i >= 0 for i in (start, stop)):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from typing_extensions import TypeIs
 
 aten = torch.ops.aten
 
@@ -94,7 +95,15 @@ def graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 yield from graphs(body)
 
 
-def is_call(node: Any, *targets: Any) -> bool:
+class Call(fx.Node):
+    """A call, as type checkers see it: what its arguments are depends on its op."""
+
+    if TYPE_CHECKING:
+        args: Any
+        kwargs: Any
+
+
+def is_call(node: Any, *targets: Any) -> TypeIs[Call]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
@@ -163,7 +172,7 @@ def memory(node: fx.Node) -> fx.Node:
     """The node that made the memory that `node` may share: behind views and in-place writes."""
     while True:
         if is_call(node, *VIEWS, aten.contiguous.default):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         elif mutates(node):
             node = written(node)[0]
         else:
@@ -173,14 +182,14 @@ def memory(node: fx.Node) -> fx.Node:
 def skip_copies(node: fx.Node) -> fx.Node:
     """The node behind copies that change neither values nor dtype nor shape."""
     while is_call(node, *COPIES):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 def skip_casts(node: fx.Node) -> fx.Node:
     """The node behind copies and floating-point casts."""
-    while is_call(node, *COPIES, *CASTS) and is_floating(node.args[0]):  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[assignment]
+    while is_call(node, *COPIES, *CASTS) and is_floating(node.args[0]):
+        node = node.args[0]
     return node
 
 

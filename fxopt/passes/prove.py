@@ -71,7 +71,7 @@ class Sizes:
     def __init__(self, nodes: Iterable[fx.Node]) -> None:
         symbols: set[Any] = set()
         fixed: set[int] = set()
-        shape_env = None
+        shape_env: Any = None
         for node in nodes:
             for size in self._sizes(node.meta.get("val")):
                 symbols |= getattr(ir.expression(size), "free_symbols", set())
@@ -217,7 +217,7 @@ def _size(x: torch.Tensor) -> float:
 
 
 def _difference(truth: torch.Tensor, found: torch.Tensor, least_size: float) -> float:
-    """Largest difference relative to the largest value; NaN and Inf must stand in the same place."""
+    """Largest difference relative to the largest value; NaN and Inf must stand alike."""
     if truth.shape != found.shape:
         return float("inf")
     if truth.numel() == 0:

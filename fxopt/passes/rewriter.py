@@ -258,7 +258,7 @@ def _declined(rule: Rule, node: fx.Node, reasons: Sequence[Reason]) -> Declined:
 
 
 def _kept(region: set[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
-    """What stays for others at next to no cost: casts, views, and one row per sample (1 + scale)."""
+    """What stays for others at next to no cost: casts, views, one row per sample."""
     kept: set[fx.Node] = set()
     for node in sorted(region - ends):
         if all(i in ends or i in kept or _is_size(i) for i in node.all_input_nodes) and (

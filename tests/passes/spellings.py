@@ -518,9 +518,11 @@ def attention(pick: Pick) -> Spelling:
     repeat = pick(
         "repeat",
         lambda k: k[:, :, None].expand(-1, -1, num_groups, -1, -1).flatten(1, 2),
-        lambda k: k[:, :, None]
-        .expand(k.shape[0], k.shape[1], num_groups, k.shape[2], d)
-        .reshape(k.shape[0], -1, k.shape[2], d),
+        lambda k: (
+            k[:, :, None]
+            .expand(k.shape[0], k.shape[1], num_groups, k.shape[2], d)
+            .reshape(k.shape[0], -1, k.shape[2], d)
+        ),
         lambda k: k.repeat_interleave(num_groups, dim=1),
         lambda k: torch.repeat_interleave(k, num_groups, 1),
     )
@@ -632,7 +634,9 @@ def qk_norm_rope(pick: Pick) -> Spelling:
     copy = copied(pick)
 
     def project(m: nn.Module, x: Tensor) -> list[Tensor]:
-        q, k, v = F.linear(x, m.qkv).chunk(3, -1) if fused else (F.linear(x, w) for w in m.qkv.chunk(3))
+        q, k, v = (
+            F.linear(x, m.qkv).chunk(3, -1) if fused else (F.linear(x, w) for w in m.qkv.chunk(3))
+        )
         if across:
             return [heads(norm(q, m.wide)), heads(norm(k, m.wide)), heads(v)]
         return [norm(copy(heads(q)), m.narrow), norm(heads(k), m.narrow), heads(v)]

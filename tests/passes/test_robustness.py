@@ -6,7 +6,7 @@ does not fire is left as it was, and that one which fires means the same, holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,13 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
-from tests.passes import spellings
-from tests.passes.rewriting import Rewritten, rewrite
+from tests.passes import near_misses, spellings
+from tests.passes.rewriting import rewrite
 from tests.passes.spellings import Pick, Spelling
 
-NUM_EXAMPLES = 16
 LEAST_SHARE = 0.95
 # How often which rules fire, together, when an idiom is understood.
 IDIOMS: dict[Callable[[Pick], Spelling], tuple[int, tuple[str, ...]]] = {
@@ -32,14 +30,31 @@ IDIOMS: dict[Callable[[Pick], Spelling], tuple[int, tuple[str, ...]]] = {
     spellings.attention: (1, ("attention",)),
     spellings.qk_norm_rope: (2, ("qk_norm_rope",)),
 }
-FAST = settings(
-    max_examples=NUM_EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
+NEAR_MISSES: tuple[Callable[[Pick], Spelling], ...] = (
+    near_misses.rms_norm,
+    near_misses.norm_modulate,
+    near_misses.gated_activation,
+    near_misses.attention,
+    near_misses.qk_norm_rope,
 )
+
+
+def examples(num: int) -> settings:
+    return settings(
+        max_examples=num,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def picker(data: st.DataObject) -> Pick:
+    def pick(what: str, *alternatives: Any) -> Any:
+        return alternatives[data.draw(st.integers(0, len(alternatives) - 1), label=what)]
+
+    return pick
 
 
 def autocast() -> torch.autocast:
@@ -51,19 +66,32 @@ def test_equivalent_spellings_fire(idiom: Callable[[Pick], Spelling]):
     expected, rules = IDIOMS[idiom]
     fired: list[bool] = []
 
-    @FAST
+    @examples(15)
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        def pick(what: str, *alternatives: Any) -> Any:
-            return alternatives[data.draw(st.integers(0, len(alternatives) - 1), label=what)]
-
+        pick = picker(data)
         module, inputs = idiom(pick)
         context = pick("context", nullcontext, nullcontext, autocast)
         with context():
             found = rewrite(module, *inputs)
         fired.append(sum(found.count(rule) for rule in rules) == expected)
         assert fired[-1] or any(found.reasons(rule) for rule in rules), "no reason is given"
-        found.assert_as_accurate(*inputs, context=context, recomputed=pick("recompute", False, True))
+        found.assert_as_accurate(
+            *inputs, context=context, recomputed=pick("recompute", False, True)
+        )
 
     check()
     assert sum(fired) >= LEAST_SHARE * len(fired), f"{sum(fired)} of {len(fired)} fired"
+
+
+@pytest.mark.parametrize("near_miss", NEAR_MISSES, ids=lambda f: f.__name__)
+def test_near_misses_stay(near_miss: Callable[[Pick], Spelling]):
+    @examples(8)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        module, inputs = near_miss(picker(data))
+        found = rewrite(module, *inputs)
+        assert not found.count(near_miss.__name__), found.code()
+        found.assert_as_accurate(*inputs)
+
+    check()

@@ -32,24 +32,31 @@ def masked(m, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 def grouped(m, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     batch, heads, tokens, width = k.shape
     k, v = (
-        t[:, :, None].expand(batch, heads, 2, tokens, width).reshape(batch, 2 * heads, tokens, width)
+        t[:, :, None]
+        .expand(batch, heads, 2, tokens, width)
+        .reshape(batch, 2 * heads, tokens, width)
         for t in (k, v)
     )
     return (q @ k.transpose(2, 3) * d**-0.5 + mask).softmax(-1) @ v
 
 
 def test_scale_and_fp32_softmax():
-    assert_expected_inline(rewritten(plain, *qkv(2, 5)).code(), """\
+    assert_expected_inline(
+        rewritten(plain, *qkv(2, 5)).code(),
+        """\
 scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
     None, 0.0, False, scale = 0.3535533905932738, enable_gqa = False)
-return (scaled_dot_product_attention,)""")
+return (scaled_dot_product_attention,)""",
+    )
 
 
 def test_bool_mask():
     keep = torch.rand(2, 1, 5, 5) > 0.3
     keep[..., 0] = True
     found = rewritten(masked, *qkv(2, 5), keep)
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 div = aten.div.Tensor(inputs_0, 2.8284271247461903)
 m_t = aten.transpose.int(inputs_1, -2, -1)
 matmul = aten.matmul(div, m_t)
@@ -57,7 +64,8 @@ bitwise_not = aten.bitwise_not(inputs_3)
 masked_fill = aten.masked_fill.Scalar(matmul, bitwise_not, -inf)
 softmax = aten.softmax.int(masked_fill, -1)
 matmul_1 = aten.matmul(softmax, inputs_2)
-return (matmul_1,)""")
+return (matmul_1,)""",
+    )
     found.assert_as_accurate(*qkv(2, 5), keep)
 
 
@@ -66,11 +74,14 @@ def test_grouped_queries():
     k, v = normal(2, 2, 5, d), normal(2, 2, 5, d, seed=1)
     mask = torch.randn(2, 1, 5, 5)
     found = rewritten(grouped, q, k, v, mask)
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 to_dtype = aten.to.dtype(inputs_3, float32)
 scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
     to_dtype, 0.0, False, scale = 0.3535533905932738, enable_gqa = True)
-return (scaled_dot_product_attention,)""")
+return (scaled_dot_product_attention,)""",
+    )
     found.assert_as_accurate(q, k, v, mask)
 
 
@@ -110,6 +121,12 @@ def test_near_misses_stay(name: str):
 
 def test_declines_with_the_reason():
     found = rewritten(NEAR_MISSES["softmax over queries"], *qkv(2, 5))
-    assert_expected_inline("\n".join(found.reasons("attention")), """softmax is over dim -2, attention is over the last""")
+    assert_expected_inline(
+        "\n".join(found.reasons("attention")),
+        """softmax is over dim -2, attention is over the last""",
+    )
     found = rewritten(NEAR_MISSES["weights are returned"], *qkv(2, 5))
-    assert_expected_inline("\n".join(found.reasons("attention")), """the softmax does not go into one product with the values alone""")
+    assert_expected_inline(
+        "\n".join(found.reasons("attention")),
+        """the softmax does not go into one product with the values alone""",
+    )

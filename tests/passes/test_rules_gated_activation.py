@@ -27,9 +27,12 @@ def pair(batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Te
 
 def test_two_tensors():
     found = rewritten(swiglu, *pair(2, 5))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation = fxopt.gated_activation(inputs_0, inputs_1, 'silu', 'none')
-return (gated_activation,)""")
+return (gated_activation,)""",
+    )
 
 
 def test_halves_of_one():
@@ -38,9 +41,12 @@ def test_halves_of_one():
         return u * F.gelu(g)
 
     found = rewritten(forward, normal(2, 5, D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation = fxopt.gated_activation(inputs_0, None, 'gelu_erf', 'up_gate')
-return (gated_activation,)""")
+return (gated_activation,)""",
+    )
     found.assert_as_accurate(normal(1, 3, D))
 
 
@@ -49,10 +55,13 @@ def test_an_activation_before_a_linear():
         return F.linear(F.gelu(x, approximate="tanh"), m.weight)
 
     found = rewritten(forward, normal(2, 5, D), weight=normal(3, D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation = fxopt.gated_activation(inputs_0, None, 'gelu_tanh', 'none')
 linear = aten.linear(gated_activation, p_weight)
-return (linear,)""")
+return (linear,)""",
+    )
     found.assert_as_accurate(normal(1, 3, D))
 
 
@@ -61,9 +70,12 @@ def test_gelu_by_hand():
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     found = rewritten(forward, normal(2, 5, D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation = fxopt.gated_activation(inputs_0, None, 'gelu_tanh', 'none')
-return (gated_activation,)""")
+return (gated_activation,)""",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +115,10 @@ def test_mixed_dtypes_decline_with_the_reason():
     gate, up = normal(2, 5, D, dtype=torch.bfloat16), normal(2, 5, D)
     found = rewritten(swiglu, gate, up)
     assert not found.count("gated_activation")
-    assert_expected_inline("\n".join(found.reasons("gated_activation")), """gate is torch.bfloat16, the other half torch.float32""")
+    assert_expected_inline(
+        "\n".join(found.reasons("gated_activation")),
+        """gate is torch.bfloat16, the other half torch.float32""",
+    )
 
 
 def test_an_activation_that_is_used_twice_stays():

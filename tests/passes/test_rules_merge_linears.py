@@ -37,31 +37,40 @@ def beside(m, x: Tensor, y: Tensor) -> Tensor:
 
 def test_linears_on_one_input():
     found = rewritten(shared, normal(2, 5, D), **weights())
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 linears = fxopt.linears(inputs_0, [p_q, p_k], [p_bias, None])
 getitem = linears[0]
 getitem_1 = linears[1]
-return (getitem, getitem_1)""")
+return (getitem, getitem_1)""",
+    )
 
 
 def test_a_norm_and_its_linears():
     found = rewritten(normed, normal(2, 5, D), normal(2, D), **weights())
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 norm_modulate_linears = fxopt.norm_modulate_linears(inputs_0, None, None, None, None, unsqueeze,
     None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None])
 getitem_1 = norm_modulate_linears[0]
 getitem_2 = getitem_1[0]
 getitem_3 = getitem_1[1]
-return (getitem_2, getitem_3)""")
+return (getitem_2, getitem_3)""",
+    )
 
 
 def test_an_activation_beside_attention_and_its_linear():
     found = rewritten(beside, normal(2, 5, D), normal(2, 5, F_), down=normal(D, D + F_))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation_linear = fxopt.gated_activation_linear(inputs_1, None, 'gelu_erf', 'none',
     inputs_0, p_down, None)
-return (gated_activation_linear,)""")
+return (gated_activation_linear,)""",
+    )
     found.assert_as_accurate(normal(1, 3, D), normal(1, 3, F_))
 
 
@@ -120,7 +129,10 @@ def test_a_normed_tensor_with_another_user_declines_with_the_reason():
     inputs = normal(2, 5, D), normal(2, D)
     found = rewritten(forward, *inputs, **weights())
     assert not found.count("merge_linears")
-    assert_expected_inline("\n".join(found.reasons("merge_linears")), """the normed tensor is also used by sin and is kept for it""")
+    assert_expected_inline(
+        "\n".join(found.reasons("merge_linears")),
+        """the normed tensor is also used by sin and is kept for it""",
+    )
 
 
 def test_compilers_do_this_themselves():

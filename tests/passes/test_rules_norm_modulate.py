@@ -36,35 +36,44 @@ def sandwich_inputs(batch: int, tokens: int, dtype: torch.dtype = torch.float32)
 
 def test_norm_and_modulation():
     found = rewritten(adaln, *adaln_inputs(2, 5))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, unsqueeze_1,
     'layer', 1e-06, 0.0, 1.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
 
 
 def test_gated_residual_and_norm():
     found = rewritten(sandwich, *sandwich_inputs(2, 5), weight=normal(D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 unsqueeze = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_1, inputs_0, unsqueeze, p_weight, None, None, None,
     'rms', 1e-06, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 getitem_1 = norm_modulate[1]
-return (getitem_1, getitem)""")
+return (getitem_1, getitem)""",
+    )
 
 
 def test_gated_residual_alone():
     found = rewritten(lambda m, x, y, g: x + g.tanh()[:, None] * y, *sandwich_inputs(2, 5))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 tanh = aten.tanh(inputs_2)
 unsqueeze = aten.unsqueeze(tanh, 1)
 norm_modulate = fxopt.norm_modulate(inputs_1, inputs_0, unsqueeze, None, None, None, None,
     'none', 0.0, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[1]
-return (getitem,)""")
+return (getitem,)""",
+    )
 
 
 def test_two_modulations_of_one_norm():
@@ -73,7 +82,9 @@ def test_two_modulations_of_one_norm():
         return n * (1 + a[:, None]), n * (1 + b[:, None])
 
     found = rewritten(forward, *adaln_inputs(2, 5))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, None, 'layer',
     1e-06, 0.0, 1.0, float32, float32)
@@ -82,7 +93,8 @@ unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
 norm_modulate_1 = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze_1, None,
     'layer', 1e-06, 0.0, 1.0, float32, float32)
 getitem_1 = norm_modulate_1[0]
-return (getitem, getitem_1)""")
+return (getitem, getitem_1)""",
+    )
     found.assert_as_accurate(*adaln_inputs(1, 3))
 
 
@@ -90,13 +102,16 @@ def test_a_scale_without_the_one_is_read_as_such():
     found = rewritten(
         lambda m, x, a, b: F.layer_norm(x, (D,)) * a[:, None] + b[:, None], *adaln_inputs(2, 5)
     )
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, unsqueeze_1,
     'layer', 1e-05, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
     found.assert_as_accurate(*adaln_inputs(2, 5))
 
 
@@ -143,9 +158,12 @@ def test_a_written_input_declines_with_the_reason():
     inputs = adaln_inputs(2, 5)
     found = rewritten(forward, *inputs)
     assert not found.count("norm_modulate")
-    assert_expected_inline("\n".join(found.reasons("norm_modulate")), """\
+    assert_expected_inline(
+        "\n".join(found.reasons("norm_modulate")),
+        """\
 the normed tensor has a user that does not modulate it
-layer_norm is written in place by add_""")
+layer_norm is written in place by add_""",
+    )
 
 
 def test_a_normed_tensor_with_another_user_declines_with_the_reason():
@@ -156,5 +174,8 @@ def test_a_normed_tensor_with_another_user_declines_with_the_reason():
     inputs = adaln_inputs(2, 5)
     found = rewritten(forward, *inputs)
     assert not found.count("norm_modulate")
-    assert_expected_inline("\n".join(found.reasons("norm_modulate")), """the normed tensor has a user that does not modulate it""")
+    assert_expected_inline(
+        "\n".join(found.reasons("norm_modulate")),
+        """the normed tensor has a user that does not modulate it""",
+    )
     found.assert_as_accurate(*inputs)

@@ -71,7 +71,9 @@ def joint(m, x: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def test_norm_and_rotation():
     found = rewritten(attention(), normal(2, 5, D), *tables(5), **projections())
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 linear = aten.linear(inputs_0, p_q)
 unflatten = aten.unflatten.int(linear, -1, [2, 8])
 linear_1 = aten.linear(inputs_0, p_k)
@@ -97,14 +99,17 @@ scaled_dot_product_attention = aten.scaled_dot_product_attention(permute, permut
     transpose_2)
 transpose_3 = aten.transpose.int(scaled_dot_product_attention, 1, 2)
 flatten_2 = aten.flatten.using_ints(transpose_3, 2)
-return (flatten_2,)""")
+return (flatten_2,)""",
+    )
 
 
 def test_the_joint_sequence():
     inputs = normal(2, 5, D), normal(2, 3, D), *tables(8)
     found = rewritten(joint, *inputs, **projections())
     assert found.count("qk_norm_rope") == 2
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 linear = aten.linear(inputs_1, p_q)
 unflatten = aten.unflatten.int(linear, -1, [2, 8])
 linear_1 = aten.linear(inputs_0, p_q)
@@ -147,7 +152,8 @@ permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(cat_2, 1, 2)
 scaled_dot_product_attention = aten.scaled_dot_product_attention(permute, permute_1,
     transpose_2)
-return (scaled_dot_product_attention,)""")
+return (scaled_dot_product_attention,)""",
+    )
     found.assert_as_accurate(normal(1, 6, D), normal(1, 2, D), *tables(8))
 
 
@@ -178,7 +184,9 @@ def test_values_and_gradients(rope, dtype: torch.dtype):
 
 def _swapped(x, cos, sin):
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([b * cos[:, None] - a * sin[:, None], a * cos[:, None] + b * sin[:, None]], -1)
+    return torch.stack(
+        [b * cos[:, None] - a * sin[:, None], a * cos[:, None] + b * sin[:, None]], -1
+    )
 
 
 def _pairs(first, second, join):
@@ -231,9 +239,12 @@ def test_near_misses_stay(name: str):
 def test_declines_with_the_reason():
     inputs = normal(2, 5, D), *tables(5)
     found = rewritten(attention(NEAR_MISSES["wrong sign"]), *inputs, **projections())
-    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """\
+    assert_expected_inline(
+        "\n".join(found.reasons("qk_norm_rope")),
+        """\
 queries: what stands between the norm and attention is no known rotation
-keys: what stands between the norm and attention is no known rotation""")
+keys: what stands between the norm and attention is no known rotation""",
+    )
 
 
 def test_rotated_queries_that_are_used_elsewhere_keep_their_value():
@@ -246,7 +257,9 @@ def test_rotated_queries_that_are_used_elsewhere_keep_their_value():
     inputs = normal(2, 5, D), *tables(5)
     found = rewritten(forward, *inputs, **projections())
     assert not found.count("qk_norm_rope")
-    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """rms_norm is also used by output (output)""")
+    assert_expected_inline(
+        "\n".join(found.reasons("qk_norm_rope")), """rms_norm is also used by output (output)"""
+    )
 
 
 def test_trained_tables_decline_with_the_reason():
@@ -256,9 +269,12 @@ def test_trained_tables_decline_with_the_reason():
     cos, sin = tables(16)
     found = rewritten(forward, normal(2, 5, D), cos=cos, sin=sin, **projections())
     assert not found.count("qk_norm_rope")
-    assert_expected_inline("\n".join(found.reasons("qk_norm_rope")), """\
+    assert_expected_inline(
+        "\n".join(found.reasons("qk_norm_rope")),
+        """\
 p_cos is trained, and the op gives it no gradient
-p_sin is trained, and the op gives it no gradient""")
+p_sin is trained, and the op gives it no gradient""",
+    )
     found.assert_as_accurate(normal(2, 5, D))
 
 

@@ -22,11 +22,14 @@ def llama(m: nn.Module, x: Tensor) -> Tensor:
 
 def test_a_chain_becomes_one_op():
     found = rewritten(llama, normal(2, 5, D), weight=normal(D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, 'rms',
     1e-06, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,11 +46,14 @@ def test_layer_norm_by_hand():
         return normed * m.weight + m.bias
 
     found = rewritten(forward, normal(2, 5, D), weight=normal(D), bias=normal(D, seed=1))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, p_bias, None, None, 'layer',
     1e-05, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
     found.assert_as_accurate(normal(1, 3, D))
 
 
@@ -58,22 +64,28 @@ def test_weight_offset_is_read_off():
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + m.weight)
 
     found = rewritten(forward, normal(2, 5, D), weight=normal(D))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, 'rms',
     1e-06, 1.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
     found.assert_as_accurate(normal(1, 3, D))
 
 
 def test_machine_epsilon_is_bound():
     module = Written(lambda m, x: m.norm(x), norm=nn.RMSNorm(D))
     found = rewrite(module, normal(2, 5, D), rules=["rms_norm"])
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_norm_weight, None, None, None,
     'rms', 1.1920928955078125e-07, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
-return (getitem,)""")
+return (getitem,)""",
+    )
 
 
 NEAR_MISSES = {
@@ -98,7 +110,10 @@ def test_near_misses_stay(name: str):
 
 def test_declines_with_the_reason():
     found = rewritten(NEAR_MISSES["eps outside of the root"], normal(2, 5, D))
-    assert_expected_inline("\n".join(found.reasons("rms_norm")), """output 0 differs by 0.0048 in float64 on inputs of scale 1""")
+    assert_expected_inline(
+        "\n".join(found.reasons("rms_norm")),
+        """output 0 differs by 0.0048 in float64 on inputs of scale 1""",
+    )
 
 
 def test_statistics_that_are_used_elsewhere_stay():

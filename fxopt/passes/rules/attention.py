@@ -115,7 +115,7 @@ def read_product(node: fx.Node) -> Product | None:
         dims = (*inputs.split(","), out)
         if len(dims) != 3 or any(len(set(x)) != len(x) or not x.isalpha() for x in dims):
             return None
-        a, b = operands  # type: ignore[misc]
+        a, b = operands
     elif ir.is_call(node, aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
         a, b = node.args[-2:]
         batch = "ABEFGH"[: len(ir.shape(node)) - 2]
@@ -123,10 +123,10 @@ def read_product(node: fx.Node) -> Product | None:
     else:
         return None
     ranks = [len(x) for x in dims[:2]]
-    if ranks != [len(ir.shape(a)), len(ir.shape(b))]:  # type: ignore[arg-type]
+    if ranks != [len(ir.shape(a)), len(ir.shape(b))]:
         return None  # a product of unequal ranks broadcasts
     shared = set(dims[0]) & set(dims[1])
-    return Product(node, a, b, dims) if len(shared - set(dims[2])) == 1 else None  # type: ignore[arg-type]
+    return Product(node, a, b, dims) if len(shared - set(dims[2])) == 1 else None
 
 
 def _peeled(operand: Operand) -> Operand:
@@ -136,14 +136,14 @@ def _peeled(operand: Operand) -> Operand:
     while True:
         pair = algebra.factors(node) or _quotient(node)
         if ir.is_call(node, *ir.COPIES):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         elif ir.is_call(node, aten.transpose.int):
-            i, j = (dim % rank for dim in node.args[1:])  # type: ignore[operator]
+            i, j = (dim % rank for dim in node.args[1:])
             order = tuple({i: j, j: i}.get(o, o) for o in order)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         elif ir.is_call(node, aten.permute.default):
-            order = tuple(node.args[1][o] % rank for o in order)  # type: ignore[index]
-            node = node.args[0]  # type: ignore[assignment]
+            order = tuple(node.args[1][o] % rank for o in order)
+            node = node.args[0]
         elif pair is not None and isinstance(pair[1], (int, float)):
             node, factor = pair[0], factor * pair[1]
         else:
@@ -168,28 +168,30 @@ def read_scores(node: fx.Node) -> Scores | Reason | None:
     if ir.is_call(node, aten.where.ScalarOther, aten.where.self):
         return _masked(node.args[1], node.args[0], node.args[2], keep=True)
     if ir.is_call(node, *SPLITS) and len(ir.shape(node)) == 4:
-        found, num_heads = read_scores(node.args[0]), ir.shape(node)[1]  # type: ignore[arg-type]
-        split = isinstance(found, Scores) and found.mask is None and len(found.q.order) == 3
-        return replace(found, num_heads=num_heads) if split and isinstance(num_heads, int) else None
+        found, num_heads = read_scores(node.args[0]), ir.shape(node)[1]
+        if not isinstance(found, Scores) or found.mask is not None or len(found.q.order) != 3:
+            return None
+        return replace(found, num_heads=num_heads) if isinstance(num_heads, int) else None
     pair = algebra.factors(node) or _quotient(node)
     if pair is not None:
         number = next((p for p in pair if isinstance(p, (int, float))), None)
-        inner = next((p for p in pair if isinstance(p, fx.Node)), None)
-        return _scaled(inner, number) if number is not None and inner is not None else None
-    pair = algebra.terms(node)
-    if pair is not None and all(isinstance(p, fx.Node) for p in pair):
-        for inner, mask in (pair, pair[::-1]):
+        scaled = next((p for p in pair if isinstance(p, fx.Node)), None)
+        return _scaled(scaled, number) if number is not None and scaled is not None else None
+    added = algebra.terms(node)
+    if added is not None and all(isinstance(p, fx.Node) for p in added):
+        for inner, mask in (added, added[::-1]):
             found = read_scores(inner)
-            fits = isinstance(found, Scores) and found.mask is None
-            if fits and algebra.broadcasts_into(mask, node):
+            if not isinstance(found, Scores) or found.mask is not None:
+                continue
+            if algebra.broadcasts_into(mask, node):
                 return replace(found, mask=mask)
     return None
 
 
 def _unmasked(product: Product) -> Scores | None:
     a = ir.arguments(product.node)
-    *batch, s, t = product.dims[2]
-    (c,) = set(product.dims[0]) & set(product.dims[1]) - set(product.dims[2])
+    *batch, s, t = list(product.dims[2])
+    c = (set(product.dims[0]) & set(product.dims[1]) - set(product.dims[2])).pop()
     q = product.operand(s, "".join(batch) + s + c)
     k = product.operand(t, "".join(batch) + t + c)
     if q is None or k is None:
@@ -257,12 +259,12 @@ def unrepeated(node: fx.Node) -> tuple[fx.Node, int] | None:
         return None if a["dim"] is None else (a["self"], a["dim"] % len(ir.shape(node)))
     if not ir.is_call(node, *SPLITS):
         return None
-    expanded = ir.skip_copies(node.args[0])  # type: ignore[arg-type]
+    expanded = ir.skip_copies(node.args[0])
     inner = expanded.args[0] if ir.is_call(expanded, aten.expand.default) else None
     if not ir.is_call(inner, aten.unsqueeze.default):
         return None
-    dim = inner.args[1] % len(ir.shape(inner)) - 1  # type: ignore[union-attr, operator]
-    return inner.args[0], dim  # type: ignore[union-attr, return-value]
+    dim = inner.args[1] % len(ir.shape(inner)) - 1
+    return inner.args[0], dim
 
 
 def _bind(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -66,25 +67,27 @@ def _activations(anchor: fx.Node) -> Iterator[Activation]:
 
 def _decomposed(anchor: fx.Node) -> Iterator[Activation]:
     """Chains of scalars around tanh, erf or sigmoid that start and end at one shape."""
-    sources, frontier = [anchor.args[0]], [anchor.args[0]]
+    sources: list[Any] = [anchor.args[0]]
+    frontier = list(sources)
     while frontier and len(sources) < MAX_CHAIN:
         node = frontier.pop(0)
-        for source in node.all_input_nodes if node.op == "call_function" else ():  # type: ignore[union-attr]
+        for source in node.all_input_nodes if node.op == "call_function" else ():
             if source not in sources and ir.is_floating(source):
                 sources.append(source)
                 frontier.append(source)
-    ends, node = [], anchor
+    ends: list[fx.Node] = []
+    node = anchor
     while len(node.users) == 1 and len(ends) < MAX_CHAIN:
         node = next(iter(node.users))
         if not ir.is_call(node, aten.mul.Tensor, aten.add.Tensor, *ir.CASTS):
             break
         ends.append(node)
+    (name,) = (n for op, n in DECOMPOSED.items() if op is anchor.target)
     for end in reversed(ends):
         for x in sources:
-            assert isinstance(x, fx.Node)
             region = between(x, end)
             if anchor in region and is_closed(region) and not side_inputs(region, x):
-                yield Activation(DECOMPOSED[anchor.target], x, end)
+                yield Activation(name, x, end)
 
 
 def _gated(out: fx.Node) -> tuple[fx.Node, fx.Node] | Reason | None:
@@ -150,18 +153,18 @@ def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
             split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
         ):
             return None
-        base = split.args[0]  # type: ignore[union-attr]
+        base = split.args[0]
         start = None if index not in (0, 1) else index
     elif ir.is_call(node, aten.slice.Tensor):
         base, a = node.args[0], ir.arguments(node)
-        size = ir.shape(base)[-1]  # type: ignore[arg-type]
+        size = ir.shape(base)[-1]
         begin = a["start"] or 0
         start = {0: 0, size // 2: 1}.get(begin) if isinstance(size, int) else None
     else:
         return None
-    whole, part = ir.shape(base), ir.shape(node)  # type: ignore[arg-type]
+    whole, part = ir.shape(base), ir.shape(node)
     halves = ir.same(whole[:-1], part[:-1]) and whole[-1] == 2 * part[-1]
-    return (base, start) if halves and start is not None else None  # type: ignore[return-value]
+    return (base, start) if halves and start is not None else None
 
 
 RULE = Rule(

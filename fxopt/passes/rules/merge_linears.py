@@ -23,8 +23,9 @@ from fxopt.passes.rule import Binding, Call, Reason, Rule
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     shared = anchor.args[0]
     assert isinstance(shared, fx.Node)
-    group = [u for u in shared.users if ir.is_call(u, ir.LINEAR) and u.args[0] is shared]
-    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in group):  # type: ignore[arg-type]
+    calls = [u for u in shared.users if ir.is_call(u, ir.LINEAR) and u.args[0] is shared]
+    group: list[fx.Node] = list(calls)
+    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
         return
     others = [u for u in shared.users if u not in group]
     producer = _norm_operands(shared)
@@ -46,7 +47,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
 def _norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate that makes `y`, if one does or could."""
     if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):
-        return y.args[0].args  # type: ignore[union-attr]
+        return y.args[0].args
     norm = algebra.as_norm(y)
     if norm is None:
         return None
@@ -111,7 +112,7 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
     products, pieces = _split(group)
     h = None
     if ir.is_call(y, operator.getitem):
-        h = next((u for u in y.args[0].users if u.args[1] == 1), None)  # type: ignore[union-attr]
+        h = next((u for u in y.args[0].users if u.args[1] == 1), None)
     listed = (*tensors, *weights, *biases)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 
@@ -134,11 +135,11 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
 
 def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
     activation, beside = shared, None
-    if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:  # type: ignore[arg-type]
+    if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:
         dim = ir.arguments(shared)["dim"] % len(ir.shape(shared))
         if dim != len(ir.shape(shared)) - 1:
             return None
-        beside, activation = shared.args[0]  # type: ignore[misc, assignment]
+        beside, activation = shared.args[0]
     if not ir.is_call(activation, gated_activation) or len(activation.users) != 1:
         return None
     gate, up, name, packing = activation.args

@@ -79,18 +79,17 @@ def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
         yield Reason("two projections meet other than by one concatenation", operand)
         return
     ends = list(cat.args[0]) if cat is not None else [operand]  # type: ignore[arg-type]
-    sections = [_section(end, region) for end in ends]
-    reasons = [s for s in sections if isinstance(s, Reason)]
-    sections = [s for s in sections if isinstance(s, Section)]
-    if reasons:
-        yield from reasons
+    read = [_section(end, region) for end in ends]
+    sections = [s for s in read if isinstance(s, Section)]
+    if len(sections) < len(read):
+        yield from (s for s in read if isinstance(s, Reason))
         return
     yield from _with_rotation(operand, heads, cat, sections, region)
 
 
 def _is_done(node: fx.Node) -> bool:
     while ir.is_call(node, *ir.VIEWS) and node.target is not operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return ir.is_call(node, operator.getitem) and ir.is_call(node.args[0], qk_norm_rope)
 
 
@@ -135,13 +134,13 @@ def _is_tuple(node: fx.Node) -> bool:
 def _is_view_chain(node: fx.Node) -> bool:
     """Whether `node` is a projection, or a view of one."""
     while ir.is_call(node, *ir.VIEWS):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node.op == "call_function" and node.target in PROJECTIONS
 
 
 def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
     while ir.is_call(node, *ir.VIEWS, *ir.COPIES) and node is not source:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node is source
 
 
@@ -152,7 +151,7 @@ def _sources(region: list[fx.Node]) -> list[fx.Node]:
         if _is_view_chain(node):
             chain = [node]
             while ir.is_call(chain[0], *ir.VIEWS):
-                chain.insert(0, chain[0].args[0])  # type: ignore[arg-type]
+                chain.insert(0, chain[0].args[0])
             chains.setdefault(chain[0], []).append(chain)
     sources = []
     for group in chains.values():
@@ -169,8 +168,8 @@ def _joint_cat(region: list[fx.Node], num_sources: int) -> fx.Node | None:
     if num_sources == 1:
         return None
     for node in reversed(region):
-        if ir.is_call(node, aten.cat.default) and len(node.args[0]) == num_sources:  # type: ignore[arg-type]
-            upstream = [set(_sources(_region(part))) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
+        if ir.is_call(node, aten.cat.default) and len(node.args[0]) == num_sources:
+            upstream = [set(_sources(_region(part))) for part in node.args[0]]
             if all(len(u) == 1 for u in upstream) and len(set().union(*upstream)) == num_sources:
                 return node
     return None
@@ -189,7 +188,7 @@ def _section(end: fx.Node, region: list[fx.Node]) -> Section | Reason:
 
 def _skip_views(node: fx.Node) -> fx.Node:
     while ir.is_call(node, *ir.VIEWS, *ir.CASTS, *ir.COPIES) and not _is_view_chain(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -200,12 +199,12 @@ def _with_rotation(
     sections: list[Section],
     region: list[fx.Node],
 ) -> Iterator[Binding | Reason]:
-    joint = None
+    joint: Rotation | Reason | None = None
     if cat is not None:
         joint = find_rotation(cat, operand, heads.num_heads, heads.head_dim)
-        if isinstance(joint, Reason):
-            yield joint
-            return
+    if isinstance(joint, Reason):
+        yield joint
+        return
     found = []
     for section in sections:
         start = section.norm.out if section.norm else section.source

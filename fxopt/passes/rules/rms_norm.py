@@ -28,9 +28,10 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         x = algebra.skip_upcasts(norm.x)
         yield _bind(anchor, anchor, x, norm.kind, norm.eps, norm.weight, norm.bias, 0.0)
         return
-    x = _normed_input(anchor)
-    if x is None:
+    source = _normed_input(anchor)
+    if source is None:
         return
+    x = source
     reasons = []
     for end, region in _ends(anchor, x):
         sides = side_inputs(region, x)
@@ -55,7 +56,11 @@ def _normed_input(anchor: fx.Node) -> fx.Node | None:
     node = ir.skip_casts(source)
     while True:
         inner = node.args[0] if node.op == "call_function" and node.args else None
-        if ir.is_call(node, aten.pow.Tensor_Scalar, aten.square.default, aten.abs.default) or (ir.is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]) or (ir.is_call(node, aten.sub.Tensor) and _is_mean_of(node.args[1], inner)):
+        if (
+            ir.is_call(node, aten.pow.Tensor_Scalar, aten.square.default, aten.abs.default)
+            or (ir.is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1])
+            or (ir.is_call(node, aten.sub.Tensor) and _is_mean_of(node.args[1], inner))
+        ):
             assert isinstance(inner, fx.Node)
             node = ir.skip_casts(inner)
         else:
@@ -63,7 +68,7 @@ def _normed_input(anchor: fx.Node) -> fx.Node | None:
 
 
 def _is_mean_of(mean: object, x: object) -> bool:
-    return ir.is_call(mean, aten.mean.dim) and mean.args[0] is x  # type: ignore[union-attr]
+    return ir.is_call(mean, aten.mean.dim) and mean.args[0] is x
 
 
 def _ends(anchor: fx.Node, x: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
