@@ -1,1 +1,1 @@
-"""The three doors to one catalogue: `exported` (optimize), `dynamo` (torch.compile), `eager` (swap)."""
+"""The doors: `exported` (optimize), `dynamo` (torch.compile) and `eager` (swap)."""

@@ -48,7 +48,10 @@ def optimize(
     state.require_module(model)
     options.check(recipe=recipe, execution=execution, rules=strict)
     blocks = find_blocks(model, targets)
-    if any(isinstance(door, (Optimized, CompiledBlocks)) for door in state.doors(model)):
+    opened = (d for d in state.doors(model) if isinstance(d, (Optimized, CompiledBlocks)))
+    for door in opened:
+        if strict:
+            state.StrictOnce(model, door, strict)
         return model
     if example_inputs is not None:
         options.check_inputs(model, example_inputs)
@@ -56,12 +59,14 @@ def optimize(
     opens = CompiledBlocks if execution == "compile" else Optimized
     door = opens(recipe, blocks)
     state.remember(model, door)
-    state.check_after_first_call(model, door, strict)
+    if strict:
+        state.StrictOnce(model, door, strict)
     if example_inputs is not None:
         try:
             _run(model, example_inputs)
         except BaseException:
-            state.restore(model)
+            if door in state.doors(model):
+                state.close(model, door)
             raise
     return model
 
@@ -116,9 +121,10 @@ class Optimized:
     def __init__(self, recipe: str, blocks: Mapping[str, nn.Module]) -> None:
         self.recipe = recipe
         rules = options.rules_for(recipe)
-        shared: dict[type[nn.Module], Captures] = defaultdict(lambda: Captures(rules))
+        shared: dict[Any, Captures] = defaultdict(lambda: Captures(rules))
         self.blocks = [
-            RewrittenForward(fqn, module, shared[type(module)]) for fqn, module in blocks.items()
+            RewrittenForward(fqn, module, shared[type(module), _function(module)])
+            for fqn, module in blocks.items()
         ]
         for block in self.blocks:
             block.module.forward = block
@@ -133,3 +139,9 @@ class Optimized:
         device = next((b.device for b in self.blocks if b.device is not None), None)
         target = options.target_name(device)
         return Report("optimize", self.recipe, target, tuple(applied), tuple(declined))
+
+
+def _function(module: nn.Module) -> Any:
+    """What the forwards of one class share; whoever replaced one has it for himself."""
+    forward = getattr(module.forward, "original", module.forward)  # another door's
+    return getattr(forward, "__func__", forward)

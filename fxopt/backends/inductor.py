@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from fxopt import kernels
 from fxopt.passes.rules import CATALOGUE
 
 
@@ -54,13 +55,9 @@ class CatalogueIdentity(CustomGraphPass):
 @cache
 def catalogue_hash() -> str:
     """Hash of the rules' versions and of the source of all kernels."""
-    import fxopt.kernels as kernels
-
     digest = hashlib.sha256(torch.__version__.encode())
     for rule in CATALOGUE:
         digest.update(f"{rule.name}:{rule.version}".encode())
-    for name in sorted(vars(kernels)):
-        module = vars(kernels)[name]
-        if inspect.ismodule(module):
-            digest.update(inspect.getsource(module).encode())
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -79,26 +79,39 @@ def restore(model: nn.Module) -> nn.Module:
     opened = doors(model)
     if not opened:
         raise NothingToRestore(type(model).__name__)
-    for door in reversed(opened):
-        door.restore(model)
-    del model.__dict__[ATTRIBUTE]
+    for door in reversed(list(opened)):
+        close(model, door)
     return model
 
 
-def check_after_first_call(model: nn.Module, door: Door, strict: Sequence[str]) -> None:
-    """Raise StrictRule, and restore the model, if a rule has not fired when a call is over."""
-    if not strict:
-        return
+def close(model: nn.Module, door: Door) -> None:
+    """Undo one door and forget it."""
+    for hook in list(model._forward_hooks.values()):
+        if isinstance(hook, StrictOnce) and hook.door is door:
+            hook.handle.remove()
+    door.restore(model)
+    doors(model).remove(door)
+    if not doors(model):
+        del model.__dict__[ATTRIBUTE]
 
-    def check(*_: Any) -> None:
-        handle.remove()
-        report = door.report()
-        for rule in strict:
+
+class StrictOnce:
+    """A forward hook that raises StrictRule, and closes the door, if a rule has not fired yet.
+
+    It is an object, and no closure, so that a copy of the model checks its own door.
+    """
+
+    def __init__(self, model: nn.Module, door: Door, strict: Sequence[str]) -> None:
+        self.door, self.strict = door, strict
+        self.handle = model.register_forward_hook(self)
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        self.handle.remove()
+        report = self.door.report()
+        for rule in self.strict:
             if not report.count(rule):
-                restore(model)
+                close(model, self.door)
                 raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
-
-    handle = model.register_forward_hook(check)
 
 
 def with_fqn(report: Report, prefix: str, block_class: str) -> Report:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.norm_modulate import norm_modulate
@@ -40,6 +41,7 @@ class Linears(torch.autograd.Function):
         return _forward(x, weights, biases, pieces)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
         _, needs_x, *needs = ctx.needs_input_grad
@@ -68,6 +70,7 @@ class NormModulateLinears(torch.autograd.Function):
         return (*_forward(y, weights, biases, pieces), h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         h, branch, gate, weight, bias, scale, shift, mean, rstd, *weights = ctx.saved_tensors
         *grad_outs, grad_h = grads
@@ -131,6 +134,7 @@ class GatedActivationLinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up, beside, weight = ctx.saved_tensors
         _, needs_gate, needs_up, needs_beside, needs_weight, needs_bias = ctx.needs_input_grad

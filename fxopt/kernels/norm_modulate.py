@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import (
@@ -114,6 +115,7 @@ class NormModulate(torch.autograd.Function):
         return y, h, mean, rstd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y, grad_h = grads[:2]
         no_grads = (None,) * 6

@@ -258,7 +258,7 @@ def toposort(graph: fx.Graph) -> None:
             current = stack[-1]
             pending = [i for i in current.all_input_nodes if i not in placed]
             if pending:
-                stack += pending
+                stack += pending[::-1]
                 continue
             stack.pop()
             if current not in placed:

@@ -304,5 +304,5 @@ def _placeholders(node: fx.Node) -> set[str]:
         seen.add(current)
         if current.op == "placeholder":
             found.add(str(current.target))
-        stack += current.all_input_nodes
+        stack += [i for i in current.all_input_nodes if not _is_size(i)]
     return found

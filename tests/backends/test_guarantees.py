@@ -398,6 +398,8 @@ def test_one_door_after_the_other(
     getattr(fxopt, second)(model)
     assert_like_eager(model, eager, inputs)
     assert fxopt.report(model).count("norm_modulate") >= 4 * NUM_BLOCKS
+    (optimized,) = (d for d in model._fxopt_doors if hasattr(d, "blocks"))
+    assert len({id(b.captures) for b in optimized.blocks}) == 1
     fxopt.restore(model)
     assert torch.equal(model(**inputs)[0], eager(**inputs)[0])
 

@@ -162,7 +162,8 @@ def test_a_written_input_declines_with_the_reason():
         "\n".join(found.reasons("norm_modulate")),
         """\
 the normed tensor has a user that does not modulate it
-layer_norm is written in place by add_""",
+layer_norm is written in place by add_
+a write, a random number or a change of grad mode stands inside the region""",
     )
 
 
@@ -178,4 +179,36 @@ def test_a_normed_tensor_with_another_user_declines_with_the_reason():
         "\n".join(found.reasons("norm_modulate")),
         """the normed tensor has a user that does not modulate it""",
     )
+    found.assert_as_accurate(*inputs)
+
+
+def test_views_of_what_is_written_later_decline_with_the_reason():
+    def forward(m, x, mod):
+        h = mod * 2
+        scale, shift = h[..., :D], h[..., D:]
+        n = F.layer_norm(x, (D,))
+        h.add_(1)
+        return n * (1 + scale) + shift
+
+    inputs = normal(2, 5, D), normal(2, 1, 2 * D)
+    found = rewritten(forward, *inputs)
+    assert not found.count("norm_modulate")
+    assert_expected_inline("\n".join(found.reasons("norm_modulate")), """\
+getitem is written in place by add_
+getitem_1 is written in place by add_
+a write, a random number or a change of grad mode stands inside the region""")
+    found.assert_as_accurate(*inputs)
+
+
+def test_nothing_is_moved_ahead_of_a_write():
+    def forward(m, x, mod):
+        h = mod * 2
+        view = h[..., :D]
+        n = F.layer_norm(x, (D,))
+        h.add_(1)
+        return n * (1 + view.sin())
+
+    inputs = normal(2, 5, D), normal(2, 1, 2 * D)
+    found = rewritten(forward, *inputs)
+    assert not found.count("norm_modulate")
     found.assert_as_accurate(*inputs)
