@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 

@@ -36,7 +36,8 @@ def find_blocks(
         else:
             found = {f: m for f, m in named.items() if isinstance(m, target)}
         if not found:
-            raise TargetMatchesNothing(str(target), list(named))
+            name = target if isinstance(target, str) else target.__name__
+            raise TargetMatchesNothing(name, list(named))
         picked |= found
     # A module inside a picked one is rewritten with it.
     return {f: m for f, m in picked.items() if not any(f.startswith(o + ".") for o in picked)}
@@ -45,13 +46,24 @@ def find_blocks(
 def _repeated(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         fqn = f"{prefix}.{name}" if prefix else name
-        if isinstance(module, nn.ModuleList) and _is_block(child):
-            yield fqn, child
-        else:
-            yield from _repeated(fqn, child)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            fqn, child = _unwrapped(fqn, child)
+            if _is_block(child):
+                yield fqn, child
+                continue
+        yield from _repeated(fqn, child)
+
+
+def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module behind wrappers (of a checkpoint, a compiler) that hold nothing else."""
+    children = list(module.named_children())
+    while len(children) == 1 and not module._parameters:
+        name, module = children[0]
+        fqn, children = f"{fqn}.{name}", list(module.named_children())
+    return fqn, module
 
 
 def _is_block(module: nn.Module) -> bool:
     num_matrices = sum(p.dim() == 2 for p in module.parameters())
-    own_forward = type(module).forward is not nn.Module.forward
+    own_forward = type(module).forward not in (nn.Module.forward, nn.Sequential.forward)
     return num_matrices >= MIN_MATRICES and own_forward and len(list(module.children())) > 1

@@ -148,6 +148,7 @@ class Watch:
 
     def __init__(self, module: nn.Module, reads: Reads) -> None:
         submodules = dict(module.named_modules(remove_duplicate=False))
+        self.classes = [(m, type(m)) for m in submodules.values()]
         self.attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
@@ -169,6 +170,9 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether a new capture would read the same, and find tensors of the same kind."""
+        for module, cls in self.classes:
+            if type(module) is not cls:
+                return False
         for namespace, name, value in self.attributes.values():
             if namespace.get(name, _MISSING) is not value:
                 return False

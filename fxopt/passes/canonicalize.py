@@ -36,9 +36,10 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
             if ir.is_call(node, aten.empty_like.default, aten.empty.memory_format):
                 _join_writes(graph, node)
         _read_sizes_off_inputs(graph)
-        for node in list(graph.nodes):
-            _join_slices(graph, node)
         if not any(ir.mutates(n) for n in graph.nodes):
+            # Autograd refuses writes to what several views of one call share.
+            for node in list(graph.nodes):
+                _join_slices(graph, node)
             _share_common_subexpressions(graph)
         graph.eliminate_dead_code()
         graph_module.recompile()

@@ -1,5 +1,8 @@
-"""Kernel tests run the Triton providers in the interpreter, on CPU tensors."""
+"""Kernel tests run the Triton providers in the interpreter, on CPU tensors; `-m gpu` on the GPU."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.passes.rewriting import normal
-from tests.passes.spellings import (
+from tests.passes.spellings.attention import scored
+from tests.passes.spellings.norms import mean_square, modulated, over_root, vectors
+from tests.passes.spellings.parts import (
     DTYPES,
     EPS,
     D,
@@ -23,15 +25,10 @@ from tests.passes.spellings import (
     d,
     downcast,
     finished,
-    mean_square,
-    modulated,
-    over_root,
     plus,
-    scored,
     split_heads,
     times,
     upcast,
-    vectors,
 )
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.passes import near_misses, spellings
 from tests.passes.rewriting import rewrite
-from tests.passes.spellings import Pick, Spelling
+from tests.passes.spellings.parts import Pick, Spelling
 
 LEAST_SHARE = 0.95
 # How often which rules fire, together, when an idiom is understood.

@@ -90,27 +90,21 @@ def test_folded_heads():
 
     def forward(m, q, k, v):
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        empty = torch.empty(q.shape[0], q.shape[1], k.shape[1])
+        empty = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
         scores = torch.baddbmm(empty, q, k.transpose(-1, -2), beta=0, alpha=d**-0.5)
         return torch.bmm(scores.softmax(-1), v)
 
     found = rewritten(forward, *qkv(2, 5))
-    assert_expected_inline(found.code(), """\
-sym_size_int_3 = aten.sym_size.int(inputs_0, 0)
-sym_size_int_4 = aten.sym_size.int(inputs_0, 1)
-sym_size_int_5 = aten.sym_size.int(inputs_0, 2)
-sym_size_int_8 = aten.sym_size.int(inputs_1, 2)
+    assert_expected_inline(
+        found.code(),
+        """\
 flatten = aten.flatten.using_ints(inputs_0, 0, 1)
 flatten_1 = aten.flatten.using_ints(inputs_1, 0, 1)
 flatten_2 = aten.flatten.using_ints(inputs_2, 0, 1)
-mul = sym_size_int_3 * sym_size_int_4
-empty = aten.empty.memory_format([mul, sym_size_int_5, sym_size_int_8], device =
-    device(type='cpu'), pin_memory = False)
-transpose = aten.transpose.int(flatten_1, -1, -2)
-baddbmm = aten.baddbmm(empty, flatten, transpose, beta = 0, alpha = 0.3535533905932738)
-softmax = aten.softmax.int(baddbmm, -1)
-bmm = aten.bmm(softmax, flatten_2)
-return (bmm,)""")
+scaled_dot_product_attention = aten.scaled_dot_product_attention(flatten, flatten_1, flatten_2,
+    None, 0.0, False, scale = 0.3535533905932738, enable_gqa = False)
+return (scaled_dot_product_attention,)""",
+    )
     found.assert_as_accurate(*qkv(3, 7))
 
 
@@ -120,11 +114,14 @@ def test_einsum():
         return torch.einsum("b h i j, b h j d -> b i h d", scores.softmax(-1), v)
 
     found = rewritten(forward, *qkv(2, 5))
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
     None, 0.0, False, scale = 0.3535533905932738, enable_gqa = False)
 permute = aten.permute(scaled_dot_product_attention, [0, 2, 1, 3])
-return (permute,)""")
+return (permute,)""",
+    )
     found.assert_as_accurate(*qkv(3, 7))
 
 
@@ -168,7 +165,10 @@ def test_a_finite_mask_declines_with_the_reason():
 
     found = rewritten(forward, *qkv(2, 5), torch.rand(2, 1, 5, 5) > 0.3)
     assert not found.count("attention")
-    assert_expected_inline("\n".join(found.reasons("attention")), """scores are masked with -10000.0, not -inf: rows that are masked whole would differ""")
+    assert_expected_inline(
+        "\n".join(found.reasons("attention")),
+        """scores are masked with -10000.0, not -inf: rows that are masked whole would differ""",
+    )
 
 
 def test_declines_with_the_reason():

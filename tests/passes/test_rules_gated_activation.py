@@ -128,4 +128,7 @@ def test_an_activation_that_is_used_twice_stays():
 
     found = rewritten(forward, *pair(2, 5))
     assert not found.count("gated_activation")
-    assert_expected_inline("\n".join(found.reasons("gated_activation")), """the activation is also used by sin and is kept for it""")
+    assert_expected_inline(
+        "\n".join(found.reasons("gated_activation")),
+        """the activation is also used by sin and is kept for it""",
+    )

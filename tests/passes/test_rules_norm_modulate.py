@@ -193,10 +193,13 @@ def test_views_of_what_is_written_later_decline_with_the_reason():
     inputs = normal(2, 5, D), normal(2, 1, 2 * D)
     found = rewritten(forward, *inputs)
     assert not found.count("norm_modulate")
-    assert_expected_inline("\n".join(found.reasons("norm_modulate")), """\
-getitem is written in place by add_
-getitem_1 is written in place by add_
-a write, a random number or a change of grad mode stands inside the region""")
+    assert_expected_inline(
+        "\n".join(found.reasons("norm_modulate")),
+        """\
+slice_1 is written in place by add_
+slice_2 is written in place by add_
+a write, a random number or a change of grad mode stands inside the region""",
+    )
     found.assert_as_accurate(*inputs)
 
 

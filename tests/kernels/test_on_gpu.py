@@ -1,0 +1,146 @@
+"""The Triton providers on a CUDA device, against float64 references on the same inputs."""
+
+import itertools
+
+import pytest
+import torch
+
+import fxopt
+from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
+from tests.families import FAMILIES
+from tests.numerics import assert_as_accurate, run, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [24, 64, 1536, 3072, 5120]
+
+
+def leaves(*shapes, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [
+        torch.randn(s, device="cuda", dtype=torch.float32, generator=generator)
+        .to(dtype)
+        .requires_grad_()
+        if s
+        else None
+        for s in shapes
+    ]
+
+
+def values_and_gradients(function, inputs):
+    given = [t for t in inputs if t is not None and t.requires_grad]
+    outputs = [o for o in function(*inputs) if o.requires_grad]
+    generator = torch.Generator("cuda").manual_seed(1)
+    seeds = [torch.randn(o.shape, device="cuda", generator=generator).to(o.dtype) for o in outputs]
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, given, seeds))
+
+
+def check(op, reference, inputs, dtype):
+    """The op is at most twice as far from float64 as its reference run in the model's dtype."""
+    doubled = [
+        None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs
+    ]
+    exact = values_and_gradients(lambda *a: reference(torch.float64, *a), doubled)
+    plain = values_and_gradients(lambda *a: reference(dtype, *a), inputs)
+    ours = values_and_gradients(op, inputs)
+    for i, (a, e, t) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert_as_accurate(a, e, t, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norm_modulate(norm, width, dtype):
+    for gated, affine, modulated in itertools.product([False, True], repeat=3):
+        if not (gated or affine or modulated):
+            continue
+        rows = (2, 37, width)
+        inputs = leaves(
+            rows,
+            rows if gated else None,
+            (2, 1, width) if gated else None,
+            (width,) if affine else None,
+            (width,) if affine else None,
+            (2, 1, width) if modulated else None,
+            (2, 1, width) if modulated else None,
+            dtype=dtype,
+        )
+
+        def op(*tensors, gated=gated):
+            y, h, *_ = norm_modulate.norm_modulate(*tensors, norm, 1e-6, 0.0, 1.0, dtype, dtype)
+            return (y, h) if gated else (y,)
+
+        def reference(to, *tensors, gated=gated):
+            y, h = norm_modulate.reference(*tensors, norm, 1e-6, 0.0, 1.0, to, to)
+            return (y, h) if gated else (y,)
+
+        check(op, reference, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", ["none", "interleaved", "half"])
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_qk_norm_rope(across_heads, rotation, dtype):
+    heads, dim = 24, 128
+    width = heads * dim if across_heads else dim
+    x, weight, x2, weight2 = leaves(
+        (2, 19, heads, dim), (width,), (2, 33, heads, dim), (width,), dtype=dtype
+    )
+    tables = [torch.randn(1, n, 1, dim, device="cuda") for n in (19, 19, 33, 33)]
+    cos, sin, cos2, sin2 = tables if rotation != "none" else [None] * 4
+    settings = ("rms", 1e-6, 1e-6, 0.0, across_heads, rotation)
+
+    def arguments(x, weight, x2, weight2):
+        return x, weight, None, cos, sin, x2, weight2, None, cos2, sin2
+
+    def op(*tensors):
+        return (qk_norm_rope.qk_norm_rope(*arguments(*tensors), *settings, dtype)[0],)
+
+    def reference(to, *tensors):
+        return (qk_norm_rope.reference(*arguments(*tensors), *settings, to),)
+
+    check(op, reference, [x, weight, x2, weight2], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", ["none", "gate_up", "up_gate"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "silu"])
+def test_gated_activation(activation, packing, dtype):
+    (gate,) = leaves((2, 37, 3072), dtype=dtype)
+
+    def op(gate):
+        return (gated_activation.gated_activation(gate, None, activation, packing),)
+
+    def reference(_, gate):
+        return (gated_activation.reference(gate, None, activation, packing),)
+
+    check(op, reference, [gate], dtype)
+
+
+def test_backward_is_deterministic():
+    inputs = leaves((4, 4608, 3072), None, None, None, None, (4, 1, 3072), (4, 1, 3072),
+                    dtype=torch.bfloat16)  # fmt: skip
+
+    def op(*tensors):
+        settings = ("layer", 1e-6, 0.0, 1.0, torch.bfloat16, torch.bfloat16)
+        return norm_modulate.norm_modulate(*tensors, *settings)[:1]
+
+    first, second = (values_and_gradients(op, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name):
+    family = FAMILIES[name]
+    model = family.build().to("cuda", torch.bfloat16)
+    inputs = torch.utils._pytree.tree_map(
+        lambda t: t.cuda() if isinstance(t, torch.Tensor) else t,
+        family.inputs(2, 0, torch.bfloat16),
+    )
+    exact, eager = truth(model, inputs), run(model, inputs)
+    fxopt.optimize(model)
+    assert_as_accurate(run(model, inputs), eager, exact, what=name)
+    assert {a.provider for a in fxopt.report(model).applied} >= {"triton"}
