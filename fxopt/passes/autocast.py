@@ -145,18 +145,39 @@ def _cast_arguments(graph: fx.Graph, node: fx.Node, state: Autocast, fake_mode: 
     result, casts = _run(node, state, fake_mode, enabled=True)
     if result.dtype != ir.dtype(node):  # otherwise it keeps the value that its views share
         node.meta["val"] = result
-    try:
-        _, own = _run(node, state, fake_mode, enabled=False)
-    except Exception:  # dtypes that only autocast brings together
-        own = {}
+    # An op may widen its arguments itself; only autocast narrows them.
+    widened = any(dtype == torch.float32 for dtype in casts.values())
+    own = _run(node, state, fake_mode, enabled=False)[1] if widened else {}
     for source in node.all_input_nodes:
         key = id(source.meta.get("val"))
         dtype = casts.get(key) if casts.get(key) != own.get(key) else None
-        if dtype is None or dtype == ir.dtype(source):
-            continue
-        with graph.inserting_before(node):
-            cast = graph.call_function(aten.to.dtype, (source, dtype))
-        cast.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        with torch.no_grad(), fake_mode:
-            cast.meta["val"] = source.meta["val"].to(dtype)
-        node.replace_input_with(source, cast)
+        if dtype is not None and dtype != ir.dtype(source):
+            _insert_cast(graph, node, source, dtype, fake_mode)
+    if _own_dtype(node, state, fake_mode) == result.dtype:
+        return
+    # The casts were made inside a composite op, on views of its arguments.
+    for source in node.all_input_nodes:
+        if ir.is_floating(source) and ir.dtype(source) != result.dtype:
+            _insert_cast(graph, node, source, result.dtype, fake_mode)
+    if _own_dtype(node, state, fake_mode) != result.dtype:
+        raise RuntimeError(f"the casts that autocast makes in {node.target} cannot be written out")
+
+
+def _own_dtype(node: fx.Node, state: Autocast, fake_mode: Any) -> torch.dtype | None:
+    """The dtype of the node's result without autocast; None for dtypes that do not go together."""
+    try:
+        result: torch.Tensor = _run(node, state, fake_mode, enabled=False)[0]
+    except RuntimeError:
+        return None
+    return result.dtype
+
+
+def _insert_cast(
+    graph: fx.Graph, node: fx.Node, source: fx.Node, dtype: torch.dtype, fake_mode: Any
+) -> None:
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten.to.dtype, (source, dtype))
+    cast.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    with torch.no_grad(), fake_mode:
+        cast.meta["val"] = source.meta["val"].to(dtype)
+    node.replace_input_with(source, cast)
