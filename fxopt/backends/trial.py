@@ -77,9 +77,10 @@ def compare(
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return f"the graph does not run: {first}"
-    if not _alike(expected.values, found.values):
+    eps = _coarsest(module, call, expected.values)
+    if not _alike(expected.values, found.values, eps):
         return "the graph gives another result than the module"
-    if not _alike(expected.gradients, found.gradients, CANCELLATION):
+    if not _alike(expected.gradients, found.gradients, eps, CANCELLATION):
         return "the graph gives another gradient than the module"
     return None
 
@@ -132,16 +133,24 @@ def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _alike(expected: Sequence[Any], found: Sequence[Any], factor: float = 1.0) -> bool:
+def _coarsest(module: nn.Module, call: Call, values: Sequence[Any]) -> float:
+    """The roundoff of the coarsest dtype in sight: what it rounds, wider results inherit."""
+    dtypes = {t.dtype for t in (*module.parameters(), *call.leaves, *values) if _is_inexact(t)}
+    dtypes |= {call.autocast.dtype} if call.autocast.dtype is not None else set()
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _alike(expected: Sequence[Any], found: Sequence[Any], eps: float, factor: float = 1.0) -> bool:
     if len(expected) != len(found):
         return False
     sizes = [_norm(e).item() for e in expected if _is_inexact(e)]
     largest = max(filter(math.isfinite, sizes), default=0.0)
     least = NEGLIGIBLE * largest if factor > 1 else 0.0
-    return all(_same(e, f, factor, least) for e, f in zip(expected, found, strict=True))
+    tolerance = factor * max(ROUNDINGS * eps, LEAST_TOLERANCE)
+    return all(_same(e, f, tolerance, least) for e, f in zip(expected, found, strict=True))
 
 
-def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
+def _same(expected: Any, found: Any, tolerance: float, least: float) -> bool:
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return type(expected) is type(found) and bool(expected == found)
     if (expected.shape, expected.dtype, expected.requires_grad) != (
@@ -154,7 +163,6 @@ def _same(expected: Any, found: Any, factor: float, least: float) -> bool:
         return bool((expected == found).all())
     if not torch.isfinite(expected).all():
         return True  # nothing to compare with
-    tolerance = factor * max(ROUNDINGS * torch.finfo(expected.dtype).eps, LEAST_TOLERANCE)
     return bool(_norm(expected - found) <= tolerance * _norm(expected).clamp(min=least))
 
 

@@ -72,8 +72,7 @@ class Arguments(NamedTuple):
     @property
     def sections(self) -> list[Section]:
         """The first section and, if there is one, the second."""
-        S = self.x.shape[1]
-        sections = [Section(self.x, *self[1:5], self.eps, slice(0, S))]
+        sections = [Section(self.x, *self[1:5], self.eps, slice(0, S := self.x.shape[1]))]
         if self.x2 is not None:
             rows = slice(S, S + self.x2.shape[1])
             sections.append(Section(self.x2, *self[6:10], self.eps2, rows))

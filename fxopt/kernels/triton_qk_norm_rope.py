@@ -22,6 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
+from fxopt.kernels.triton_pairs import (
+    group_mean,
+    load_pairs,
+    load_parameter,
+    load_table,
+    statistic,
+    store_pairs,
+)
 
 MAX_TILE = 4096  # elements of a program, unless a norm across the heads needs more
 WARPS_PER_SM = 16  # of the backward: few partial sums, enough loads in flight
@@ -76,109 +84,35 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _load_pairs(ptr, heads_H1, stride, c):
-    """Tiles (p, q) of the rows of D elements that start at `ptr` [H, 1]."""
-    if c.INTERLEAVED:
-        cols = tl.arange(0, 2 * c.P)[None, :].to(tl.int64)
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D)
-        x = tl.load(ptr + cols * stride, mask=mask, other=0.0).to(c.MATH)
-        return tl.split(tl.reshape(x, (x.shape[0], c.P, 2)))
-    else:
-        cols = tl.arange(0, c.P)[None, :].to(tl.int64)
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        p = tl.load(ptr + cols * stride, mask=mask, other=0.0).to(c.MATH)
-        q = tl.load(ptr + (cols + c.D // 2) * stride, mask=mask, other=0.0).to(c.MATH)
-        return p, q
-
-
-@triton.jit
-def _store_pairs(ptr, heads_H1, p, q, c):
-    """Inverse of `_load_pairs` for contiguous rows."""
-    if c.INTERLEAVED:
-        cols = tl.arange(0, 2 * c.P)[None, :]
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D)
-        x = tl.reshape(tl.join(p, q), (p.shape[0], 2 * c.P))
-        tl.store(ptr + cols, x.to(ptr.dtype.element_ty), mask=mask)
-    else:
-        cols = tl.arange(0, c.P)[None, :]
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        tl.store(ptr + cols, p.to(ptr.dtype.element_ty), mask=mask)
-        tl.store(ptr + cols + c.D // 2, q.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_table(ptr, strides, batch, token, heads_H1, s, c):
-    """cos or sin of one token, [H, P] or [1, P]."""
-    if not s.TABLE_PER_HEAD:
-        heads_H1 = tl.zeros((1, 1), tl.int32)
-    ptr += batch * strides[0] + token * strides[1] + heads_H1.to(tl.int64) * strides[2]
-    if s.TABLE_WIDTH == c.D:
-        return _load_pairs(ptr, heads_H1, strides[3], c)
-    else:
-        cols = tl.arange(0, c.P)[None, :].to(tl.int64)
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        both = tl.load(ptr + cols * strides[3], mask=mask, other=0.0).to(c.MATH)
-        return both, both
-
-
-@triton.jit
-def _load_parameter(ptr, heads_H1, c):
-    """A weight or bias, [1, P], or [H, P] for a norm across heads."""
-    if not c.ACROSS_HEADS:
-        heads_H1 = tl.zeros((1, 1), tl.int32)
-    return _load_pairs(ptr + heads_H1 * c.D, heads_H1, 1, c)
-
-
-@triton.jit
-def _statistic(row, heads_H1, c):
-    """(offset, mask) of the token's mean and rstd: [H, 1], or [1, 1] for a norm across heads."""
-    if c.ACROSS_HEADS:
-        heads_H1 = tl.zeros((1, 1), tl.int32)
-        return row + heads_H1, heads_H1 == 0
-    else:
-        return row * c.NUM_HEADS + heads_H1, heads_H1 < c.NUM_HEADS
-
-
-@triton.jit
-def _group_mean(p, q, c):
-    """Mean over the elements that are normed together, [H, 1] or [1, 1]."""
-    total = tl.sum(p + q, axis=1, keep_dims=True)
-    if c.ACROSS_HEADS:
-        return tl.sum(total, axis=0, keep_dims=True) / (c.NUM_HEADS * c.D)
-    else:
-        return total / c.D
-
-
-@triton.jit
 def _forward_token(s, batch, token, row, heads_H1, out_ptr, mean_ptr, rstd_ptr, c):
     heads = heads_H1.to(tl.int64)
     x_ptr = s.x + batch * s.x_strides[0] + token * s.x_strides[1] + heads * s.x_strides[2]
-    p, q = _load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
-    stat, stat_mask = _statistic(row, heads_H1, c)
+    p, q = load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
+    stat, stat_mask = statistic(row, heads_H1, c)
     if c.NORM == "layer":
-        mean = _group_mean(p, q, c)
+        mean = group_mean(p, q, c)
         inside = (heads_H1 < c.NUM_HEADS) & (tl.arange(0, c.P)[None, :] < c.D // 2)
         p = tl.where(inside, p - mean, 0.0)
         q = tl.where(inside, q - mean, 0.0)
         tl.store(mean_ptr + stat, mean, mask=stat_mask)
     if c.NORM != "none":
-        rstd = tl.rsqrt(_group_mean(p * p, q * q, c) + s.EPS)
+        rstd = tl.rsqrt(group_mean(p * p, q * q, c) + s.EPS)
         p *= rstd
         q *= rstd
         tl.store(rstd_ptr + stat, rstd, mask=stat_mask)
     if s.weight is not None:
-        weight_p, weight_q = _load_parameter(s.weight, heads_H1, c)
+        weight_p, weight_q = load_parameter(s.weight, heads_H1, c)
         p *= weight_p + c.WEIGHT_OFFSET
         q *= weight_q + c.WEIGHT_OFFSET
     if s.bias is not None:
-        bias_p, bias_q = _load_parameter(s.bias, heads_H1, c)
+        bias_p, bias_q = load_parameter(s.bias, heads_H1, c)
         p += bias_p
         q += bias_q
     if s.cos is not None:
-        cos_p, cos_q = _load_table(s.cos, s.cos_strides, batch, token, heads_H1, s, c)
-        sin_p, sin_q = _load_table(s.sin, s.sin_strides, batch, token, heads_H1, s, c)
+        cos_p, cos_q = load_table(s.cos, s.cos_strides, batch, token, heads_H1, s, c)
+        sin_p, sin_q = load_table(s.sin, s.sin_strides, batch, token, heads_H1, s, c)
         p, q = p * cos_p - q * sin_p, q * cos_q + p * sin_q
-    _store_pairs(out_ptr + (row * c.NUM_HEADS + heads) * c.D, heads_H1, p, q, c)
+    store_pairs(out_ptr + (row * c.NUM_HEADS + heads) * c.D, heads_H1, p, q, c)
 
 
 @triton.jit(do_not_specialize=["num_first", "num_second"])
@@ -201,13 +135,13 @@ def _store_partial(ptr, heads_H1, p, q, c):
     if ptr is not None:
         if c.ACROSS_HEADS:
             ptr += tl.program_id(0) * c.NUM_HEADS * c.D + heads_H1 * c.D
-            _store_pairs(ptr, heads_H1, p, q, c)
+            store_pairs(ptr, heads_H1, p, q, c)
         else:
             program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             first_H1 = tl.zeros((1, 1), tl.int32)
             p = tl.sum(p, axis=0, keep_dims=True)
             q = tl.sum(q, axis=0, keep_dims=True)
-            _store_pairs(ptr + program * c.D + first_H1, first_H1, p, q, c)
+            store_pairs(ptr + program * c.D + first_H1, first_H1, p, q, c)
 
 
 @triton.jit
@@ -225,14 +159,14 @@ def _backward_section(s, to, incoming, num_batches, start, num_tokens, num_all, 
         row = batch * num_all + start + token
         strides = incoming.grad_strides
         g_ptr = incoming.grad + batch * strides[0] + (start + token) * strides[1]
-        g_p, g_q = _load_pairs(g_ptr + heads * strides[2], heads_H1, strides[3], c)
+        g_p, g_q = load_pairs(g_ptr + heads * strides[2], heads_H1, strides[3], c)
         if s.cos is not None:
-            cos_p, cos_q = _load_table(s.cos, s.cos_strides, batch, token, heads_H1, s, c)
-            sin_p, sin_q = _load_table(s.sin, s.sin_strides, batch, token, heads_H1, s, c)
+            cos_p, cos_q = load_table(s.cos, s.cos_strides, batch, token, heads_H1, s, c)
+            sin_p, sin_q = load_table(s.sin, s.sin_strides, batch, token, heads_H1, s, c)
             g_p, g_q = g_p * cos_p + g_q * sin_q, g_q * cos_q - g_p * sin_p
         x_ptr = s.x + batch * s.x_strides[0] + token * s.x_strides[1] + heads * s.x_strides[2]
-        x_p, x_q = _load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
-        stat, stat_mask = _statistic(row, heads_H1, c)
+        x_p, x_q = load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
+        stat, stat_mask = statistic(row, heads_H1, c)
         if c.NORM == "layer":
             mean = tl.load(incoming.mean + stat, mask=stat_mask, other=0.0)
             x_p -= mean
@@ -247,16 +181,16 @@ def _backward_section(s, to, incoming, num_batches, start, num_tokens, num_all, 
         dbias_q += g_q
         if to.dx is not None:
             if s.weight is not None:
-                weight_p, weight_q = _load_parameter(s.weight, heads_H1, c)
+                weight_p, weight_q = load_parameter(s.weight, heads_H1, c)
                 g_p *= weight_p + c.WEIGHT_OFFSET
                 g_q *= weight_q + c.WEIGHT_OFFSET
             if c.NORM != "none":
-                along_x = _group_mean(g_p * x_p, g_q * x_q, c)
-                along_1 = _group_mean(g_p, g_q, c) if c.NORM == "layer" else 0.0
+                along_x = group_mean(g_p * x_p, g_q * x_q, c)
+                along_1 = group_mean(g_p, g_q, c) if c.NORM == "layer" else 0.0
                 g_p = (g_p - along_x * x_p - along_1) * rstd
                 g_q = (g_q - along_x * x_q - along_1) * rstd
             dx_ptr = to.dx + ((batch * num_tokens + token) * c.NUM_HEADS + heads) * c.D
-            _store_pairs(dx_ptr, heads_H1, g_p, g_q, c)
+            store_pairs(dx_ptr, heads_H1, g_p, g_q, c)
     _store_partial(to.dweight, heads_H1, dweight_p, dweight_q, c)
     _store_partial(to.dbias, heads_H1, dbias_p, dbias_q, c)
 
@@ -334,9 +268,8 @@ def _plan(a: Arguments) -> tuple[Config, int, int]:
     return config, -(-num_heads // heads), num_warps
 
 
-def _inputs(a: Arguments) -> tuple[Inputs, Inputs | None]:
-    first, *rest = (_section_inputs(s, a.rotation) for s in a.sections)
-    return first, rest[0] if rest else None
+def _inputs(a: Arguments) -> list[Inputs | None]:
+    return ([_section_inputs(s, a.rotation) for s in a.sections] + [None])[:2]
 
 
 def _section_inputs(s: Section, rotation: str) -> Inputs:
