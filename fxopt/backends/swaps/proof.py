@@ -255,10 +255,10 @@ def _inaccuracy(
             continue
         if e.dtype != o.dtype:
             return f"result {index} is {o.dtype}, not {e.dtype}"
-        bound = SCATTER * ERROR_FACTOR * _error(t, e, least) + torch.finfo(e.dtype).eps
-        if not _error(t, o, least) <= bound:
-            error = _error(t, o, least)
-            return f"result {index}: error {error:.2g}, above {bound:.2g} (eager: {_error(t, e, least):.2g})"
+        own, theirs = _error(t, o, least), _error(t, e, least)
+        bound = SCATTER * ERROR_FACTOR * theirs + torch.finfo(e.dtype).eps
+        if not own <= bound:
+            return f"result {index}: error {own:.2g}, above {bound:.2g} (eager: {theirs:.2g})"
     return None
 
 
