@@ -12,6 +12,7 @@ Shapes: T tokens (all leading dims), K input features, N output features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,21 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.registration import register_composite
+
+
+def without_autocast(backward: Any) -> Any:
+    """A backward called under autocast computes in the dtypes of its forward all the same."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next((g.device.type for g in grads if g is not None), "meta")
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return run
+
 
 # For each output: which linear, and which rows of its weight, first and last + 1.
 Pieces = tuple[tuple[int, int, int], ...]
@@ -42,6 +58,7 @@ class Linears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
         _, needs_x, *needs = ctx.needs_input_grad
@@ -71,6 +88,7 @@ class NormModulateLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         h, branch, gate, weight, bias, scale, shift, mean, rstd, *weights = ctx.saved_tensors
         *grad_outs, grad_h = grads
@@ -81,6 +99,8 @@ class NormModulateLinears(torch.autograd.Function):
         dy = input_gradient(grad_outs, weights, ctx.pieces, h.shape)
         if dy is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
+        if dy is None:  # the residual alone goes on
+            needs = (*needs[:3], *[False] * 4)
         dh, dx, dgate, *modulation_grads, y = torch.ops.fxopt.norm_modulate_backward(
             dy,
             grad_h,
@@ -135,6 +155,7 @@ class GatedActivationLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up, beside, weight = ctx.saved_tensors
         _, needs_gate, needs_up, needs_beside, needs_weight, needs_bias = ctx.needs_input_grad
