@@ -13,8 +13,8 @@ Shapes: T tokens (all leading dims), K input features, N output features.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.registration import register_composite
 
 
-def without_autocast(backward: Any) -> Any:
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def without_autocast(backward: Backward) -> Backward:
     """A backward called under autocast computes in the dtypes of its forward all the same."""
 
     @functools.wraps(backward)
@@ -37,7 +40,7 @@ def without_autocast(backward: Any) -> Any:
                 return backward(ctx, *grads)
         return backward(ctx, *grads)
 
-    return run
+    return cast("Backward", run)
 
 
 # For each output: which linear, and which rows of its weight, first and last + 1.
