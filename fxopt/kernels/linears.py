@@ -25,7 +25,6 @@ from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.registration import register_composite
 
-
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
