@@ -118,8 +118,8 @@ def inaccuracy(
     if (actual.dtype, actual.shape) != (eager.dtype, eager.shape):
         return f"{actual.dtype} {list(actual.shape)}, not {eager.dtype} {list(eager.shape)}"
     roundoff = torch.finfo(actual.dtype).eps / 2
-    # An allowance, not a measurement: the largest of few errors is a single draw. The L2 error, over
-    # all elements, is held to `factor` itself.
+    # An allowance, not a measurement: the largest of few errors is a single draw. The L2 error,
+    # over all elements, is held to `factor` itself.
     for metric, error, scatter in (("L2", relative_l2, 1.0), ("max", relative_max, 2.0)):
         ours, theirs = error(actual, truth), error(eager, truth)
         bound = scatter * (factor * theirs + roundoff)
