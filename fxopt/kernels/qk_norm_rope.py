@@ -340,6 +340,7 @@ qk_norm_rope_backward = register(
     native=native_backward,
     fake=_fake_backward,
     triton=_triton_backward,
+    launches=lambda *_: 2,
 )
 qk_norm_rope = register(
     f"qk_norm_rope({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor mean, Tensor rstd)",

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 LIBRARY = torch.library.Library("fxopt", "DEF")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {}
+LAUNCHES: dict[str, Callable[..., int]] = {}
 
 
 @functools.cache
@@ -40,6 +41,7 @@ def register(
     triton: Callable[..., Any] | None = None,
     function: type[torch.autograd.Function] | None = None,
     flops: Callable[..., int] | None = None,
+    launches: Callable[..., int] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -51,10 +53,13 @@ def register(
         function: autograd Function. Its forward receives the op's arguments as given and calls
             `below_autograd(op, *args)`; None for ops that are not differentiable (backward ops).
         flops: FLOPs from the arguments' shapes; None for ops that do no matrix product.
+        launches: kernels that a call with these arguments launches on a GPU; None for always one.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.fxopt, name).default
+    if launches is not None:
+        LAUNCHES[f"fxopt::{name}"] = launches
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ import torch
 import fxopt
 from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
 from tests.families import FAMILIES
-from tests.numerics import assert_as_accurate, run, truth
+from tests.numerics import Judge, assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,7 +140,7 @@ def test_family(name):
         lambda t: t.cuda() if isinstance(t, torch.Tensor) else t,
         family.inputs(2, 0, torch.bfloat16),
     )
-    exact, eager = truth(model, inputs), run(model, inputs)
+    judge = Judge(model, inputs)
     fxopt.optimize(model)
-    assert_as_accurate(run(model, inputs), eager, exact, what=name)
+    judge(model, name)
     assert {a.provider for a in fxopt.report(model).applied} >= {"triton"}

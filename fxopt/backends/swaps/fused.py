@@ -111,8 +111,7 @@ class Normed(NamedTuple):
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, pieces(weights, sizes))
-        outs, h = ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
-        return outs, h if self.residual is not None else self.x
+        return ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
 
     def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
         return (self.x, self.residual, self.gate, n.weight, n.bias, self.scale, self.shift)

@@ -3,6 +3,8 @@
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import (
     attention,
+    drop_mask,
+    fuse_bias,
     gated_activation,
     merge_linears,
     norm_modulate,
@@ -12,9 +14,11 @@ from fxopt.passes.rules import (
 
 CATALOGUE: tuple[Rule, ...] = (
     attention.RULE,
+    drop_mask.RULE,
     rms_norm.RULE,
     qk_norm_rope.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
+    fuse_bias.RULE,
     merge_linears.RULE,
 )

@@ -23,7 +23,7 @@ from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
 from fxopt.passes.rotation import Rotation, find_rotation
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.attention import SDPA, unrepeated
+from fxopt.passes.rules.attention import unrepeated
 
 PROJECTIONS = frozenset(
     {ir.LINEAR, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
@@ -295,4 +295,4 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=1, anchors=(SDPA,), propose=propose)
+RULE = Rule(name="qk_norm_rope", version=1, anchors=(ir.SDPA,), propose=propose)
