@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,13 +82,19 @@ def _autograd_kernel(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(a, torch.Tensor) and a.requires_grad for a in args
-        ):
+        if torch.is_grad_enabled() and _requires_grad(args):
             return function.apply(*args)
         return below_autograd(op, *args)
 
     return kernel
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    return any(
+        a.requires_grad if isinstance(a, torch.Tensor) else _requires_grad(a)
+        for a in args
+        if isinstance(a, (torch.Tensor, list, tuple))
+    )
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:

@@ -22,6 +22,7 @@ def expected(
     return {
         "norm_modulate": norm_modulate,
         "qk_norm_rope": qk_norm_rope,
+        "merge_qk": qk_norm_rope // 2,  # queries and keys
         "gated_activation": gated_activation,
         "merge_linears": merge_linears,
         **more,

@@ -163,7 +163,7 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
 def test_what_lies_between_modules_is_reported() -> None:
     model = swap(Model(UnknownBlock(OffsetNorm, SwiGLU(24, 40))))
     declined = {d.rule: d for d in fxopt.report(model).declined}
-    assert declined.keys() == {"attention", "qk_norm_rope", "norm_modulate"}
+    assert declined.keys() == {"attention", "qk_norm_rope", "merge_qk", "norm_modulate"}
     miss = declined["norm_modulate"]
     assert "lies between them, in the forward of UnknownBlock" in miss.reasons[0]
     assert "optimize" in miss.remedy
