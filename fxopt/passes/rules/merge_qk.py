@@ -20,7 +20,6 @@ from fxopt.kernels.qk_norm_rope import Arguments, qk_norm_rope
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.attention import SDPA
 from fxopt.passes.rules.qk_norm_rope import before_repeat, result
 
 # Views that show every element once.
@@ -140,7 +139,7 @@ def _bind(attention: fx.Node, outs: Sequence[fx.Node]) -> Binding:
 RULE = Rule(
     name="merge_qk",
     version=1,
-    anchors=(SDPA,),
+    anchors=(ir.SDPA,),
     propose=propose,
     compiled=False,
 )
