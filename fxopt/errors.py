@@ -256,3 +256,60 @@ class NotAnExample(FxoptError):
         "cannot explain {spec!r}: {problem}; give a preset or FILE.py:FUNCTION, where FUNCTION() "
         "returns (model, inputs) and inputs is a dict of keyword arguments or a tuple"
     )
+
+
+@dataclass(eq=False)
+class NotAStep(FxoptError):
+    """`fxopt bench` cannot get something to time from what was named."""
+
+    spec: str
+    problem: str
+    template = (
+        "cannot measure {spec!r}: {problem}; give FILE.py:FUNCTION, where FUNCTION() returns step, "
+        "(step, model) or (step, model, inputs), and step(**inputs) does forward and backward and "
+        "returns its loss or outputs"
+    )
+
+
+@dataclass(eq=False)
+class StepsDiffer(FxoptError):
+    """Baseline and candidate do not return the same tensors."""
+
+    name: str
+    baseline: str
+    candidate: str
+    template = (
+        "baseline and candidate cannot be compared: {name} is {baseline}, but {candidate} in the "
+        "candidate; both must return the same tensors and train parameters of the same names"
+    )
+
+
+@dataclass(eq=False)
+class RecordsDiffer(FxoptError):
+    """Two claim records were not made under the same conditions."""
+
+    name: str
+    old: object
+    new: object
+    template = (
+        "the records cannot be compared: {name} is {old!r} in the old one and {new!r} in the new "
+        "one; measure both on one machine, with one configuration and one seed"
+    )
+
+
+@dataclass(eq=False)
+class InvalidRecord(FxoptError):
+    """A file is not a claim record, or was changed."""
+
+    path: str
+    problem: str
+    template = "{path} is no valid claim record: {problem}; make one with fxopt bench --out FILE"
+
+
+@dataclass(eq=False)
+class CannotWrite(FxoptError):
+    """A result could not be written."""
+
+    path: str
+    problem: str
+    template = "cannot write {path}: {problem}; nothing was replaced, give another path with --out"
