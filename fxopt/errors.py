@@ -279,8 +279,9 @@ class StepsDiffer(FxoptError):
     baseline: str
     candidate: str
     template = (
-        "baseline and candidate cannot be compared: {name} is {baseline}, but {candidate} in the "
-        "candidate; both must return the same tensors and train parameters of the same names"
+        "baseline and candidate cannot be compared: {name} is {baseline} in the baseline, but "
+        "{candidate} in the candidate; both must return the same tensors and train parameters of "
+        "the same names"
     )
 
 

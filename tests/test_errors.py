@@ -31,6 +31,20 @@ CASES = [
     (errors.NotReported("Flux"), ["Flux", "no report", "fxopt.explain"]),
     (errors.MissingPackage("diffusers", "preset 'x'", "models"), ["diffusers", "fxopt[models]"]),
     (errors.NotAnExample("a.py:f", "no file"), ["'a.py:f'", "no file", "FILE.py:FUNCTION"]),
+    (
+        errors.NotAStep("a.py:f", "it returned int"),
+        ["'a.py:f'", "returned int", "FILE.py:FUNCTION"],
+    ),
+    (
+        errors.StepsDiffer("output 0", "[2]", "[3]"),
+        ["output 0 is [2] in the baseline", "[3] in the candidate", "same tensors"],
+    ),
+    (
+        errors.RecordsDiffer("environment.torch", "2.12", "2.13"),
+        ["environment.torch is '2.12'", "'2.13'", "one machine"],
+    ),
+    (errors.InvalidRecord("c.json", "not JSON"), ["c.json", "not JSON", "--out"]),
+    (errors.CannotWrite("c.json", "No space left"), ["c.json", "No space left", "--out"]),
     (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),
     (errors.StrictRule("rms_norm", (MISS,)), ["'rms_norm'", "no operation"]),
 ]

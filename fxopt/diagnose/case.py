@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fxopt.diagnose import memory, numerics, roofline
 from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.numerics import Check
@@ -89,6 +91,7 @@ class Run:
             progress(phase)
 
         enter("set-up")
+        torch.compiler.reset()  # what earlier cases compiled counts towards the recompile limit
         baseline, candidate = self.case.baseline(), self.case.candidate()
         self.names = baseline.name, candidate.name
         enter("check before timing")
@@ -131,7 +134,9 @@ class Run:
                 "baseline": memory.measure(baseline, device),
                 "candidate": memory.measure(candidate, device),
             }
-            self.flops = roofline.count(baseline)
+            # A compiled step shows no ops; its FLOPs are those of the code that it came from.
+            with torch.compiler.set_stance("force_eager"):
+                self.flops = roofline.count(baseline)
         dtypes = {*self.flops.trained, *self.flops.frozen}
         self.peaks = roofline.calibrate(self.device, dtypes)
         # Only a flushed case is sure to read its state from memory.

@@ -136,7 +136,8 @@ def _measure(options: argparse.Namespace, command: Sequence[str]) -> int:
     settings = Settings(
         Plan(seconds=options.seconds), options.seed, options.margin, options.tolerance
     )
-    cases = list(_cases(options, device))
+    with quiet():
+        cases = list(_cases(options, device))
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     place = environment.describe(device.device)
     claims: list[Claim] = []

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from fxopt.diagnose.subjects import Make, Subject, kept_state, refresh
+from fxopt.diagnose.truth import in_float64
 from fxopt.errors import NotAStep, StepsDiffer
 
 # Against float64: error over the baseline's own error.
@@ -175,23 +176,6 @@ def check(
     return judge(when, expected, found, exact[0] if exact else None, tolerance)
 
 
-def in_float64(make: Make) -> Subject:
-    """A new subject with model and inputs in double precision."""
-    subject = make()
-    if subject.model is not None:
-        subject.model.double()
-
-    def raised(tensor: Tensor) -> Tensor:
-        dtype = torch.complex128 if tensor.is_complex() else torch.float64
-        if not (tensor.is_complex() or tensor.is_floating_point()):
-            return tensor
-        return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
-
-    return Subject(
-        subject.name, subject.step, subject.model, tree_map_only(Tensor, raised, subject.inputs)
-    )
-
-
 def judge(
     when: str, expected: Tensors, found: Tensors, truth: Tensors | None, tolerance: float | None
 ) -> Check:
@@ -227,8 +211,9 @@ def judge(
 def _require_same_form(expected: Tensors, found: Tensors) -> None:
     for name in [*expected, *found]:
         if name not in expected or name not in found:
-            has, lacks = ("baseline", "candidate")[:: 1 if name in expected else -1]
-            raise StepsDiffer(name, f"there in the {has}", f"absent in the {lacks}")
+            raise StepsDiffer(
+                name, *("present" if name in t else "absent" for t in (expected, found))
+            )
         one, other = expected[name], found[name]
         if one is not None and other is not None and one.shape != other.shape:
             raise StepsDiffer(name, str(list(one.shape)), str(list(other.shape)))

@@ -1,8 +1,8 @@
 """Two steps timed in one process: a warm-up that ends on evidence, then rounds of A B B A.
 
-A round holds one sample of each place; drift that is linear over a round cancels in it. A reference
-matrix product is timed around each round and knows nothing of either step, so it shows when the
-machine itself changed its speed.
+Drift that is linear over a round cancels in it. Every other round is B A A B, so that no step
+always comes first. A reference matrix product is timed around each round and knows nothing of
+either step, so it shows when the machine itself changed its speed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Samples:
     """What was measured; filled while it is measured, so that a failure keeps what came before.
 
     Args:
-        rounds: seconds per call, [num_rounds, 4] in the order A B B A.
+        rounds: seconds per call, [num_rounds, 4]: A, its neighbour B, the other B, its neighbour A.
         reference: seconds of the reference product before and after each round.
         readings: clocks and power after each round, where they can be read.
         num_calls: calls in one sample.
@@ -153,11 +153,16 @@ def _add_round(
     baseline: Step, candidate: Step, device: Device, flush: bool, samples: Samples
 ) -> None:
     before = device.reference()
-    first, second, third, fourth = (
-        device.seconds(step, samples.num_calls, flush)
-        for step in (baseline, candidate, candidate, baseline)
-    )
-    values = device.agree([first, second, third, fourth, before, device.reference()])
+    swapped = len(samples.rounds) % 2 == 1
+    outer, inner = (candidate, baseline) if swapped else (baseline, candidate)
+    if samples.num_calls > 1:
+        outer()  # the reference product has emptied the caches, which a short step would notice
+    taken = [
+        device.seconds(step, samples.num_calls, flush) for step in (outer, inner, inner, outer)
+    ]
+    if swapped:
+        taken = [taken[1], taken[0], taken[3], taken[2]]
+    values = device.agree([*taken, before, device.reference()])
     samples.rounds.append((values[0], values[1], values[2], values[3]))
     samples.reference.append((values[4], values[5]))
     samples.readings.append(device.readings())

@@ -75,10 +75,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def count(subject: Subject) -> Flops:
-    """FLOPs of one call of the step, run eagerly.
-
-    A compiled step shows no op, and no FLOPs: count its eager baseline instead.
-    """
+    """FLOPs of one call of the step, which must run eagerly: compiled code shows no ops."""
     counting, frozen = _Counting(), Counter[str]()
     with _frozen_apart(subject.model, counting, frozen), counting:
         subject()

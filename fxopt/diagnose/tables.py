@@ -106,7 +106,7 @@ def _regimes(burst: Regime | None, steady: Regime | None) -> list[str]:
 
 def _speed(claim: Claim) -> list[str]:
     speed = claim.speed
-    if speed is None:
+    if speed is None or not speed.utilization:
         return []
     lines = []
     for dtype, count in speed.flops.items():

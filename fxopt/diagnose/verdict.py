@@ -23,6 +23,8 @@ CONFIDENCE = 0.95
 # An early stop must hold at this one: many looks are many chances, and few rounds give an interval
 # that is too short.
 STOPPING_CONFIDENCE = 0.99
+# Fewer values give no 95% interval of a median: 2 / 2^n is above 5% up to five of them.
+FEWEST_ROUNDS = 6
 # The burst may take at most this share of the rounds.
 LONGEST_BURST = 0.5
 
@@ -150,6 +152,8 @@ def judge(
     steady = regime(samples, slice(num_burst, None), confidence)
     burst = regime(samples, slice(num_burst), confidence) if num_burst else None
     found, reasons = label(steady.low, steady.high, margin), []
+    if steady.num_rounds < FEWEST_ROUNDS:
+        found = Label.INCONCLUSIVE
     if found is Label.INCONCLUSIVE:
         reasons.append(
             f"the interval [{steady.low:.4f}, {steady.high:.4f}] crosses the margin of "
