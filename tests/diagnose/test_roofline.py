@@ -1,5 +1,6 @@
 """FLOPs by dtype, frozen modules apart, and the floor below which no time is believed."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -90,3 +91,14 @@ def test_saved_and_peak_bytes_of_a_step():
     assert found.saved == 3 * B * D * 4
     assert found.peak >= 2 * D * D * 4  # the gradients of both weights live at the end
     assert found.reserved is None
+
+
+def test_peak_bytes_is_the_allocator_high_water_mark():
+    def work():
+        first = torch.empty(1_000_000)
+        del first
+        second = torch.empty(500_000)
+        return second + second + second
+
+    # 2 MB for `second`, then two sums of it at once; a few bytes of scalars may come on top.
+    assert memory.peak_bytes(work) == pytest.approx(6_000_000, abs=1000)

@@ -9,7 +9,7 @@ from fxopt.diagnose.devices import this_device
 from fxopt.diagnose.kernel_suite import KERNELS, kernel_cases
 from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.suites import Sweep, preset_cases
-from fxopt.errors import UnknownOption, UnknownPreset
+from fxopt.errors import UnknownOption, UnknownPreset, UnknownRecipe
 from fxopt.presets import PRESETS, Preset, PresetBlock, activation, block, cos_sin, image_tokens
 
 CPU = torch.device("cpu")
@@ -103,6 +103,7 @@ def test_the_compiled_door_is_compared_with_plain_compile(small):
         ("flux-dev-triple", {}, UnknownPreset, "flux-dev-double"),
         ("flux-dev", {"door": ["window"]}, UnknownOption, "optimize"),
         ("flux-dev", {"ac": ["half"]}, UnknownOption, "selective"),
+        ("flux-dev", {"recipe": ["bf61"]}, UnknownRecipe, "bf16"),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(name, sweep, error, known):
