@@ -314,3 +314,15 @@ class CannotWrite(FxoptError):
     path: str
     problem: str
     template = "cannot write {path}: {problem}; nothing was replaced, give another path with --out"
+
+
+@dataclass(eq=False)
+class InvalidTrace(FxoptError):
+    """A file is not a trace that can be analysed."""
+
+    path: str
+    problem: str
+    template = (
+        "cannot analyse {path}: {problem}; give a file of torch.profiler's export_chrome_trace, "
+        "complete and as .json or .json.gz"
+    )

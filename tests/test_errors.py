@@ -44,6 +44,7 @@ CASES = [
         ["environment.torch is '2.12'", "'2.13'", "one machine"],
     ),
     (errors.InvalidRecord("c.json", "not JSON"), ["c.json", "not JSON", "--out"]),
+    (errors.InvalidTrace("t.json", "it ends"), ["t.json", "it ends", "export_chrome_trace"]),
     (errors.CannotWrite("c.json", "No space left"), ["c.json", "No space left", "--out"]),
     (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),
     (errors.StrictRule("rms_norm", (MISS,)), ["'rms_norm'", "no operation"]),
