@@ -130,7 +130,7 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     draw_samples(out / "samples.png", rows | {run.name: sample(run.model, seed) for run in runs})
     claims = claim_record(runs, scale, seed, reports, memory, LARGEST_GAP)
     record.write(claims, out / "claim.json")
-    print(tables.text(claims))
+    print(tables.text(record.read(out / "claim.json")))
     print(f"wrote {out}/report.html, {out}/loss.png, {out}/samples.png and {out}/claim.json")
     return verdict(runs)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fxopt.diagnose.errors import InvalidRecord, RecordsDiffer
 from fxopt.diagnose.record import Claim, Record
 from fxopt.diagnose.resampling import medians
 from fxopt.diagnose.verdict import Label, burst_rounds, label, log_ratios
-from fxopt.errors import InvalidRecord, RecordsDiffer
 
 # What two records may differ in: the change itself, and its time.
 FREE = {"commit", "fxopt_commit"}

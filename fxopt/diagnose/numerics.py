@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
+from fxopt.diagnose.errors import NotAStep, StepsDiffer
 from fxopt.diagnose.subjects import Make, Subject, kept_state, refresh
 from fxopt.diagnose.truth import in_float64
-from fxopt.errors import NotAStep, StepsDiffer
 
 # Against float64: error over the baseline's own error.
 FACTOR = 2.0

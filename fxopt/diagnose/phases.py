@@ -16,7 +16,7 @@ import numpy as np
 from fxopt.diagnose import intervals
 from fxopt.diagnose.intervals import EMPTY, Intervals
 from fxopt.diagnose.kinds import COMMUNICATION, kind
-from fxopt.diagnose.trace import STEP, Columns, Trace
+from fxopt.diagnose.trace import COMPILING, STEP, Columns, Trace
 
 # Annotations of these names, behind PREFIX, mark the phases.
 PREFIX = "fxopt."
@@ -25,8 +25,8 @@ PHASES = (
     *("optimizer", "checkpointing", "garbage collection", "logging", "compilation", "unaccounted"),
 )
 EXPOSED, UNACCOUNTED, COMPILATION = "exposed communication", "unaccounted", "compilation"
-# Dynamo annotates what it times with this ending.
-COMPILING = "(dynamo_timed)"
+# What PyTorch marks by itself.
+MARKED = {"Optimizer.": "optimizer", "enumerate(DataLoader)#": "data wait"}
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,9 @@ def phase_of(annotation: str) -> str | None:
     """The phase that an annotation marks, if any."""
     if annotation.endswith(COMPILING):
         return COMPILATION
+    for start, phase in MARKED.items():
+        if annotation.startswith(start):
+            return phase
     name = annotation.removeprefix(PREFIX)
     return name if name != annotation and name in PHASES else None
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fxopt.diagnose.errors import CannotWrite, InvalidRecord
 from fxopt.diagnose.memory import Memory
 from fxopt.diagnose.numerics import Check
 from fxopt.diagnose.protocol import Samples
 from fxopt.diagnose.verdict import Verdict
-from fxopt.errors import CannotWrite, InvalidRecord, MissingPackage
+from fxopt.errors import MissingPackage
 
 VERSION: Literal["fxopt.claim/1"] = "fxopt.claim/1"
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from fxopt.errors import NotAStep, nearest
+from fxopt.diagnose.errors import NotAStep
+from fxopt.errors import nearest
 
 Make = Callable[[], "Subject"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fxopt.errors import InvalidTrace
+from fxopt.diagnose.errors import InvalidTrace
 
 CHUNK = 4 << 20
 # No event of Kineto's is near this; a file without an end of event would be read whole.
@@ -150,6 +150,8 @@ class _Collected:
 
 
 STEP = "ProfilerStep#"
+# Dynamo marks what it times with this ending, as host ops.
+COMPILING = "(dynamo_timed)"
 
 
 def read(path: Path) -> Trace:
@@ -174,7 +176,7 @@ def read(path: Path) -> Trace:
         place = places.number(f"{event.get('pid')}/{event.get('tid')}")
         if category == "user_annotation" and name.startswith(STEP):
             main = place
-        kind = _kind(category)
+        kind = "note" if name.endswith(COMPILING) else _kind(category)
         # Kineto writes microseconds with three decimals.
         start = round(1e3 * event["ts"])
         end = start + round(1e3 * event.get("dur", 0))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.diagnose import numerics
+from fxopt.diagnose.errors import NotAStep, StepsDiffer
 from fxopt.diagnose.subjects import Subject, kept_state, refresh
-from fxopt.errors import NotAStep, StepsDiffer
 
 WIDTH = 16
 

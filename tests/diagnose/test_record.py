@@ -10,12 +10,12 @@ import pytest
 import fxopt.diagnose
 from fxopt.diagnose import record
 from fxopt.diagnose.compare import compare
+from fxopt.diagnose.errors import CannotWrite, InvalidRecord, RecordsDiffer
 from fxopt.diagnose.memory import Memory
 from fxopt.diagnose.numerics import Check, Difference
 from fxopt.diagnose.protocol import Samples, WarmUp
 from fxopt.diagnose.record import Claim, Record
 from fxopt.diagnose.verdict import Label, judge
-from fxopt.errors import CannotWrite, InvalidRecord, RecordsDiffer
 
 
 def claim(ratio: float = 1.2, **changes) -> Claim:

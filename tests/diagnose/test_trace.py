@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fxopt.diagnose import trace
+from fxopt.diagnose.errors import InvalidTrace
 from fxopt.diagnose.phases import steps
-from fxopt.errors import InvalidTrace
 from tests.diagnose.traces import Written
 
 
