@@ -1,4 +1,4 @@
-"""The `fxopt` command: `fxopt demo`, `fxopt explain` and `fxopt bench`."""
+"""The `fxopt` command: `fxopt demo`, `explain`, `bench` and `profile`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fxopt.diagnose import command
 
         return command.main(arguments[1:])
+    if arguments[:1] == ["profile"]:
+        from fxopt.diagnose import profile_command
+
+        return profile_command.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "demo":
@@ -53,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "bench",
         help="measure two steps against each other and write a claim record; --help for more",
+        add_help=False,
+    )
+    commands.add_parser(
+        "profile",
+        help="run a training script and say where the time of its steps went",
         add_help=False,
     )
     explain = commands.add_parser(

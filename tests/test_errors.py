@@ -46,6 +46,8 @@ CASES = [
     ),
     (measuring.InvalidRecord("c.json", "not JSON"), ["c.json", "not JSON", "--out"]),
     (measuring.InvalidTrace("t.json", "it ends"), ["t.json", "it ends", "export_chrome_trace"]),
+    (measuring.NotAScript("train.py"), ["'train.py'", "fxopt profile"]),
+    (measuring.RankMissing(3, 120.0), ["rank 3", "120 s", "--out"]),
     (measuring.TooFewSteps(3, 20), ["after 3 steps", "needs 20", "--steps"]),
     (measuring.CannotWrite("c.json", "No space left"), ["c.json", "No space left", "--out"]),
     (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),

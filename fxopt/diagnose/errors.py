@@ -87,3 +87,25 @@ class TooFewSteps(FxoptError):
         "the loop ended after {num_steps} steps, a profile needs {needed}; run longer, or profile "
         "fewer steps with --steps"
     )
+
+
+@dataclass(eq=False)
+class NotAScript(FxoptError):
+    """`fxopt profile` was given no file."""
+
+    path: str
+    template = (
+        "there is no script {path!r}; fxopt profile [options] train.py [arguments of train.py]"
+    )
+
+
+@dataclass(eq=False)
+class RankMissing(FxoptError):
+    """A rank has left no result."""
+
+    rank: int
+    seconds: float
+    template = (
+        "rank {rank} has left no profile within {seconds:.0f} s; look at its own output, and give "
+        "all ranks one --out folder"
+    )

@@ -47,7 +47,8 @@ def marked(models: Iterable[nn.Module]) -> Iterator[None]:
 
 def outermost_modules() -> list[nn.Module]:
     """Every module of this process that has parameters and is in no other module."""
-    found = [m for m in gc.get_objects() if isinstance(m, nn.Module)]
+    # `isinstance` would ask lazy proxies for a class that they may no longer have.
+    found = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
     inside = {id(child) for module in found for child in module.children()}
     return [m for m in found if id(m) not in inside and next(m.parameters(), None) is not None]
 

@@ -70,6 +70,8 @@ class Step:
 
 
 NUM_TOP = 10
+# While the main thread is in these, it does not wait for a collective.
+OCCUPIED = ("data wait", "checkpointing", "garbage collection", "logging", COMPILATION)
 
 
 def steps(trace: Trace) -> list[Step]:
@@ -91,7 +93,7 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
     communicating = intervals.intersection(intervals.union(communication.spans), window)
     has_device = len(trace.kernels) > 0
     if not has_device:
-        communicating = _host_communication(trace, window)
+        communicating = _host_communication(trace, window, hosts)
     owners = _owners(compute, trace.launches, hosts)
     launched = {
         name: intervals.intersection(intervals.union(compute.spans[owners == index]), window)
@@ -178,12 +180,25 @@ def _of_kind(columns: Columns, names: Sequence[str], wanted: str) -> np.ndarray:
     return np.isin(columns.names, numbers)
 
 
-def _host_communication(trace: Trace, window: Intervals) -> Intervals:
-    """Where the main thread runs or awaits a collective: without a device that is exposed."""
-    ops = trace.host_ops
-    ops = ops.where(ops.places == trace.main)
-    ops = ops.where(_of_kind(ops, trace.names, COMMUNICATION))
-    return intervals.intersection(intervals.union(ops.spans), window)
+def _host_communication(
+    trace: Trace, window: Intervals, hosts: Mapping[str, Intervals]
+) -> Intervals:
+    """Where a collective runs on any thread while the main one computes nothing and could.
+
+    The main thread shows no op while it waits for a collective.
+    """
+    ops, notes = trace.host_ops, trace.annotations
+    is_communication = _of_kind(ops, trace.names, COMMUNICATION)
+    anywhere = [
+        ops.where(is_communication).spans,
+        notes.where(_of_kind(notes, trace.names, COMMUNICATION)).spans,
+    ]
+    working = ops.where(~is_communication & (ops.places == trace.main)).spans
+    occupied = [hosts[name] for name in OCCUPIED if name in hosts]
+    waiting = intervals.difference(
+        intervals.joined(anywhere), intervals.joined([working, *occupied])
+    )
+    return intervals.intersection(waiting, window)
 
 
 def _owners(kernels: Columns, launches: Columns, hosts: Mapping[str, Intervals]) -> np.ndarray:

@@ -53,10 +53,15 @@ def test_a_host_that_waits_in_a_collective_is_exposed(analysed):
         .step(0, 100)
         .phase("backward", 0, 80)
         .op("aten::mm", 0, 40)
-        .op("gloo:all_reduce", 30, 70, place=AUTOGRAD)
-        .op("c10d::wait_tensor", 50, 70)
+        .add("user_annotation", "gloo:all_reduce", 30, 70, place=AUTOGRAD)
+        .op("c10d::wait_tensor", 50, 75)
+        .phase("logging", 72, 75)
     )
-    assert walls(step) == {"backward": 60, "exposed communication": 20, "unaccounted": 20}
+    # From the end of the product to the end of the wait, but for a message in between.
+    assert walls(step) == {
+        **{"backward": 45, "exposed communication": 32, "logging": 3, "unaccounted": 20}
+    }
+    assert (step.communication, step.overlapped) == (pytest.approx(32 * MS), 0)
 
 
 def test_kernels_belong_to_the_phase_that_launched_them(analysed):
