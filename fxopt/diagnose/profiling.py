@@ -58,7 +58,8 @@ class Profiled:
         steps: analysed, one per profiled step.
         plain_s: median seconds of a step without the profiler.
         profiled_s: median seconds with it; the difference is the profiler's own cost.
-        held_bytes: by the allocator (on a CPU: by the process) after each step, in order.
+        held_bytes: by the allocator (on a CPU: by the process) after each plain step, in order; the
+            profiler's own buffers grow in the others.
         num_compiled: graphs compiled in the plain and profiled steps.
         trace: path of the trace.
     """
@@ -157,7 +158,7 @@ class Profile:
             steps(read(self.path)),
             statistics.median(plain),
             statistics.median(seconds[-window.num_profiled :]),
-            self.held[window.num_skipped :],
+            self.held[first : first + window.num_plain + 1],
             self.compiled[-1] - self.compiled[first],
             str(self.path),
         )

@@ -37,13 +37,13 @@ def test_three_percent_slower_is_slow_in_95_percent(kind):
 
 
 def test_three_percent_faster_is_fast_in_95_percent():
-    assert labels(MACHINES["usual"], STEP / 1.03)[Label.FAST] >= 0.95 * NUM_RUNS
+    assert labels(MACHINES["usual"], STEP / 1.03, num_runs=60)[Label.FAST] >= 57
 
 
 def test_where_noise_hides_the_answer_it_says_so_and_does_not_guess():
-    found = labels(NOISY, STEP, num_runs=40)
-    # 5% of 40 is 2.
-    assert found[Label.FAST] + found[Label.SLOW] <= 2
+    found = labels(NOISY, STEP, num_runs=20)
+    # 5% of 20 is 1.
+    assert found[Label.FAST] + found[Label.SLOW] <= 1
     assert found[Label.INCONCLUSIVE]
 
 
