@@ -6,8 +6,10 @@ from torch import nn
 
 from fxopt.diagnose import memory, roofline
 from fxopt.diagnose.devices import TorchDevice, this_device
+from fxopt.diagnose.protocol import Plan, Samples, measure
 from fxopt.diagnose.roofline import Flops, Peaks
 from fxopt.diagnose.subjects import Subject
+from fxopt.diagnose.verdict import is_decided, judge
 
 B, D = 4, 32
 PRODUCT = 2 * B * D * D  # FLOPs of one linear
@@ -102,3 +104,30 @@ def test_peak_bytes_is_the_allocator_high_water_mark():
 
     # 2 MB for `second`, then two sums of it at once; a few bytes of scalars may come on top.
     assert memory.peak_bytes(work) == pytest.approx(6_000_000, abs=1000)
+
+
+def training_step() -> Subject:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)),
+        torch.randn(64, 256),
+    )
+
+    def step() -> None:
+        model.zero_grad()
+        model(x).square().mean().backward()
+
+    return Subject("step", step, model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_real_step_against_itself_is_same():
+    labels = []
+    for _ in range(20):
+        samples = Samples()
+        plan = Plan(seconds=60)
+        measure(training_step(), training_step(), this_device("cpu"), plan, samples, is_decided)
+        labels.append(judge(samples).label)
+    # 5% of 20 is 1.
+    assert labels.count("SAME") >= 19, labels

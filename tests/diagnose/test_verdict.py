@@ -1,14 +1,17 @@
 """The verdict on machines with synthetic clocks: how often it is right, and when it abstains."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
+from fxopt.diagnose import protocol
 from fxopt.diagnose.protocol import Samples
 from fxopt.diagnose.verdict import Label, Verdict, judge, label
 from tests.diagnose.machines import Machine, compare, verdict
 
 NUM_RUNS = 200
+COLLECTOR = ("collect", "disable", "enable", "isenabled")
 STEP = 0.1  # seconds
 # White noise and spikes on top of noise that lasts, and a clock that throttles by 15%: wandering
 # slowly, fast, and faster than a round.
@@ -17,8 +20,13 @@ MACHINES = {
     "usual": {"white": 0.02, "lasting": 0.03, "memory": 1.0, "spikes": 0.02, "throttling": 8.0},
     "fast": {"white": 0.02, "lasting": 0.03, "memory": 0.1, "spikes": 0.02, "throttling": 1.0},
 }
-KINDS = ["slow", "usual", pytest.param("fast", marks=pytest.mark.slow)]
 NOISY = {"white": 0.05, "lasting": 0.05, "memory": 0.3, "spikes": 0.05, "throttling": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Thousands of runs of Python's collector would take most of the real time here."""
+    monkeypatch.setattr(protocol, "gc", SimpleNamespace(**dict.fromkeys(COLLECTOR, lambda: None)))
 
 
 def labels(kind: dict[str, float], candidate: float, num_runs: int = NUM_RUNS) -> Counter[Label]:
@@ -26,24 +34,24 @@ def labels(kind: dict[str, float], candidate: float, num_runs: int = NUM_RUNS) -
     return Counter(run.label for run in runs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MACHINES)
 def test_a_step_against_itself_is_same_in_95_percent(kind):
     assert labels(MACHINES[kind], STEP)[Label.SAME] >= 0.95 * NUM_RUNS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MACHINES)
 def test_three_percent_slower_is_slow_in_95_percent(kind):
     assert labels(MACHINES[kind], 1.03 * STEP)[Label.SLOW] >= 0.95 * NUM_RUNS
 
 
 def test_three_percent_faster_is_fast_in_95_percent():
-    assert labels(MACHINES["usual"], STEP / 1.03, num_runs=60)[Label.FAST] >= 57
+    assert labels(MACHINES["usual"], STEP / 1.03)[Label.FAST] >= 0.95 * NUM_RUNS
 
 
 def test_where_noise_hides_the_answer_it_says_so_and_does_not_guess():
-    found = labels(NOISY, STEP, num_runs=20)
-    # 5% of 20 is 1.
-    assert found[Label.FAST] + found[Label.SLOW] <= 1
+    found = labels(NOISY, STEP, num_runs=100)
+    # 5% of 100.
+    assert found[Label.FAST] + found[Label.SLOW] <= 5
     assert found[Label.INCONCLUSIVE]
 
 
