@@ -46,6 +46,7 @@ CASES = [
     ),
     (measuring.InvalidRecord("c.json", "not JSON"), ["c.json", "not JSON", "--out"]),
     (measuring.InvalidTrace("t.json", "it ends"), ["t.json", "it ends", "export_chrome_trace"]),
+    (measuring.NoSuchDevice("cuda:8", "cpu, cuda:0"), ["'cuda:8'", "has cpu, cuda:0"]),
     (measuring.NotAScript("train.py"), ["'train.py'", "fxopt profile"]),
     (measuring.RankMissing(3, 120.0), ["rank 3", "120 s", "--out"]),
     (measuring.TooFewSteps(3, 20), ["after 3 steps", "needs 20", "--steps"]),

@@ -26,11 +26,12 @@ from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.record import Claim, Record
 from fxopt.diagnose.suites import Sweep, function_cases, preset_cases
 from fxopt.diagnose.verdict import MARGIN
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, UnknownOption
 
 COMMANDS = ("step", "preset", "kernels", "compare", "show")
 # Of several claims the worst decides: environment, regression, inconclusive, pass.
 SEVERITY = (2, 1, 3, 0)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 SWEPT = ("batch", "tokens", "height", "width", "recipe", "ac", "door")
 
 
@@ -110,10 +111,12 @@ def _launch(world_size: int, out: Path, argv: Sequence[str]) -> int:
     """The same command in `world_size` processes of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     command += ["--standalone", "-m", "fxopt", "bench", *argv]
-    out.unlink(missing_ok=True)
+    before = out.stat().st_mtime_ns if out.exists() else None
     done = subprocess.run(command, check=False)
     # torchrun's own code is 1 whenever a worker's is not 0.
-    return _worst(record.read(out).claims) if done.returncode == 0 else 2
+    if done.returncode or not out.exists() or out.stat().st_mtime_ns == before:
+        return 2
+    return _worst(record.read(out).claims)
 
 
 @contextmanager
@@ -167,6 +170,8 @@ def _worst(claims: Sequence[Claim]) -> int:
 
 
 def _cases(options: argparse.Namespace, device: TorchDevice) -> Iterator[Case]:
+    if options.dtype not in DTYPES:
+        raise UnknownOption(options.dtype, DTYPES)
     sweep = Sweep(dtype=options.dtype, **{name: getattr(options, name) for name in SWEPT})
     if options.command == "step":
         yield from function_cases(

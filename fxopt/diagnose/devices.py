@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fxopt.diagnose.errors import NoSuchDevice
 from fxopt.diagnose.protocol import Step
 
 # Elements per side of the reference product: some milliseconds on a CPU core.
@@ -119,8 +120,15 @@ class TorchDevice:
 
 
 def this_device(name: str | None = None) -> TorchDevice:
-    """`name`, or the CUDA device of this process, or else the CPU."""
+    """`name`, or the CUDA device of this process, or else the CPU.
+
+    Raises:
+        NoSuchDevice: if there is none of this name, or none that can be measured.
+    """
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in (None, "cuda" if len(known) > 1 else "cpu", *known):
+        raise NoSuchDevice(str(name), ", ".join(known))
     device = torch.device(name or default)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

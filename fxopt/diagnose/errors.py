@@ -90,6 +90,15 @@ class TooFewSteps(FxoptError):
 
 
 @dataclass(eq=False)
+class NoSuchDevice(FxoptError):
+    """`--device` names what this machine does not have."""
+
+    name: str
+    known: str
+    template = "there is no device {name!r} to measure on; this machine has {known}"
+
+
+@dataclass(eq=False)
 class NotAScript(FxoptError):
     """`fxopt profile` was given no file."""
 

@@ -7,12 +7,9 @@ results together.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +18,11 @@ from typing import Any
 from torch.optim import optimizer
 
 from fxopt.cli import positive
-from fxopt.diagnose import profile_page
-from fxopt.diagnose.errors import NotAScript, RankMissing
-from fxopt.diagnose.findings import findings
-from fxopt.diagnose.phases import Phase, Step
-from fxopt.diagnose.profiling import Profile, Profiled, Window
-from fxopt.diagnose.record import write_text
+from fxopt.diagnose.errors import NotAScript
+from fxopt.diagnose.profiling import Profile, Window
 from fxopt.errors import FxoptError
 from fxopt.report import Report
 
-# How long rank 0 waits for the others' results.
-PATIENCE = 120.0  # seconds
 
 
 class WindowOver(Exception):
@@ -63,30 +54,12 @@ def _profile(options: argparse.Namespace) -> int:
     if not Path(options.script).is_file():
         raise NotAScript(options.script)
     window = Window(options.skip, options.steps, options.steps)
-    out: Path = options.out
-    mine = out / f"rank{os.environ.get('RANK', '0')}.json"
-    with Profile(out, window) as profile:
-        mine.unlink(missing_ok=True)
-        _run(options.script, options.args, profile)
-    result = profile.result()
-    write_text(json.dumps(dataclasses.asdict(result)), mine)
-    if profile.rank:
-        return 0
-    ranks = list(_gather(out, int(os.environ.get("WORLD_SIZE", "1"))))
     report = None
     if options.report:
         report = Report.from_dict(json.loads(options.report.read_text()))
-    publish(ranks, out, report)
-    return 0
-
-
-def publish(ranks: Sequence[Profiled], out: Path, report: Report | None = None) -> None:
-    """Print the profile and write `profile.json` and `profile.html` to `out`."""
-    found = findings(ranks, report)
-    write_text(profile_page.to_json(ranks, found), out / "profile.json")
-    write_text(profile_page.html(ranks, found), out / "profile.html")
-    print(profile_page.text(ranks, found))
-    print(f"wrote {out}/profile.json and {out}/profile.html")
+    with Profile(options.out, window, report) as profile:
+        _run(options.script, options.args, profile)
+    return 0 if profile.is_complete else 2
 
 
 def _run(script: str, arguments: Sequence[str], profile: Profile) -> None:
@@ -119,24 +92,3 @@ def _steps(profile: Profile) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _gather(out: Path, world_size: int) -> Iterator[Profiled]:
-    """The results of all ranks, as they arrive."""
-    deadline = time.monotonic() + PATIENCE
-    for rank in range(world_size):
-        path = out / f"rank{rank}.json"
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise RankMissing(rank, PATIENCE)
-            time.sleep(0.1)
-        yield load(json.loads(path.read_text()))
-
-
-def load(data: dict[str, Any]) -> Profiled:
-    """The result that `dataclasses.asdict` came from."""
-    steps = [
-        Step(**step | {"phases": {name: Phase(**p) for name, p in step["phases"].items()}})
-        for step in data["steps"]
-    ]
-    return Profiled(**data | {"steps": steps})

@@ -27,6 +27,7 @@ from fxopt.diagnose.errors import TooFewSteps
 from fxopt.diagnose.marking import marked, outermost_modules
 from fxopt.diagnose.phases import Step, steps
 from fxopt.diagnose.trace import read
+from fxopt.report import Report
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,17 @@ class Profile:
     """Context manager around a training loop; `step()` ends a step of it.
 
     Args:
-        out: folder of the trace.
+        out: folder of what it writes.
         window: which steps are looked at.
+        report: fxopt's report on the model; its reasons then appear among the costs.
     """
 
-    def __init__(self, out: Path | str, window: Window | None = None) -> None:
-        self.window = window or Window()
+    def __init__(
+        self, out: Path | str, window: Window | None = None, report: Report | None = None
+    ) -> None:
+        self.window, self.out, self.report = window or Window(), Path(out), report
         self.rank = int(os.environ.get("RANK", "0"))
-        self.path = Path(out) / f"rank{self.rank}_trace.json.gz"
+        self.path = self.out / f"rank{self.rank}_trace.json.gz"
         self.num_done = 0
         self.ends: list[float] = []
         self.held: list[int] = []
@@ -93,16 +97,29 @@ class Profile:
         self._profiler: torch.profiler.profile | None = None
 
     def __enter__(self) -> Profile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        from fxopt.diagnose.profile_results import path_of
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        # Rank 0 must not take an earlier run's file for this one's.
+        path_of(self.rank, self.out).unlink(missing_ok=True)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._undo.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Write and print the profile; only say so if the loop was too short for one."""
+        from fxopt.diagnose.profile_results import leave
+
+        self._finish()
+        if kind is not None:
+            return
+        try:
+            leave(self.result(), self.out, self.report)
+        except TooFewSteps as error:
+            print(f"fxopt profile: {error}", file=sys.stderr)
 
     def step(self) -> None:
         """The end of a step."""
         self.num_done += 1
-        if self.done:
+        if self.num_done > self.window.num_steps:
             self._finish()
             return
         synchronize()
@@ -115,9 +132,9 @@ class Profile:
             self._start()
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all steps of the window have run."""
-        return self.num_done > self.window.num_steps
+        return self.num_done >= self.window.num_steps
 
     def _start(self) -> None:
         def export(profiler: torch.profiler.profile) -> None:

@@ -111,6 +111,19 @@ def test_mistakes_are_exit_code_two_and_leave_no_record(bench, capsys, candidate
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--device", "cuda:99"), "no device 'cuda:99' to measure on; this machine has cpu"),
+        (("--dtype", "bf16"), "unknown option 'bf16'"),
+    ],
+)
+def test_what_the_machine_lacks_is_exit_code_two(bench, capsys, option, message):
+    code, made = bench("slower", *option)
+    assert (code, made) == (2, None)
+    assert message in capsys.readouterr().err
+
+
 def test_a_swept_option_must_be_an_argument(bench, capsys):
     code, _ = bench("slower", "--batch", "4")
     assert code == 2

@@ -22,7 +22,7 @@ from fxopt.diagnose.errors import TooFewSteps
 from fxopt.diagnose.findings import findings, mean_walls, spreads
 from fxopt.diagnose.marking import marked, outermost_modules
 from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
-from fxopt.diagnose.profile_command import load
+from fxopt.diagnose.profile_results import load
 from fxopt.diagnose.profiling import Profile, Profiled, Window
 from fxopt.report import Applied, Declined, Report
 
@@ -173,6 +173,7 @@ def loop(profile: Profile, num_steps: int) -> None:
 def test_three_lines_in_a_loop(tmp_path):
     profile = Profile(tmp_path, Window(1, 2, 3))
     loop(profile, 20)
+    assert (tmp_path / "profile.html").exists()
     found = profile.result()
     assert len(found.steps) == 3
     for step in found.steps:
@@ -180,9 +181,10 @@ def test_three_lines_in_a_loop(tmp_path):
     assert load(json.loads(json.dumps(dataclasses.asdict(found)))).plain_s == found.plain_s
 
 
-def test_a_loop_that_is_too_short_is_said(tmp_path):
+def test_a_loop_that_is_too_short_is_said(tmp_path, capsys):
     profile = Profile(tmp_path, Window(1, 2, 3))
     loop(profile, 5)
+    assert "the loop ended after 5 steps, a profile needs 7" in capsys.readouterr().err
     with pytest.raises(TooFewSteps):
         profile.result()
 
