@@ -25,6 +25,8 @@ PHASES = (
     *("optimizer", "checkpointing", "garbage collection", "logging", "compilation", "unaccounted"),
 )
 EXPOSED, UNACCOUNTED, COMPILATION = "exposed communication", "unaccounted", "compilation"
+# Copies of this name count as their own phase, where no kernel hides them.
+COPYING, TO_DEVICE = "host-to-device", "Memcpy HtoD"
 # What PyTorch marks by itself.
 MARKED = {"Optimizer.": "optimizer", "enumerate(DataLoader)#": "data wait"}
 
@@ -88,53 +90,56 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
     hosts = host_phases(trace, window)
     device = _within(trace.kernels, start, end)
     is_communication = _of_kind(device, trace.names, COMMUNICATION)
-    compute, communication = device.where(~is_communication), device.where(is_communication)
-    computing = intervals.intersection(intervals.union(compute.spans), window)
-    communicating = intervals.intersection(intervals.union(communication.spans), window)
+    is_copy = np.isin(
+        device.names, [i for i, name in enumerate(trace.names) if name.startswith(TO_DEVICE)]
+    )
+
+    def covered(mask: np.ndarray) -> Intervals:
+        return intervals.intersection(intervals.union(device.spans[mask]), window)
+
+    owners = _owners(device, trace.launches, hosts)
+    is_compute = ~is_communication & ~is_copy
+    launched = {name: covered(is_compute & (owners == i)) for i, name in enumerate(hosts)}
+    launched[COPYING] = covered(is_copy)
     has_device = len(trace.kernels) > 0
-    if not has_device:
-        communicating = _host_communication(trace, window, hosts)
-    owners = _owners(compute, trace.launches, hosts)
-    launched = {
-        name: intervals.intersection(intervals.union(compute.spans[owners == index]), window)
-        for index, name in enumerate(hosts)
-    }
-    busy = intervals.joined([computing, communicating]) if has_device else EMPTY
-    phases, left = {}, window
-    walls: dict[str, Intervals] = {}
-    for name, own in launched.items():
-        walls[name] = intervals.intersection(left, own)
-        left = intervals.difference(left, own)
-    walls[EXPOSED] = intervals.intersection(left, communicating)
-    left = intervals.difference(left, communicating)
-    for name, own in hosts.items():
-        rest = intervals.intersection(left, own)
-        walls[name] = intervals.joined([walls.get(name, EMPTY), rest])
-        left = intervals.difference(left, own)
-    walls[UNACCOUNTED] = intervals.joined([walls.get(UNACCOUNTED, EMPTY), left])
-    for name in PHASES:
-        host = hosts.get(name, EMPTY)
-        phases[name] = Phase(
+    communicating = (
+        covered(is_communication) if has_device else _host_communication(trace, window, hosts)
+    )
+    busy = intervals.joined([*launched.values(), communicating]) if has_device else window
+    walls = partition(window, [*launched.items(), (EXPOSED, communicating), *hosts.items()])
+    phases = {
+        name: Phase(
             intervals.seconds(walls.get(name, EMPTY)),
-            intervals.seconds(host),
+            intervals.seconds(hosts.get(name, EMPTY)),
             intervals.seconds(launched.get(name, EMPTY)),
-            intervals.seconds(intervals.difference(host, busy)) if has_device else 0.0,
+            intervals.seconds(intervals.difference(hosts.get(name, EMPTY), busy)),
         )
-    idle = intervals.difference(window, busy) if has_device else EMPTY
+        for name in PHASES
+    }
     spent, calls = _spent(trace, device, start, end)
     kinds: Counter[str] = Counter()
     for name, seconds in spent.items():
         kinds[kind(name)] += seconds
-    overlap = intervals.intersection(communicating, computing)
+    idle = intervals.difference(window, busy)
     return Step(
         1e-9 * (end - start),
         phases,
         dict(kinds.most_common()),
         [(name, seconds, calls[name]) for name, seconds in spent.most_common(NUM_TOP)],
         intervals.seconds(communicating),
-        intervals.seconds(overlap),
+        intervals.seconds(intervals.intersection(communicating, covered(is_compute))),
         sorted((1e-9 * float(b - a) for a, b in idle), reverse=True)[:NUM_TOP],
     )
+
+
+def partition(window: Intervals, claims: Sequence[tuple[str, Intervals]]) -> dict[str, Intervals]:
+    """The window by name: each claim gets what those before it have left."""
+    left, found = window, dict[str, Intervals]()
+    for name, claim in claims:
+        taken = intervals.intersection(left, claim)
+        found[name] = intervals.joined([found.get(name, EMPTY), taken])
+        left = intervals.difference(left, claim)
+    return found
 
 
 def host_phases(trace: Trace, window: Intervals) -> dict[str, Intervals]:

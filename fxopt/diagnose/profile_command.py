@@ -24,7 +24,6 @@ from fxopt.errors import FxoptError
 from fxopt.report import Report
 
 
-
 class WindowOver(Exception):
     """Ends the script once the profiled steps have run."""
 

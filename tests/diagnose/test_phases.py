@@ -105,6 +105,19 @@ def test_streams_that_compute_at_once_count_once(analysed):
     assert step.kinds["glue"] == pytest.approx(40 * MS)  # sums of kernels, not of the clock
 
 
+def test_a_copy_to_the_device_counts_where_no_kernel_hides_it(analysed):
+    copy = "Memcpy HtoD (Pinned -> Device)"
+    written = Written().step(0, 60).phase("forward", 0, 60).kernel("gemm_bf16", 1, 20, 50)
+    written.add("gpu_memcpy", copy, 10, 30, place=9, correlation=0)
+    written.add("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 50, 55, place=7, correlation=0)
+    step = analysed(written)
+    # Idle from 0 to 10 and from 55 on, while the host is in forward.
+    assert walls(step) == {"host-to-device": 10, "forward": 50}
+    assert step.phases["host-to-device"].device == pytest.approx(20 * MS)
+    assert step.phases["forward"].idle == pytest.approx(15 * MS)
+    assert step.kinds == pytest.approx({"GEMM bf16": 30 * MS, "copies": 25 * MS})
+
+
 def test_steps_are_apart_and_a_kernel_may_run_over_the_end(analysed, tmp_path):
     written = Written().step(0, 10, 0).step(10, 20, 1).phase("forward", 0, 10).kernel("k", 2, 5, 15)
     first, second = steps(read(written.to(tmp_path / "t.json")))
