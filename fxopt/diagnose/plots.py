@@ -81,7 +81,7 @@ def ratio(record: Record) -> Figure | None:
         yticks=range(len(timed)),
         yticklabels=[claim.name for claim in timed],
         ylim=(len(timed) - 0.5, -0.5),
-        xlabel="baseline time / candidate time, with 95% interval; right of 1 is faster",
+        xlabel="speedup: baseline time / candidate time",
     )
     axes.margins(x=0.15)
     return figure
