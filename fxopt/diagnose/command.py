@@ -93,10 +93,14 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("claim.json"), help="the record")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of timing per case")
-    parser.add_argument("--margin", type=float, default=MARGIN, help="below it, all is SAME")
     parser.add_argument(
-        "--tolerance", type=float, help="largest relative L2 error of outputs against the baseline"
+        "--seconds", type=above_zero, default=Plan.seconds, help="of timing per case"
+    )
+    parser.add_argument("--margin", type=above_zero, default=MARGIN, help="below it, all is SAME")
+    parser.add_argument(
+        "--tolerance",
+        type=above_zero,
+        help="largest relative L2 error of outputs against the baseline",
     )
     parser.add_argument(
         "--float64",
@@ -105,6 +109,14 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "presets and kernels)",
     )
     parser.add_argument("--world-size", type=positive, help="processes, started with torchrun")
+
+
+def above_zero(text: str) -> float:
+    """An argument that measures something."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    return value
 
 
 def _launch(world_size: int, out: Path, argv: Sequence[str]) -> int:

@@ -124,6 +124,14 @@ def test_what_the_machine_lacks_is_exit_code_two(bench, capsys, option, message)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--seconds", "--margin", "--tolerance"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_what_must_be_above_zero_is_exit_code_two(bench, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        bench("slower", f"{option}={value}")
+    assert "is not above 0 and finite" in capsys.readouterr().err
+
+
 def test_a_swept_option_must_be_an_argument(bench, capsys):
     code, _ = bench("slower", "--batch", "4")
     assert code == 2
