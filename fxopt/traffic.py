@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fxopt.cost import Product, Work
 from fxopt.fakes import faked
+from fxopt.kernels.registration import LAUNCHES
 
 GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
@@ -31,8 +32,6 @@ VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
 }
-# Backward kernels that sum their programs' partial sums in a second launch.
-REDUCING = {"fxopt::norm_modulate_backward", "fxopt::qk_norm_rope_backward"}
 ALLOCATIONS = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros_like"),
 }
@@ -59,7 +58,7 @@ class Traffic:
     Args:
         gemms, attentions: its products.
         glue: bytes read and written by everything else, by op; each operand is read once.
-        launches: kernels by op: one each, two for an op in REDUCING.
+        launches: kernels by op: one each, or what the op's registration counts.
         saved: bytes kept for backward, by storage, without the parameters.
     """
 
@@ -122,7 +121,8 @@ class _Counting(TorchDispatchMode):
         cost, name = kind(func), func._schema.name.removeprefix("aten::")
         if cost in ("view", "allocation"):
             return out
-        self.traffic.launches[name] += 2 if name in REDUCING else 1
+        launches = LAUNCHES.get(name)
+        self.traffic.launches[name] += 1 if launches is None else launches(*args)
         operands = args[1:] if name == "copy_" else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))

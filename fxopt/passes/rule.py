@@ -60,6 +60,7 @@ class Rule:
     propose: yields bindings, the largest first, and reasons where the shape is nearly right.
     tier: how the numbers relate to eager's: bitwise, or error at most twice eager's own.
     compiled: whether the rule runs before a compiler that fuses on its own.
+    finish: rearranges a graph after the rule was applied all over it; changes no values.
     """
 
     name: str
@@ -68,3 +69,4 @@ class Rule:
     propose: Callable[[fx.Node], Iterator[Binding | Reason]]
     tier: Tier = "rounding"
     compiled: bool = True
+    finish: Callable[[fx.Graph], None] | None = None

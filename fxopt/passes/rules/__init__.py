@@ -3,8 +3,11 @@
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import (
     attention,
+    drop_mask,
+    fuse_bias,
     gated_activation,
     merge_linears,
+    merge_qk,
     norm_modulate,
     qk_norm_rope,
     rms_norm,
@@ -12,9 +15,12 @@ from fxopt.passes.rules import (
 
 CATALOGUE: tuple[Rule, ...] = (
     attention.RULE,
+    drop_mask.RULE,
     rms_norm.RULE,
     qk_norm_rope.RULE,
+    merge_qk.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
+    fuse_bias.RULE,
     merge_linears.RULE,
 )
