@@ -63,10 +63,8 @@ def _eager_qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> 
 def _qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from fxopt.kernels.qk_norm_rope import qk_norm_rope
 
-    first, second = (x, weight, None, cos, sin), (None,) * 5
-    out: Tensor = qk_norm_rope(
-        *first, *second, "rms", 1e-6, 1e-6, 0.0, False, "interleaved", x.dtype
-    )[0]
+    tensors = [x], [None], [weight], [None], [cos], [sin]
+    out: Tensor = qk_norm_rope(*tensors, [1], "rms", [1e-6], 0.0, False, "interleaved", x.dtype)[0]
     return out
 
 

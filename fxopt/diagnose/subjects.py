@@ -94,6 +94,13 @@ def refresh(subject: Subject, seed: int) -> None:
                 tensor.mul_(0.5 + float(torch.rand((), generator=generator)))
 
 
+def take_values(subject: Subject, other: Subject) -> None:
+    """Give `subject` the values of `other`, which has the same tensors in other dtypes."""
+    with torch.no_grad():
+        for tensor, value in zip(subject.state(), other.state(), strict=True):
+            tensor.detach().copy_(value)
+
+
 def function_at(spec: str) -> Callable[..., Any]:
     """The function of "FILE.py:FUNCTION".
 

@@ -144,13 +144,39 @@ def test_against_float64_the_factor_is_two_of_the_baselines_error():
     step = torch.finfo(torch.float32).eps * exact
     close, far = (exact + factor * step for factor in (0.3, 3.0))
 
-    def errors(found: Tensor):
-        return numerics.judge(
-            "before", {"output 0": baseline}, {"output 0": found}, {"output 0": exact}, None
-        ).failures
+    def severity(found: Tensor) -> float:
+        return numerics.compare("output 0", baseline, found, exact, 1.0).severity
 
-    assert not errors(close)
-    assert errors(far)
+    assert severity(close) < 1 < severity(far)
+
+
+def test_one_unlucky_draw_does_not_convict_but_a_mistake_does():
+    def over(*errors: float) -> float:
+        own, roundoff = 1e-7, 6e-8
+        bound = numerics.FACTOR * own + roundoff
+        draws = [numerics.Difference("output 0", e, bound, 1.0, 0.0, own) for e in errors]
+        return numerics._pooled(draws).severity
+
+    assert over(3e-7) > 1
+    # The root mean square of the four is 1.7e-7.
+    assert over(3e-7, 1e-7, 1e-7, 1e-7) < 1
+    assert over(3e-7, 3e-7, 3e-7, 3e-7) > 1
+
+
+def test_a_mistake_of_a_few_roundings_is_found_over_all_draws():
+    off = subject(lambda model, y: y * (1 + 1e-6))
+    found = numerics.check("before", subject(), off, subject, seed=0)
+    assert "output 0" in found.failures[0]
+
+
+def test_the_truth_has_the_rounded_values_of_the_baseline():
+    # Refreshed bfloat16 parameters are rounded; a truth with unrounded ones would be another model,
+    # and excuse any error of that size.
+    def make() -> Subject:
+        return subject(dtype=torch.bfloat16)
+
+    off = subject(lambda model, y: y * (1 + 2**-5), dtype=torch.bfloat16)
+    assert numerics.check("after", make(), off, make, seed=0).failures
 
 
 def test_bias_is_signed_and_cosine_sees_direction():
