@@ -124,6 +124,60 @@ class UnknownRecipe(_UnknownName):
     kind = "recipe"
 
 
+@dataclass(eq=False)
+class InvalidRecipe(FxoptError):
+    """A recipe contradicts itself, or asks for what does not exist."""
+
+    recipe: str
+    problem: str
+    template = "recipe {recipe!r}: {problem}; start from a named one, see fxopt.recipes.RECIPES"
+
+
+@dataclass(eq=False)
+class NotNative(FxoptError):
+    """A recipe that may not be emulated was asked for on a device that cannot run it."""
+
+    recipe: str
+    device: str
+    needed: str
+    template = (
+        "recipe {recipe!r} cannot run on {device}, it needs {needed}; use emulate=True to compute "
+        "the same there slowly, or another recipe"
+    )
+
+
+@dataclass(eq=False)
+class LowPrecisionParameter(FxoptError):
+    """A parameter of the model is stored in FP8, which leaves nothing to train."""
+
+    parameter: str
+    dtype: str
+    template = (
+        "parameter {parameter!r} is stored in {dtype}: recipes quantize the products, the "
+        "parameters stay in bf16, fp16 or fp32; load the model in one of them"
+    )
+
+
+@dataclass(eq=False)
+class KeepMatchesNothing(FxoptError):
+    """A glob in a recipe's `keep` picks no linear."""
+
+    pattern: str
+    known: Sequence[str]
+    template = (
+        "keep={pattern!r} matches none of the {num_known} linears{suggestion}; it is a glob over "
+        "fully qualified names, such as 'transformer_blocks.0.*'"
+    )
+
+    def __str__(self) -> str:
+        close = nearest(self.pattern, self.known)
+        return self.template.format(
+            pattern=self.pattern,
+            num_known=len(self.known),
+            suggestion=f"; nearest: {', '.join(map(repr, close))}" if close else "",
+        )
+
+
 class UnknownRule(_UnknownName):
     """No rule of the catalogue has this name."""
 

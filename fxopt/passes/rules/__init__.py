@@ -6,6 +6,7 @@ from fxopt.passes.rules import (
     gated_activation,
     merge_linears,
     norm_modulate,
+    quantized_linear,
     qk_norm_rope,
     rms_norm,
 )
@@ -16,5 +17,6 @@ CATALOGUE: tuple[Rule, ...] = (
     qk_norm_rope.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
+    quantized_linear.RULE,
     merge_linears.RULE,
 )
