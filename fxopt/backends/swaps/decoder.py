@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import Mlp, Normed, Rotation, Section, fire, heads, operand
+from fxopt.backends.swaps.fused import (
+    Mlp,
+    Normed,
+    Rotation,
+    Section,
+    fire,
+    heads,
+    operand,
+    project,
+)
 from fxopt.backends.swaps.mlps import activation
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
@@ -38,7 +47,7 @@ def fused_layer(
         for t, norm in zip((q, k), norms, strict=True)
     )
     v = heads(v, attn.head_dim).transpose(1, 2)
-    branch = attn.o_proj(attend(attn, q, k, v, attention_mask, passed_on))
+    (branch,) = project(attend(attn, q, k, v, attention_mask, passed_on), attn.o_proj)
 
     parts = layer.mlp
     name = activation(parts.act_fn)

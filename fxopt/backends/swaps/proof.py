@@ -22,8 +22,11 @@ from torch.utils import _pytree as pytree
 
 from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.fused import counting
+from fxopt.backends.swaps.quantized import quantizing
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
+from fxopt.kernels.quantized_linears import high_precision
 from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE
+from fxopt.recipes import Recipe
 
 RAISED = {
     torch.float32: torch.float64,
@@ -45,30 +48,42 @@ _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`why_not` is None if the replacement may stand; `fired` are its substitutions, (rule, op)."""
+    """`why_not` is None if the replacement may stand; `fired` are its substitutions, (rule, op).
+
+    refused: paths of linears that a recipe leaves in the model's dtype, with the reasons.
+    """
 
     why_not: str | None
     fired: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 _verdicts: dict[Any, list[tuple[Reads, Verdict]]] = {}
 
 
-def prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
+def prove(
+    module: nn.Module,
+    swap: Swap,
+    arguments: Arguments,
+    recipe: Recipe,
+    kept: frozenset[str] = frozenset(),
+) -> tuple[Reads, Verdict]:
     """Judge `swap` on `module`; modules of one structure whose read attributes agree share it.
 
     Args:
         module: the module with its own forward; it is not run, its replica is.
         arguments: those of a call; only their kinds count.
+        recipe: which linears it would quantize is noted; they run in the model's dtype here.
+        kept: paths of linears that the recipe keeps.
     """
-    key = (swap.name, structure(module), swap.signature(arguments))
+    key = (swap.name, structure(module), swap.signature(arguments), recipe, kept)
     known = _verdicts.setdefault(key, [])
     for reads, verdict in known:
         if reads.hold_for(module):
             return reads, verdict
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)  # of the CPU alone
-        known.append(_prove(module, swap, arguments))
+        known.append(_prove(module, swap, arguments, recipe, kept))
     return known[-1]
 
 
@@ -84,14 +99,23 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in module._parameters.items() if p is not None]
 
 
-def _prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
+def _prove(
+    module: nn.Module, swap: Swap, arguments: Arguments, recipe: Recipe, kept: frozenset[str]
+) -> tuple[Reads, Verdict]:
     reads = Reads()
     try:
         twin = replica(module, swap)
         example = swap.like(arguments, twin)
-        with recording(twin) as reads, counting() as fired:
+        with (
+            recording(twin) as reads,
+            counting() as fired,
+            quantizing(recipe, twin, kept) as low,
+            high_precision(),
+        ):
             why_not = _compare(twin, module, swap, example, fired)
-        verdict = Verdict(why_not, tuple(fired))
+        paths = {m: path for path, m in twin.named_modules()}
+        refused = tuple((paths[m], reasons) for m, reasons in low.refused.items())
+        verdict = Verdict(why_not, tuple(fired), refused)
     except Unfit as reason:
         verdict = Verdict(str(reason))
     except Exception as error:  # a guess that cannot even run is a wrong guess

@@ -1,0 +1,90 @@
+"""Which linears of a fused forward run in the formats of a recipe, and those that do.
+
+The roles are those of the rule `quantized_linear`: the captured doors decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxopt.kernels.quantized_linears import is_high_precision
+from fxopt.kernels.scaled_matmul import MULTIPLE
+from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
+from fxopt.recipes import Recipe
+
+NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
+
+
+@dataclass
+class Quantizing:
+    """A recipe at work on one module.
+
+    kept: linears that the recipe keeps.
+    refused: why the linears met so far stay in the model's dtype.
+    """
+
+    recipe: Recipe
+    kept: tuple[nn.Module, ...] = ()
+    refused: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+
+
+_active: ContextVar[Quantizing | None] = ContextVar("active", default=None)
+
+
+@contextmanager
+def quantizing(recipe: Recipe, module: nn.Module, kept: frozenset[str]) -> Iterator[Quantizing]:
+    """Run fused forwards of `module` by `recipe`, but for the linears at the paths `kept`."""
+    active = Quantizing(recipe, tuple(module.get_submodule(path) for path in kept))
+    token = _active.set(active if recipe.gemms else None)
+    try:
+        yield active
+    finally:
+        _active.reset(token)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` is its weight and bias and nothing else."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not is_traceable_wrapper_subclass(linear.weight)
+    )
+
+
+def quantizes(x: Tensor, linear: nn.Module) -> Recipe | None:
+    """The recipe by which `linear` of `x` runs; None for the model's dtype."""
+    active = _active.get()
+    if active is None or not isinstance(linear, nn.Linear):
+        return None
+    reasons = tuple(_reasons(active, x, linear))
+    if reasons:
+        active.refused[linear] = reasons
+    return None if reasons else active.recipe
+
+
+def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear) -> Iterator[str]:
+    if not is_plain(linear):
+        yield NOT_PLAIN
+    if any(linear is kept for kept in active.kept):
+        yield KEPT
+    if x.dim() < 3 or x.shape[-2] == 1:
+        yield PER_SAMPLE
+    uneven = [s for s in linear.weight.shape if s % MULTIPLE]
+    if uneven:
+        yield SIZES.format(" and ".join(map(str, uneven)))
+    if x.dtype == torch.float64 and not is_high_precision():
+        yield FLOAT64
+
+
+def multiply(x: Tensor, linears: list[nn.Module], recipe: Recipe) -> list[Tensor]:
+    """What `linears` make of `x`, quantized once for all."""
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    outs: list[Tensor] = torch.ops.fxopt.quantized_linears(x, weights, biases, recipe.key)
+    return outs
