@@ -40,8 +40,8 @@ ALIGNMENT = {"tensor": 16, "row": 16, "1x16": 32, "16x16": 32}
 # Scales stay normal fp32 numbers: GPUs flush others to zero.
 SMALLEST_SCALE = 2.0**-126
 SMALLEST_BLOCK_SCALE = 2.0**-6  # the least normal e4m3, as torchao and its kernels bound it
-# Fixed signs of the Hadamard transform: it then spreads a constant row as well.
-SIGNS = (1, -1, 1, 1, -1, -1, 1, -1, 1, 1, 1, -1, -1, 1, -1, -1)
+# Signs before the Hadamard transform, of a bent function: a constant is spread evenly as well.
+SIGNS = (1, 1, 1, -1, 1, 1, 1, -1, 1, 1, 1, -1, -1, -1, -1, 1)
 
 
 class Quantized(NamedTuple):
@@ -65,6 +65,14 @@ def block_shape(block: str, num_rows: int, num_columns: int) -> tuple[int, int]:
         return 1, max(num_columns, 1)
     rows, columns = block.split("x")
     return int(rows), int(columns)
+
+
+def num_blocks(block: str, num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Shape of the scales of a matrix with padded columns."""
+    if block in ("tensor", "row"):
+        return 1 if block == "tensor" else num_rows, 1
+    rows, columns = block_shape(block, num_rows, num_columns)
+    return -(-num_rows // rows), -(-num_columns // columns)
 
 
 def round_to(x: Tensor, format: Format, uniform: Tensor | None = None) -> Tensor:
@@ -133,12 +141,17 @@ def decode_scales(scales: Tensor) -> Tensor:
 
 def block_amax(x_RC: Tensor, rows: int, columns: int) -> Tensor:
     """Largest magnitude of each block, [r, c]; NaN if the block holds anything not finite."""
-    if x_RC.numel() == 0:
-        num_rows, num_columns = x_RC.shape
-        return x_RC.new_zeros(-(-num_rows // rows), -(-num_columns // columns))
     tiles = x_RC.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     amax = tiles.abs().amax((1, 3))
     return amax.masked_fill(~amax.isfinite(), float("nan"))
+
+
+def quotient(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """a / b, rounded once: with a plain number PyTorch multiplies by a reciprocal."""
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    a, b = (t if isinstance(t, Tensor) else torch.full_like(like, t) for t in (a, b))
+    return a / b
 
 
 def scale_blocks(
@@ -153,10 +166,10 @@ def scale_blocks(
     if scale == "two_level":
         return _two_levels(amax_rc, format)
     if scale == "e8m0":
-        exponent = power_of_two_above(amax_rc / format.largest).masked_fill(zero, 0)
+        exponent = power_of_two_above(quotient(amax_rc, format.largest)).masked_fill(zero, 0)
         scales = encode_e8m0(exponent, amax_rc.isnan())
         return scales, 1 / decode_scales(scales), None
-    factor = (format.largest / amax_rc).clamp(max=1 / SMALLEST_SCALE)
+    factor = quotient(format.largest, amax_rc).clamp(max=1 / SMALLEST_SCALE)
     if scale == "pow2":
         _, exponent = torch.frexp(factor)  # factor in [2^(e-1), 2^e)
         below = torch.ldexp(torch.ones_like(factor), exponent - 1)
@@ -168,9 +181,9 @@ def scale_blocks(
 def _two_levels(amax_rc: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
     e4m3 = FORMATS["e4m3"]
     largest = amax_rc.amax() if amax_rc.numel() else amax_rc.new_zeros(())
-    tensor_scale = (largest / (format.largest * e4m3.largest)).clamp(min=SMALLEST_SCALE)
+    tensor_scale = quotient(largest, format.largest * e4m3.largest).clamp(min=SMALLEST_SCALE)
     tensor_scale = tensor_scale.masked_fill(largest == 0, 1.0).reshape(1, 1)
-    wanted = amax_rc / format.largest / tensor_scale
+    wanted = quotient(amax_rc, format.largest) / tensor_scale
     scales = wanted.clamp(SMALLEST_BLOCK_SCALE, e4m3.largest).to(e4m3.dtype)
     return scales, (1 / tensor_scale) / scales.float(), tensor_scale
 
@@ -206,9 +219,12 @@ def quantize_matrix(x_RC: Tensor, operand: Operand, uniform: Tensor | None = Non
         x = hadamard(x)
     rows, columns = block_shape(operand.block, *x.shape)
     x = _pad(x, rows, columns)
-    scales, factor, tensor_scale = scale_blocks(
-        block_amax(x, rows, columns), operand.scale, format
+    amax = (
+        block_amax(x, rows, columns)
+        if x.numel()
+        else x.new_zeros(num_blocks(operand.block, *x.shape))
     )
+    scales, factor, tensor_scale = scale_blocks(amax, operand.scale, format)
     scaled = (x * spread(factor, rows, columns))[:num_rows]
     codes = encode(round_to(scaled, format, uniform), format)
     return Quantized(codes, scales, x.new_empty(0) if tensor_scale is None else tensor_scale)

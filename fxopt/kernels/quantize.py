@@ -14,7 +14,7 @@ from torch import Tensor
 from fxopt.kernels.formats import (
     FORMATS,
     Quantized,
-    block_shape,
+    num_blocks,
     padded_columns,
     quantize_matrix,
     random_uniform,
@@ -99,16 +99,6 @@ def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) ->
         ),
         x.new_empty(two_levels, dtype=torch.float32),
     ]
-
-
-def num_blocks(block: str, num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Shape of the scales of a matrix with padded columns."""
-    if block == "tensor":
-        return 1, 1
-    if block == "row":
-        return num_rows, 1
-    rows, columns = block_shape(block, num_rows, num_columns)
-    return -(-num_rows // rows), -(-num_columns // columns)
 
 
 quantize = register(

@@ -74,7 +74,8 @@ class QuantizedLinears(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         num_linears = len(grads)
-        weights, kept = ctx.saved_tensors[:num_linears], ctx.saved_tensors[num_linears:]
+        saved = ctx.saved_tensors
+        weights, kept = saved[:num_linears], saved[num_linears:]
         _, needs_x, *needs = ctx.needs_input_grad
         dx_MK: Tensor | None = None
         dweights: list[Tensor | None] = [None] * num_linears

@@ -81,8 +81,8 @@ def on_units(
 ) -> Tensor:
     """The same by torch._scaled_mm, which wants one kind of scale and a 16-bit bias."""
     if a_scales.shape[0] != 1 or b_scales.shape[0] != 1:
-        a_scales = a_scales.expand(a.shape[0], 1).contiguous()
-        b_scales = b_scales.expand(b.shape[0], 1).contiguous()
+        a_scales = a_scales.repeat(a.shape[0] // a_scales.shape[0], 1)
+        b_scales = b_scales.repeat(b.shape[0] // b_scales.shape[0], 1)
     inside = bias is not None and bias.dtype == dtype != torch.float32
     y = torch._scaled_mm(
         a,
@@ -98,7 +98,8 @@ def on_units(
 
 def native(*args: Any) -> Tensor:
     a, a_scales, _, b, b_scales, _, bias, a_format, b_format, fast, dtype = args
-    if a.is_cuda and _has_units(a.device, a_format, b_format) and b.shape[0] % MULTIPLE == 0:
+    fits = a.is_cuda and a.numel() and b.shape[0] % MULTIPLE == 0
+    if fits and _has_units(a.device, a_format, b_format):
         return on_units(a, a_scales, b, b_scales, bias, fast, dtype)
     return emulated(*args)
 

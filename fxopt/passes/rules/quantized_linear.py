@@ -35,8 +35,8 @@ FLOAT64 = "float64 is for measuring: it is not quantized"
 REMEDY = "it stays in the model's own dtype"
 
 MODULATION_OPERANDS = (2, 5, 6)  # gate, scale and shift of norm_modulate
-# An item of a list is a block from this many linears; an MLP's two stand in lists of their own.
-LEAST_LINEARS = 3
+# An item of a list is a block from this many linears on: those of an MLP may be items themselves.
+LEAST_LINEARS = 2
 
 
 def rule(recipe: Recipe, block: str | None) -> Rule:
