@@ -74,7 +74,8 @@ class Operand:
         if len(parts) < 3 or not set(parts[3:]) <= set(EXTRAS):
             form = f"FORMAT/BLOCK/SCALE, then any of {', '.join(EXTRAS)}"
             raise InvalidRecipe("", f"the operand {text!r} is not of the form {form}")
-        return Operand(*parts[:3], *(name in parts[3:] for name in EXTRAS))
+        format, block, scale = parts[:3]
+        return Operand(format, block, scale, *(name in parts[3:] for name in EXTRAS))
 
     def problems(self) -> Iterator[str]:
         """What contradicts what."""

@@ -91,7 +91,9 @@ class RewrittenCallable:
         target = options.target_name(next(block.parameters()).device)
         outcome = plan.outcome
         self.report = state.with_fqn(
-            Report("optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)),
+            Report(
+                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
+            ),
             "",
             type(block).__name__,
         )

@@ -17,9 +17,7 @@ from fxopt.recipes import Recipe, find
 EXECUTIONS = ("eager", "compile")
 
 
-def check(
-    *, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()
-) -> Recipe:
+def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
     """The recipe; raise on a torch that is too old and on names that are not known."""
     check_torch(torch.__version__)
     found = find(recipe)
@@ -41,9 +39,7 @@ def check_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) 
             raise MetaModel(type(model).__name__, name)
 
 
-def rules_for(
-    recipe: Recipe, *, compiled: bool = False, block: str | None = ""
-) -> Sequence[Rule]:
+def rules_for(recipe: Recipe, *, compiled: bool = False, block: str | None = "") -> Sequence[Rule]:
     """The part of the catalogue that a recipe and an execution use.
 
     Args:

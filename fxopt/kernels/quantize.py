@@ -74,6 +74,16 @@ def native(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None
     return tuple(found)  # type: ignore[return-value]
 
 
+def triton(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+    from fxopt.kernels import triton_quantize
+
+    operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
+    if x.numel() and all(o is None or triton_quantize.covers(o) for o in operands):
+        x_RC = x.reshape(-1, x.shape[-1])
+        return tuple(triton_quantize.quantize(x_RC, *operands))  # type: ignore[return-value]
+    return native(x, rows, columns, seed)
+
+
 def fake(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
     num_features = x.shape[-1]
     num_rows = x.numel() // num_features
@@ -107,4 +117,5 @@ quantize = register(
     "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t)",
     native=native,
     fake=fake,
+    triton=triton,
 )

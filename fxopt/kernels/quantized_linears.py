@@ -31,7 +31,7 @@ _off: ContextVar[bool] = ContextVar("off", default=False)
 
 @contextmanager
 def high_precision() -> Iterator[None]:
-    """Multiply in the model's own dtype after all: what else a rewrite does can then be compared."""
+    """Multiply in the model's own dtype, to see what else a rewrite changes."""
     token = _off.set(True)
     try:
         yield

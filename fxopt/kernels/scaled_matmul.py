@@ -63,7 +63,9 @@ def emulated(
     right = Quantized(b, b_scales, b_tensor_scale)
     with torch.autocast(a.device.type, enabled=False):
         if first.block in NATIVE_CAPABILITY:  # one scale for a whole sum: applied behind it
-            values = [decode(q.codes, FORMATS[o.format]) for q, o in ((left, first), (right, second))]
+            values = [
+                decode(q.codes, FORMATS[o.format]) for q, o in ((left, first), (right, second))
+            ]
             y = values[0] @ values[1].t() * a_scales * b_scales.t()
         else:
             y = dequantize_matrix(left, first) @ dequantize_matrix(right, second).t()
@@ -104,8 +106,8 @@ def native(*args: Any) -> Tensor:
     return emulated(*args)
 
 
-def _has_units(device: torch.device, *formats: str) -> bool:
-    needed = native_capability(Gemm(*(Operand.parse(f) for f in formats)))
+def _has_units(device: torch.device, a_format: str, b_format: str) -> bool:
+    needed = native_capability(Gemm(Operand.parse(a_format), Operand.parse(b_format)))
     return needed is not None and torch.cuda.get_device_capability(device) >= needed
 
 

@@ -1,4 +1,4 @@
-"""Recipes through the three doors: the same linears on every family, the same result, one report."""
+"""Recipes through the three doors: the same linears of every family, the same results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt import errors
@@ -19,7 +18,7 @@ from fxopt.kernels.quantized_linears import QuantizedLinears
 from fxopt.passes.rules import quantized_linear as rule
 from fxopt.recipes import RECIPES, gemm
 from tests.families import FAMILIES, Inputs, outputs
-from tests.numerics import cast, relative_l2, run
+from tests.numerics import relative_l2, run
 
 QUANTIZED = [name for name, recipe in RECIPES.items() if recipe.gemms]
 # Linears in the formats of a recipe. Exact: one less is a linear lost, one more a role mistaken.
@@ -181,10 +180,13 @@ def test_the_report_says_why_not(door: str) -> None:
     with torch.no_grad():
         model(**family.inputs(2, 0, torch.float32))
     declined = [d for d in fxopt.report(model).declined if d.rule == "quantized_linear"]
-    why = {reason: {d.fqn for d in declined if reason in d.reasons} for reason in (
-        rule.OUTSIDE,
-        rule.PER_SAMPLE,
-    )}
+    why = {
+        reason: {d.fqn for d in declined if reason in d.reasons}
+        for reason in (
+            rule.OUTSIDE,
+            rule.PER_SAMPLE,
+        )
+    }
     assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= why[rule.OUTSIDE]
     assert "time_text_embed.timestep_embedder.linear_1" in why[rule.OUTSIDE]
     assert why[rule.PER_SAMPLE] == {
@@ -205,14 +207,14 @@ def test_the_recipe_keeps_by_name(door: str) -> None:
             opened(door, model, replace(RECIPES["fp8"], keep=keep)),
             family.inputs(2, 0, torch.float32),
         )
-    everything = {n for n in low_precision("swap", "flux")}
+    everything = low_precision("swap", "flux")
     kept = {n for n in everything if "transformer_blocks.0." in n and "single" not in n}
     kept |= {n for n in everything if n.endswith("ff.net.2.weight")}
     assert found == everything - kept - {"single_transformer_blocks.1.attn.to_k.weight"}
 
 
 def test_batch_of_one_and_other_sizes_train() -> None:
-    """The tokens of a sample are the contraction of the weight's gradient, whatever their number."""
+    """The tokens are the contraction of the weight's gradient, whatever their number."""
     family = FAMILIES["flux"]
     model = fxopt.optimize(family.build(), recipe="fp8_rowwise")
     for batch, size in ((1, 0), (1, 1), (3, 2)):
@@ -282,4 +284,3 @@ def test_autocast_is_quantized_in_its_dtype() -> None:
         found = run(model, inputs)
     assert fxopt.report(model).count("quantized_linear") == COUNTS["flux"]
     assert all(t is None or t.isfinite().all() for t in found.values())
-    assert checkpoint is not None and cast is not None

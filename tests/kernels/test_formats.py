@@ -1,4 +1,4 @@
-"""Codes, scales and rounding against independent casts: torchao's, ml_dtypes' and exact integers."""
+"""Codes, scales and rounding against independent casts: torchao's, ml_dtypes' and integers."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_rounding_agrees_with_ml_dtypes(name: str, inputs: str) -> None:
     # It does not saturate, so that it gets what does not overflow; e2m1 has no NaN.
     wanted = x.clamp(-format.largest, format.largest).nan_to_num(NAN if name != "e2m1" else 0.0)
     dtype = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}[name]
-    expected = torch.from_numpy(
-        wanted.numpy().astype(getattr(ml_dtypes, dtype)).astype(np.float32)
-    )
+    expected = torch.from_numpy(wanted.numpy().astype(getattr(ml_dtypes, dtype)).astype(np.float32))
     found = round_to(x.nan_to_num(NAN if name != "e2m1" else 0.0, INF, -INF), format)
     assert torch.equal(found.nan_to_num(-7.0), expected.nan_to_num(-7.0))
     assert torch.equal(found.signbit()[~x.isnan()], expected.signbit()[~x.isnan()])
@@ -232,7 +230,7 @@ def test_signal_to_noise(text: str, floor: float) -> None:
 
 
 def underflow(text: str) -> float:
-    """Share of the values of a gradient-like tensor, its rows of very different size, that are 0."""
+    """Share of zeros that a gradient-like tensor becomes, its rows of very different size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 512, generator=generator)
     x = x * torch.exp(2.5 * torch.randn(512, 1, generator=generator))
@@ -312,7 +310,10 @@ def test_draws_depend_on_seed_stream_and_element_alone() -> None:
     flat = formats.random_uniform(seed, torch.Size((2048,)), 0)
     assert torch.equal(whole.flatten(), flat)
     assert torch.equal(whole, formats.random_uniform(seed.clone(), torch.Size((64, 32)), 0))
-    for other in (formats.random_uniform(seed + 1, whole.shape, 0), formats.random_uniform(seed, whole.shape, 1)):
+    for other in (
+        formats.random_uniform(seed + 1, whole.shape, 0),
+        formats.random_uniform(seed, whole.shape, 1),
+    ):
         # Independent uniform numbers: |correlation| of 2048 pairs beyond 5 / sqrt(2048) once in
         # 1.7 million.
         assert abs(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]))[0, 1]) < 0.11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -132,11 +133,19 @@ def test_high_precision_is_the_plain_linear() -> None:
         torch.testing.assert_close(a, b)  # sums of products in another order
 
 
+@contextmanager
+def saving() -> Iterator[list[Tensor]]:
+    """Collect what is saved for backward."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
+
+
 def test_what_is_kept_for_backward() -> None:
     expected = {"fp8_tensorwise": 1, "mxfp8": 1, "nvfp4": 0.5, "fp8_rowwise_gw_hp": 2}
     for name, num_bytes in expected.items():
-        case, kept = Case(torch.bfloat16), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case = Case(torch.bfloat16)
+        with saving() as kept:
             quantized_linears(case.x, case.weights, case.biases, name)
         parameters = {w.data_ptr() for w in case.weights}
         codes = [t for t in kept if t.data_ptr() not in parameters and t.dim() and t.numel() > 2000]
@@ -146,9 +155,9 @@ def test_what_is_kept_for_backward() -> None:
 
 
 def test_nothing_is_kept_for_frozen_weights() -> None:
-    case, kept = Case(), []
+    case = Case()
     frozen = [w.detach() for w in case.weights]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saving() as kept:
         outs = quantized_linears(case.x, frozen, [None, None], "mxfp8")
     assert all(t.numel() == 0 or any(t is w for w in frozen) for t in kept)
     (dx,) = torch.autograd.grad(outs, [case.x], case.grads)
@@ -220,12 +229,15 @@ def test_the_mean_of_stochastic_gradients_is_the_gradient() -> None:
     assert recipe.dgrad is not None and recipe.dgrad.a == stochastic
     runs = torch.stack([case.run(recipe)[2] for _ in range(num)]).double()
     exact = replace(recipe, dgrad=replace(recipe.dgrad, a=replace(stochastic, stochastic=False)))
-    x = case.grads[0].reshape(-1, 96).double() @ operand(
-        str(recipe.dgrad.b), case.weights[0].detach().T
-    ).double().T[: 96]
-    x = x + case.grads[1].reshape(-1, 48).double() @ operand(
-        str(recipe.dgrad.b), case.weights[1].detach().T
-    ).double().T[: 48]
+    x = (
+        case.grads[0].reshape(-1, 96).double()
+        @ operand(str(recipe.dgrad.b), case.weights[0].detach().T).double().T[:96]
+    )
+    x = (
+        x
+        + case.grads[1].reshape(-1, 48).double()
+        @ operand(str(recipe.dgrad.b), case.weights[1].detach().T).double().T[:48]
+    )
     spread = runs.std(0).norm() / num**0.5
     # The mean of 64 runs is off by their spread / 8; 1.2 times that over 4,736 values is beyond
     # ten standard deviations. Rounding to nearest is off by more.
@@ -299,7 +311,10 @@ def test_flops_are_those_of_the_product() -> None:
 def test_fp8_products_are_bit_identical_to_the_library() -> None:
     """PyTorch has the same product on the CPU, by another path."""
     case = Case(torch.bfloat16)
-    for how in (gemm("e4m3/tensor/fp32", "e4m3/tensor/fp32"), gemm("e5m2/row/pow2", "e4m3/row/pow2")):
+    for how in (
+        gemm("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
+        gemm("e5m2/row/pow2", "e4m3/row/pow2"),
+    ):
         x = case.x.detach().reshape(-1, WIDTH)
         a = quantize_pair(x, how.a, None).rows
         b = quantize_pair(case.weights[0], how.b, None).rows

@@ -45,7 +45,7 @@ def test_linears_of_one_input_share_its_quantized_form() -> None:
         bias=normal(WIDTH).detach(),
     )
     assert found.count("quantized_linear") == 2
-    assert "fxopt.quantized_linears(inputs_0, [q, k], [bias, None], 'fp8_tensorwise')" in found.code()
+    assert "fxopt.quantized_linears(inputs_0, [p_q, p_k], [p_bias, None]" in found.code()
     assert found.plan.outcome.applied[-1].tier == "low_precision"
 
 
@@ -102,9 +102,7 @@ class Model(nn.Module):
 
 def captured(model: nn.Module, recipe: Recipe, block: str | None) -> Rewritten:
     x = normal(2, 7, WIDTH)
-    return Rewritten(
-        model, capture(model, model.forward, (x,), {}, rules_for(recipe, block=block))
-    )
+    return Rewritten(model, capture(model, model.forward, (x,), {}, rules_for(recipe, block=block)))
 
 
 def test_what_stands_outside_the_blocks_of_a_model() -> None:

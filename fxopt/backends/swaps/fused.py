@@ -96,9 +96,10 @@ class Normed(NamedTuple):
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
-        low = any(quantized.quantizes(self.x, m) for m in linears)
+        low = [m.weight.dtype for m in linears if quantized.quantizes(self.x, m)]
         if low or n.kind == "none" or not all(map(is_plain, linears)):
-            y, h = self.value(linears[0].weight.dtype if low else None)
+            dtype: Any = low[0] if low else None
+            y, h = self.value(dtype)
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self._fire(n)

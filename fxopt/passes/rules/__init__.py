@@ -6,8 +6,8 @@ from fxopt.passes.rules import (
     gated_activation,
     merge_linears,
     norm_modulate,
-    quantized_linear,
     qk_norm_rope,
+    quantized_linear,
     rms_norm,
 )
 

@@ -11,7 +11,7 @@ import fnmatch
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -125,7 +125,7 @@ def _items(path: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
-def _bind(recipe: Recipe, x: fx.Node, group: list[fx.Node]) -> Binding:
+def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
     named = [ir.arguments(n) for n in group]
     weights, biases = [a["weight"] for a in named], [a["bias"] for a in named]
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
