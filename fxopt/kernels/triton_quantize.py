@@ -109,6 +109,38 @@ def code_of(value, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
     return tl.where(value != value, NAN_CODE, code)
 
 
+@triton.jit
+def scaled_codes(
+    value,
+    of_tensor,
+    partials,
+    num_partials,
+    line,
+    num_lines,
+    is_first,
+    scales,
+    AXIS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Codes of a tile, by a scale for each line across AXIS if there are partials of lines, else
+    by that of the tensor; the first program along AXIS stores the scales."""
+    if partials is not None:
+        bits = reduce(partials, num_partials, line, num_lines, BLOCK, CHUNK)
+        factor = factor_of(bits, LARGEST, POW2)
+        scale = tl.div_rn(tl.zeros_like(factor) + 1.0, factor)
+        tl.store(scales + line, scale, (line < num_lines) & is_first)
+        factor = tl.expand_dims(factor, AXIS)
+    else:
+        factor = factor_of(of_tensor, LARGEST, POW2)
+        scale = tl.div_rn(tl.zeros_like(factor) + 1.0, factor)
+        tl.store(scales, scale, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+    return code_of(value * factor, LARGEST, FORMAT)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_row_tiles"])
 def cast_kernel(
     x,
@@ -136,52 +168,29 @@ def cast_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """codes [R, padded C] and codes_t [C, padded R] with their scales; None for no copy.
-
-    A copy has a scale for each of its rows if there is a row_amax (column_amax for codes_t), else
-    one for the tensor.
-    """
+    """codes [R, padded C] and codes_t [C, padded R] with their scales; None for no copy."""
     value, r, c = load_tile(x, stride_R, stride_C, num_rows, num_columns, BLOCK_R, BLOCK_C)
-    first_row, first_column = tl.program_id(0) == 0, tl.program_id(1) == 0
-    num_column_tiles = tl.cdiv(num_columns, BLOCK_C)
+    num_column_tiles = tl.num_programs(1)
+    of_tensor = tl.full([], 0, tl.int32)
     if tile_amax is not None:
         num_tiles = num_row_tiles * num_column_tiles
         of_tensor = tl.max(reduce(tile_amax, num_tiles, tl.zeros([1], tl.int64), 1, 1, 1024), 0)
     if codes is not None:
-        if row_amax is not None:
-            factor = factor_of(
-                reduce(row_amax, num_column_tiles, r, num_rows, BLOCK_R, CHUNK), LARGEST, POW2
-            )
-            tl.store(
-                scales + r,
-                tl.div_rn(tl.zeros_like(factor) + 1.0, factor),
-                (r < num_rows) & first_column,
-            )
-            scaled = value * factor[:, None]
-        else:
-            factor = factor_of(of_tensor, LARGEST, POW2)
-            tl.store(scales, tl.div_rn(factor * 0 + 1.0, factor), first_row & first_column)
-            scaled = value * factor
+        is_first = tl.program_id(1) == 0
+        code = scaled_codes(
+            value, of_tensor, row_amax, num_column_tiles, r, num_rows, is_first, scales,
+            1, FORMAT, LARGEST, POW2, BLOCK_R, CHUNK,
+        )  # fmt: skip
         mask = (r < num_rows)[:, None] & (c < padded_columns)[None, :]
-        offsets = r[:, None] * padded_columns + c[None, :]
-        tl.store(codes + offsets, code_of(scaled, LARGEST, FORMAT), mask)
+        tl.store(codes + r[:, None] * padded_columns + c[None, :], code, mask)
     if codes_t is not None:
-        if column_amax is not None:
-            bits = reduce(column_amax, num_row_tiles, c, num_columns, BLOCK_C, CHUNK)
-            factor_t = factor_of(bits, LARGEST_T, POW2_T)
-            tl.store(
-                scales_t + c,
-                tl.div_rn(tl.zeros_like(factor_t) + 1.0, factor_t),
-                (c < num_columns) & first_row,
-            )
-            scaled_t = value * factor_t[None, :]
-        else:
-            factor_t = factor_of(of_tensor, LARGEST_T, POW2_T)
-            tl.store(scales_t, tl.div_rn(factor_t * 0 + 1.0, factor_t), first_row & first_column)
-            scaled_t = value * factor_t
+        is_first = tl.program_id(0) == 0
+        code = scaled_codes(
+            value, of_tensor, column_amax, num_row_tiles, c, num_columns, is_first, scales_t,
+            0, FORMAT_T, LARGEST_T, POW2_T, BLOCK_C, CHUNK,
+        )  # fmt: skip
         mask = (c < num_columns)[:, None] & (r < padded_rows)[None, :]
-        offsets = c[:, None] * padded_rows + r[None, :]
-        tl.store(codes_t + offsets, tl.trans(code_of(scaled_t, LARGEST_T, FORMAT_T)), mask)
+        tl.store(codes_t + c[:, None] * padded_rows + r[None, :], tl.trans(code), mask)
 
 
 def quantize(x_RC: Tensor, rows: Operand | None, columns: Operand | None) -> list[Tensor]:
