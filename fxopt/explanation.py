@@ -88,7 +88,7 @@ def explain(
 
 
 def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Report:
-    found, rewritten = _rewrite(block, recipe)
+    found, rewritten = _rewrite(block, recipe, target)
     forward, backward = traffic.count(block.module, block.args, block.kwargs)
     before = forward + backward
     after = sum(traffic.count(block.module, block.args, block.kwargs, rewritten), cost.Work())
@@ -109,12 +109,14 @@ def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Rep
     )
 
 
-def _rewrite(block: Block, recipe: Recipe) -> tuple[Report, Callable[..., Any]]:
+def _rewrite(
+    block: Block, recipe: Recipe, target: hardware.Target
+) -> tuple[Report, Callable[..., Any]]:
     """What `optimize` reports on the block and its rewritten forward, or its own if it has none."""
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
             return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module

@@ -80,7 +80,7 @@ def rewritten_graph(
         canonicalize(graph)
         outcome = rewrite(
             graph,
-            shared.rules_for(recipe, compiled=True, block=block),
+            shared.rules_for(recipe, compiled=True, block=block, target=shared.target_of(device)),
             device=device,
             parameters=_parameters(gm),
         )

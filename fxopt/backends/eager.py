@@ -149,6 +149,9 @@ class SwappedForward:
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
         self.fqn, self.module, self.swap, self.recipe = fqn, module, candidate, recipe
         self.kept = precision.kept(recipe, fqn, module)
+        first = next(module.parameters(), None)
+        target = None if first is None else options.target_of(first.device)
+        self.theta = options.threshold(recipe, target)
         self.original: Callable[..., Any] = module.forward
         self.names = [
             p.name
@@ -194,7 +197,7 @@ class SwappedForward:
         try:
             why_not = self._why_not(arguments)
             if why_not is None:
-                with quantizing(self.recipe, self.module, self.kept):
+                with quantizing(self.recipe, self.theta, self.module, self.kept):
                     return self.swap.forward(self.module, **arguments)
         except Unfit as reason:
             why_not = str(reason)

@@ -13,6 +13,7 @@ from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
 from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
+from fxopt.hardware import Target
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -107,18 +108,20 @@ def rewrite_block(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
+    target: Target | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
     Args:
         block: may live on the meta device.
         args, kwargs: inputs of its forward; only shapes and dtypes are read.
+        target: what to plan for; None for no cost model.
 
     Raises:
         CannotCapture: the block cannot be exported.
     """
     chosen = options.check(recipe=recipe)
-    plan = capture(block, block.forward, args, kwargs, options.rules_for(chosen))
+    plan = capture(block, block.forward, args, kwargs, options.rules_for(chosen, target=target))
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -129,11 +132,14 @@ class Optimized:
         self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
     ) -> None:
         self.recipe, self.outside = recipe, outside
+        target = options.target_of(_device(blocks))
         shared: dict[Any, Captures] = {}
         self.blocks = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.kept(recipe, fqn, module)
-            captures = shared.setdefault(key, Captures(options.rules_for(recipe, block=fqn)))
+            captures = shared.setdefault(
+                key, Captures(options.rules_for(recipe, block=fqn, target=target))
+            )
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -148,6 +154,11 @@ class Optimized:
         device = next((b.device for b in self.blocks if b.device is not None), None)
         target = options.target_name(device)
         return Report("optimize", self.recipe.name, target, tuple(applied), tuple(declined))
+
+
+def _device(blocks: Mapping[str, nn.Module]) -> torch.device:
+    parameters = (p for block in blocks.values() for p in block.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _function(module: nn.Module) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS, Quantized, decode, dequantize_matrix
-from fxopt.kernels.registration import register
+from fxopt.kernels.registration import PROVIDERS, register
 from fxopt.recipes import Gemm, Operand
 
 # Compute capability from which torch._scaled_mm multiplies operands of these blocks. Other blocks
@@ -131,3 +131,5 @@ scaled_matmul = register(
     fake=fake,
     flops=flops,
 )
+# On CUDA it is PyTorch's own kernel, where there is one for the formats.
+PROVIDERS["scaled_matmul"] = ("library", "native")

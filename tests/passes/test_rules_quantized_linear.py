@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxopt.backends.capture import capture
 from fxopt.backends.options import rules_for
+from fxopt.hardware import lookup
 from fxopt.passes.rules import quantized_linear as rule
 from fxopt.recipes import RECIPES, Recipe
 from tests.passes.rewriting import Rewritten, Written, normal
@@ -158,3 +159,46 @@ def test_merging_takes_the_linears_that_are_left() -> None:
         **{name: weight() for name in ("q", "k", "a", "b")},
     )
     assert (found.count("quantized_linear"), found.count("merge_linears")) == (2, 1)
+
+
+def test_what_does_not_pay_says_from_where_it_does() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, m.w)
+
+    module = Written(forward, w=weight(512, 512))
+    theta = 1 / 512 + 1 / 512 + 1 / 100.5  # 101 tokens and more
+    for num_tokens, applied in ((50, 0), (101, 1)):
+        inputs = (normal(1, num_tokens, 512),)  # a batch of 1, which is captured as 2
+        chosen = [rule.rule(FP8, "", theta)]
+        found = Rewritten(module, capture(module, module.forward, inputs, {}, chosen))
+        assert found.count("quantized_linear") == applied
+    found = Rewritten(module, capture(module, module.forward, (normal(1, 50, 512),), {}, chosen))
+    (why,) = found.reasons("quantized_linear")
+    assert why == "512 -> 512 features: FP8 pays from 101 tokens, here are 50"
+
+
+@pytest.mark.parametrize("profit, count", [("model", 2), ("always", 4)])
+def test_the_recipe_decides_whether_the_cost_counts(profit: str, count: int) -> None:
+    recipe = replace(FP8, profit=profit)
+    rules = rules_for(recipe, block="", target=lookup("h100"))
+    wide, narrow = weight(4096, 4096), weight()
+
+    def forward(m: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, m.q), F.linear(x, m.k), F.linear(y, m.a), F.linear(y, m.b)
+
+    module = Written(forward, q=wide, k=wide, a=narrow, b=narrow)
+    inputs = (normal(2, 700, 4096), normal(2, 700, WIDTH))
+    assert (
+        Rewritten(module, capture(module, module.forward, inputs, {}, rules)).count(
+            "quantized_linear"
+        )
+        == count
+    )
+
+
+def test_without_units_nothing_pays() -> None:
+    rules = rules_for(FP8, block="", target=lookup("a100"))
+    module = Written(lambda m, x: F.linear(x, m.w), w=weight())
+    inputs = (normal(2, 7, WIDTH),)
+    found = Rewritten(module, capture(module, module.forward, inputs, {}, rules))
+    assert found.reasons("quantized_linear") == ["32 -> 32 features: FP8 never pays, here are 14"]

@@ -109,7 +109,7 @@ def _prove(
         with (
             recording(twin) as reads,
             counting() as fired,
-            quantizing(recipe, twin, kept) as low,
+            quantizing(recipe, None, twin, kept) as low,
             high_precision(),
         ):
             why_not = _compare(twin, module, swap, example, fired)

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt import cost
 from fxopt.kernels.quantized_linears import is_high_precision
 from fxopt.kernels.scaled_matmul import MULTIPLE
 from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
 from fxopt.recipes import Recipe
 
+UNPROFITABLE = "FP8 does not pay at this number of tokens"
 NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
 
 
@@ -26,11 +29,13 @@ NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
 class Quantizing:
     """A recipe at work on one module.
 
+    theta: the bound of `cost.fp8_pays` that a linear has to meet; None for any linear.
     kept: linears that the recipe keeps.
     refused: why the linears met so far stay in the model's dtype.
     """
 
     recipe: Recipe
+    theta: float | None
     kept: tuple[nn.Module, ...] = ()
     refused: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
@@ -39,9 +44,11 @@ _active: ContextVar[Quantizing | None] = ContextVar("active", default=None)
 
 
 @contextmanager
-def quantizing(recipe: Recipe, module: nn.Module, kept: frozenset[str]) -> Iterator[Quantizing]:
+def quantizing(
+    recipe: Recipe, theta: float | None, module: nn.Module, kept: frozenset[str]
+) -> Iterator[Quantizing]:
     """Run fused forwards of `module` by `recipe`, but for the linears at the paths `kept`."""
-    active = Quantizing(recipe, tuple(module.get_submodule(path) for path in kept))
+    active = Quantizing(recipe, theta, tuple(module.get_submodule(path) for path in kept))
     token = _active.set(active if recipe.gemms else None)
     try:
         yield active
@@ -76,11 +83,18 @@ def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear) -> Iterator[str]:
         yield KEPT
     if x.dim() < 3 or x.shape[-2] == 1:
         yield PER_SAMPLE
+    if active.theta is not None and not is_high_precision():  # a proof has other sizes
+        out, features = linear.weight.shape
+        if not _pays(x.numel() // features, out, features, active.theta):
+            yield UNPROFITABLE
     uneven = [s for s in linear.weight.shape if s % MULTIPLE]
     if uneven:
         yield SIZES.format(" and ".join(map(str, uneven)))
     if x.dtype == torch.float64 and not is_high_precision():
         yield FLOAT64
+
+
+_pays = cache(lambda m, n, k, theta: bool(cost.fp8_pays(m, n, k, theta)))
 
 
 def multiply(x: Tensor, linears: list[nn.Module], recipe: Recipe) -> list[Tensor]:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import fx
 
+from fxopt import cost
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.scaled_matmul import MULTIPLE
@@ -39,26 +40,35 @@ MODULATION_OPERANDS = (2, 5, 6)  # gate, scale and shift of norm_modulate
 LEAST_LINEARS = 2
 
 
-def rule(recipe: Recipe, block: str | None) -> Rule:
+def rule(recipe: Recipe, block: str | None, theta: float | None = None) -> Rule:
     """The rule for a recipe.
 
     Args:
         recipe: one that quantizes.
         block: fully qualified name of the block whose graph it will see; None for graphs of whole
             models, where the blocks are found by the paths of the modules.
+        theta: the bound of `cost.fp8_pays` that a linear has to meet; None for any linear.
     """
-    return replace(RULE, propose=partial(propose, recipe, block))
+    return replace(RULE, propose=partial(propose, recipe, block, theta))
 
 
-def propose(recipe: Recipe, block: str | None, anchor: fx.Node) -> Iterator[Binding | Reason]:
+def propose(
+    recipe: Recipe, block: str | None, theta: float | None, anchor: fx.Node
+) -> Iterator[Binding | Reason]:
     why_not = reasons(recipe, block, anchor)
+    if not why_not and theta is not None:
+        why_not = unprofitable(anchor, theta)
     if why_not:
         yield from (Reason(why, anchor, REMEDY) for why in why_not)
         return
     x = anchor.args[0]
     assert isinstance(x, fx.Node)
     sharing = [u for u in x.users if ir.is_call(u, ir.LINEAR) and u.args[0] is x]
-    group = [n for n in sorted(sharing) if not reasons(recipe, block, n)]
+    group = [
+        n
+        for n in sorted(sharing)
+        if not reasons(recipe, block, n) and (theta is None or not unprofitable(n, theta))
+    ]
     yield _bind(recipe, x, group)
     if len(group) > 1:
         yield _bind(recipe, x, [anchor])
@@ -84,6 +94,17 @@ def reasons(recipe: Recipe, block: str | None, linear: fx.Node) -> list[str]:
     if ir.dtype(x) == torch.float64:
         found.append(FLOAT64)
     return found
+
+
+def unprofitable(linear: fx.Node, theta: float) -> list[str]:
+    """That quantizing `linear` costs more than its products save, at the sizes of the capture."""
+    out, features = ir.shape(linear.args[1])  # type: ignore[arg-type]
+    num_tokens = ir.num_rows(linear)
+    if cost.fp8_pays(num_tokens, out, features, theta):
+        return []
+    first = cost.fp8_from_tokens(out, features, theta)
+    pays = f"pays from {first:,} tokens" if first else "never pays"
+    return [f"{features} -> {out} features: FP8 {pays}, here are {num_tokens:,}"]
 
 
 def _only_modulates(linear: fx.Node) -> bool:
