@@ -158,26 +158,6 @@ class LowPrecisionParameter(FxoptError):
     )
 
 
-@dataclass(eq=False)
-class KeepMatchesNothing(FxoptError):
-    """A glob in a recipe's `keep` picks no linear."""
-
-    pattern: str
-    known: Sequence[str]
-    template = (
-        "keep={pattern!r} matches none of the {num_known} linears{suggestion}; it is a glob over "
-        "fully qualified names, such as 'transformer_blocks.0.*'"
-    )
-
-    def __str__(self) -> str:
-        close = nearest(self.pattern, self.known)
-        return self.template.format(
-            pattern=self.pattern,
-            num_known=len(self.known),
-            suggestion=f"; nearest: {', '.join(map(repr, close))}" if close else "",
-        )
-
-
 class UnknownRule(_UnknownName):
     """No rule of the catalogue has this name."""
 
@@ -203,15 +183,9 @@ class UnknownOption(_UnknownName):
 
 
 @dataclass(eq=False)
-class TargetMatchesNothing(FxoptError):
-    """A `targets` glob or class picks no submodule."""
-
+class _MatchesNothing(FxoptError):
     pattern: str
     known: Sequence[str]
-    template = (
-        "targets={pattern!r} matches none of the {num_known} submodules{suggestion}; targets are "
-        "globs over fully qualified names ('transformer_blocks.*') or module classes"
-    )
 
     def __str__(self) -> str:
         close = nearest(self.pattern, self.known)
@@ -220,6 +194,24 @@ class TargetMatchesNothing(FxoptError):
             num_known=len(self.known),
             suggestion=f"; nearest: {', '.join(map(repr, close))}" if close else "",
         )
+
+
+class TargetMatchesNothing(_MatchesNothing):
+    """A `targets` glob or class picks no submodule."""
+
+    template = (
+        "targets={pattern!r} matches none of the {num_known} submodules{suggestion}; targets are "
+        "globs over fully qualified names ('transformer_blocks.*') or module classes"
+    )
+
+
+class KeepMatchesNothing(_MatchesNothing):
+    """A glob in a recipe's `keep` picks no linear."""
+
+    template = (
+        "keep={pattern!r} matches none of the {num_known} linears{suggestion}; it is a glob over "
+        "fully qualified names, such as 'transformer_blocks.0.*'"
+    )
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import options, precision, state
 from fxopt.backends.blocks import find_blocks
+from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
@@ -118,7 +119,7 @@ class Swaps:
 
     def _first_proved(self, fqn: str, module: nn.Module) -> SwappedForward | None:
         reasons = []
-        for candidate in candidates(module):
+        for candidate in candidates(module, self.recipe):
             forward = SwappedForward(fqn, module, candidate, self.recipe)
             if forward.verdict.why_not is None:
                 return forward
@@ -235,6 +236,8 @@ class SwappedForward:
         return verdict
 
     def applied(self, device: torch.device | None) -> Iterator[Applied]:
+        if self.refusals and None not in self.admitted.values():
+            return
         where, name = source(self.module), type(self.module).__name__
         for (rule, op), count in Counter(self.verdict.fired).items():
             by = provider(op, device or torch.device("cpu"))
@@ -260,12 +263,6 @@ def declined(
 ) -> Declined:
     name = type(module).__name__
     return Declined(rule, fqn, name, source(module), reasons, remedy, block_class=name)
-
-
-def source(module: nn.Module) -> str:
-    """ "file.py:line" of the forward that a module's class has."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def _is_absent(argument: Any) -> bool:

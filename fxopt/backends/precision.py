@@ -57,7 +57,7 @@ def outside(recipe: Recipe, model: nn.Module, blocks: Iterable[str]) -> tuple[De
     if not prefixes:
         return ()  # the model is one block
     return tuple(
-        Declined(RULE.name, fqn, "Linear", _source(m), (OUTSIDE,), REMEDY, type(m).__name__)
+        Declined(RULE.name, fqn, "Linear", source(m), (OUTSIDE,), REMEDY, type(m).__name__)
         for fqn, m in model.named_modules()
         if isinstance(m, nn.Linear) and not fqn.startswith(prefixes)
     )
@@ -75,6 +75,7 @@ def kept(recipe: Recipe, fqn: str, block: nn.Module) -> frozenset[str]:
     )
 
 
-def _source(module: nn.Module) -> str:
+def source(module: nn.Module) -> str:
+    """ "file.py:line" of the forward that a module's class has."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else ""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.passes.rules import CATALOGUE
+from fxopt.backends.options import rules_for
+from fxopt.recipes import RECIPES
 from tests.families import FAMILIES
 from tests.numerics import assert_as_accurate, run, truth
 
@@ -34,7 +35,7 @@ COUNTS = {
 
 def test_the_table_is_complete() -> None:
     assert COUNTS.keys() == FAMILIES.keys()
-    assert set(NAMES) == {rule.name for rule in CATALOGUE}
+    assert set(NAMES) == {rule.name for rule in rules_for(RECIPES["bf16"])}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -284,3 +284,43 @@ def test_autocast_is_quantized_in_its_dtype() -> None:
         found = run(model, inputs)
     assert fxopt.report(model).count("quantized_linear") == COUNTS["flux"]
     assert all(t is None or t.isfinite().all() for t in found.values())
+
+
+class Own(nn.Module):
+    """A block of no known family: an MLP, a gate from the sample, a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.up, self.gate, self.down = nn.Linear(64, 128), nn.Linear(64, 64), nn.Linear(128, 64)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        hidden = self.up(self.norm(x)).relu() ** 2
+        return x + self.gate(emb)[:, None] * self.down(hidden)
+
+
+class Owned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Own() for _ in range(2))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, emb)
+        return x
+
+
+def test_swap_finds_the_linears_of_an_unknown_block() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 7, 64), "emb": torch.randn(2, 64)}
+    found: dict[str, set[str]] = {}
+    for door in ("optimize", "swap"):
+        model = Owned()
+        with recorded(model) as names:
+            opened(door, model)(**inputs).sum().backward()
+        found[door] = names
+        report = fxopt.report(model)
+        assert report.count("quantized_linear") == 4
+        assert rule.PER_SAMPLE in {r for d in report.declined for r in d.reasons}
+    expected = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
+    assert found == {"optimize": expected, "swap": expected}

@@ -65,19 +65,29 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
-def quantizes(x: Tensor, linear: nn.Module) -> Recipe | None:
-    """The recipe by which `linear` of `x` runs; None for the model's dtype."""
+def quantizes(x: Tensor, linear: nn.Module, *, is_swapped: bool = False) -> Recipe | None:
+    """The recipe by which `linear` of `x` runs; None for the model's dtype.
+
+    Args:
+        is_swapped: whether it is the linear's own replaced forward that asks.
+    """
     active = _active.get()
     if active is None or not isinstance(linear, nn.Linear):
         return None
-    reasons = tuple(_reasons(active, x, linear))
+    reasons = tuple(_reasons(active, x, linear, is_swapped))
     if reasons:
         active.refused[linear] = reasons
     return None if reasons else active.recipe
 
 
-def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear) -> Iterator[str]:
-    if not is_plain(linear):
+def reason(linear: nn.Module) -> str:
+    """Why `linear`, asked for last, stays in the model's dtype."""
+    active = _active.get()
+    return "; ".join(active.refused.get(linear, ())) if active is not None else ""
+
+
+def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear, is_swapped: bool) -> Iterator[str]:
+    if not is_swapped and not is_plain(linear):
         yield NOT_PLAIN
     if any(linear is kept for kept in active.kept):
         yield KEPT
