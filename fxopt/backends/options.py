@@ -14,14 +14,18 @@ from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
 from fxopt.recipes import Recipe, find
+from fxopt.translation import from_torchao
 
 EXECUTIONS = ("eager", "compile")
 
 
 def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
-    """The recipe; raise on a torch that is too old and on names that are not known."""
+    """The recipe of a name, of JSON or of torchao's configuration.
+
+    Raises on a torch that is too old and on names that are not known.
+    """
     check_torch(torch.__version__)
-    found = find(recipe)
+    found = find(recipe if isinstance(recipe, (str, Recipe)) else from_torchao(recipe))
     if execution not in EXECUTIONS:
         raise UnknownOption(execution, EXECUTIONS)
     names = [rule.name for rule in CATALOGUE]
