@@ -286,6 +286,28 @@ def test_autocast_is_quantized_in_its_dtype() -> None:
     assert all(t is None or t.isfinite().all() for t in found.values())
 
 
+def test_blocks_compiled_one_by_one() -> None:
+    """Each graph is a block; nothing in the paths says so."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    torch._dynamo.reset()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):  # type: ignore[misc]
+        block.compile(backend="fxopt", options={"recipe": "fp8", "inner": "eager"})
+    with recorded(model) as found, torch.no_grad():
+        outputs(model, family.inputs(2, 0, torch.float32))
+    assert found == low_precision("swap", "flux")
+
+
+def test_compiled_with_checkpoints() -> None:
+    """The bodies of checkpoints are graphs of their own; around them are embedders."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    with recorded(model) as found:
+        run(opened("compile", model), family.inputs(2, 0, torch.float32))
+    assert found == low_precision("swap", "flux")
+
+
 class Own(nn.Module):
     """A block of no known family: an MLP, a gate from the sample, a projection."""
 

@@ -38,6 +38,7 @@ REMEDY = "it stays in the model's own dtype"
 MODULATION_OPERANDS = (2, 5, 6)  # gate, scale and shift of norm_modulate
 # An item of a list is a block from this many linears on: those of an MLP may be items themselves.
 LEAST_LINEARS = 2
+ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
 
 
 def rule(recipe: Recipe, block: str | None, theta: float | None = None) -> Rule:
@@ -79,7 +80,7 @@ def reasons(recipe: Recipe, block: str | None, linear: fx.Node) -> list[str]:
     x, weight = linear.args[0], linear.args[1]
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
     found, path = [], _path(linear)
-    if block is None and _block_of(linear, path) is None:
+    if block is None and _is_outside(linear, path):
         found.append(OUTSIDE)
     if any(fnmatch.fnmatchcase(f"{block}.{path}" if block else path, glob) for glob in recipe.keep):
         found.append(KEPT)
@@ -130,18 +131,25 @@ def _path(node: fx.Node) -> str:
     return re.sub(r"^L\['\w+'\]\.?|^L__self___?", "", path)
 
 
-def _block_of(linear: fx.Node, path: str) -> str | None:
-    """Path of the item of a list that holds `linear` among enough others to be a block."""
+def _is_outside(linear: fx.Node, path: str) -> bool:
+    """Whether `linear` is in none of the blocks of a graph.
+
+    A block is an item of a list that holds enough linears; where there is none, the graph is that
+    of a block if attention runs in it, and else what surrounds blocks that are graphs of their own.
+    """
     items: Counter[str] = Counter()
+    has_attention = False
     for node in linear.graph.nodes:
+        has_attention |= ir.is_call(node, *ATTENTION)
         if ir.is_call(node, ir.LINEAR, quantized_linears):
             num_linears = 1 if node.target is ir.LINEAR else len(node.args[1])
             items.update(dict.fromkeys(_items(_path(node)), num_linears))
-    return next((item for item in _items(path) if items[item] >= LEAST_LINEARS), None)
+    blocks = {item for item, count in items.items() if count >= LEAST_LINEARS}
+    return blocks.isdisjoint(_items(path)) if blocks else not has_attention
 
 
 def _items(path: str) -> list[str]:
-    """The prefixes of a path that are items of lists, outermost first."""
+    """The prefixes of a path that are items of lists."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
