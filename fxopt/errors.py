@@ -134,6 +134,18 @@ class InvalidRecipe(FxoptError):
 
 
 @dataclass(eq=False)
+class OtherRecipe(FxoptError):
+    """A door was opened again on a model, with another recipe."""
+
+    asked: str
+    present: str
+    template = (
+        "recipe {asked!r} was asked for, but the model is rewritten under {present!r} already; "
+        "call fxopt.restore(model) first"
+    )
+
+
+@dataclass(eq=False)
 class NotNative(FxoptError):
     """A recipe that may not be emulated was asked for on a device that cannot run it."""
 

@@ -21,6 +21,7 @@ CASES = [
     ),
     (errors.UnknownRecipe("bf61", ("bf16", "fp8")), ["recipe 'bf61'", "did you mean 'bf16'"]),
     (errors.InvalidRecipe("mine", "a is no b"), ["'mine'", "a is no b", "fxopt.recipes.RECIPES"]),
+    (errors.OtherRecipe("fp8", "bf16"), ["'fp8'", "'bf16'", "fxopt.restore"]),
     (errors.NotNative("fp8", "cpu", "x 9.0"), ["'fp8'", "cpu", "x 9.0", "emulate=True"]),
     (errors.LowPrecisionParameter("w", "torch.e5m2"), ["'w'", "torch.e5m2", "bf16"]),
     (errors.KeepMatchesNothing("blok.*", ("blocks.0.q",)), ["'blok.*'", "1 linears", "glob"]),

@@ -23,6 +23,7 @@ class CompiledBlocks:
     def __init__(
         self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
     ) -> None:
+        self.recipe = recipe
         self.empty = Report("optimize", recipe.name, "cpu", declined=outside)
         self.reports: dict[str, list[Report]] = {fqn: [] for fqn in blocks}
         self.blocks = dict(blocks)

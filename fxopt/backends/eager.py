@@ -62,8 +62,10 @@ def swap(
     chosen = options.check(recipe=recipe, rules=strict)
     blocks = find_blocks(model, targets)
     precision.check_model(chosen, model)
-    if any(isinstance(door, Swaps) for door in state.doors(model)):
-        return model
+    for opened in state.doors(model):
+        if isinstance(opened, Swaps):
+            state.require_recipe(opened, chosen)
+            return model
     door = Swaps(chosen, precision.outside(chosen, model, blocks))
     try:
         for fqn, block in blocks.items():

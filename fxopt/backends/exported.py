@@ -52,6 +52,7 @@ def optimize(
     precision.check_model(chosen, model)
     opened = (d for d in state.doors(model) if isinstance(d, (Optimized, CompiledBlocks)))
     for door in opened:
+        state.require_recipe(door, chosen)
         if strict:
             state.StrictOnce(model, door, strict)
         return model

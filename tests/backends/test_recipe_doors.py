@@ -85,7 +85,13 @@ def test_the_table_is_complete() -> None:
     assert COUNTS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Of each kind of block one is in the quick run.
+SLOW = {"sd3.5", "qwen3-eager", "llama-eager", "llama-sdpa"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES]
+)
 def test_doors_decide_alike(name: str) -> None:
     captured = low_precision("optimize", name)
     assert len(captured) == COUNTS[name]
@@ -253,6 +259,17 @@ def test_a_recipe_that_needs_a_gpu_says_which() -> None:
     recipe = replace(RECIPES["fp8_rowwise"], emulate=False)
     with pytest.raises(errors.NotNative, match=r"'fp8_rowwise' cannot run on cpu.* 9\.0"):
         fxopt.optimize(model, recipe=recipe)
+
+
+@pytest.mark.parametrize("door", ["optimize", "swap"])
+def test_another_recipe_on_the_same_model_is_refused(door: str) -> None:
+    model = Owned()
+    opened(door, model, "fp8")
+    assert opened(door, model, "fp8") is model
+    with pytest.raises(errors.OtherRecipe, match=r"'mxfp8' was asked for.*'fp8' already"):
+        opened(door, model, "mxfp8")
+    opened(door, fxopt.restore(model), "mxfp8")
+    assert fxopt.report(model).recipe == "mxfp8"
 
 
 def test_fp8_parameters_are_refused() -> None:
