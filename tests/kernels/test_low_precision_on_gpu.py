@@ -1,5 +1,7 @@
 """Quantization and scaled products on a CUDA device, against the emulation on the same inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,8 +52,6 @@ def test_other_blocks_are_emulated():
 
 @pytest.mark.parametrize("name", [*NATIVE, "mxfp8", "nvfp4"])
 def test_flux_trains(name):
-    from dataclasses import replace
-
     family = FAMILIES["flux"]
     model = family.build().to("cuda", torch.bfloat16)
     inputs = {

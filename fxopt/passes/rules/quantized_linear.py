@@ -34,6 +34,7 @@ KEPT = "the recipe keeps it in the model's dtype"
 SIZES = f"its {{}} features are no multiple of {MULTIPLE}, which the matrix units need"
 FLOAT64 = "float64 is for measuring: it is not quantized"
 REMEDY = "it stays in the model's own dtype"
+REGARDLESS = 'Recipe(profit="always") quantizes it all the same'
 
 MODULATION_OPERANDS = (2, 5, 6)  # gate, scale and shift of norm_modulate
 # An item of a list is a block from this many linears on: those of an MLP may be items themselves.
@@ -56,11 +57,11 @@ def rule(recipe: Recipe, block: str | None, theta: float | None = None) -> Rule:
 def propose(
     recipe: Recipe, block: str | None, theta: float | None, anchor: fx.Node
 ) -> Iterator[Binding | Reason]:
-    why_not = reasons(recipe, block, anchor)
+    why_not = [Reason(why, anchor, REMEDY) for why in reasons(recipe, block, anchor)]
     if not why_not and theta is not None:
-        why_not = unprofitable(anchor, theta)
+        why_not = [Reason(why, anchor, REGARDLESS) for why in unprofitable(anchor, theta)]
     if why_not:
-        yield from (Reason(why, anchor, REMEDY) for why in why_not)
+        yield from why_not
         return
     x = anchor.args[0]
     assert isinstance(x, fx.Node)
