@@ -24,19 +24,13 @@ from torch.utils.flop_counter import flop_registry
 
 from fxopt.cost import Product, Work
 from fxopt.fakes import faked
+from fxopt.kernels.registration import LAUNCHES
 
 GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
 VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
-}
-# Kernels of two launches: the second sums up what the programs of a backward have left, or writes
-# what the first has found the scale of.
-REDUCING = {
-    "fxopt::norm_modulate_backward",
-    "fxopt::qk_norm_rope_backward",
-    "fxopt::quantize",
 }
 # Their input is read once for the scale, once for the values.
 READING_TWICE = {"fxopt::quantize"}
@@ -73,7 +67,7 @@ class Traffic:
     Args:
         gemms, attentions: its products.
         glue: bytes read and written by everything else, by op; each operand is read once.
-        launches: kernels by op: one each, two for an op in REDUCING.
+        launches: kernels by op: one each, or what the op's registration counts.
         saved: bytes kept for backward, by storage, without the parameters.
     """
 
@@ -136,7 +130,8 @@ class _Counting(TorchDispatchMode):
         cost, name = kind(func), func._schema.name.removeprefix("aten::")
         if cost in ("view", "allocation"):
             return out
-        self.traffic.launches[name] += 2 if name in REDUCING else 1
+        launches = LAUNCHES.get(name)
+        self.traffic.launches[name] += 1 if launches is None else launches(*args)
         operands = args[1:] if name == "copy_" else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))

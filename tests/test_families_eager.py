@@ -57,7 +57,7 @@ def test_truth_tells_a_small_fault_from_rounding(family: Family, dtype: torch.dt
             # A scale error of d leaves at least d - e, which exceeds the bound of 2e + roundoff
             # also after the last rounding.
             d = 4 * relative_l2(tensor, exact[name]) + 4 * roundoff
-            assert inaccuracy((tensor * (1 + d)).to(dtype), tensor, exact[name], 2.0), name
+            assert inaccuracy([((tensor * (1 + d)).to(dtype), tensor, exact[name])]), name
 
 
 def test_a_missing_gradient_fails() -> None:

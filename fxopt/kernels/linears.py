@@ -4,8 +4,8 @@ A linear keeps its input for its weight gradient. Where a fused op makes that in
 that are kept anyway, the pair keeps only those: the backward of the op makes the input once more in
 the pass that it does in any case. Linears on one input add up its gradient inside their GEMMs.
 
-A linear whose output is split is run as one product per piece, on rows of its one weight: the
-gradients of the pieces then need not be joined.
+The backward of a linear whose output is split runs one product per piece, on rows of its one
+weight: the gradients of the pieces then need not be joined.
 
 Shapes: T tokens (all leading dims), K input features, N output features.
 """
@@ -22,7 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate import (
+    norm_modulate,
+    norm_modulate_backward,
+    operand_gradients,
+)
 from fxopt.kernels.registration import register_composite
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
@@ -69,21 +73,24 @@ class Linears(torch.autograd.Function):
 
 
 class NormModulateLinears(torch.autograd.Function):
-    """norm_modulate, then linears on its y: y is not kept."""
+    """norm_modulate, then linears on its y: y is not kept.
+
+    Without a residual, h is x itself, for those that go on with x: their gradient then comes back
+    through this node, which adds it in its own pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, settings: tuple[Any, ...], pieces: Pieces, *tensors: Tensor | None
     ) -> Any:
-        operands, parameters = tensors[:7], tensors[7:]
+        operands, x_bias, parameters = tensors[:7], tensors[7], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
-        y, h, mean, rstd = norm_modulate(*operands, *settings)
+        y, h, mean, rstd = norm_modulate(*operands, *settings, x_bias)
         x, residual, gate, *modulation = operands
+        h = x if residual is None else h
         branch = x if gate is not None else None
-        ctx.save_for_backward(
-            h if residual is not None else x, branch, gate, *modulation, mean, rstd, *weights
-        )
+        ctx.save_for_backward(h, branch, gate, *modulation, mean, rstd, x_bias, *weights)
         ctx.settings, ctx.pieces = settings, pieces
         ctx.set_materialize_grads(False)
         return (*_forward(y, weights, biases, pieces), h)
@@ -92,41 +99,21 @@ class NormModulateLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        h, branch, gate, weight, bias, scale, shift, mean, rstd, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        (h, branch, gate, *modulation, mean, rstd, x_bias), weights = saved[:10], saved[10:]
         *grad_outs, grad_h = grads
-        if grad_h is not None and grad_h.numel() == 0:
-            grad_h = None
         norm, _, weight_offset, scale_offset, _, dtype = ctx.settings
-        needs, needs_parameters = ctx.needs_input_grad[2:9], ctx.needs_input_grad[9:]
+        needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
         dy = input_gradient(grad_outs, weights, ctx.pieces, h.shape)
         if dy is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
-        if dy is None:  # the residual alone goes on
-            needs = (*needs[:3], *[False] * 4)
-        dh, dx, dgate, *modulation_grads, y = torch.ops.fxopt.norm_modulate_backward(
-            dy,
-            grad_h,
-            h,
-            branch,
-            gate,
-            weight,
-            bias,
-            scale,
-            shift,
-            mean,
-            rstd,
-            norm,
-            weight_offset,
-            scale_offset,
-            dtype,
-            needs,
-            any(needs_parameters),
+        recompute = dy is not None and any(needs_parameters)
+        constants = (norm, weight_offset, scale_offset, dtype, needs, recompute, x_bias)
+        found = norm_modulate_backward(
+            dy, grad_h, h, branch, gate, *modulation, mean, rstd, *constants
         )
-        dweight, dbias, dscale, dshift = modulation_grads
-        if needs[6] and dshift.numel() == 0 and dy is not None and shift.shape == dy.shape:
-            dshift = dy.to(shift.dtype)
-        found = (dx if gate is not None else dh, dh, dgate, dweight, dbias, dscale, dshift)
-        operand_grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        operand_grads = operand_gradients(found, dy, grad_h, h, gate, modulation, needs)
+        y = found[-1]
         parameter_grads = parameter_gradients(grad_outs, y, weights, ctx.pieces, needs_parameters)
         return None, None, *operand_grads, *parameter_grads
 
@@ -186,8 +173,9 @@ class GatedActivationLinear(torch.autograd.Function):
 def _forward(
     x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None], pieces: Pieces
 ) -> tuple[Tensor, ...]:
+    wholes = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     return tuple(
-        F.linear(x, weights[i][start:stop], None if (b := biases[i]) is None else b[start:stop])
+        y if (y := wholes[i]).shape[-1] == stop - start else y[..., start:stop]
         for i, start, stop in pieces
     )
 
@@ -262,8 +250,14 @@ def _linears(
 
 
 def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases, pieces) = args[:7], args[7:13], args[13:]
-    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *operands, *weights, *biases)
+    operands, settings, (weights, biases, pieces), x_bias = (
+        args[:7],
+        args[7:13],
+        args[13:16],
+        args[16:],
+    )
+    tensors = (*operands, *(x_bias or (None,)), *weights, *biases)
+    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *tensors)
     return outs, h
 
 
@@ -286,7 +280,8 @@ linears = register_composite(
 norm_modulate_linears = register_composite(
     "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
-    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] pieces) "
+    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] pieces, "
+    "Tensor? x_bias=None) "
     "-> (Tensor[] outs, Tensor h)",
     _norm_modulate_linears,
 )

@@ -1,10 +1,11 @@
 """`fxopt::norm_modulate`: gated residual, LayerNorm or RMSNorm, affine and modulation in one op.
 
-    h = residual + gate * x
+    h = residual + gate * (x + x_bias)
     y = (norm(h) * (weight_offset + weight) + bias) * (scale_offset + scale) + shift
 
 The forward saves `h` (or `x`, without a residual) and the row statistics; the backward rebuilds the
-normalized value from them, so neither `y` nor `norm(h)` is kept for it.
+normalized value from them, so neither `y` nor `norm(h)` is kept for it. `x_bias` is the bias of the
+linear that made `x`: its gradient falls out of the same pass.
 
 Shapes: D features, R rows that share their modulation, G groups of such rows. Per-sample modulation
 `[B, 1, D]` of `x` `[B, S, D]` gives G = B, R = S.
@@ -12,6 +13,7 @@ Shapes: D features, R rows that share their modulation, G groups of such rows. P
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,10 +45,11 @@ def reference(
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, h)` of the op in plain, differentiable PyTorch.
 
-    h = residual + gate * x, n = norm(h) * (weight_offset + weight) + bias,
+    h = residual + gate * (x + x_bias), n = norm(h) * (weight_offset + weight) + bias,
     y = n * (scale_offset + scale) + shift. An absent operand drops its term (without `weight` or
     `scale` there is no multiplication, whatever the offset).
 
@@ -60,6 +63,7 @@ def reference(
         eps: added to the variance or mean square.
         weight_offset, scale_offset: constants added to `weight` and `scale`.
         h_dtype, dtype: dtypes of `h` and `y`.
+        x_bias: `[D]`, any float dtype, or None; needs a residual.
 
     Numerics: fp32 throughout (fp64 where an operand or result is fp64), `h` and `y` rounded once,
     the norm taken of the rounded `h`.
@@ -67,7 +71,8 @@ def reference(
     opmath = opmath_of(x, h_dtype, dtype)
     h = x
     if residual is not None:
-        branch = x.to(opmath) if gate is None else gate.to(opmath) * x.to(opmath)
+        branch = x.to(opmath) if x_bias is None else x.to(opmath) + x_bias.to(opmath)
+        branch = branch if gate is None else gate.to(opmath) * branch
         h = (residual.to(opmath) + branch).to(h_dtype)
     h_out = x.new_empty(0, dtype=h_dtype) if residual is None else h
     if norm == "none":
@@ -83,15 +88,16 @@ def reference(
 
 
 def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return outputs(x, residual, args[5], *args[-2:])
+    return outputs(x, residual, *(args[i] for i in (5, 9, 10)))
 
 
 def _fake_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    operands, (dtype, needs, recompute) = args[:5], args[-3:]
+    x_bias = args[13] if len(args) > 13 else None
+    operands, (dtype, needs, recompute) = (*args[:5], x_bias), args[10:13]
     wants = wanted(grad_y, h, operands, needs)
-    return outputs_backward(h, x, operands, wants, dtype, needs, recompute)
+    return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
 
 
 class NormModulate(torch.autograd.Function):
@@ -101,9 +107,11 @@ class NormModulate(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, h, mean, rstd = below_autograd(norm_modulate, *args)
         x, residual, gate, *affine = args[:7]
-        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[7:]
+        x_bias = args[13] if len(args) > 13 else None
+        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[7:13]
         ctx.x_dtype = x.dtype
         ctx.residual_dtype = x.dtype if residual is None else residual.dtype
+        ctx.num_absent = len(args) - 7
         ctx.set_materialize_grads(False)
         absent = [
             t for t, is_absent in ((y, ctx.norm == "none"), (h, residual is None)) if is_absent
@@ -111,51 +119,84 @@ class NormModulate(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd, *absent)
         branch = x if ctx.needs_input_grad[2] else None
         kept = None if ctx.norm == "none" else x if residual is None else h
-        ctx.save_for_backward(kept, branch, gate, *affine, mean, rstd)
+        ctx.save_for_backward(kept, branch, gate, *affine, mean, rstd, x_bias)
         return y, h, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y, grad_h = grads[:2]
-        no_grads = (None,) * 6
         if grad_y is None and grad_h is None:
-            return (None,) * 7 + no_grads
-        kept, branch, gate, *affine, mean, rstd = ctx.saved_tensors
+            return (None,) * (7 + ctx.num_absent)
+        kept, branch, gate, *affine, mean, rstd, x_bias = ctx.saved_tensors
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
-        shift, needs = affine[3], list(ctx.needs_input_grad[:7])
+        needs = [*ctx.needs_input_grad[:7], x_bias is not None and ctx.needs_input_grad[13]]
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
         constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype
-        dh, dx, dgate, *daffine, _ = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *affine, mean, rstd, *constants, needs, False
+        found = norm_modulate_backward(
+            grad_y, grad_h, h, x, gate, *affine, mean, rstd, *constants, needs, False, x_bias
         )
-        if grad_y is None:
-            needs[3:] = [False] * 4
-        elif passes_through(shift, h):
-            daffine[3] = grad_y.to(shift.dtype)
-        dx = (dh if gate is None else dx).to(ctx.x_dtype)
-        results = (dx, dh.to(ctx.residual_dtype), dgate, *daffine)
-        return *(g if need else None for g, need in zip(results, needs, strict=True)), *no_grads
+        dx, dresidual, *others, dx_bias = operand_gradients(
+            found, grad_y, grad_h, h, gate, affine, needs
+        )
+        dx = None if dx is None else dx.to(ctx.x_dtype)
+        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
+        constants_grads: list[Tensor | None] = [None] * ctx.num_absent
+        if x_bias is not None:
+            constants_grads[6] = dx_bias
+        return dx, dresidual, *others, *constants_grads
+
+
+def operand_gradients(
+    found: Sequence[Tensor],
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    h: Tensor,
+    gate: Tensor | None,
+    affine: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, residual, gate, weight, bias, scale, shift and x_bias, None where not needed.
+
+    `found` is what the backward op returned; what it leaves out is a gradient that came in.
+    """
+    grads: list[Tensor | None] = [*found[2:-1]]
+    dresidual, dx, shift = grad_h if grad_y is None else found[0], found[1], affine[3]
+    if grad_y is None:
+        grads[1:5] = [None] * 4
+    elif shift is not None and passes_through(shift, h):
+        grads[4] = grad_y.to(shift.dtype)
+    every = (dresidual if gate is None else dx, dresidual, *grads)
+    return [g if need else None for g, need in zip(every, needs, strict=True)]
 
 
 SCHEMA = (
     "norm_modulate(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
-    "ScalarType h_dtype, ScalarType dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    "ScalarType h_dtype, ScalarType dtype, Tensor? x_bias=None) "
+    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 BACKWARD_SCHEMA = (
     "norm_modulate_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor? x, Tensor? gate, "
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, "
-    "str norm, float weight_offset, float scale_offset, ScalarType dtype, bool[7] needs, "
-    "bool recompute) -> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, Tensor dbias, "
-    "Tensor dscale, Tensor dshift, Tensor y)"
+    "str norm, float weight_offset, float scale_offset, ScalarType dtype, bool[8] needs, "
+    "bool recompute, Tensor? x_bias=None) -> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, "
+    "Tensor dbias, Tensor dscale, Tensor dshift, Tensor dx_bias, Tensor y)"
 )
+
+
+def _launches_backward(
+    grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
+) -> int:
+    """One pass over the rows, and one over the partial sums if there are any."""
+    operands = (*args[:5], args[13] if len(args) > 13 else None)
+    return 1 + any(wanted(grad_y, h, operands, args[11]))
 
 
 def _triton(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    in_fp64 = opmath_of(args[0], *args[-2:]) == torch.float64
+    in_fp64 = opmath_of(args[0], *args[11:13]) == torch.float64
     return native.forward(*args) if in_fp64 else triton_norm_modulate.forward(*args)
 
 
@@ -170,5 +211,9 @@ norm_modulate = register(
     SCHEMA, native=native.forward, fake=_fake, triton=_triton, function=NormModulate
 )
 norm_modulate_backward = register(
-    BACKWARD_SCHEMA, native=native.backward, fake=_fake_backward, triton=_triton_backward
+    BACKWARD_SCHEMA,
+    native=native.backward,
+    fake=_fake_backward,
+    triton=_triton_backward,
+    launches=_launches_backward,
 )

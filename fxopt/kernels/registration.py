@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 LIBRARY = torch.library.Library("fxopt", "DEF")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {}
+LAUNCHES: dict[str, Callable[..., int]] = {}
 
 
 @functools.cache
@@ -40,6 +41,7 @@ def register(
     triton: Callable[..., Any] | None = None,
     function: type[torch.autograd.Function] | None = None,
     flops: Callable[..., int] | None = None,
+    launches: Callable[..., int] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -51,10 +53,13 @@ def register(
         function: autograd Function. Its forward receives the op's arguments as given and calls
             `below_autograd(op, *args)`; None for ops that are not differentiable (backward ops).
         flops: FLOPs from the arguments' shapes; None for ops that do no matrix product.
+        launches: kernels that a call with these arguments launches on a GPU; None for always one.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.fxopt, name).default
+    if launches is not None:
+        LAUNCHES[f"fxopt::{name}"] = launches
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")
@@ -77,13 +82,19 @@ def _autograd_kernel(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(a, torch.Tensor) and a.requires_grad for a in args
-        ):
+        if torch.is_grad_enabled() and _requires_grad(args):
             return function.apply(*args)
         return below_autograd(op, *args)
 
     return kernel
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    return any(
+        a.requires_grad if isinstance(a, torch.Tensor) else _requires_grad(a)
+        for a in args
+        if isinstance(a, (torch.Tensor, list, tuple))
+    )
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:

@@ -2,7 +2,8 @@
 
 Shapes: G groups of R rows share their per-group operands; D features, padded to BLOCK_D; P programs
 per group in the backward. Every program of the backward owns rows of one group and writes one row
-of partial sums; a second reduction adds the P rows, in fixed order, so no atomics are needed.
+of partial sums; a second kernel adds the P rows, in fixed order, so no atomics are needed, and
+makes all gradients of operands from the sums.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
+
+# Tile of the second kernel: partial sums and features at a time.
+REDUCE_P, REDUCE_D = 32, 32
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def _modulate(n, scale, shift, scale_offset, group, row, cols, mask):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
-    x, residual, gate, weight, bias, scale, shift, y, h, mean, rstd,
+    x, residual, gate, weight, bias, scale, shift, x_bias, y, h, mean, rstd,
     num_rows, num_features, eps, weight_offset, scale_offset,
     NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +60,8 @@ def forward_kernel(
     mask = cols < num_features
     value = _load(x, group, row, cols, mask)
     if residual[0] is not None:
+        if x_bias[0] is not None:
+            value += _load(x_bias, 0, 0, cols, mask)
         if gate[0] is not None:
             value = value * _load(gate, group, row, cols, mask)
         rounded = (value + _load(residual, group, row, cols, mask)).to(h.dtype.element_ty)
@@ -75,16 +81,16 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
-    grad_y, grad_h, h, x, gate, weight, bias, scale, shift, mean, rstd,
-    dh, dx, dgate, dscale, y, gate_sums, a_sums, c_sums,
+    grad_y, grad_h, h, x, gate, weight, bias, scale, shift, x_bias, mean, rstd,
+    dh, dx, dgate, dscale, y, gate_sums, a_sums, c_sums, x_sums,
     num_rows, num_features, weight_offset, scale_offset,
     NORM: tl.constexpr, SCALE_PER_ROW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program strides over rows of group `program_id(0)`.
 
     `dgate` and `dscale` hold one value per element, for operands that differ from row to row.
-    The `_sums`, `[G, P, D]`, are partial sums for operands of the group: of `dh * x`, and of the
-    gradients of n's factor and addend (those of the affine alone if `scale` differs per row).
+    The `_sums`, `[G, P, D]`, are partial sums for operands of the group: of the gate's gradient, of
+    those of n's factor and addend (of the affine alone if `scale` differs per row), and of x's.
     Each is None where not wanted.
     """
     group, program = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -93,6 +99,7 @@ def backward_kernel(
     gate_sum = tl.zeros([BLOCK_D], tl.float32)
     a_sum = tl.zeros([BLOCK_D], tl.float32)
     c_sum = tl.zeros([BLOCK_D], tl.float32)
+    x_sum = tl.zeros([BLOCK_D], tl.float32)
     for row in range(program, num_rows, tl.num_programs(1)):
         token = group * num_rows + row
         offsets = token * num_features + cols
@@ -116,8 +123,9 @@ def backward_kernel(
                     tl.store(dscale + offsets, dn * affine, mask=mask)
                 if SCALE_PER_ROW:
                     dn = dn * (scale_offset + _load(scale, group, row, cols, mask))
-                a_sum += dn * n
-                c_sum += dn
+                if a_sums is not None:
+                    a_sum += dn * n
+                    c_sum += dn
                 if scale[0] is not None and not SCALE_PER_ROW:
                     dn = dn * (scale_offset + _load(scale, group, 0, cols, mask))
                 if weight[0] is not None:
@@ -126,21 +134,106 @@ def backward_kernel(
                 if NORM == "layer":
                     dnorm -= tl.sum(dn, 0) / num_features
                 dvalue += dnorm * row_rstd
-        tl.store(dh + offsets, dvalue.to(dh.dtype.element_ty), mask=mask)
-        if dx is not None:
-            branch = dvalue * _load(gate, group, row, cols, mask)
-            tl.store(dx + offsets, branch.to(dx.dtype.element_ty), mask=mask)
-        if x[0] is not None:
-            product = dvalue * _load(x, group, row, cols, mask)
+        if dh is not None:
+            tl.store(dh + offsets, dvalue.to(dh.dtype.element_ty), mask=mask)
+        if gate_sums is not None or dgate is not None:
+            value = _load(x, group, row, cols, mask)
+            if x_bias[0] is not None:
+                value += _load(x_bias, 0, 0, cols, mask)
             if dgate is not None:
-                tl.store(dgate + offsets, product, mask=mask)
-            gate_sum += product
+                tl.store(dgate + offsets, dvalue * value, mask=mask)
+            if gate_sums is not None:
+                gate_sum += dvalue * value
+        if gate[0] is not None:
+            dvalue *= _load(gate, group, row, cols, mask)
+        if dx is not None:
+            tl.store(dx + offsets, dvalue.to(dx.dtype.element_ty), mask=mask)
+        if x_sums is not None:
+            x_sum += dvalue
     partial = (group * tl.num_programs(1) + program) * num_features + cols
-    if gate_sums is not None:
-        tl.store(gate_sums + partial, gate_sum, mask=mask)
-    if a_sums is not None:
-        tl.store(a_sums + partial, a_sum, mask=mask)
-        tl.store(c_sums + partial, c_sum, mask=mask)
+    _store(gate_sums, partial, gate_sum, mask)
+    _store(a_sums, partial, a_sum, mask)
+    _store(c_sums, partial, c_sum, mask)
+    _store(x_sums, partial, x_sum, mask)
+
+
+@triton.jit
+def _store(t, offsets, value, mask):
+    """Store where there is something to store to."""
+    if t is not None:
+        tl.store(t + offsets, value.to(t.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _column_sum(sums, group, num_programs, num_features, cols, mask, BLOCK_P: tl.constexpr):
+    """Sum `[G, P, D]` partial sums of one group over P, always in the same order."""
+    total = tl.zeros([BLOCK_P, cols.shape[0]], tl.float32)
+    if sums is not None:
+        for first in range(0, num_programs, BLOCK_P):
+            programs = first + tl.arange(0, BLOCK_P)
+            offsets = (group * num_programs + programs)[:, None] * num_features + cols[None, :]
+            valid = (programs < num_programs)[:, None] & mask[None, :]
+            total += tl.load(sums + offsets, mask=valid, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _reduced(out, total, value, group, cols, mask):
+    """Store a gradient of its group, given as (pointer, group stride), or go on adding it up."""
+    if out[0] is not None and out[1] is not None:
+        _store(out[0], group * out[1] + cols, value, mask)
+    return total + value
+
+
+@triton.jit
+def _stored(out, total, cols, mask):
+    """Store a gradient that all groups share; its group stride is None."""
+    if out[1] is None:
+        _store(out[0], cols, total, mask)
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def reduce_kernel(
+    weight, bias, scale, gate_sums, a_sums, c_sums, x_sums,
+    dgate, dweight, dbias, dscale, dshift, dx_bias,
+    num_groups, num_programs, num_features, weight_offset, scale_offset,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program makes the gradients of BLOCK_D features of all operands from the partial sums.
+
+    Operands are (pointer, group stride, row stride), gradients (pointer, group stride); the group
+    stride of a gradient is None where all groups share the operand.
+    """
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = cols < num_features
+    zero = tl.zeros([BLOCK_D], tl.float32)
+    gate_total, weight_total, bias_total = zero, zero, zero
+    scale_total, shift_total, x_total = zero, zero, zero
+    for i in range(num_groups):
+        group = tl.cast(i, tl.int64)
+        dg = _column_sum(gate_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
+        da = _column_sum(a_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
+        dc = _column_sum(c_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
+        dx = _column_sum(x_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
+        factor, affine_da = zero + 1.0, da
+        if scale[0] is not None:
+            factor = scale_offset + _load(scale, group, 0, cols, mask)
+        if weight[0] is not None:
+            affine_da = da * (weight_offset + _load(weight, 0, 0, cols, mask))
+        if bias[0] is not None:
+            affine_da += dc * _load(bias, 0, 0, cols, mask)
+        gate_total = _reduced(dgate, gate_total, dg, group, cols, mask)
+        weight_total = _reduced(dweight, weight_total, da * factor, group, cols, mask)
+        bias_total = _reduced(dbias, bias_total, dc * factor, group, cols, mask)
+        scale_total = _reduced(dscale, scale_total, affine_da, group, cols, mask)
+        shift_total = _reduced(dshift, shift_total, dc, group, cols, mask)
+        x_total = _reduced(dx_bias, x_total, dx, group, cols, mask)
+    _stored(dgate, gate_total, cols, mask)
+    _stored(dweight, weight_total, cols, mask)
+    _stored(dbias, bias_total, cols, mask)
+    _stored(dscale, scale_total, cols, mask)
+    _stored(dshift, shift_total, cols, mask)
+    _stored(dx_bias, x_total, cols, mask)
 
 
 def forward(
@@ -157,13 +250,15 @@ def forward(
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's forward, with fp32 statistics."""
     results = y, h, mean, rstd = op.outputs(x, residual, norm, h_dtype, dtype)
     if x.numel() == 0:
         return results
     groups = _groups(x, (gate, scale, shift))
-    operands = (_rows(t, x, groups) for t in (x, residual, gate, weight, bias, scale, shift))
+    given = (x, residual, gate, weight, bias, scale, shift, x_bias)
+    operands = (_rows(t, x, groups) for t in given)
     with torch.cuda.device_of(x):
         forward_kernel[(groups.num_groups * groups.num_rows,)](
             *operands, y, h, mean, rstd,
@@ -191,43 +286,83 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
     recompute: bool,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The op's backward: one pass over the rows, then small sums over its P programs per group."""
-    operands = (gate, weight, bias, scale, shift)
+    """The op's backward: one pass over the rows, then one over the partial sums."""
+    operands = (gate, weight, bias, scale, shift, x_bias)
     wants = op.wanted(grad_y, h, operands, needs)
-    results = op.outputs_backward(h, x, operands, wants, dtype, needs, recompute)
+    results = op.outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
     if h.numel() == 0:
         return tuple(t.zero_() for t in results)
     dh, dx, *grads, y = results
     groups = _groups(h, (gate, scale, shift))
     num_programs = _programs_per_group(h, groups)
-    sums = rstd.new_empty(3, groups.num_groups, num_programs, h.shape[-1])
-    wants_sum = [wants[0], any(wants[1:]), any(wants[1:])]
     per_row = [_varies_per_row(t) for t in operands]
     dgate = rstd.new_empty(h.shape) if wants[0] and per_row[0] else None
     dscale = rstd.new_empty(h.shape) if wants[3] and per_row[3] else None
+    summed = [wants[0] and not per_row[0], any(wants[1:5]), any(wants[1:5]), wants[5]]
+    each = iter(rstd.new_empty(sum(summed), groups.num_groups, num_programs, h.shape[-1]))
+    sums = [next(each) if want else None for want in summed]
     inputs = (grad_y, grad_h, h, x if wants[0] else None, *operands)
     with torch.cuda.device_of(h):
         backward_kernel[(groups.num_groups, num_programs)](
             *(_rows(t, h, groups) for t in inputs), mean, rstd,
-            dh, _present(dx), dgate, dscale, _present(y),
-            *(t if want else None for t, want in zip(sums, wants_sum, strict=True)),
+            _present(dh), _present(dx), dgate, dscale, _present(y), *sums,
             groups.num_rows, h.shape[-1], weight_offset, scale_offset,
             NORM=norm, SCALE_PER_ROW=per_row[3], **tile(h.shape[-1], 8),
         )  # fmt: skip
-    dgate_GD, da_GD, dc_GD = sums.sum(2)
-    affine_operands = (weight, bias, None if per_row[3] else scale, None)
-    affine = op.Affine(groups, affine_operands, (weight_offset, scale_offset), rstd.dtype)
-    totals = [dgate_GD, *affine.grads(da_GD, dc_GD)]
     dy = grad_y if per_row[3] or per_row[4] else None
-    elementwise = (dgate, None, None, dscale, dy)
-    for grad, operand, want, total, each in zip(
-        grads, operands, wants, totals, elementwise, strict=True
-    ):
-        if want and operand is not None:
-            total = groups.reduce(total, operand) if each is None else _sum(each, operand)
-            grad.copy_(total)
+    elementwise = (dgate, None, None, dscale, dy, None)
+    targets = []
+    for grad, operand, want, each in zip(grads, operands, wants, elementwise, strict=True):
+        if want and each is not None and operand is not None:
+            grad.copy_(_sum(each, operand))
+        targets.append(_Target(grad if want and each is None else None, operand, groups))
+    if any(summed):
+        affine = (weight, bias, None if per_row[3] else scale)
+        _reduce(h, affine, sums, targets, groups, (weight_offset, scale_offset))
     return results
+
+
+def _reduce(
+    h: Tensor,
+    affine: Sequence[Tensor | None],
+    sums: Sequence[Tensor | None],
+    targets: Sequence[_Target],
+    groups: op.Groups,
+    offsets: tuple[float, float],
+) -> None:
+    """Make the gradients of all operands from the partial sums `[G, P, D]`."""
+    num_programs = next(t.shape[1] for t in sums if t is not None)
+    with torch.cuda.device_of(h):
+        reduce_kernel[(triton.cdiv(h.shape[-1], REDUCE_D),)](
+            *(_rows(t, h, groups) for t in affine), *sums, *(t.argument for t in targets),
+            groups.num_groups, num_programs, h.shape[-1], *offsets,
+            BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
+        )  # fmt: skip
+    for target in targets:
+        target.finish()
+
+
+class _Target:
+    """Where the second kernel writes the gradient of an operand: one row, or one per group."""
+
+    def __init__(self, grad: Tensor | None, operand: Tensor | None, groups: op.Groups) -> None:
+        self.grad, self.operand, self.groups, self.rows = grad, operand, groups, grad
+        self.argument: tuple[Tensor | None, int | None] = None, None
+        if grad is None or operand is None:
+            return
+        num_groups, num_features = groups.num_groups, groups.num_features
+        num_rows = operand.numel() // num_features if operand.shape[-1] == num_features else 0
+        if num_rows not in (1, num_groups):  # the operand differs over some of the groups' dims
+            self.rows = grad.new_empty(num_groups, num_features, dtype=torch.float32)
+        self.argument = self.rows, None if num_rows == 1 else num_features
+
+    def finish(self) -> None:
+        """Reduce rows of groups to the operand's own shape, where that is another."""
+        grad, rows, operand = self.grad, self.rows, self.operand
+        if grad is not None and rows is not None and operand is not None and rows is not grad:
+            grad.copy_(self.groups.reduce(rows, operand))
 
 
 def _varies_per_row(t: Tensor | None) -> bool:
@@ -249,7 +384,10 @@ def _rows(t: Tensor | None, x: Tensor, groups: op.Groups) -> tuple[Tensor | None
 
 
 def _sum(t: Tensor, operand: Tensor) -> Tensor:
-    return t.float().sum_to_size(operand.shape)
+    """Sum to the shape of an operand, accumulating in fp32."""
+    sizes = (1,) * (t.dim() - operand.dim()) + operand.shape
+    dims = [i for i, (a, b) in enumerate(zip(t.shape, sizes, strict=True)) if a != b]
+    return t.sum(dims, dtype=torch.float32).view(operand.shape) if dims else t.view(operand.shape)
 
 
 def _present(t: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ def load_pairs(ptr, heads_H1, stride, c):
 
 @triton.jit
 def store_pairs(ptr, heads_H1, p, q, c):
-    """Inverse of `_load_pairs` for contiguous rows."""
+    """Inverse of `load_pairs` for contiguous rows."""
     if c.INTERLEAVED:
         cols = tl.arange(0, 2 * c.P)[None, :]
         mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D)
@@ -43,12 +43,12 @@ def store_pairs(ptr, heads_H1, p, q, c):
 
 
 @triton.jit
-def load_table(ptr, strides, batch, token, heads_H1, s, c):
+def load_table(ptr, strides, batch, token, heads_H1, c):
     """cos or sin of one token, [H, P] or [1, P]."""
-    if not s.TABLE_PER_HEAD:
+    if not c.TABLE_PER_HEAD:
         heads_H1 = tl.zeros((1, 1), tl.int32)
     ptr += batch * strides[0] + token * strides[1] + heads_H1.to(tl.int64) * strides[2]
-    if s.TABLE_WIDTH == c.D:
+    if c.TABLE_WIDTH == c.D:
         return load_pairs(ptr, heads_H1, strides[3], c)
     else:
         cols = tl.arange(0, c.P)[None, :].to(tl.int64)
@@ -62,6 +62,12 @@ def load_parameter(ptr, heads_H1, c):
     """A weight or bias, [1, P], or [H, P] for a norm across heads."""
     if not c.ACROSS_HEADS:
         heads_H1 = tl.zeros((1, 1), tl.int32)
+    return load_head_pairs(ptr, heads_H1, c)
+
+
+@triton.jit
+def load_head_pairs(ptr, heads_H1, c):
+    """The elements of some heads of a vector [H*D]."""
     return load_pairs(ptr + heads_H1 * c.D, heads_H1, 1, c)
 
 

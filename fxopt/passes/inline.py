@@ -41,7 +41,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
         given = dict(zip(inputs, values, strict=True))
         args = map_arg(node.args, lambda n: given[n])
         result = reference(*args)
-        return result if isinstance(result, tuple) else (result,)
+        return result if isinstance(result, (tuple, list)) else (result,)
 
     values = [n.meta["val"] for n in inputs]
     with detect_fake_mode(values) or nullcontext():

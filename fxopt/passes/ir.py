@@ -68,6 +68,7 @@ CASTS = frozenset(
 # Key in the `meta` of a graph module: whether its example has a batch of 2 for the call's 1.
 IS_DOUBLED = "fxopt_is_doubled"
 LINEAR = aten.linear.default
+SDPA = aten.scaled_dot_product_attention.default
 # Where a region ends: what these produce is in memory already.
 MATERIALIZED = frozenset(
     {
@@ -190,6 +191,11 @@ def memory(node: fx.Node) -> fx.Node:
             return node
 
 
+def is_written(node: fx.Node, graph: fx.Graph) -> bool:
+    """Whether anything in `graph` writes the memory of `node` in place."""
+    return any(memory(t) is memory(node) for n in graph.nodes for t in written(n))
+
+
 def skip_copies(node: fx.Node) -> fx.Node:
     """The node behind copies that change neither values nor dtype nor shape."""
     while is_call(node, *COPIES):
@@ -243,6 +249,15 @@ def is_barrier(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return not isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat))
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Remove what nothing uses, attention without dropout included; it only could draw numbers."""
+
+    def stays(node: fx.Node) -> bool:
+        return is_barrier(node) if is_call(node, SDPA) else node.is_impure()
+
+    graph.eliminate_dead_code(stays)
 
 
 def segments(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -76,7 +76,9 @@ class _Rewriter:
             reasons = self.apply_at(rule, node)
             if reasons:
                 missed.append((node, reasons))
-        self.graph.eliminate_dead_code()
+        if rule.finish is not None:
+            rule.finish(self.graph)
+        ir.eliminate_dead_code(self.graph)
         alive = set(self.graph.nodes)
         self.outcome.declined += [_declined(rule, n, r) for n, r in missed if n in alive]
 
@@ -226,7 +228,7 @@ class _Rewriter:
             new.meta = {**old.meta, **new.meta}
             old.replace_all_uses_with(new)
         ir.toposort(self.graph)
-        self.graph.eliminate_dead_code()
+        ir.eliminate_dead_code(self.graph)
         for node in binding.constants:
             self.outcome.constants |= _placeholders(node)
         applied = Applied(
@@ -245,7 +247,7 @@ class _Rewriter:
 
     def finish(self) -> None:
         """Record what still stands: a later rule may have taken an earlier one's op in."""
-        self.graph.eliminate_dead_code()
+        ir.eliminate_dead_code(self.graph)
         self.gm.recompile()
         alive = set(self.graph.nodes)
         self.outcome.applied += [a for a, nodes in self.standing if alive & set(nodes)]

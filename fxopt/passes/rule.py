@@ -63,6 +63,7 @@ class Rule:
     tier: how the numbers relate to eager's: bitwise, error at most twice eager's own, or as the
         recipe asks.
     compiled: whether the rule runs before a compiler that fuses on its own.
+    finish: rearranges a graph after the rule was applied all over it; changes no values.
     """
 
     name: str
@@ -71,3 +72,4 @@ class Rule:
     propose: Callable[[fx.Node], Iterator[Binding | Reason]]
     tier: Tier = "rounding"
     compiled: bool = True
+    finish: Callable[[fx.Graph], None] | None = None

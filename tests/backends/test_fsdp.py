@@ -89,6 +89,7 @@ def test_the_model_here_is_rewritten() -> None:
     model(tokens())
     assert fxopt.report(model).counts() == {
         "qk_norm_rope": 4,
+        "merge_qk": 2,
         "gated_activation": 2,
         "norm_modulate": 2,
         "merge_linears": 6,

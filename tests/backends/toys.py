@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.backends.rewritten import Bound
 from tests.families import seeded
-from tests.numerics import assert_as_accurate, run, truth
+from tests.numerics import Draw, assert_as_accurate, redrawn, run, truth
 
 CHANNELS = 32
 
@@ -86,13 +86,18 @@ def assert_like_eager(
 ) -> None:
     """Outputs and all gradients, at most twice as far from float64 as those of `eager`."""
     inputs = {"x": tokens()} if inputs is None else inputs
-    exact = truth(eager, inputs)
-    with context():
-        expected = run(eager, inputs)
-    with context():
-        found = run(model, inputs)
-    exact = {name: exact[name] if t is not None else None for name, t in expected.items()}
-    assert_as_accurate(found, expected, exact)
+
+    def draw(number: int) -> Draw:
+        drawn = inputs if number == 0 else redrawn(inputs, number)
+        exact = truth(eager, drawn)
+        with context():
+            expected = run(eager, drawn)
+        with context():
+            found = run(model, drawn)
+        exact = {name: exact[name] if t is not None else None for name, t in expected.items()}
+        return found, expected, exact
+
+    assert_as_accurate(*draw(0), again=draw)
 
 
 def reasons(model: nn.Module) -> list[str]:

@@ -56,18 +56,19 @@ def test_frozen_weight_gets_no_gradient():
     assert_equal_with_gradients(fused_linears, plain_linears, tensors)
 
 
-def plain_norm(x, residual, gate, scale, shift, w, b):
+def plain_norm(x, residual, gate, scale, shift, w, b, x_bias=None):
+    x = x if x_bias is None else x + x_bias
     h = x if residual is None else residual + gate * x
     y = F.layer_norm(h, (K,), eps=1e-6) * (1 + scale) + shift
     out = F.linear(y, w, b)
-    return [out] if residual is None else [out, h]
+    return [out, h]
 
 
-def fused_norm(x, residual, gate, scale, shift, w, b):
+def fused_norm(x, residual, gate, scale, shift, w, b, x_bias=None):
     dtypes = (torch.float64, torch.float64)
-    settings = ("layer", 1e-6, 0.0, 1.0, *dtypes, [w], [b], [0, 0, N])
+    settings = ("layer", 1e-6, 0.0, 1.0, *dtypes, [w], [b], [0, 0, N], x_bias)
     outs, h = norm_modulate_linears(x, residual, gate, None, None, scale, shift, *settings)
-    return outs if residual is None else [*outs, h]
+    return [*outs, h]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -75,9 +76,10 @@ def test_norm_modulate_linears(gated):
     row = (B, 1, K)
     before = (draw(B, S, K), draw(*row)) if gated else (None, None)
     tensors = (draw(B, S, K), *before, draw(*row), draw(*row), draw(N, K), draw(N))
-    assert_equal_with_gradients(fused_norm, plain_norm, tensors)
-    if gated:  # the residual alone goes on
-        assert_equal_with_gradients(fused_norm, plain_norm, tensors, slice(1, 2))
+    if gated:
+        tensors = (*tensors, draw(K))
+    for which in (slice(None), slice(0, 1), slice(1, 2)):  # the last: the residual alone goes on
+        assert_equal_with_gradients(fused_norm, plain_norm, tensors, which)
 
 
 def test_a_full_size_shift_gets_its_gradient():

@@ -8,7 +8,7 @@ import torch
 import fxopt
 from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
 from tests.families import FAMILIES
-from tests.numerics import assert_as_accurate, run, truth
+from tests.numerics import Judge, assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,25 +84,28 @@ def test_norm_modulate(norm, width, dtype):
 @pytest.mark.parametrize("rotation", ["none", "interleaved", "half"])
 @pytest.mark.parametrize("across_heads", [False, True])
 def test_qk_norm_rope(across_heads, rotation, dtype):
-    heads, dim = 24, 128
-    width = heads * dim if across_heads else dim
-    x, weight, x2, weight2 = leaves(
-        (2, 19, heads, dim), (width,), (2, 33, heads, dim), (width,), dtype=dtype
+    heads, dim = (24, 24, 8, 8), 128  # two sections of queries, two of keys
+    tokens, joined = (19, 33, 19, 33), [2, 2]
+    widths = [h * dim if across_heads else dim for h in heads]
+    inputs = leaves(
+        *((2, n, h, dim) for n, h in zip(tokens, heads, strict=True)),
+        *((h * dim,) for h in heads),
+        *((w,) for w in widths),
+        dtype=dtype,
     )
-    tables = [torch.randn(1, n, 1, dim, device="cuda") for n in (19, 19, 33, 33)]
-    cos, sin, cos2, sin2 = tables if rotation != "none" else [None] * 4
-    settings = ("rms", 1e-6, 1e-6, 0.0, across_heads, rotation)
+    tables = [[torch.randn(1, 52, 1, dim, device="cuda")] * 4 for _ in range(2)]
+    settings = (joined, "rms", [1e-6] * 4, 0.0, across_heads, rotation)
 
-    def arguments(x, weight, x2, weight2):
-        return x, weight, None, cos, sin, x2, weight2, None, cos2, sin2
+    def arguments(*tensors):
+        return tensors[:4], tensors[4:8], tensors[8:], [None] * 4, *tables, *settings
 
     def op(*tensors):
-        return (qk_norm_rope.qk_norm_rope(*arguments(*tensors), *settings, dtype)[0],)
+        return tuple(qk_norm_rope.qk_norm_rope(*arguments(*tensors), dtype)[:2])
 
     def reference(to, *tensors):
-        return (qk_norm_rope.reference(*arguments(*tensors), *settings, to),)
+        return tuple(qk_norm_rope.reference(*arguments(*tensors), to))
 
-    check(op, reference, [x, weight, x2, weight2], dtype)
+    check(op, reference, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +143,7 @@ def test_family(name):
         lambda t: t.cuda() if isinstance(t, torch.Tensor) else t,
         family.inputs(2, 0, torch.bfloat16),
     )
-    exact, eager = truth(model, inputs), run(model, inputs)
+    judge = Judge(model, inputs)
     fxopt.optimize(model)
-    assert_as_accurate(run(model, inputs), eager, exact, what=name)
+    judge(model, name)
     assert {a.provider for a in fxopt.report(model).applied} >= {"triton"}

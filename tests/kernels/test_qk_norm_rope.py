@@ -13,22 +13,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from fxopt.kernels import native_qk_norm_rope
 from fxopt.kernels.qk_norm_rope import (
     QKNormRope,
-    native,
-    native_backward,
     qk_norm_rope,
     qk_norm_rope_backward,
     reference,
 )
 
 EPS = 1e-6
+NUM_FIELDS = 6  # x, x_bias, weight, bias, cos, sin; the first four get gradients
 
 
 @dataclasses.dataclass
 class Case:
-    """One call of the op: `args` in the schema's order, `grad` of its output."""
+    """One call of the op: `args` in the schema's order, `grads` of its outputs.
+
+    The queries have the heads of `shape`, the keys half as many.
+    """
 
     norm: str = "rms"
     across_heads: bool = False
@@ -36,77 +40,97 @@ class Case:
     pair_tables: bool = False
     sections: str = "one"  # "one", "two", or "text": the second section has no tables
     dtype: torch.dtype = torch.float32
-    affine: str = "weight"  # "weight", "weight+bias" or "none"
+    affine: str = "weight"  # of "weight", "bias" and "x_bias", joined by "+"; or "none"
     weight_offset: float = 0.0
     shape: tuple[int, int, int, int] = (2, 3, 2, 24)
     seed: int = 0
+    keys: bool = False
+    joint_tables: bool = False
 
-    def section(self, generator: torch.Generator, num_tokens: int, tables: bool) -> list[Any]:
-        batch, _, heads, dim = self.shape
+    def section(self, generator: torch.Generator, num_tokens: int, heads: int) -> list[Any]:
+        batch, _, _, dim = self.shape
 
         def randn(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
         width = heads * dim if self.across_heads else dim
+        affine = self.affine.split("+")
         x = randn(batch, num_tokens, heads, dim).to(self.dtype)
-        weight = randn(width).to(self.dtype) if "weight" in self.affine else None
-        bias = randn(width).to(self.dtype) if "bias" in self.affine else None
-        angle = randn(1, num_tokens, 1, dim // 2 if self.pair_tables else dim) * 3
-        table_dtype = torch.promote_types(self.dtype, torch.float32)
-        cos, sin = (t.to(table_dtype) if tables else None for t in (angle.cos(), angle.sin()))
-        return [x, weight, bias, cos, sin]
+        x_bias = randn(heads * dim).to(self.dtype) if "x_bias" in affine else None
+        weight = randn(width).to(self.dtype) if "weight" in affine else None
+        bias = randn(width).to(self.dtype) if "bias" in affine else None
+        return [x, x_bias, weight, bias]
+
+    def tables(self, generator: torch.Generator, num_tokens: int) -> list[Tensor]:
+        dim = self.shape[-1] // 2 if self.pair_tables else self.shape[-1]
+        angle = torch.randn(1, num_tokens, 1, dim, generator=generator, dtype=torch.float64) * 3
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return [angle.cos().to(dtype), angle.sin().to(dtype)]
 
     @property
     def args(self) -> list[Any]:
         generator = torch.Generator().manual_seed(self.seed)
-        first = self.section(generator, self.shape[1], True)
-        second = (
-            [None] * 5
-            if self.sections == "one"
-            else self.section(generator, 2, self.sections == "two")
-        )
-        scalars = [self.norm, EPS, 3 * EPS, self.weight_offset, self.across_heads, self.rotation]
-        return [*first, *second, *scalars, self.dtype]
+        lengths = [self.shape[1]] + [2] * (self.sections != "one")
+        tables = [self.tables(generator, n) for n in lengths]
+        if self.joint_tables:
+            tables = [self.tables(generator, sum(lengths))] * len(lengths)
+        if self.sections == "text":
+            tables[1] = [None, None]
+        heads = [self.shape[2]] + [max(1, self.shape[2] // 2)] * self.keys
+        sections = [
+            [*self.section(generator, n, h), *t]
+            for h in heads
+            for n, t in zip(lengths, tables, strict=True)
+        ]
+        fields = [list(field) for field in zip(*sections, strict=True)]
+        joined, eps = [len(lengths)] * len(heads), [EPS * (i + 1) for i in range(len(sections))]
+        scalars = [self.weight_offset, self.across_heads, self.rotation, self.dtype]
+        return [*fields, joined, self.norm, eps, *scalars]
 
     @property
-    def grad(self) -> Tensor:
-        out = reference(*self.args)
+    def grads(self) -> list[Tensor]:
+        outs = reference(*self.args)
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        return [
+            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+            for out in outs
+        ]
 
 
 def to_double(args: list[Any]) -> list[Any]:
-    return [
-        a.double() if isinstance(a, Tensor) else torch.float64 if isinstance(a, torch.dtype) else a
-        for a in args
-    ]
+    doubled = {torch.float16, torch.bfloat16, torch.float32}
+    return tree_map(
+        lambda a: a.double() if isinstance(a, Tensor) else torch.float64 if a in doubled else a,
+        args,
+    )
 
 
-def results(function: Any, args: list[Any], grad: Tensor) -> list[Tensor]:
-    """[output, gradient of every x, weight and bias that is there]."""
-    leaves = [
-        t.detach().requires_grad_() if i % 5 < 3 and t is not None else t
-        for i, t in enumerate(args[:10])
-    ]
-    out = function(*leaves, *args[10:])
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, grad)]
+def present(args: list[Any]) -> list[bool]:
+    """Which of x, x_bias, weight and bias are there: the `needs` of a full backward."""
+    return [t is not None for field in args[:4] for t in field]
 
 
-def fused(*args: Any) -> Tensor:
-    return qk_norm_rope(*args)[0]
+def results(function: Any, args: list[Any], grads: list[Tensor]) -> list[Tensor]:
+    """[outputs, gradient of every x, x_bias, weight and bias that is there]."""
+    leaves = [[t if t is None else t.detach().requires_grad_() for t in f] for f in args[:4]]
+    outs = function(*leaves, *args[4:])
+    wanted = [t for field in leaves for t in field if t is not None]
+    return [*outs, *torch.autograd.grad(outs, wanted, grads)]
 
 
-def eager(*args: Any) -> Tensor:
+def fused(*args: Any) -> list[Tensor]:
+    return qk_norm_rope(*args)[: len(args[NUM_FIELDS])]
+
+
+def eager(*args: Any) -> list[Tensor]:
     """The op as diffusers' FLUX writes it, or, for what FLUX lacks, in the same manner."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    norm, eps, eps2, weight_offset, across_heads, rotation, _ = args[10:]
+    joined, norm, eps, weight_offset, across_heads, rotation, _ = args[NUM_FIELDS:]
     parts = []
-    for (x, weight, bias, cos, sin), section_eps in ((args[:5], eps), (args[5:10], eps2)):
-        if x is None:
-            continue
-        n = x.flatten(2) if across_heads else x
+    for x, x_bias, weight, bias, cos, sin, section_eps in zip(*args[:NUM_FIELDS], eps, strict=True):
+        n = x if x_bias is None else (x.flatten(2) + x_bias).view(x.shape)
+        n = n.flatten(2) if across_heads else n
         if weight is not None and weight_offset:
             weight = weight_offset + weight
         if norm == "layer":
@@ -130,7 +154,10 @@ def eager(*args: Any) -> Tensor:
             tables = (cos[0, :, 0], sin[0, :, 0])
             n = apply_rotary_emb(n, tables, use_real_unbind_dim=unbind_dim, sequence_dim=1)
         parts.append(n)
-    return torch.cat(parts, 1)
+    return [
+        torch.cat(list(itertools.islice(iter(parts[sum(joined[:i]) :]), n)), 1)
+        for i, n in enumerate(joined)
+    ]
 
 
 def _diffusers_rms_norm(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
@@ -155,7 +182,7 @@ ACROSS = pytest.mark.parametrize("across_heads", [False, True], ids=["per_head",
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("affine", ["none", "weight", "weight+bias"])
+@pytest.mark.parametrize("affine", ["none", "weight", "weight+bias", "x_bias+weight"])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
@@ -163,11 +190,11 @@ def test_error_is_at_most_twice_that_of_eager(norm, across_heads, rotation, affi
     for pair_tables, sections in itertools.product([False, True], SECTIONS):
         case = Case(norm, across_heads, rotation, pair_tables, sections, dtype, affine)
         # Enough rows for the error of a gradient sum to be a mean and not one draw.
-        case.shape = (2, 32, 4, 24)
-        args, grad = case.args, case.grad
-        exact = results(reference, to_double(args), grad.double())
-        ours = results(fused, args, grad)
-        theirs = results(eager, args, grad)
+        case.shape, case.keys = (2, 32, 4, 24), pair_tables
+        args, grads = case.args, case.grads
+        exact = results(reference, to_double(args), [g.double() for g in grads])
+        ours = results(fused, args, grads)
+        theirs = results(eager, args, grads)
         for o, t, e in zip(ours, theirs, exact, strict=True):
             assert o.dtype == dtype and o.shape == e.shape
             # The project's rule is 2x. Where eager's few operations are exact by luck (a sum of
@@ -182,14 +209,15 @@ def test_error_is_at_most_twice_that_of_eager(norm, across_heads, rotation, affi
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
 def test_fp64_agrees_with_the_reference(norm, across_heads, rotation, pair_tables, sections):
-    for offset, affine in ((0.0, "none"), (1.0, "weight"), (0.0, "weight+bias")):
+    for offset, affine in ((0.0, "none"), (1.0, "weight"), (0.0, "x_bias+weight+bias")):
         case = Case(
             norm, across_heads, rotation, pair_tables, sections, torch.float64, affine, offset
         )
-        ours = results(fused, case.args, case.grad)
+        case.keys = case.joint_tables = affine != "none"
+        ours = results(fused, case.args, case.grads)
         # assert_close's own fp64 tolerance: any step in fp32 would be 1e-8 off.
         torch.testing.assert_close(
-            ours, results(reference, case.args, case.grad), rtol=1e-11, atol=1e-11
+            ours, results(reference, case.args, case.grads), rtol=1e-11, atol=1e-11
         )
         assert all(t.dtype == torch.float64 for t in ours)
 
@@ -197,30 +225,32 @@ def test_fp64_agrees_with_the_reference(norm, across_heads, rotation, pair_table
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("rotation", ["interleaved", "half"])
 def test_gradcheck(norm, rotation):
-    args = Case(norm, False, rotation, False, "text", torch.float64, "weight+bias").args
-    x, weight, bias, x2, weight2, bias2 = (args[i].requires_grad_() for i in (0, 1, 2, 5, 6, 7))
+    case = Case(norm, False, rotation, False, "text", torch.float64, "x_bias+weight+bias")
+    case.keys = True
+    args = case.args
+    leaves = [t.requires_grad_() for field in args[:4] for t in field]
 
-    def out(x, weight, bias, x2, weight2, bias2):
-        return fused(x, weight, bias, *args[3:5], x2, weight2, bias2, *args[8:])
+    def outs(*leaves):
+        fields = [leaves[i : i + 4] for i in range(0, len(leaves), 4)]
+        return tuple(fused(*fields, *args[4:]))
 
-    assert torch.autograd.gradcheck(out, (x, weight, bias, x2, weight2, bias2), fast_mode=True)
+    assert torch.autograd.gradcheck(outs, leaves, fast_mode=True)
 
 
-def triton_results(args: list[Any], grad: Tensor, needs: list[bool]) -> Any:
+def triton_results(args: list[Any], grads: list[Tensor], needs: list[bool]) -> Any:
     """(Triton's outputs and gradients, native's), the gradients from the same statistics."""
     from fxopt.kernels import triton_qk_norm_rope
 
-    out, mean, rstd = triton_qk_norm_rope.forward(*args)
-    rest = (*args[:10], mean, rstd, *args[10:], needs)
-    ours = [out, mean, rstd, *triton_qk_norm_rope.backward(grad, *rest)]
-    return ours, [*native(*args), *native_backward(grad, *rest)]
+    found = triton_qk_norm_rope.forward(*args)
+    rest = (*args[:NUM_FIELDS], *found[-2:], *args[NUM_FIELDS:], needs)
+    ours = [*found, *triton_qk_norm_rope.backward(grads, *rest)]
+    return ours, [*native_qk_norm_rope.forward(*args), *native_qk_norm_rope.backward(grads, *rest)]
 
 
-def assert_triton_matches_native(case: Case, args: list[Any] | None = None, grad: Any = None):
+def assert_triton_matches_native(case: Case, args: list[Any] | None = None, grads: Any = None):
     args = case.args if args is None else args
-    grad = case.grad if grad is None else grad
-    needs = [t is not None for t in (*args[:3], *args[5:8])]
-    ours, expected = triton_results(args, grad, needs)
+    grads = case.grads if grads is None else grads
+    ours, expected = triton_results(args, grads, present(args))
     for o, e in zip(ours, expected, strict=True):
         assert o.shape == e.shape and o.dtype == e.dtype
         # fp32 sums in another order: a few ulp of values up to 10; fp16: one ulp of rounding.
@@ -232,18 +262,19 @@ def assert_triton_matches_native(case: Case, args: list[Any] | None = None, grad
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
 def test_triton_agrees_with_native(norm, across_heads, rotation):
-    # Over these six every pair of (table width, sections, affine, dtype) occurs.
+    # Over these six every pair of (table width, sections, affine, dtype) occurs; the calls with one
+    # table entry per pair have keys.
     for pair_tables, sections, affine, dtype in (
         (False, "one", "weight", torch.float32),
-        (False, "two", "weight+bias", torch.float16),
-        (False, "text", "none", torch.float32),
-        (True, "one", "weight+bias", torch.float16),
+        (False, "two", "x_bias+weight+bias", torch.float16),
+        (False, "text", "x_bias", torch.float32),
+        (True, "one", "x_bias+weight+bias", torch.float16),
         (True, "two", "none", torch.float32),
         (True, "text", "weight", torch.float16),
     ):
-        assert_triton_matches_native(
-            Case(norm, across_heads, rotation, pair_tables, sections, dtype, affine, 1.0)
-        )
+        case = Case(norm, across_heads, rotation, pair_tables, sections, dtype, affine, 1.0)
+        case.keys, case.joint_tables = pair_tables, affine == "none"
+        assert_triton_matches_native(case)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 64, 96, 128])
@@ -251,35 +282,37 @@ def test_triton_agrees_with_native(norm, across_heads, rotation):
 def test_head_dims_and_small_shapes(dim, batch, tokens, heads):
     for rotation, across_heads in (("interleaved", False), ("half", True)):
         case = Case(rotation=rotation, across_heads=across_heads, shape=(batch, tokens, heads, dim))
+        case.affine, case.keys = "x_bias+weight", heads == 5
         assert_triton_matches_native(case)
-        ours = results(fused, case.args, case.grad)
+        ours = results(fused, case.args, case.grads)
         # fp32 against fp64: 100 ulp of gradients that sum up to 9 tokens and 24 heads.
-        exact = results(reference, to_double(case.args), case.grad.double())
+        exact = results(reference, to_double(case.args), [g.double() for g in case.grads])
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
 def strided_args(layout: str) -> list[Any]:
     """`Case().args` with other memory: same values seen through a view."""
-    args = Case(pair_tables=layout == "complex_tables", sections="two").args
-    x, weight, _, cos, sin = args[:5]
+    args = Case(pair_tables=layout == "complex_tables", sections="two", affine="x_bias+weight").args
+    x, weight, cos, sin = (args[i][0] for i in (0, 2, 4, 5))
     batch, tokens, heads, dim = x.shape
     if layout == "merged_projection":
         merged = torch.randn(batch, tokens, 3, heads, dim)
         merged[:, :, 1] = x
-        args[0] = merged[:, :, 1]
+        args[0][0] = merged[:, :, 1]
     elif layout == "heads_first":
-        args[0] = x.transpose(1, 2).contiguous().transpose(1, 2)
+        args[0][0] = x.transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "last_dim_strided":
-        args[0] = x.transpose(1, 3).contiguous().transpose(1, 3)
-        args[1] = torch.stack([weight, weight], -1)[:, 0]
+        args[0][0] = x.transpose(1, 3).contiguous().transpose(1, 3)
+        args[2][0] = torch.stack([weight, weight], -1)[:, 0]
+        args[1][0] = args[1][0].repeat(2).view(2, -1).t().contiguous()[:, 0]
     elif layout == "expanded":
-        args[0] = x[:1, :1].expand(x.shape)
+        args[0][0] = x[:1, :1].expand(x.shape)
     elif layout == "complex_tables":
-        args[3], args[4] = torch.view_as_real(torch.complex(cos, sin)).unbind(-1)
+        args[4][0], args[5][0] = torch.view_as_real(torch.complex(cos, sin)).unbind(-1)
     elif layout == "tables_per_head":
-        args[3], args[4] = (t * torch.randn(batch, 1, heads, 1) for t in (cos, sin))
+        args[4][0], args[5][0] = (t * torch.randn(batch, 1, heads, 1) for t in (cos, sin))
     elif layout == "tables_without_batch":
-        args[3], args[4] = cos[0].expand(tokens, heads, dim), sin[0]
+        args[4][0], args[5][0] = cos[0].expand(tokens, heads, dim), sin[0]
     return args
 
 
@@ -299,10 +332,10 @@ def test_strided_inputs(layout):
     args = strided_args(layout)
     case = Case(sections="two")
     assert_triton_matches_native(case, args)
-    ours = results(fused, args, case.grad)
+    ours = results(fused, args, case.grads)
     assert ours[0].is_contiguous() and ours[1].is_contiguous()
     # fp32 against fp64: a few ulp of values up to 10.
-    exact = results(reference, to_double(args), case.grad.double())
+    exact = results(reference, to_double(args), [g.double() for g in case.grads])
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
@@ -310,27 +343,56 @@ def test_strided_inputs(layout):
 @ACROSS
 @pytest.mark.parametrize("layout", ["sdpa", "expanded"])
 def test_strided_gradients(norm, across_heads, layout):
-    case = Case(norm, across_heads, sections="two")
-    grad = case.grad
+    case = Case(norm, across_heads, sections="two", keys=True)
     if layout == "sdpa":
-        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+        grads = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in case.grads]
     else:
-        grad = torch.ones(()).expand(grad.shape)
-    assert_triton_matches_native(case, grad=grad)
-    exact = results(reference, to_double(case.args), grad.double())
+        grads = [torch.ones(()).expand(g.shape) for g in case.grads]
+    assert_triton_matches_native(case, grads=grads)
+    exact = results(reference, to_double(case.args), [g.double() for g in grads])
     # fp32 against fp64: a few ulp of values up to 10.
     torch.testing.assert_close(
-        results(fused, case.args, grad), exact, rtol=1e-5, atol=1e-5, check_dtype=False
+        results(fused, case.args, grads), exact, rtol=1e-5, atol=1e-5, check_dtype=False
     )
+
+
+def test_keys_of_other_tokens():
+    """Cross-attention: the keys have their own batch, tokens and tables."""
+    q, k = Case(shape=(2, 5, 4, 24)).args, Case("rms", shape=(1, 3, 2, 24), seed=1).args
+    args = [[*q[i], *k[i]] for i in range(NUM_FIELDS)] + [[1, 1], "rms", [EPS, EPS], *q[9:]]
+    grads = [torch.randn(x.shape) for x in args[0]]
+    assert_triton_matches_native(Case(), args, grads)
+    exact = results(reference, to_double(args), [g.double() for g in grads])
+    # fp32 against fp64: a few ulp of values up to 10.
+    torch.testing.assert_close(
+        results(fused, args, grads), exact, rtol=1e-5, atol=1e-5, check_dtype=False
+    )
+
+
+def test_an_output_that_is_not_used():
+    case = Case(sections="two", keys=True, affine="x_bias+weight")
+    args = case.args
+    leaves = [
+        [t.requires_grad_() for t in field] if field[0] is not None else field for field in args[:4]
+    ]
+    wanted = [t for field in leaves for t in field if t is not None]
+    out = qk_norm_rope(*args)[1]
+    found = torch.autograd.grad(out, wanted, case.grads[1])
+    none = torch.zeros_like(case.grads[0])
+    expected = torch.autograd.grad(reference(*args), wanted, [none, case.grads[1]])
+    # fp32 against fp32 in another order: a few ulp of values up to 10.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not any(g.any() for g in found[:2])
 
 
 def test_triton_keeps_fp64():
     from fxopt.kernels import triton_qk_norm_rope
 
-    args = Case("layer", dtype=torch.float64, sections="text", affine="weight+bias").args
-    out, _, _ = triton_qk_norm_rope.forward(*args)
+    args = Case("layer", dtype=torch.float64, sections="text", affine="x_bias+weight+bias").args
     # fp64 has 16 digits; any step in fp32 would be 1e-8 off.
-    torch.testing.assert_close(out, reference(*args), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        triton_qk_norm_rope.forward(*args)[:1], reference(*args), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_triton_offsets_pass_int32():
@@ -339,35 +401,37 @@ def test_triton_offsets_pass_int32():
     # Three tokens 2^30 elements apart; the untouched pages between them are never allocated.
     args = Case(dtype=torch.float16, shape=(1, 3, 1, 16)).args
     storage = torch.empty(2**31 + 16, dtype=torch.float16)
-    far = storage.as_strided(args[0].shape, (0, 2**30, 16, 1))
-    far.copy_(args[0])
+    far = storage.as_strided(args[0][0].shape, (0, 2**30, 16, 1))
+    far.copy_(args[0][0])
     near = triton_qk_norm_rope.forward(*args)
-    assert torch.equal(triton_qk_norm_rope.forward(far, *args[1:])[0], near[0])
-    rest = (*args[1:10], *near[1:], *args[10:], [True, True, False] * 2)
-    grad = torch.ones_like(near[0])
+    assert torch.equal(triton_qk_norm_rope.forward([far], *args[1:])[0], near[0])
+    rest = (*args[1:NUM_FIELDS], *near[1:], *args[NUM_FIELDS:], [True, False, True, False])
+    grads = [torch.ones_like(near[0])]
     for a, b in zip(
-        triton_qk_norm_rope.backward(grad, far, *rest),
-        triton_qk_norm_rope.backward(grad, args[0], *rest),
+        triton_qk_norm_rope.backward(grads, [far], *rest),
+        triton_qk_norm_rope.backward(grads, args[0], *rest),
         strict=True,
     ):
         assert torch.equal(a, b)
 
 
-def test_no_tokens():
-    for norm in NORMS:
-        case = Case(norm, sections="two", shape=(2, 0, 2, 24))
-        args = case.args
-        args[5] = args[5][:, :0]
-        args[8:10] = (t[:, :0] for t in args[8:10])
-        out, dx, dweight, _, _ = results(fused, args, torch.empty(2, 0, 2, 24))
-        assert out.shape == dx.shape == (2, 0, 2, 24)
-        assert torch.equal(dweight, torch.zeros(24))
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_tokens(norm):
+    case = Case(norm, sections="two", shape=(2, 0, 2, 24), affine="x_bias+weight")
+    args = case.args
+    for field in (0, 4, 5):
+        args[field][1] = args[field][1][:, :0]
+    grads = [torch.empty(2, 0, 2, 24)]
+    assert_triton_matches_native(case, args, grads)
+    out, dx, _, dx_bias, _, dweight, _ = results(fused, args, grads)
+    assert out.shape == dx.shape == (2, 0, 2, 24)
+    assert torch.equal(dweight, torch.zeros(24)) and torch.equal(dx_bias, torch.zeros(48))
 
 
 def test_a_second_backward_is_refused():
     args = Case().args
-    x = args[0].requires_grad_()
-    out = fused(*args)
+    x = args[0][0].requires_grad_()
+    (out,) = fused(*args)
     grad = torch.ones_like(out).requires_grad_()
     (dx,) = torch.autograd.grad(out, x, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -376,12 +440,12 @@ def test_a_second_backward_is_refused():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_only_the_needed_gradients_are_computed(norm):
-    case = Case(norm, sections="two", affine="weight+bias", shape=(1, 2, 1, 16))
-    args, grad = case.args, case.grad
-    everything = triton_results(args, grad, [True] * 6)
-    for wanted in range(6):
-        needs = [i == wanted for i in range(6)]
-        for some, all_of_them in zip(triton_results(args, grad, needs), everything, strict=True):
+    case = Case(norm, sections="two", affine="x_bias+weight+bias", shape=(1, 2, 1, 16))
+    args, grads = case.args, case.grads
+    everything = triton_results(args, grads, [True] * 8)
+    for wanted in range(8):
+        needs = [i == wanted for i in range(8)]
+        for some, all_of_them in zip(triton_results(args, grads, needs), everything, strict=True):
             assert [g.numel() > 0 for g in some[3:]] == needs
             assert torch.equal(some[3 + wanted], all_of_them[3 + wanted])
 
@@ -389,39 +453,45 @@ def test_only_the_needed_gradients_are_computed(norm):
 def test_mixed_dtypes():
     case = Case(dtype=torch.bfloat16, sections="two")
     args = case.args
-    args[1], args[3] = args[1].float(), args[3].bfloat16()
+    args[2][0], args[4][0] = args[2][0].float(), args[4][0].bfloat16()
     args[-1] = torch.float16
-    grad = case.grad.half()
-    ours = results(fused, args, grad)
+    grads = [g.half() for g in case.grads]
+    ours = results(fused, args, grads)
     assert [t.dtype for t in ours] == [
         torch.float16,
         torch.bfloat16,
+        torch.bfloat16,
         torch.float32,
         torch.bfloat16,
-        torch.bfloat16,
     ]
-    for o, e in zip(ours, results(reference, to_double(args), grad.double()), strict=True):
+    exact = results(reference, to_double(args), [g.double() for g in grads])
+    for o, e in zip(ours, exact, strict=True):
         # One rounding to the result's own dtype, of a value that fp32 has right to 1e-6.
         torch.testing.assert_close(o.double(), e, rtol=torch.finfo(o.dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm, rotation", zip(NORMS, ROTATIONS, strict=True))
 def test_opcheck(norm, rotation):
-    for sections, across_heads, affine in (("one", False, "none"), ("text", True, "weight+bias")):
+    for sections, across_heads, affine in (
+        ("one", False, "none"),
+        ("text", True, "x_bias+weight+bias"),
+    ):
         case = Case(norm, across_heads, rotation, sections=sections, affine=affine)
+        case.keys = across_heads
         args = case.args
-        _, mean, rstd = native(*args)
-        needs = [t is not None for t in (*args[:3], *args[5:8])]
-        rest = (*args[:10], mean, rstd, *args[10:], needs)
-        torch.library.opcheck(qk_norm_rope_backward, (case.grad, *rest))
-        for i in (0, 1, 2, 5, 6, 7):
-            args[i] = None if args[i] is None else args[i].requires_grad_()
+        *_, mean, rstd = native_qk_norm_rope.forward(*args)
+        rest = (*args[:NUM_FIELDS], mean, rstd, *args[NUM_FIELDS:], present(args))
+        torch.library.opcheck(qk_norm_rope_backward, (case.grads, *rest))
+        for t in (t for field in args[:4] for t in field if t is not None):
+            t.requires_grad_()
         torch.library.opcheck(qk_norm_rope, tuple(args))
 
 
 def test_saves_its_inputs_and_statistics_only():
-    args = Case(dtype=torch.bfloat16).args
-    leaves = [args[0].requires_grad_(), args[1].requires_grad_(), *args[3:5]]
+    args = Case(dtype=torch.bfloat16, affine="x_bias+weight").args
+    leaves = [t for field in args[:NUM_FIELDS] for t in field if t is not None]
+    for t in leaves[:3]:
+        t.requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         _, _, rstd = QKNormRope.apply(*args)
@@ -431,7 +501,8 @@ def test_saves_its_inputs_and_statistics_only():
 
 def test_a_table_that_requires_grad_is_refused():
     args = Case().args
-    args[3].requires_grad_()
+    args[0][0].requires_grad_()
+    args[4][0].requires_grad_()
     with pytest.raises(ValueError, match="detach the tables"):
         qk_norm_rope(*args)
 
@@ -499,27 +570,30 @@ def compile_for(capability: int) -> None:
 
     import triton
 
-    from fxopt.kernels import triton_qk_norm_rope as provider
+    from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 
     triton.runtime.driver.set_active(Target(capability))
-    jitted = provider._forward, provider._backward
+    jitted = {name: getattr(kernels, name) for name in ("forward", "backward", "add_up")}
     for norm, across_heads, rotation, heads in (
         ("rms", False, "interleaved", 24),
         ("rms", True, "interleaved", 40),
         ("layer", False, "half", 40),
         ("layer", True, "half", 24),
     ):
-        provider._forward, provider._backward = kernels = [CompileOnly(k) for k in jitted]
+        compiled = {name: CompileOnly(kernel) for name, kernel in jitted.items()}
+        for name, kernel in compiled.items():
+            setattr(kernels, name, kernel)
         for batch, tokens in ((1, 64), (2, 63), (3, 1)):
             case = Case(norm, across_heads, rotation, False, "text", torch.bfloat16)
-            case.shape = (batch, tokens, heads, 128)
-            triton_results(case.args, case.grad, [True, True, False] * 2)
-        for kernel in kernels:
+            case.shape, case.affine, case.keys = (batch, tokens, heads, 128), "x_bias+weight", True
+            triton_results(case.args, case.grads, present(case.args))
+        for kernel in compiled.values():
             (binary,) = kernel.binaries.values()
             ptx = binary.asm["ptx"]
             assert not re.search(r"\b(red|atom)\.|\.f64", ptx)
             assert register_spills(ptx, capability) == 0
-    provider._forward, provider._backward = jitted
+    for name, kernel in jitted.items():
+        setattr(kernels, name, kernel)
 
 
 if __name__ == "__main__":

@@ -78,16 +78,35 @@ class Rewritten:
             context: what both are called in, such as autocast; the truth is not.
             recomputed: whether the graph runs under activation checkpointing.
         """
-        called = _Called(self.module, self.module, inputs)
-        exact = numerics.truth(copy.deepcopy(called).requires_grad_(), called.constants)
-        called.context = context
-        eager = numerics.run(called, called.constants)
         call = partial(checkpoint, self, use_reentrant=False) if recomputed else self
-        ours = _Called(self.module, call, inputs, context)
-        found = numerics.run(ours, ours.constants)
-        # The truth has gradients of frozen weights as well: in float64 only what has one is cast.
-        exact = {what: exact[what] if t is not None else None for what, t in eager.items()}
-        numerics.assert_as_accurate(found, eager, exact)
+
+        def draw(number: int) -> numerics.Draw:
+            drawn = inputs if number == 0 else _redrawn(inputs, number)
+            called = _Called(self.module, self.module, drawn)
+            exact = numerics.truth(copy.deepcopy(called).requires_grad_(), called.constants)
+            called.context = context
+            eager = numerics.run(called, called.constants)
+            ours = _Called(self.module, call, drawn, context)
+            found = numerics.run(ours, ours.constants)
+            # The truth has gradients of frozen weights as well: in float64 only what has one is
+            # cast.
+            exact = {what: exact[what] if t is not None else None for what, t in eager.items()}
+            return found, eager, exact
+
+        numerics.assert_as_accurate(*draw(0), again=draw)
+
+
+def _redrawn(inputs: Sequence[Any], seed: int) -> list[Any]:
+    """Other values for what is differentiable; masks and tables stay."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def flip(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        signs = 2 * torch.randint(0, 2, value.shape, generator=generator) - 1
+        return (value.detach() * signs.to(value.dtype)).requires_grad_()
+
+    return [flip(value) for value in inputs]
 
 
 class _Called(nn.Module):

@@ -75,6 +75,47 @@ return (gated_activation_linear,)""",
     found.assert_as_accurate(normal(1, 3, D), normal(1, 3, F_))
 
 
+def test_the_residual_goes_on_from_the_norm():
+    """The gradient of x then comes from one node, and needs no addition of its own."""
+
+    def forward(m, x: Tensor, scale: Tensor) -> Tensor:
+        q, k = normed(m, x, scale)
+        return x + scale[:, None] * F.gelu(q + k)
+
+    inputs = normal(2, 5, D), normal(2, D)
+    found = rewritten(forward, *inputs, **weights())
+    assert_expected_inline(
+        found.code(),
+        """\
+unsqueeze = aten.unsqueeze(inputs_1, 1)
+norm_modulate_linears = fxopt.norm_modulate_linears(inputs_0, None, None, None, None, unsqueeze,
+    None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None], [0, 0, 16, 1,
+    0, 16])
+getitem_5 = norm_modulate_linears[1]
+getitem_2 = norm_modulate_linears[0]
+getitem_3 = getitem_2[0]
+getitem_4 = getitem_2[1]
+add_1 = aten.add.Tensor(getitem_3, getitem_4)
+gelu = aten.gelu(add_1)
+norm_modulate_1 = fxopt.norm_modulate(gelu, getitem_5, unsqueeze, None, None, None, None,
+    'none', 0.0, 0.0, 0.0, float32, float32)
+getitem_1 = norm_modulate_1[1]
+return (getitem_1,)""",
+    )
+    found.assert_as_accurate(normal(3, 7, D), normal(3, D))
+
+
+def test_a_residual_that_is_written_does_not():
+    def forward(m, x: Tensor, scale: Tensor) -> Tensor:
+        x = x * 1
+        q, k = normed(m, x, scale)
+        return x.add_(1) + scale[:, None] * F.gelu(q + k)
+
+    inputs = normal(2, 5, D), normal(2, D)
+    found = rewritten(forward, *inputs, **weights())
+    assert found.count("merge_linears") == 0 or "norm_modulate_linears[1]" not in found.code()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients(dtype: torch.dtype):
     found = rewritten(shared, normal(2, 5, D, dtype=dtype), **weights(dtype))

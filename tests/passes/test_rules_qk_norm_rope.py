@@ -86,12 +86,12 @@ unsqueeze_1 = aten.unsqueeze(unsqueeze, 2)
 repeat_interleave_1 = aten.repeat_interleave.self_int(inputs_2, 2, -1)
 unsqueeze_2 = aten.unsqueeze(repeat_interleave_1, 0)
 unsqueeze_3 = aten.unsqueeze(unsqueeze_2, 2)
-qk_norm_rope = fxopt.qk_norm_rope(unflatten, p_norm_q, None, unsqueeze_1, unsqueeze_3, None,
-    None, None, None, None, 'rms', 1e-06, 1e-06, 0.0, False, 'interleaved', float32)
+qk_norm_rope = fxopt.qk_norm_rope([unflatten], [None], [p_norm_q], [None], [unsqueeze_1],
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
-qk_norm_rope_1 = fxopt.qk_norm_rope(unflatten_1, p_norm_k, None, unsqueeze_1, unsqueeze_3, None,
-    None, None, None, None, 'rms', 1e-06, 1e-06, 0.0, False, 'interleaved', float32)
+qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_1], [None], [p_norm_k], [None], [unsqueeze_1],
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
@@ -129,24 +129,14 @@ unflatten_4 = aten.unflatten.int(linear_4, -1, [2, 8])
 linear_5 = aten.linear(inputs_0, p_v)
 unflatten_5 = aten.unflatten.int(linear_5, -1, [2, 8])
 cat_2 = aten.cat([unflatten_4, unflatten_5], 1)
-sym_size_int_11 = aten.sym_size.int(unflatten, 1)
-slice_tensor = aten.slice.Tensor(unsqueeze_1, 1, 0, sym_size_int_11)
-slice_tensor_1 = aten.slice.Tensor(unsqueeze_3, 1, 0, sym_size_int_11)
-slice_tensor_2 = aten.slice.Tensor(unsqueeze_1, 1, sym_size_int_11, 9223372036854775807)
-slice_tensor_3 = aten.slice.Tensor(unsqueeze_3, 1, sym_size_int_11, 9223372036854775807)
-qk_norm_rope = fxopt.qk_norm_rope(unflatten, p_norm_q, None, slice_tensor, slice_tensor_1,
-    unflatten_1, p_norm_q, None, slice_tensor_2, slice_tensor_3, 'rms', 1e-06, 1e-06, 0.0,
-    False, 'interleaved', float32)
+qk_norm_rope = fxopt.qk_norm_rope([unflatten, unflatten_1], [None, None], [p_norm_q, p_norm_q],
+    [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms', [1e-06,
+    1e-06], 0.0, False, 'interleaved', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
-sym_size_int_13 = aten.sym_size.int(unflatten_2, 1)
-slice_tensor_4 = aten.slice.Tensor(unsqueeze_1, 1, 0, sym_size_int_13)
-slice_tensor_5 = aten.slice.Tensor(unsqueeze_3, 1, 0, sym_size_int_13)
-slice_tensor_6 = aten.slice.Tensor(unsqueeze_1, 1, sym_size_int_13, 9223372036854775807)
-slice_tensor_7 = aten.slice.Tensor(unsqueeze_3, 1, sym_size_int_13, 9223372036854775807)
-qk_norm_rope_1 = fxopt.qk_norm_rope(unflatten_2, p_norm_k, None, slice_tensor_4, slice_tensor_5,
-    unflatten_3, p_norm_k, None, slice_tensor_6, slice_tensor_7, 'rms', 1e-06, 1e-06, 0.0,
-    False, 'interleaved', float32)
+qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_2, unflatten_3], [None, None], [p_norm_k,
+    p_norm_k], [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms',
+    [1e-06, 1e-06], 0.0, False, 'interleaved', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(cat_2, 1, 2)

@@ -18,8 +18,8 @@ from fxopt.backends.swaps.fused import (
     Section,
     fire,
     heads,
-    operand,
     project,
+    queries_keys,
 )
 from fxopt.backends.swaps.mlps import activation
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
@@ -42,11 +42,9 @@ def fused_layer(
     linears = (attn.q_proj, attn.k_proj, attn.v_proj)
     (q, k, v), _ = Normed(layer.input_layernorm, x).into(*linears)
     norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-    q, k = (
-        operand([Section(t, norm, rotation)], attn.head_dim).transpose(1, 2)
-        for t, norm in zip((q, k), norms, strict=True)
-    )
-    v = heads(v, attn.head_dim).transpose(1, 2)
+    queries, keys = ([Section(t, n, rotation)] for t, n in zip((q, k), norms, strict=True))
+    q, k = queries_keys(queries, keys, attn.head_dim)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, heads(v, attn.head_dim)))
     (branch,) = project(attend(attn, q, k, v, attention_mask, passed_on), attn.o_proj)
 
     parts = layer.mlp

@@ -107,8 +107,7 @@ class Normed(NamedTuple):
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, pieces(weights, sizes))
-        outs, h = ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
-        return outs, h if self.residual is not None else self.x
+        return ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
 
     def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
         return (self.x, self.residual, self.gate, n.weight, n.bias, self.scale, self.shift)
@@ -237,20 +236,42 @@ class Section(NamedTuple):
     rotation: Rotation | None = None
 
 
-def operand(sections: Sequence[Section], head_dim: int, *, across_heads: bool = False) -> Tensor:
-    """Queries or keys [B, S, H, d]: each section normed and rotated, all in one buffer."""
+def queries_keys(
+    queries: Sequence[Section],
+    keys: Sequence[Section],
+    head_dim: int,
+    *,
+    across_heads: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, S, H, d]: each section normed and rotated, all of each in one buffer."""
+    q_kind, k_kind = (read_norm(s[0].norm, s[0].x).kind for s in (queries, keys))
+    if q_kind == k_kind:
+        q, k = _operands((queries, keys), head_dim, across_heads)
+    else:
+        q, k = (_operands((s,), head_dim, across_heads)[0] for s in (queries, keys))
+    return q, k
+
+
+def _operands(
+    operands: Sequence[Sequence[Section]], head_dim: int, across_heads: bool
+) -> list[Tensor]:
+    sections = [s for operand in operands for s in operand]
     if all(s.norm is None and s.rotation is None for s in sections):
-        return heads(torch.cat([s.x for s in sections], 1), head_dim)
-    fire("qk_norm_rope", "qk_norm_rope")
-    arguments: list[Any] = []
+        return [heads(torch.cat([s.x for s in o], 1), head_dim) for o in operands]
+    for _ in operands:
+        fire("qk_norm_rope", "qk_norm_rope")
+    if len(operands) > 1:
+        fire("merge_qk", "qk_norm_rope")
     norms = [read_norm(s.norm, s.x) for s in sections]
-    for section, norm in zip(sections, norms, strict=True):
-        tables = section.rotation[1:] if section.rotation is not None else (None, None)
-        arguments += [heads(section.x, head_dim), norm.weight, norm.bias, *tables]
-    arguments += [None] * (10 - len(arguments))
+    x, unbiased = [heads(s.x, head_dim) for s in sections], [None] * len(sections)
+    affine = [n.weight for n in norms], [n.bias for n in norms]
+    tables = ([s.rotation and s.rotation[i] for s in sections] for i in (1, 2))
     kind = next((s.rotation.kind for s in sections if s.rotation is not None), "none")
-    settings = (norms[0].kind, norms[0].eps, norms[-1].eps, 0.0, across_heads, kind)
-    return ops.qk_norm_rope(*arguments, *settings, sections[0].x.dtype)[0]
+    settings = (norms[0].kind, [n.eps for n in norms], 0.0, across_heads, kind, sections[0].x.dtype)
+    outs: list[Tensor] = ops.qk_norm_rope(
+        x, unbiased, *affine, *tables, [len(o) for o in operands], *settings
+    )
+    return outs[: len(operands)]
 
 
 def heads(x: Tensor, head_dim: int) -> Tensor:

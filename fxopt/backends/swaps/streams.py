@@ -19,8 +19,8 @@ from fxopt.backends.swaps.fused import (
     Section,
     gated_residual,
     heads,
-    operand,
     project,
+    queries_keys,
 )
 from fxopt.backends.swaps.swap import Draw
 
@@ -91,16 +91,11 @@ def joint_attention(
 
     parts: for each section its `qk_norms` and its `rotation`.
     """
-    q, k = (
-        operand(
-            [
-                Section(p[i], s.qk_norms[i], s.rotation)
-                for p, s in zip(projections, parts, strict=True)
-            ],
-            head_dim,
-        )
+    queries, keys = (
+        [Section(p[i], s.qk_norms[i], s.rotation) for p, s in zip(projections, parts, strict=True)]
         for i in (0, 1)
     )
+    q, k = queries_keys(queries, keys, head_dim)
     values = [p[2] for p in projections]
     v = heads(values[0] if len(values) == 1 else torch.cat(values, 1), head_dim)
     return attend(q, k, v).split([p[0].shape[1] for p in projections], 1)

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import Normed, Rotation, Section, gated_residual, operand, project
+from fxopt.backends.swaps.fused import (
+    Normed,
+    Rotation,
+    Section,
+    gated_residual,
+    project,
+    queries_keys,
+)
 from fxopt.backends.swaps.fused import heads as in_heads
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.streams import dispatch, draw_streams, through
@@ -59,10 +66,9 @@ def attention(
 ) -> Tensor:
     """Attention whose queries and keys are normed across heads; qkv are [B, S, H * d]."""
     head_dim = qkv[0].shape[-1] // attn.heads
-    q, k = (
-        operand([Section(x, norm, rotation)], head_dim, across_heads=True)
-        for x, norm in zip(qkv, (attn.norm_q, attn.norm_k), strict=False)
-    )
+    norms = (attn.norm_q, attn.norm_k)
+    queries, keys = ([Section(x, n, rotation)] for x, n in zip(qkv, norms, strict=False))
+    q, k = queries_keys(queries, keys, head_dim, across_heads=True)
     return through(attn.to_out)(dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim)))
 
 

@@ -3,8 +3,11 @@
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import (
     attention,
+    drop_mask,
+    fuse_bias,
     gated_activation,
     merge_linears,
+    merge_qk,
     norm_modulate,
     qk_norm_rope,
     quantized_linear,
@@ -13,10 +16,13 @@ from fxopt.passes.rules import (
 
 CATALOGUE: tuple[Rule, ...] = (
     attention.RULE,
+    drop_mask.RULE,
     rms_norm.RULE,
     qk_norm_rope.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
-    quantized_linear.RULE,
+    quantized_linear.RULE,  # before rules that make linears anew, at the place of another module
+    merge_qk.RULE,
+    fuse_bias.RULE,
     merge_linears.RULE,
 )

@@ -20,7 +20,6 @@ from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
-SDPA = aten.scaled_dot_product_attention.default
 SPLITS = (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 # A score that is added to such a number leaves it as it is: adding the number and writing it over
 # the score are then one thing, also where a whole row is masked.
@@ -287,7 +286,9 @@ def _bind(
         mask = None
         if scores.mask is not None:
             mask = _emit_mask(call, given[scores.mask], scores, dtype)
-        result = call(SDPA, q, k, v, mask, 0.0, False, **{"scale": scores.scale, "enable_gqa": gqa})
+        result = call(
+            ir.SDPA, q, k, v, mask, 0.0, False, **{"scale": scores.scale, "enable_gqa": gqa}
+        )
         if num_heads is not None and len(order) == 3:
             result = call(aten.flatten.using_ints, result, 0, 1)
         if order != tuple(range(len(order))):

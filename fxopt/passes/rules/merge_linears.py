@@ -107,21 +107,20 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
-    tensors, settings = operands[:7], operands[7:]
+    tensors, settings, x_bias = operands[:7], operands[7:13], operands[13:]
     weights, biases = _parameters(group)
     products, pieces = _split(group)
     h = None
     if ir.is_call(y, operator.getitem):
         h = next((u for u in y.args[0].users if u.args[1] == 1), None)
-    listed = (*tensors, *weights, *biases)
+    listed = (*tensors, *x_bias, *weights, *biases)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        arguments = [given[n] for n in listed]
-        tensors, parameters = arguments[:7], arguments[7:]
-        w, b = parameters[: len(group)], parameters[len(group) :]
-        op = call(norm_modulate_linears, *tensors, *settings, w, b, pieces)
+        w, b, bias = ([given[n] for n in group] for group in (weights, biases, x_bias))
+        tensors = (given[n] for n in listed[:7])
+        op = call(norm_modulate_linears, *tensors, *settings, w, b, pieces, *bias)
         outs = call(operator.getitem, op, 0)
         results = [call(operator.getitem, outs, i) for i in range(len(products))]
         if h is not None:
@@ -173,10 +172,28 @@ def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
     return Binding(group[0], inputs, tuple(products), emit, "linears", regroups=True)
 
 
+def share_residual(graph: fx.Graph) -> None:
+    """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
+    for node in list(graph.nodes):
+        if not ir.is_call(node, norm_modulate_linears) or node.args[1] is not None:
+            continue
+        x = node.args[0]
+        readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
+        if readers and not ir.is_written(x, graph):
+            with graph.inserting_after(node):
+                h = graph.call_function(operator.getitem, (node, 1))
+            h.meta = dict(x.meta)
+            for reader in readers:
+                reader.replace_input_with(x, h)
+
+
+FUSED_NORMS = (norm_modulate, norm_modulate_linears)
+
 RULE = Rule(
     name="merge_linears",
     version=1,
     anchors=(ir.LINEAR,),
     propose=propose,
     compiled=False,
+    finish=share_residual,
 )

@@ -23,7 +23,7 @@ from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
 from fxopt.passes.rotation import Rotation, find_rotation
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.attention import SDPA, unrepeated
+from fxopt.passes.rules.attention import unrepeated
 
 PROJECTIONS = frozenset(
     {ir.LINEAR, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
@@ -52,7 +52,7 @@ def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
     for i, name in enumerate(("queries", "keys")):
         operand = attention.args[i]
         assert isinstance(operand, fx.Node)
-        for proposal in _propose_operand(_before_repeat(operand)):
+        for proposal in _propose_operand(before_repeat(operand)):
             if isinstance(proposal, Reason):
                 yield Reason(f"{name}: {proposal.why}", proposal.node, proposal.remedy)
             else:
@@ -60,7 +60,7 @@ def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
 
 
 def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
-    if _is_done(operand):
+    if result(operand) is not None:
         return
     sizes = ir.shape(operand)
     if len(sizes) != 4 or not all(isinstance(s, int) for s in (sizes[1], sizes[3])):
@@ -87,13 +87,15 @@ def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
     yield from _with_rotation(operand, heads, cat, sections, region)
 
 
-def _is_done(node: fx.Node) -> bool:
+def result(node: fx.Node) -> fx.Node | None:
+    """The output of a `qk_norm_rope` that `node` is a view of, if it is one."""
     while ir.is_call(node, *ir.VIEWS) and node.target is not operator.getitem:
         node = node.args[0]
-    return ir.is_call(node, operator.getitem) and ir.is_call(node.args[0], qk_norm_rope)
+    is_result = ir.is_call(node, operator.getitem) and ir.is_call(node.args[0], qk_norm_rope)
+    return node if is_result else None
 
 
-def _before_repeat(operand: fx.Node) -> fx.Node:
+def before_repeat(operand: fx.Node) -> fx.Node:
     """The key heads before they are repeated for grouped queries."""
     found = unrepeated(ir.skip_copies(operand))
     return found[0] if found is not None and found[1] == 1 else operand
@@ -250,40 +252,30 @@ def _bind(
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given: dict[fx.Node | None, Any] = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        arguments: list[Any] = []
-        first_length = None
-        for i, section in enumerate(sections):
-            x_BSHd = _as_BSHd(call, given[section.source], section.source, heads)
-            length = call(aten.sym_size.int, x_BSHd, 1) if joint and len(sections) > 1 else None
-            weight, bias = _affine(section.norm)
-            cos = sin = None
-            if section.rotation is not None:
-                cos = section.rotation.cos.emit(call, given[section.rotation.cos.node])
-                sin = section.rotation.sin.emit(call, given[section.rotation.sin.node])
-                if section.rotation is joint and length is not None:
-                    bounds = (0, length) if i == 0 else (first_length, 2**63 - 1)
-                    cos, sin = (call(aten.slice.Tensor, t, 1, *bounds) for t in (cos, sin))
-            first_length = length
-            arguments += [x_BSHd, given[weight], given[bias], cos, sin]
-        arguments += [None] * (10 - len(arguments))
-        eps = [s.norm.eps if s.norm else 0.0 for s in (sections * 2)[:2]]
+        made: dict[int, Any] = {id(None): (None, None)}
+        for rotation in (s.rotation for s in sections):
+            if rotation is not None and id(rotation) not in made:
+                tables = (rotation.cos, rotation.sin)
+                made[id(rotation)] = [t.emit(call, given[t.node]) for t in tables]
+        x = [_as_BSHd(call, given[s.source], s.source, heads) for s in sections]
+        weights = [given[s.norm.weight] if s.norm else None for s in sections]
+        biases = [given[s.norm.bias] if s.norm else None for s in sections]
+        cos, sin = ([made[id(s.rotation)][i] for s in sections] for i in (0, 1))
         settings = (
             norm.kind if norm else "none",
-            *eps,
+            [s.norm.eps if s.norm else 0.0 for s in sections],
             norm.weight_offset if norm else 0.0,
             across,
             kind,
             dtype,
         )
-        out_BSHd = call(operator.getitem, call(qk_norm_rope, *arguments, *settings), 0)
+        unbiased = [None] * len(sections)
+        lists = (x, unbiased, weights, biases, cos, sin, [len(sections)])
+        out_BSHd = call(operator.getitem, call(qk_norm_rope, *lists, *settings), 0)
         return call(aten.permute.default, out_BSHd, [0, 2, 1, 3])
 
     constants = tuple(dict.fromkeys(t.node for t in tables))
     return Binding(operand, inputs, (operand,), emit, "qk_norm_rope", constants)
-
-
-def _affine(norm: Norm | None) -> tuple[fx.Node | None, fx.Node | None]:
-    return (norm.weight, norm.bias) if norm else (None, None)
 
 
 def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
@@ -295,4 +287,4 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=1, anchors=(SDPA,), propose=propose)
+RULE = Rule(name="qk_norm_rope", version=1, anchors=(ir.SDPA,), propose=propose)

@@ -1,0 +1,183 @@
+"""Native provider of `fxopt::qk_norm_rope`: the fewest ATen passes.
+
+Shape suffixes: B batch, S tokens of a section, H heads, d head dim, G groups that are normed (H, or
+1 across heads), N elements of such a group (d, or H*d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.qk_norm_rope import (
+    Arguments,
+    Section,
+    grouped,
+    joined_pairs,
+    math_tables,
+    outputs,
+    pairs,
+    rotate,
+    split_backward_arguments,
+)
+
+aten = torch.ops.aten
+Tables = tuple[Tensor, Tensor]
+
+
+def forward(*args: Any) -> list[Tensor]:
+    """`fxopt::qk_norm_rope`: [*outs, mean, rstd]."""
+    a = Arguments(*args)
+    outs, mean, rstd = outputs(a)
+    tables = _shared(a, math_tables)
+    for s, mean_s, rstd_s in _sections(a, mean, rstd):
+        v_BSGN, is_own = _normed_values(a, s)
+        w_N, b_N = _affine(a, s)
+        if a.norm == "layer":
+            n, m, r = aten.native_layer_norm(v_BSGN, v_BSGN.shape[-1:], w_N, b_N, s.eps)
+            mean_s.copy_(m)
+            rstd_s.copy_(r)
+        else:
+            n = v_BSGN
+            if a.norm == "rms":
+                r = torch.linalg.vector_norm(n, dim=-1, keepdim=True, out=rstd_s)
+                r.square_().div_(n.shape[-1]).add_(s.eps).rsqrt_()
+                n = torch.mul(n, r, out=n if is_own else None)
+                is_own = True
+            if w_N is not None:
+                n = torch.mul(n, w_N, out=n if is_own else None)
+            if b_N is not None:
+                n = n + b_N
+        n = n.view(s.x_BSHd.shape)
+        out, found = outs[s.output][:, s.rows], tables(s)
+        if found is None:
+            out.copy_(n)
+        elif out.dtype == n.dtype:
+            rotate(n, *found, a.rotation, out)
+        else:
+            out.copy_(rotate(n, *found, a.rotation))
+    return [*outs, mean, rstd]
+
+
+def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    """`fxopt::qk_norm_rope_backward`."""
+    a, mean, rstd, needs = split_backward_arguments(args)
+    tables = _shared(a, _transposed)
+    found: list[Tensor | None] = [None] * len(needs)
+    for i, (s, mean_s, rstd_s) in enumerate(_sections(a, mean, rstd)):
+        needs_s = needs[i :: len(a.x)]
+        if not any(needs_s):
+            continue
+        g, own_tables = grads[s.output][:, s.rows].to(a.math), tables(s)
+        if own_tables is not None:
+            g = rotate(g, *own_tables, a.rotation, g.new_empty(g.shape))
+        else:
+            # dx may not alias grad.
+            g = g.clone(memory_format=torch.contiguous_format) if a.norm == "none" else g
+            g = g.contiguous()
+        needs_norm = [needs_s[0] or needs_s[1], *needs_s[2:]]
+        found[i :: len(a.x)] = _section_backward(a, s, g, mean_s, rstd_s, needs_norm)
+    return [
+        g.to(t.dtype) if need and g is not None and t is not None else a.x[0].new_empty(0)
+        for g, t, need in zip(found, a.differentiable, needs, strict=True)
+    ]
+
+
+def _section_backward(
+    a: Arguments, s: Section, g: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of a section's (x, x_bias, weight, bias), given that of what is rotated."""
+    v, is_own = _normed_values(a, s)
+    g = grouped(g, a.across_heads)
+    dv, dw, db = _norm_backward(g, v, is_own, *_affine(a, s), mean, rstd, a.norm, needs)
+    if dv is None:
+        return [None, None, dw, db]
+    dx = dv.reshape(s.x_BSHd.shape).contiguous()
+    return [dx, None if s.x_bias is None else dx.sum((0, 1)).flatten(), dw, db]
+
+
+def _norm_backward(
+    g: Tensor,
+    v: Tensor,
+    is_own: bool,
+    w: Tensor | None,
+    b: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (v, w, b), each [B, S, G, N] or [N], given g = d(norm(v) * w + b)."""
+    if norm == "layer":
+        return aten.native_layer_norm_backward(g, v, v.shape[-1:], mean, rstd, w, b, needs)
+    needs_v, needs_w, needs_b = needs
+    db = g.sum((0, 1, 2)) if needs_b else None
+    if norm == "none":
+        dw = (g * v).sum((0, 1, 2)) if needs_w else None
+        return (g if w is None else g * w) if needs_v else None, dw, db
+    xhat = torch.mul(v, rstd, out=v if is_own else None)
+    product = g * xhat
+    dw = product.sum((0, 1, 2)) if needs_w else None
+    if not needs_v:
+        return None, dw, db
+    dot = product.sum(-1, keepdim=True) if w is None else (product @ w).unsqueeze(-1)
+    dv = xhat.mul_(dot.div_(-v.shape[-1]))
+    dv = dv.add_(g) if w is None else dv.addcmul_(g, w)
+    return dv.mul_(rstd), dw, db
+
+
+def _sections(a: Arguments, mean: Tensor, rstd: Tensor) -> Iterator[tuple[Section, Tensor, Tensor]]:
+    """Each section with its [B, S, G, 1] part of the statistics that the norm has."""
+    start = 0
+    for s in a.sections:
+        shape = (*s.x_BSHd.shape[:2], 1 if a.across_heads else s.x_BSHd.shape[2], 1)
+        stop = start + shape[0] * shape[1] * shape[2]
+        mean_s = mean[start:stop].view(shape) if a.norm == "layer" else mean
+        rstd_s = rstd[start:stop].view(shape) if a.norm != "none" else rstd
+        yield s, mean_s, rstd_s
+        start = stop
+
+
+def _normed_values(a: Arguments, s: Section) -> tuple[Tensor, bool]:
+    """x + x_bias as [B, S, G, N] in the math dtype, and whether it may be written."""
+    v = s.x_BSHd.to(a.math)
+    is_own = v is not s.x_BSHd
+    if s.x_bias is not None:
+        x_bias = s.x_bias.to(a.math).view(v.shape[2:])
+        v, is_own = torch.add(v, x_bias, out=v if is_own else None), True
+    return grouped(v, a.across_heads), is_own
+
+
+def _affine(a: Arguments, s: Section) -> tuple[Tensor | None, Tensor | None]:
+    """What the normed values are multiplied by and shifted by, in the math dtype."""
+    weight = None if s.weight is None else s.weight.to(a.math)
+    if weight is not None and a.weight_offset:
+        weight = weight + a.weight_offset
+    return weight, None if s.bias is None else s.bias.to(a.math)
+
+
+def _shared(
+    a: Arguments, make: Callable[[Arguments, Section], Tables]
+) -> Callable[[Section], Tables | None]:
+    """Tables of a section, made once for the queries and keys that are rotated alike."""
+    made: dict[tuple[int, ...], Tables] = {}
+
+    def tables(s: Section) -> Tables | None:
+        if a.rotation == "none" or s.cos is None:
+            return None
+        key = (id(s.cos), id(s.sin), s.rows.start, s.rows.stop, s.num_all)
+        if key not in made:
+            made[key] = make(a, s)
+        return made[key]
+
+    return tables
+
+
+def _transposed(a: Arguments, s: Section) -> Tables:
+    """Tables with which `rotate` applies the transposed rotation, its own backward."""
+    cos, sin = math_tables(a, s)
+    sin_p, sin_q = pairs(sin, a.rotation)
+    return cos, joined_pairs(sin_q, sin_p, a.rotation)

@@ -1,0 +1,54 @@
+"""The bias of a linear is added, and its gradient summed, in the fused op that reads the linear.
+
+The gradient of a bias is a sum over all tokens of a tensor that the op's backward writes anyway. A
+compiler fuses that sum by itself, so the rule serves eager execution only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.passes import ir
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+
+# Above it the backward's four sums per feature (gate, scale, shift, bias) leave the registers.
+MAX_FEATURES_WITH_ALL_SUMS = 4096
+
+
+def propose(op: fx.Node) -> Iterator[Binding | Reason]:
+    assert ir.is_call(op, norm_modulate)
+    linear, residual, gate, *affine = op.args[:7]
+    settings, x_bias = op.args[7:13], op.args[13:]
+    if residual is None or x_bias or not ir.is_call(linear, ir.LINEAR) or len(linear.users) > 1:
+        return
+    x, weight, bias = (ir.arguments(linear)[name] for name in ("input", "weight", "bias"))
+    if bias is None or linear in (residual, gate, *affine):
+        return
+    has_all_sums = gate is not None and any(t is not None for t in affine)
+    if has_all_sums and ir.shape(linear)[-1] > MAX_FEATURES_WITH_ALL_SUMS:
+        return
+    listed = (x, weight, bias, residual, gate, *affine)
+    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+    outputs = tuple(op.users)
+
+    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        x, weight, bias, *operands = (given[n] for n in listed)
+        product = call(ir.LINEAR, x, weight)
+        fused = call(norm_modulate, product, *operands, *settings, bias)
+        return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
+
+    yield Binding(op, inputs, outputs, emit, "norm_modulate", carries=outputs)
+
+
+RULE = Rule(
+    name="fuse_bias",
+    version=1,
+    anchors=(norm_modulate,),
+    propose=propose,
+    compiled=False,
+)
