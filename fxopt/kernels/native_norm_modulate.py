@@ -89,23 +89,27 @@ def forward(
     dtype: torch.dtype,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, h, mean, rstd = outputs(x, residual, norm, h_dtype, dtype)
     if x.numel() == 0:
-        return y, h, mean, rstd
-    opmath = rstd.dtype
+        return outputs(x, residual, norm, h_dtype, dtype)
+    opmath = opmath_of(x, h_dtype, dtype)
+    h = None
     if residual is not None:
         x = h = _gated_residual(x.to(opmath), residual, gate, x_bias).to(h_dtype).contiguous()
-    if norm == "none":
-        return y, h, mean, rstd
+    y = mean = rstd = None
     affine = Affine((weight, bias, scale, shift), (weight_offset, scale_offset), opmath)
     if norm == "layer":
         y, mean, rstd = _layer_norm(x, affine, eps, dtype)
         mean = mean.squeeze(-1)
-    else:
+    elif norm == "rms":
         x = x.to(opmath)
         rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = _map(x * rstd, affine.a, affine.c)
-    return y.to(dtype).contiguous(), h, mean, rstd.squeeze(-1)
+    return (
+        x.new_empty(0, dtype=dtype) if y is None else y.to(dtype).contiguous(),
+        x.new_empty(0, dtype=h_dtype) if h is None else h,
+        x.new_empty(0, dtype=opmath) if mean is None else mean,
+        x.new_empty(0, dtype=opmath) if rstd is None else rstd.squeeze(-1),
+    )
 
 
 def _gated_residual(
@@ -160,8 +164,8 @@ def backward(
     if h.numel() == 0:
         empty = outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
         return tuple(t.zero_() for t in empty)
-    dh, dgate, dx_bias, *daffine = (h.new_empty(0) for _ in range(7))
-    dx, y = h.new_empty(0, dtype=h.dtype if x is None else x.dtype), h.new_empty(0, dtype=dtype)
+    dh = dx = dgate = dx_bias = y = None
+    daffine: Sequence[Tensor | None] = [None] * 4
     dvalue = None if grad_h is None else grad_h.to(opmath)
     if grad_y is not None or recompute:
         affine = Affine(affine_operands, (weight_offset, scale_offset), opmath)
@@ -174,19 +178,36 @@ def backward(
         dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
         dh = dvalue.to(h.dtype).contiguous()
         if any(wants[1:5]):
-            present = [t.shape for t in affine_operands if t is not None]
-            shape = torch.broadcast_shapes(h.shape[-1:], *present)
+            shape = _common_shape(h.shape[-1], affine_operands)
             sums = (n * dy).sum_to_size(shape), dy.sum_to_size(shape)
-            daffine = _reduced(affine.grads(*sums), affine_operands, wants[1:5], h)
+            daffine = _reduced(affine.grads(*sums), affine_operands, wants[1:5])
     if recompute:
         y = _map(n, affine.a, affine.c).to(dtype).contiguous()
     if dvalue is not None:
         if gate is not None and needs[0]:
-            dx = (dvalue * gate.to(opmath)).to(dx.dtype).contiguous()
+            x_dtype = h.dtype if x is None else x.dtype
+            dx = (dvalue * gate.to(opmath)).to(x_dtype).contiguous()
         if wants[0] or wants[5]:
             pair = _gate_backward(dvalue, x, gate, x_bias, wants[0])
-            dgate, dx_bias = _reduced(pair, (gate, x_bias), (wants[0], wants[5]), h)
-    return dh, dx, dgate, *daffine, dx_bias, y
+            dgate, dx_bias = _reduced(pair, (gate, x_bias), (wants[0], wants[5]))
+    dtypes = {1: h.dtype if x is None else x.dtype, 8: dtype}
+    found = (dh, dx, dgate, *daffine, dx_bias, y)
+    return tuple(
+        h.new_empty(0, dtype=dtypes.get(i, h.dtype)) if t is None else t
+        for i, t in enumerate(found)
+    )
+
+
+def _common_shape(num_features: int, operands: Sequence[Tensor | None]) -> list[int]:
+    """The smallest shape that all operands broadcast into, the last dim that of a row."""
+    shape: list[int] = []
+    for t in operands:
+        if t is not None:
+            sizes = list(t.shape)
+            longer, shorter = (shape, sizes) if len(shape) > len(sizes) else (sizes, shape)
+            shorter = [1] * (len(longer) - len(shorter)) + shorter
+            shape = [max(a, b) for a, b in zip(longer, shorter, strict=True)]
+    return [*shape[:-1], num_features]
 
 
 def _normalize(h: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -218,14 +239,14 @@ def _gate_backward(
 
 
 def _reduced(
-    grads: Sequence[Tensor], operands: Sequence[Tensor | None], wants: Sequence[bool], h: Tensor
-) -> list[Tensor]:
-    """Gradients in the shape and dtype of their operands; those not wanted have 0 elements."""
+    grads: Sequence[Tensor], operands: Sequence[Tensor | None], wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients in the shape and dtype of their operands; None where not wanted."""
     return [
         # A gradient that needed no sum may be one that came in, which an op may not return.
         g.sum_to_size(t.shape).to(t.dtype, copy=g.shape == t.shape)
         if want and t is not None
-        else h.new_empty(0)
+        else None
         for g, t, want in zip(grads, operands, wants, strict=True)
     ]
 

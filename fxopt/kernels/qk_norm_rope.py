@@ -205,6 +205,13 @@ def _fake_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     ]
 
 
+def _launches_backward(grads: Sequence[Tensor], *args: Any) -> int:
+    """One pass over the rows, and one over the partial sums if a parameter needs its gradient."""
+    a, _, _, needs = split_backward_arguments(args)
+    parameters = list(zip(a.differentiable, needs, strict=True))[len(a.x) :]
+    return 1 + any(t is not None and need for t, need in parameters)
+
+
 def _native(*args: Any) -> list[Tensor]:
     from fxopt.kernels import native_qk_norm_rope
 
@@ -296,7 +303,7 @@ qk_norm_rope_backward = register(
     native=_native_backward,
     fake=_fake_backward,
     triton=_triton_backward,
-    launches=lambda *_: 2,
+    launches=_launches_backward,
 )
 # (outs..., mean, rstd)
 qk_norm_rope = register(

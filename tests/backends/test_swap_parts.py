@@ -160,10 +160,15 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
     _check_unknown(model, counts)
 
 
+RULES_OF_GRAPHS = {
+    *("attention", "drop_mask", "qk_norm_rope", "merge_qk", "norm_modulate", "fuse_bias"),
+}
+
+
 def test_what_lies_between_modules_is_reported() -> None:
     model = swap(Model(UnknownBlock(OffsetNorm, SwiGLU(24, 40))))
     declined = {d.rule: d for d in fxopt.report(model).declined}
-    assert declined.keys() == {"attention", "qk_norm_rope", "merge_qk", "norm_modulate"}
+    assert declined.keys() == RULES_OF_GRAPHS
     miss = declined["norm_modulate"]
     assert "lies between them, in the forward of UnknownBlock" in miss.reasons[0]
     assert "optimize" in miss.remedy
