@@ -22,7 +22,7 @@ from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
-from fxopt.backends.swaps.quantized import quantizing
+from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.errors import StillRewritten, StrictRule
 from fxopt.kernels.registration import provider
@@ -150,8 +150,8 @@ class SwappedForward:
     """
 
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
-        self.fqn, self.module, self.swap, self.recipe = fqn, module, candidate, recipe
-        self.kept = precision.kept(recipe, fqn, module)
+        self.fqn, self.module, self.swap = fqn, module, candidate
+        self.formats = Formats(recipe, precision.kept(recipe, fqn, module))
         first = next(module.parameters(), None)
         target = None if first is None else options.target_of(first.device)
         self.theta = options.threshold(recipe, target)
@@ -200,7 +200,7 @@ class SwappedForward:
         try:
             why_not = self._why_not(arguments)
             if why_not is None:
-                with quantizing(self.recipe, self.theta, self.module, self.kept):
+                with quantizing(self.formats, self.theta, self.module):
                     return self.swap.forward(self.module, **arguments)
         except Unfit as reason:
             why_not = str(reason)
@@ -233,7 +233,7 @@ class SwappedForward:
     def _verdict(self, arguments: Arguments) -> Verdict:
         """Judge the fused form for arguments of this kind."""
         with torch.inference_mode(False), _disable_current_modes():
-            reads, verdict = prove(self.module, self.swap, arguments, self.recipe, self.kept)
+            reads, verdict = prove(self.module, self.swap, arguments, self.formats)
         self.watches = [*(self.watches or ()), Watch(self.module, reads)]
         return verdict
 

@@ -23,11 +23,10 @@ from torch.utils import _pytree as pytree
 
 from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.fused import counting
-from fxopt.backends.swaps.quantized import quantizing
+from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
 from fxopt.kernels.quantized_linears import high_precision
 from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE
-from fxopt.recipes import Recipe
 
 RAISED = {
     torch.float32: torch.float64,
@@ -67,28 +66,23 @@ _verdicts: dict[Any, list[tuple[Reads, Verdict]]] = {}
 
 
 def prove(
-    module: nn.Module,
-    swap: Swap,
-    arguments: Arguments,
-    recipe: Recipe,
-    kept: frozenset[str] = frozenset(),
+    module: nn.Module, swap: Swap, arguments: Arguments, formats: Formats
 ) -> tuple[Reads, Verdict]:
     """Judge `swap` on `module`; modules of one structure whose read attributes agree share it.
 
     Args:
         module: the module with its own forward; it is not run, its replica is.
         arguments: those of a call; only their kinds count.
-        recipe: which linears it would quantize is noted; they run in the model's dtype here.
-        kept: paths of linears that the recipe keeps.
+        formats: which linears they would quantize is noted; all run in the model's dtype here.
     """
-    key = (swap.name, structure(module), swap.signature(arguments), recipe, kept)
+    key = (swap.name, structure(module), swap.signature(arguments), formats)
     known = _verdicts.setdefault(key, [])
     for reads, verdict in known:
         if reads.hold_for(module):
             return reads, verdict
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)  # of the CPU alone
-        known.append(_prove(module, swap, arguments, recipe, kept))
+        known.append(_prove(module, swap, arguments, formats))
     return known[-1]
 
 
@@ -105,7 +99,7 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _prove(
-    module: nn.Module, swap: Swap, arguments: Arguments, recipe: Recipe, kept: frozenset[str]
+    module: nn.Module, swap: Swap, arguments: Arguments, formats: Formats
 ) -> tuple[Reads, Verdict]:
     reads = Reads()
     try:
@@ -114,7 +108,7 @@ def _prove(
         with (
             recording(twin) as reads,
             counting() as fired,
-            quantizing(recipe, None, twin, kept) as low,
+            quantizing(formats, None, twin) as low,
             high_precision(),
         ):
             why_not = _compare(twin, module, swap, example, fired)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ from fxopt.recipes import Recipe
 
 UNPROFITABLE = "FP8 does not pay at this number of tokens"
 NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
+
+
+class Formats(NamedTuple):
+    """A recipe, and the paths of those linears in a module that it keeps."""
+
+    recipe: Recipe
+    kept: frozenset[str]
 
 
 @dataclass
@@ -44,12 +52,11 @@ _active: ContextVar[Quantizing | None] = ContextVar("active", default=None)
 
 
 @contextmanager
-def quantizing(
-    recipe: Recipe, theta: float | None, module: nn.Module, kept: frozenset[str]
-) -> Iterator[Quantizing]:
-    """Run fused forwards of `module` by `recipe`, but for the linears at the paths `kept`."""
-    active = Quantizing(recipe, theta, tuple(module.get_submodule(path) for path in kept))
-    token = _active.set(active if recipe.gemms else None)
+def quantizing(formats: Formats, theta: float | None, module: nn.Module) -> Iterator[Quantizing]:
+    """Run fused forwards of `module` in `formats`, where `theta` allows it."""
+    kept = tuple(module.get_submodule(path) for path in formats.kept)
+    active = Quantizing(formats.recipe, theta, kept)
+    token = _active.set(active if formats.recipe.gemms else None)
     try:
         yield active
     finally:
