@@ -6,7 +6,7 @@ READY := .venv/.ready
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full test-gpu lint format bench-cpu clean
+.PHONY: demo test test-full test-gpu lint format bench-cpu bench-gpu clean
 
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,13 @@ bench-cpu: $(READY)
 	$(BIN)/python -m bench.traffic --check
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check
+
+# Records land in out/; a regression, a wrong result or an open verdict fails at its command.
+bench-gpu: $(READY)
+	mkdir -p out
+	$(BIN)/python -m fxopt bench kernels --device cuda --tokens 1024 4096 16384 --out out/kernels.json
+	$(BIN)/python -m fxopt bench preset flux-dev --device cuda --door optimize swap compile --out out/flux-dev.json
+	$(BIN)/python -m fxopt bench preset wan2.1-14b --device cuda --door optimize swap --ac none full --out out/wan.json
 
 clean:
 	rm -rf .venv

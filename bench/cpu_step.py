@@ -1,8 +1,8 @@
 """`python -m bench.cpu_step`: is any door slower than what it started from, on this CPU?
 
 Forward and backward of small models through each door: optimize and swap against eager, the backend
-against plain torch.compile. The two of a pair run in turn, A B B A, and the speedup is the median
-over the pairs, with its bootstrap confidence interval.
+against plain torch.compile. `fxopt.diagnose.protocol` times the two in rounds of A B B A, and the
+speedup is the median over the rounds, with its bootstrap confidence interval.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +19,11 @@ from torch import nn
 
 import fxopt
 from bench import models, rows
-from bench.timing import Comparison, compare
 from fxopt.cli import quiet
+from fxopt.diagnose.devices import this_device
+from fxopt.diagnose.protocol import Plan, Samples
+from fxopt.diagnose.protocol import measure as time_in_turn
+from fxopt.diagnose.verdict import Regime, regime
 
 CASES: dict[str, Callable[[], models.Example]] = {
     "flux": models.flux,
@@ -47,7 +49,7 @@ def stepper(model: nn.Module, through: Callable[..., Any], inputs: dict[str, Any
     return run
 
 
-def measure(case: str, num_pairs: int, compiled: bool) -> Iterator[rows.Row]:
+def measure(case: str, num_rounds: int, compiled: bool) -> Iterator[rows.Row]:
     """All comparisons on one model."""
     torch.manual_seed(0)
     model, inputs = CASES[case]()
@@ -58,12 +60,12 @@ def measure(case: str, num_pairs: int, compiled: bool) -> Iterator[rows.Row]:
 
     eager = through(lambda twin: twin)
     target = DECOMPOSED if case == "llama-eager" else NO_SLOWER
-    yield from report(case, "eager", "optimize", eager, through(fxopt.optimize), num_pairs, target)
-    yield from report(case, "eager", "swap", eager, through(fxopt.swap), num_pairs, NO_SLOWER)
+    yield from report(case, "eager", "optimize", eager, through(fxopt.optimize), num_rounds, target)
+    yield from report(case, "eager", "swap", eager, through(fxopt.swap), num_rounds, NO_SLOWER)
     if compiled:
         plain = through(torch.compile)
         backend = through(lambda twin: torch.compile(twin, backend="fxopt"))
-        yield from report(case, "torch.compile", "backend", plain, backend, num_pairs, NO_SLOWER)
+        yield from report(case, "torch.compile", "backend", plain, backend, num_rounds, NO_SLOWER)
         torch._dynamo.reset()
 
 
@@ -73,34 +75,34 @@ def report(
     candidate: str,
     before: Step,
     after: Step,
-    num_pairs: int,
+    num_rounds: int,
     target: float,
 ) -> Iterator[rows.Row]:
     """Rows of one comparison, once both steps are found to compute the same loss."""
     expected, found = float(before()), float(after())
     if not abs(found - expected) <= SAME_LOSS * abs(expected):
         raise RuntimeError(f"{case}: loss {expected} by {baseline}, but {found} by {candidate}")
-    comparison = compare(before, after, num_pairs=num_pairs)
-    yield from as_rows(case, baseline, candidate, comparison, target)
+    samples, plan = Samples(), Plan(max_rounds=num_rounds, seconds=float("inf"))
+    time_in_turn(before, after, this_device("cpu"), plan, samples, lambda _: False)
+    yield from as_rows(case, baseline, candidate, regime(samples, slice(None)), target)
 
 
 def as_rows(
-    case: str, baseline: str, candidate: str, comparison: Comparison, target: float
+    case: str, baseline: str, candidate: str, found: Regime, target: float
 ) -> Iterator[rows.Row]:
-    low, high = comparison.interval
     name = f"{candidate} vs {baseline}"
-    yield rows.Row(case, f"{baseline} [ms]", 1e3 * statistics.median(comparison.baseline))
-    yield rows.Row(case, f"{candidate} [ms]", 1e3 * statistics.median(comparison.candidate))
-    yield rows.Row(case, f"{name}, speedup", comparison.speedup, at_least=target)
-    yield rows.Row(case, f"{name}, 95% from", low)
-    yield rows.Row(case, f"{name}, 95% to", high)
+    yield rows.Row(case, f"{baseline} [ms]", 1e3 * found.baseline_s)
+    yield rows.Row(case, f"{candidate} [ms]", 1e3 * found.candidate_s)
+    yield rows.Row(case, f"{name}, speedup", found.speedup, at_least=target)
+    yield rows.Row(case, f"{name}, 95% from", found.low)
+    yield rows.Row(case, f"{name}, 95% to", found.high)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_step", description=__doc__)
     rows.add_arguments(parser)
     parser.add_argument("--only", default="", metavar="NAME", help="cases that contain NAME")
-    parser.add_argument("--pairs", type=int, default=30, help="runs of each (default: 30)")
+    parser.add_argument("--rounds", type=int, default=15, help="two runs of each (default: 15)")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled door out")
     args = parser.parse_args(argv)
     selected = [case for case in CASES if args.only in case]
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     for index, case in enumerate(selected, start=1):
         print(f"[{index}/{len(selected)}] {case}", file=sys.stderr)
         with quiet(), contextlib.redirect_stdout(sys.stderr):
-            table += measure(case, args.pairs, compiled=not args.no_compile)
+            table += measure(case, args.rounds, compiled=not args.no_compile)
     return rows.publish(args, table)
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers")
+from fxopt.diagnose.environment import describe
 
 
 @dataclass(frozen=True)
@@ -58,33 +54,6 @@ class Row:
         }
 
 
-def environment() -> dict[str, Any]:
-    """Where the figures come from: versions, machine, and the commit with "+" if files changed."""
-    return {
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("+" if git("status", "--porcelain") else ""),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git(*command: str) -> str:
-    root = Path(__file__).parent
-    done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every bench command shares."""
     parser.add_argument("--json", metavar="FILE", help="write JSON; - for standard output alone")
@@ -93,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def publish(args: argparse.Namespace, rows: Sequence[Row]) -> int:
     """Print the rows, write them as `args.json` asks, and return the exit code of `args.check`."""
-    document = {"environment": environment(), "rows": [row.as_dict() for row in rows]}
+    document = {
+        "environment": describe(torch.device("cpu")),
+        "rows": [row.as_dict() for row in rows],
+    }
     text = json.dumps(document, indent=1)
     if args.json == "-":
         print(text)

@@ -1,4 +1,4 @@
-"""The `fxopt` command: `fxopt demo` and `fxopt explain`."""
+"""The `fxopt` command: `fxopt demo`, `explain`, `bench` and `profile`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ BAR_WIDTH = 24
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after a mistake of the user's."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        from fxopt.diagnose import command
+
+        return command.main(arguments[1:])
+    if arguments[:1] == ["profile"]:
+        from fxopt.diagnose import profile_command
+
+        return profile_command.main(arguments[1:])
     parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -45,6 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         help="train a small FLUX through every door and compare; --help for its options",
         add_help=False,
     )
+    commands.add_parser(
+        "bench",
+        help="measure two steps against each other and write a claim record; --help for more",
+        add_help=False,
+    )
+    commands.add_parser(
+        "profile",
+        help="run a training script and say where the time of its steps went",
+        add_help=False,
+    )
     explain = commands.add_parser(
         "explain",
         help="what would be rewritten and what each block costs, without a GPU and weights",
@@ -57,15 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--target", default="h100", help=f"one of {', '.join(TARGETS)}")
     explain.add_argument("--recipe", default="bf16", help="name of a recipe (default: bf16)")
-    explain.add_argument("--batch", type=_positive, default=1, help="samples, for presets")
-    explain.add_argument("--height", type=_positive, help="pixels, for presets")
-    explain.add_argument("--width", type=_positive, help="pixels, for presets")
+    explain.add_argument("--batch", type=positive, default=1, help="samples, for presets")
+    explain.add_argument("--height", type=positive, help="pixels, for presets")
+    explain.add_argument("--width", type=positive, help="pixels, for presets")
     explain.add_argument("--html", metavar="PAGE", help="also write a self-contained page")
     explain.add_argument("--json", metavar="FILE", help="also write JSON; - prints only that")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")

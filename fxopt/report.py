@@ -30,8 +30,9 @@ class Applied:
         provider: who runs the op on the target: "triton", "native", ...
         tier: numerics tier: "exact", "rounding" or "low_precision".
         source: "file.py:line" of the replaced code.
-        bytes_saved: glue bytes read and written less, forward + backward.
-        flops: matrix-product FLOPs in the replaced code.
+        bytes_saved: glue bytes read and written less, forward + backward; 0 where not counted:
+            the doors count nothing, `explain` counts whole blocks.
+        flops: matrix-product FLOPs in the replaced code; 0 where not counted.
         block_class: class name of the block.
     """
 

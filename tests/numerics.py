@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from fxopt.diagnose.truth import Float64Islands
 from tests.families import outputs, project
 
 Tensors = Mapping[str, Tensor | None]
@@ -60,29 +60,6 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
         ),
         inputs,
     )
-
-
-class Float64Islands(TorchFunctionMode):
-    """Turns casts of activations to fp32 into casts to float64.
-
-    Norms, RoPE and gates that a model writes in fp32 would round in the "truth" exactly as they
-    round in eager, which makes eager look better than an equally accurate rewrite. Tensors that
-    carry no gradient (position ids, timesteps) keep their fp32: they are the model's definition.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            func = Tensor.double if func is Tensor.float else func
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
 
 
 class Judge:

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "fxopt"
 # A layer may import itself and what stands before it.
 LAYERS = ("kernels", "passes", "backends")
 # Extras, and Triton, which only its provider needs.
-LAZY = ("diffusers", "transformers", "torchao", "triton", "peft", "matplotlib", "sklearn", "rich")
+LAZY = (
+    *("diffusers", "transformers", "torchao", "triton", "peft"),
+    *("matplotlib", "sklearn", "rich", "pydantic"),
+)
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fxopt import demo
-from fxopt.demo import training
+from fxopt.demo import claim, training
 from fxopt.demo.training import Run, Scale
+from fxopt.diagnose import record
 
 SCALE = Scale(num_steps=4, batch=4, num_double=1, num_single=1, num_heads=2)
 RUNS = ["eager", "reversed", "optimize", "compile", "swap"]
@@ -37,6 +38,33 @@ def test_it_writes_a_page_and_two_pictures(shown):
     assert "norm_modulate" in (out / "report.html").read_text()
     for name in ("loss.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_ends_with_a_claim_record(shown):
+    *_, out = shown
+    made = record.read(out / "claim.json")
+    assert [found.name for found in made.claims] == ["optimize", "compile", "swap"]
+    for found in made.claims:
+        assert found.baseline == "eager"
+        assert not found.checks[0].failures
+        assert found.memory["candidate"].peak > 0
+        assert found.manifest["applied"]
+
+
+def test_neighbouring_steps_are_rounds():
+    runs = [finished("eager", [1.0] * 8), finished("optimize", [1.0] * 8)]
+    runs[0].seconds = [9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0]
+    runs[1].seconds = [9.0, 9.0, 9.0, 9.0, 5.0, 6.0, 7.0, 8.0]
+    made = claim.rounds(runs[1], runs[0])
+    assert made.rounds == [(1.0, 5.0, 6.0, 2.0), (3.0, 7.0, 8.0, 4.0)]
+    assert made.warmup.num_rounds == 4
+
+
+@pytest.mark.parametrize("found", [1 + 2 * demo.LARGEST_GAP, float("nan")])
+def test_losses_that_part_make_the_claim_invalid(found):
+    runs = [finished("eager", [1.0, 1.0]), finished("optimize", [1.0, found])]
+    check = claim.losses(runs[1], runs[0], demo.LARGEST_GAP)
+    assert len(check.failures) == 1
 
 
 def test_the_table_counts_rewrites_and_costs(capsys):
@@ -112,17 +140,6 @@ def test_euler_steps_along_the_true_velocity_reach_the_image():
     torch.testing.assert_close(
         training.sample(straight, seed=0), training.unpack(wanted), atol=1e-4, rtol=0
     )
-
-
-def test_peak_bytes_is_the_allocator_high_water_mark():
-    def work():
-        first = torch.empty(1_000_000)
-        del first
-        second = torch.empty(500_000)
-        return second + second + second
-
-    # 2 MB for `second`, then two sums of it at once; a few bytes of scalars may come on top.
-    assert training.peak_bytes(work) == pytest.approx(6_000_000, abs=1000)
 
 
 def test_the_compiled_door_says_what_it_lacks(monkeypatch, capsys):

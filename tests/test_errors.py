@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fxopt import errors
+from fxopt.diagnose import errors as measuring
 from fxopt.report import Declined
 
 MISS = Declined("attention", "blocks.0", "softmax", "model.py:7", ("dim is -2", "mask is int"), "x")
@@ -36,6 +37,25 @@ CASES = [
     (errors.NotReported("Flux"), ["Flux", "no report", "fxopt.explain"]),
     (errors.MissingPackage("diffusers", "preset 'x'", "models"), ["diffusers", "fxopt[models]"]),
     (errors.NotAnExample("a.py:f", "no file"), ["'a.py:f'", "no file", "FILE.py:FUNCTION"]),
+    (
+        measuring.NotAStep("a.py:f", "it returned int"),
+        ["'a.py:f'", "returned int", "FILE.py:FUNCTION"],
+    ),
+    (
+        measuring.StepsDiffer("output 0", "[2]", "[3]"),
+        ["output 0 is [2] in the baseline", "[3] in the candidate", "same tensors"],
+    ),
+    (
+        measuring.RecordsDiffer("environment.torch", "2.12", "2.13"),
+        ["environment.torch is '2.12'", "'2.13'", "one machine"],
+    ),
+    (measuring.InvalidRecord("c.json", "not JSON"), ["c.json", "not JSON", "--out"]),
+    (measuring.InvalidTrace("t.json", "it ends"), ["t.json", "it ends", "export_chrome_trace"]),
+    (measuring.NoSuchDevice("cuda:8", "cpu, cuda:0"), ["'cuda:8'", "has cpu, cuda:0"]),
+    (measuring.NotAScript("train.py"), ["'train.py'", "fxopt profile"]),
+    (measuring.RankMissing(3, 120.0), ["rank 3", "120 s", "--out"]),
+    (measuring.TooFewSteps(3, 20), ["after 3 steps", "needs 20", "--steps"]),
+    (measuring.CannotWrite("c.json", "No space left"), ["c.json", "No space left", "--out"]),
     (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),
     (errors.StrictRule("rms_norm", (MISS,)), ["'rms_norm'", "no operation"]),
 ]

@@ -74,6 +74,7 @@ def _require_packages() -> None:
         ("diffusers", "diffusers"),
         ("scikit-learn", "sklearn"),
         ("matplotlib", "matplotlib"),
+        ("pydantic", "pydantic"),
         ("rich", "rich"),
     ):
         if importlib.util.find_spec(name) is None:
@@ -103,8 +104,10 @@ def build_runs(scale: Scale, inner: str, seed: int) -> list[Run]:
 
 def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     """Train, print the table, write the files to `out`; 0, or 1 if the losses part."""
+    from fxopt.demo.claim import claim_record
     from fxopt.demo.pictures import draw_losses, draw_samples
     from fxopt.demo.training import NUM_CLASSES, batches, load_images, sample, unpack
+    from fxopt.diagnose import record, tables
 
     num_parameters = sum(p.numel() for p in runs[0].model.parameters())
     print(
@@ -115,8 +118,8 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     train(runs, scale, seed)
     reports = {run.name: fxopt.report(run.forward) for run in runs if run.door}
     last_batch = next(batches(scale, seed + 1))
-    peaks = {run.name: run.peak_bytes(last_batch) for run in runs}
-    print_table(runs, reports, peaks)
+    memory = {run.name: run.memory(last_batch) for run in runs}
+    print_table(runs, reports, {name: found.peak for name, found in memory.items()})
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(reports["optimize"].html(), encoding="utf-8")
@@ -125,7 +128,10 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     firsts = [int((labels == label).nonzero()[0]) for label in range(NUM_CLASSES)]
     rows = {"real": unpack(images[firsts])}
     draw_samples(out / "samples.png", rows | {run.name: sample(run.model, seed) for run in runs})
-    print(f"wrote {out}/report.html, {out}/loss.png and {out}/samples.png")
+    claims = claim_record(runs, scale, seed, reports, memory, LARGEST_GAP)
+    record.write(claims, out / "claim.json")
+    print(tables.text(record.read(out / "claim.json")))
+    print(f"wrote {out}/report.html, {out}/loss.png, {out}/samples.png and {out}/claim.json")
     return verdict(runs)
 
 

@@ -5,16 +5,17 @@ Shapes: B images, S image tokens of 2x2 pixels, C pixels per token, T text token
 
 from __future__ import annotations
 
-import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fxopt.diagnose import memory
+from fxopt.diagnose.subjects import Subject
 
 SIDE, PATCH = 8, 2  # pixels
 NUM_CLASSES = 10
@@ -183,27 +184,12 @@ class Run:
         loss.backward()
         return loss.detach()
 
-    def peak_bytes(self, batch: Batch) -> int:
-        """Peak memory of one forward and backward: activations, gradients and temporaries."""
-        self.optimizer.zero_grad()
-        return peak_bytes(lambda: self.gradients(batch))
+    def memory(self, batch: Batch) -> memory.Memory:
+        """Of one forward and backward: activations, gradients and temporaries."""
+        subject = Subject(self.name, lambda: self.gradients(batch), self.model)
+        return memory.measure(subject, torch.device("cpu"))
 
     @property
     def setup_seconds(self) -> float:
         """From opening the door to the end of the first step."""
         return self.opening_seconds + self.seconds[0]
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes that CPU allocations held at once while `function` ran, above those before it.
-
-    From the allocator's own events, as torch.profiler records them: buffers inside of ops and of
-    compiled code count too.
-    """
-    # Kineto otherwise writes two lines to standard error for every profile.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profiler:
-        function()
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))

@@ -27,7 +27,7 @@ from fxopt.kernels.norm_modulate import (
     norm_modulate_backward,
     operand_gradients,
 )
-from fxopt.kernels.registration import register_composite
+from fxopt.kernels.registration import below_autograd, register_composite
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -86,7 +86,7 @@ class NormModulateLinears(torch.autograd.Function):
         operands, x_bias, parameters = tensors[:7], tensors[7], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
-        y, h, mean, rstd = norm_modulate(*operands, *settings, x_bias)
+        y, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings, x_bias)
         x, residual, gate, *modulation = operands
         h = x if residual is None else h
         branch = x if gate is not None else None
@@ -133,13 +133,19 @@ class GatedActivationLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up, beside, weight)
         ctx.settings = settings
-        y = gated_activation(gate, up, *settings)
+        y = below_autograd(gated_activation, gate, up, *settings)
         if beside is None:
             return F.linear(y, weight, bias)
-        # Two products into one output instead of a copy of both operands into one input.
+        # Two products into one output instead of a copy of both operands into one input. The first
+        # writes where it is told: a checkpoint may keep what a product returns, as it was.
         width = beside.shape[-1]
-        out = F.linear(beside, weight[:, :width], bias)
-        out.view(-1, out.shape[-1]).addmm_(_flat(y), weight[:, width:].t())
+        out = y.new_empty(*y.shape[:-1], weight.shape[0])
+        out_TN, first = _flat(out), (_flat(beside), weight[:, :width].t())
+        if bias is None:
+            torch.mm(*first, out=out_TN)
+        else:
+            torch.addmm(bias, *first, out=out_TN)
+        out_TN.addmm_(_flat(y), weight[:, width:].t())
         return out
 
     @staticmethod

@@ -31,7 +31,7 @@ MEANING_TOLERANCE = 1e-6
 ERROR_FACTOR = 2.0
 # Gradients that cancel to nothing (a saturated softmax) are rounding of what cancelled. In float64
 # they are compared with this part of it at least.
-CANCELLED = 0.1
+CANCELLED = 1e-3
 # Factor on the activations: eps decides at 1e-3, overflow of squares in half precision at 1e3.
 SCALES = (1.0, 1e-3, 1e3, 0.0)
 SMALL_SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)

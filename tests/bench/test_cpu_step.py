@@ -14,7 +14,7 @@ def tiny() -> models.Example:
 
 def test_a_row_for_every_door(monkeypatch, capsys):
     monkeypatch.setattr(cpu_step, "CASES", {"tiny": tiny})
-    assert cpu_step.main(["--json", "-", "--pairs", "2", "--no-compile"]) == 0
+    assert cpu_step.main(["--json", "-", "--rounds", "2", "--no-compile"]) == 0
     rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["eager [ms]"]["value"] > 0
     for door in ("optimize", "swap"):

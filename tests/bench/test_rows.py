@@ -36,7 +36,7 @@ def test_json_alone_on_standard_output(capsys):
     assert document["rows"] == [
         {"case": "block", "metric": "ratio", "value": 2.0, "target": "<= 1", "holds": False}
     ]
-    assert {"commit", "torch", "platform", "gpu"} <= document["environment"].keys()
+    assert {"commit", "torch", "platform", "device"} <= document["environment"].keys()
 
 
 def test_json_to_a_file_beside_the_table(tmp_path, capsys):

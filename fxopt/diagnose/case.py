@@ -1,0 +1,230 @@
+"""One case from set-up to claim: check, count, time, check again; a failure keeps what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fxopt.diagnose import memory, numerics, roofline
+from fxopt.diagnose.devices import TorchDevice
+from fxopt.diagnose.numerics import Check
+from fxopt.diagnose.protocol import Plan, Samples, measure
+from fxopt.diagnose.record import Claim, Speed, Stop
+from fxopt.diagnose.roofline import Flops, Peaks
+from fxopt.diagnose.subjects import Make, Subject, kept_state
+from fxopt.diagnose.verdict import MARGIN, Verdict, is_decided, judge
+from fxopt.errors import FxoptError, NotReported
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compare.
+
+    Args:
+        name: unique in a record.
+        baseline, candidate: build the two sides, from the same seed.
+        configuration: what was chosen to get here; goes into the record.
+        truth: builds a subject to cast to float64, or None to compare with the baseline.
+        flush: empty the caches before each call: for kernels.
+    """
+
+    name: str
+    baseline: Make
+    candidate: Make
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    truth: Make | None = None
+    flush: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to judge: see `verdict`, `numerics.check` and `protocol.Plan`."""
+
+    plan: Plan = field(default_factory=Plan)
+    seed: int = 0
+    margin: float = MARGIN
+    tolerance: float | None = None
+
+
+class Run:
+    """A case under measurement."""
+
+    def __init__(self, case: Case, device: TorchDevice, settings: Settings) -> None:
+        self.case, self.device, self.settings = case, device, settings
+        self.phase = "set-up"
+        self.samples = Samples()
+        self.checks: list[Check] = []
+        self.memory: dict[str, memory.Memory] = {}
+        self.flops: Flops | None = None
+        self.peaks: Peaks | None = None
+        self.floor_s = 0.0
+        self.manifest: dict[str, Any] | None = None
+        self.names = ("", "")
+
+    def __call__(self, progress: Progress = lambda phase: None) -> Claim:
+        """Measure; the claim is partial if a step raises or the user stops it.
+
+        Raises:
+            FxoptError: if there is nothing that can be compared.
+        """
+        try:
+            self._measure(progress)
+        except FxoptError:
+            raise
+        except KeyboardInterrupt as error:
+            return self._claim("interrupted", self._stop(error))
+        except Exception as error:
+            return self._claim("failed", self._stop(error))
+        return self._claim("complete", None)
+
+    def _measure(self, progress: Progress) -> None:
+        def enter(phase: str) -> None:
+            self.phase = phase
+            progress(phase)
+
+        enter("set-up")
+        torch.compiler.reset()  # what earlier cases compiled counts towards the recompile limit
+        baseline, candidate = self.case.baseline(), self.case.candidate()
+        self.names = baseline.name, candidate.name
+        enter("check before timing")
+        self._check("before", baseline, candidate)
+        self.manifest = manifest(candidate)
+        if self._invalid():
+            return  # how fast a wrong result comes does not matter
+        enter("counting FLOPs and memory")
+        self._count(baseline, candidate)
+        enter("timing")
+        plan = dataclasses.replace(self.settings.plan, flush=self.case.flush)
+
+        def decided(samples: Samples) -> bool:
+            return is_decided(samples, self.settings.margin)
+
+        measure(baseline, candidate, self.device, plan, self.samples, decided)
+        enter("check after timing")
+        self._check("after", baseline, candidate)
+        progress("done")
+
+    def _check(self, when: str, baseline: Subject, candidate: Subject) -> None:
+        found = numerics.check(
+            when,
+            baseline,
+            candidate,
+            self.case.truth,
+            self.settings.seed,
+            self.settings.tolerance,
+        )
+        (most,) = self.device.agree([float(len(found.failures))])
+        if most and not found.failures:
+            elsewhere = (f"{int(most)} tensors differ on another rank",)
+            found = dataclasses.replace(found, failures=elsewhere)
+        self.checks.append(found)
+
+    def _count(self, baseline: Subject, candidate: Subject) -> None:
+        with kept_state(baseline, candidate):
+            device = self.device.device
+            self.memory = {
+                "baseline": memory.measure(baseline, device),
+                "candidate": memory.measure(candidate, device),
+            }
+            # A compiled step shows no ops; its FLOPs are those of the code that it came from.
+            with torch.compiler.set_stance("force_eager"):
+                self.flops = roofline.count(baseline)
+        dtypes = {*self.flops.trained, *self.flops.frozen}
+        self.peaks = roofline.calibrate(self.device, dtypes)
+        # Only a flushed case is sure to read its state from memory.
+        cold = sum(t.untyped_storage().nbytes() for t in baseline.state()) if self.case.flush else 0
+        self.floor_s = roofline.floor_seconds(self.flops, self.peaks, cold)
+
+    def _stop(self, error: BaseException) -> Stop:
+        frames = traceback.extract_tb(error.__traceback__)
+        here = str(Path(__file__).parent)
+        theirs = [f for f in frames if "site-packages" not in f.filename]
+        # The user's own line says more than the library's below it.
+        own = [f for f in theirs if not f.filename.startswith(here)] or theirs or frames
+        kind, message = type(error).__name__, str(error)
+        return Stop(
+            self.phase,
+            f"{kind}: {message}" if message else kind,
+            f"{own[-1].filename}:{own[-1].lineno}",
+        )
+
+    def _verdict(self) -> Verdict | None:
+        if not self.samples.rounds and not self._invalid():
+            return None
+        verdict = judge(self.samples, self._invalid(), margin=self.settings.margin)
+        if verdict.steady is None:
+            return verdict
+        fastest = min(verdict.steady.candidate_s, verdict.steady.baseline_s)
+        if fastest >= self.floor_s:
+            return verdict
+        reason = (
+            f"{fastest:.3e} s is less than the {self.floor_s:.3e} s that the step's FLOPs and "
+            "bytes take at the peaks of this device: work was left out or not timed"
+        )
+        return judge(self.samples, [*self._invalid(), reason], margin=self.settings.margin)
+
+    def _invalid(self) -> list[str]:
+        return [f"{c.when} timing, {failure}" for c in self.checks for failure in c.failures]
+
+    def _speed(self, verdict: Verdict | None) -> Speed | None:
+        if self.flops is None or self.peaks is None:
+            return None
+        used = {}
+        if verdict is not None and verdict.steady is not None:
+            for side in ("baseline", "candidate"):
+                seconds = getattr(verdict.steady, f"{side}_s")
+                used[side] = roofline.utilization(self.flops, self.peaks, seconds)
+        return Speed(
+            self.flops.trained,
+            self.flops.frozen,
+            self.peaks.flops,
+            self.peaks.bandwidth,
+            self.floor_s,
+            used,
+        )
+
+    def _claim(
+        self, status: Literal["complete", "interrupted", "failed"], stop: Stop | None
+    ) -> Claim:
+        verdict = self._verdict()
+        return Claim(
+            name=self.case.name,
+            baseline=self.names[0],
+            candidate=self.names[1],
+            configuration=dict(self.case.configuration)
+            | {
+                "seed": self.settings.seed,
+                "margin": self.settings.margin,
+                "tolerance": self.settings.tolerance,
+                "truth": "baseline" if self.case.truth is None else "float64",
+                "flush": self.case.flush,
+            },
+            status=status,
+            stop=stop,
+            verdict=verdict,
+            samples=self.samples,
+            checks=tuple(self.checks),
+            memory=self.memory,
+            speed=self._speed(verdict),
+            manifest=self.manifest,
+        )
+
+
+def manifest(subject: Subject) -> dict[str, Any] | None:
+    """fxopt's report on the model of a subject; None if no door was opened on it."""
+    if subject.model is None:
+        return None
+    from fxopt.backends.state import report
+
+    try:
+        return report(subject.model).to_dict()
+    except NotReported:
+        return None

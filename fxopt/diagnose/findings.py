@@ -1,0 +1,193 @@
+"""What to change first: the largest avoidable costs of a step, each with evidence and a remedy."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED
+from fxopt.diagnose.profiling import Profiled
+from fxopt.render import quantity
+from fxopt.report import Report
+
+# Growth is a leak if at least this share of the steps grow, by at least so much on average.
+GROWING_STEPS, LEAST_GROWTH = 0.8, 1 << 20
+# A rank is a straggler if its own work takes this much longer than the median rank's.
+LAG = 0.05
+# Below this share of a step a cost is not worth a line.
+NEGLIGIBLE = 0.01
+
+REMEDIES = {
+    "data wait": "more DataLoader workers, prefetch_factor, or batches made ahead of time",
+    "host-to-device": "pinned memory and non_blocking copies on a stream of their own",
+    "checkpointing": "checkpoint less often, or torch.distributed.checkpoint.async_save",
+    "garbage collection": "gc.freeze() after set-up and gc.collect() at chosen steps",
+    "logging": "log less often, and read losses off the device once in many steps",
+    "compilation": "find what changes between steps with TORCH_LOGS=recompiles and mark it dynamic",
+    EXPOSED: "overlap: larger buckets, prefetching all-gathers, or fewer bytes",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One avoidable cost.
+
+    Args:
+        name: of the phase, or "leak", "straggler", "launch gaps".
+        seconds: per step that removing it would save at most; infinite for what ends the run.
+        evidence: the figures, in a sentence.
+        remedy: what would remove it.
+    """
+
+    name: str
+    seconds: float
+    evidence: str
+    remedy: str
+
+
+def mean_walls(ranks: Sequence[Profiled]) -> dict[str, float]:
+    """Seconds per step of each phase, over steps and ranks."""
+    found = [step for rank in ranks for step in rank.steps]
+    return {name: statistics.fmean(step.phases[name].wall for step in found) for name in PHASES}
+
+
+def findings(ranks: Sequence[Profiled], report: Report | None = None) -> list[Finding]:
+    """Avoidable costs, largest first.
+
+    Args:
+        report: fxopt's report on the model, if there is one.
+    """
+    walls = mean_walls(ranks)
+    seconds = sum(walls.values())
+    found = [*_leaks(ranks), *_stragglers(ranks)]
+    # Ranks that wait for a slow one wait in communication: that is its cost, not the network's.
+    waited = sum(f.seconds for f in found if f.name == "straggler")
+    walls[EXPOSED] = max(0.0, walls[EXPOSED] - waited)
+    for name, remedy in REMEDIES.items():
+        if walls[name] > NEGLIGIBLE * seconds:
+            evidence = f"{name}: {walls[name] / seconds:.0%} of the step{_detail(name, ranks)}"
+            found.append(Finding(name, walls[name], evidence, remedy))
+    found += _launch_gaps(ranks, seconds)
+    found += _glue(ranks, report)
+    return sorted(found, key=lambda finding: -finding.seconds)
+
+
+def _detail(name: str, ranks: Sequence[Profiled]) -> str:
+    found = [step.phases[name].wall for rank in ranks for step in rank.steps]
+    detail = f", at most {quantity(max(found), 's')} in one of {len(found)} steps"
+    if name == "compilation":
+        detail += f", {sum(rank.num_compiled for rank in ranks)} graphs compiled"
+    return detail
+
+
+def _leaks(ranks: Sequence[Profiled]) -> Iterator[Finding]:
+    for rank in ranks:
+        growth = np.diff(np.asarray(rank.held_bytes, dtype=float))
+        if not len(growth) or np.mean(growth > 0) < GROWING_STEPS:
+            continue
+        per_step = float(np.median(growth))
+        # A graph compiled in every step stays in memory: that is the cost of compilation.
+        compiles = rank.num_compiled >= len(growth)
+        if per_step >= LEAST_GROWTH and not compiles:
+            evidence = (
+                f"memory of rank {rank.rank} grows by {quantity(per_step, 'B')} per step, in "
+                f"{np.mean(growth > 0):.0%} of {len(growth)} steps"
+            )
+            remedy = (
+                "look for tensors that outlive their step: losses kept with their graph, lists of "
+                "outputs (loss.item() or loss.detach() instead)"
+            )
+            yield Finding("leak", math.inf, evidence, remedy)
+            return
+
+
+def _stragglers(ranks: Sequence[Profiled]) -> Iterator[Finding]:
+    if len(ranks) < 2:
+        return
+    own = {rank.rank: own_seconds(rank) for rank in ranks}
+    slowest = max(own, key=own.__getitem__)
+    others = [seconds for rank, seconds in own.items() if rank != slowest]
+    lag = own[slowest] - statistics.median(others)
+    if lag < LAG * statistics.median(others):
+        return
+    spread = spreads(ranks)
+    phase = max((p for p in PHASES if p != EXPOSED), key=lambda name: spread[name][0])
+    yield Finding(
+        "straggler",
+        lag,
+        f"rank {slowest} needs {quantity(lag, 's')} more of its own work per step than the median "
+        f"of the others, most of it in {phase}; they wait for it in communication",
+        f"look at rank {slowest}: its machine (clocks, other processes) and its share of the data",
+    )
+
+
+def own_seconds(rank: Profiled) -> float:
+    """Median seconds per step that are not exposed communication."""
+    return statistics.median(step.seconds - step.phases[EXPOSED].wall for step in rank.steps)
+
+
+def spreads(ranks: Sequence[Profiled]) -> dict[str, tuple[float, int]]:
+    """By phase: maximum minus median over the ranks of the mean seconds, and the maximum's rank."""
+    found = {}
+    for name in PHASES:
+        means = {r.rank: statistics.fmean(s.phases[name].wall for s in r.steps) for r in ranks}
+        slowest = max(means, key=means.__getitem__)
+        found[name] = (means[slowest] - statistics.median(means.values()), slowest)
+    return found
+
+
+def _launch_gaps(ranks: Sequence[Profiled], seconds: float) -> Iterator[Finding]:
+    steps = [step for rank in ranks for step in rank.steps]
+    working = ("forward", "backward", "optimizer")
+    idle = statistics.fmean(sum(step.phases[name].idle for name in working) for step in steps)
+    if idle > NEGLIGIBLE * seconds:
+        longest = max((gap for step in steps for gap in step.gaps), default=0.0)
+        evidence = (
+            f"the device is idle for {idle / seconds:.0%} of the step while the host is in "
+            f"forward, backward or optimizer; longest gap {quantity(longest, 's')}"
+        )
+        yield Finding("launch gaps", idle, evidence, "torch.compile, or CUDA graphs")
+
+
+def _glue(ranks: Sequence[Profiled], report: Report | None) -> Iterator[Finding]:
+    """What fxopt's report says about kernels that only move memory."""
+    if report is None:
+        return
+    steps = [step for rank in ranks for step in rank.steps]
+    glue = statistics.fmean(step.kinds.get("glue", 0.0) for step in steps)
+    share = glue / statistics.fmean(step.seconds for step in steps)
+    before = report.totals.get("glue_bytes_before", 0)
+    saved = 1 - report.totals.get("glue_bytes_after", 0) / before if before else 0.0
+    declined: Mapping[tuple[str, str], list[str]] = _declined(report)
+    for (rule, reason), blocks in declined.items():
+        evidence = (
+            f"glue: {share:.0%} of the step; rule {rule} declined at {len(blocks)} blocks "
+            f"({blocks[0]} to {blocks[-1]}): {reason}"
+        )
+        remedy = next((d.remedy for d in report.declined if d.rule == rule and d.remedy), "")
+        yield Finding(f"declined {rule}", 0.0, evidence, remedy or "see fxopt.report(model)")
+    if saved > 0 and not report.applied:
+        yield Finding(
+            "glue",
+            saved * glue,
+            f"glue: {share:.0%} of the step, of whose bytes fxopt would leave {1 - saved:.0%}",
+            "fxopt.optimize(model)",
+        )
+
+
+def _declined(report: Report) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in report.declined:
+        reason = entry.reasons[0] if entry.reasons else "no reason given"
+        found.setdefault((entry.rule, reason), []).append(entry.fqn)
+    return found
+
+
+def unaccounted_share(ranks: Sequence[Profiled]) -> float:
+    """Part of the step that no phase claims."""
+    walls = mean_walls(ranks)
+    return walls[UNACCOUNTED] / sum(walls.values())

@@ -1,0 +1,282 @@
+"""`fxopt profile`: what it names first, what it leaves behind, and its page in a browser."""
+
+import builtins
+import dataclasses
+import gc
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.cli import main
+from fxopt.diagnose import profile_page
+from fxopt.diagnose.errors import TooFewSteps
+from fxopt.diagnose.findings import findings, mean_walls, spreads
+from fxopt.diagnose.marking import marked, outermost_modules
+from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
+from fxopt.diagnose.profile_results import load
+from fxopt.diagnose.profiling import Profile, Profiled, Window
+from fxopt.report import Applied, Declined, Report
+
+ROOT = Path(__file__).parents[2]
+MB = 1 << 20
+
+TRAIN = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch import nn
+
+plant = sys.argv[1]
+rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+if world > 1:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+torch._dynamo.config.recompile_limit = 1000
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4000
+
+    def __getitem__(self, index):
+        if plant == "slow loader":
+            time.sleep(0.005)
+        return torch.randn(256)
+
+
+model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+compiled = torch.compile(lambda x: (2 * x).sin(), backend="eager", dynamic=False)
+optimizer = torch.optim.AdamW(net.parameters())
+kept = []
+for index, x in enumerate(torch.utils.data.DataLoader(Data(), batch_size=16)):
+    optimizer.zero_grad()
+    if plant == "slow rank" and rank == 1:
+        time.sleep(0.08)
+    loss = (net(x) - x).square().mean()
+    if plant == "recompile":
+        loss = loss + compiled(torch.ones(3 + index)).mean()
+    loss.backward()
+    if plant == "leak":
+        kept.append(torch.randn(2_000_000))
+    if plant == "checkpoint" and index % 3 == 0:
+        for _ in range(20):
+            torch.save(model.state_dict(), f"{rank}.pt")
+    optimizer.step()
+"""
+FIRST = {
+    "slow loader": "data wait",
+    "slow rank": "straggler",
+    "checkpoint": "checkpointing",
+    "recompile": "compilation",
+    "leak": "leak",
+}
+
+
+def profile(folder: Path, plant: str, num_ranks: int, *options: str) -> subprocess.CompletedProcess:
+    (folder / "train.py").write_text(TRAIN)
+    launch = [sys.executable, "-m"]
+    if num_ranks > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
+    return subprocess.run(
+        [*launch, "fxopt", "profile", "--out", "profile", *options, "train.py", plant],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "plant",
+    ["slow rank", *(pytest.param(p, marks=pytest.mark.slow) for p in FIRST if p != "slow rank")],
+)
+def test_two_ranks_name_the_planted_cost_first(tmp_path, plant):
+    done = profile(tmp_path, plant, 2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert found["findings"][0]["name"] == FIRST[plant]
+    if plant == "slow rank":
+        assert found["findings"][0]["evidence"].startswith("rank 1 ")
+        # It sleeps for 80 ms.
+        assert found["findings"][0]["seconds"] > 0.05
+    assert sum(found["phases_share"].values()) == pytest.approx(1)
+    assert set(found["overhead"]) == {"0", "1"}
+    assert "the profiler made a step" in done.stdout
+    for rank in (0, 1):
+        assert (tmp_path / "profile" / f"rank{rank}_trace.json.gz").exists()
+
+
+def test_one_process_and_its_page(tmp_path):
+    done = profile(tmp_path, "none", 1, "--steps", "2", "--skip", "1")
+    assert done.returncode == 0, done.stderr
+    phases = json.loads((tmp_path / "profile" / "profile.json").read_text())["phases_s"]
+    for name in ("data wait", "forward", "backward", "optimizer"):
+        assert phases[name] > 0
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium to open the page in")
+    page = subprocess.run(
+        [
+            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            *(f"--user-data-dir={tmp_path}/browser", f"file://{tmp_path}/profile/profile.html"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert "Largest avoidable costs" in page
+    assert page.count('class="bar"') == 2
+    assert "aten::addmm" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.py"], "there is no script 'absent.py'"),
+        (["--steps", "9", "short.py"], "the loop ended after 2 steps, a profile needs 22"),
+    ],
+)
+def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("short.py").write_text(
+        "import torch\n"
+        "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
+        "optimizer.step(); optimizer.step()\n"
+    )
+    assert main(["profile", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def loop(profile: Profile, num_steps: int) -> None:
+    model = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.parameters())
+    with profile:
+        for _ in range(num_steps):
+            model(torch.randn(4, 32)).sum().backward()
+            optimizer.step()
+            profile.step()
+
+
+def test_three_lines_in_a_loop(tmp_path):
+    profile = Profile(tmp_path, Window(1, 2, 3))
+    loop(profile, 20)
+    assert (tmp_path / "profile.html").exists()
+    found = profile.result()
+    assert len(found.steps) == 3
+    for step in found.steps:
+        assert {"forward", "backward", "optimizer"} <= {n for n, p in step.phases.items() if p.wall}
+    assert load(json.loads(json.dumps(dataclasses.asdict(found)))).plain_s == found.plain_s
+
+
+def test_a_loop_that_is_too_short_is_said(tmp_path, capsys):
+    profile = Profile(tmp_path, Window(1, 2, 3))
+    loop(profile, 5)
+    assert "the loop ended after 5 steps, a profile needs 7" in capsys.readouterr().err
+    with pytest.raises(TooFewSteps):
+        profile.result()
+
+
+def test_marking_leaves_nothing_behind():
+    model = nn.Linear(2, 2)
+    before = torch.autograd.backward, torch.save, logging.Logger.handle, builtins.print
+    callbacks = list(gc.callbacks)
+    with pytest.raises(KeyError), marked([model]):
+        assert torch.save is not before[1]
+        raise KeyError
+    assert before == (torch.autograd.backward, torch.save, logging.Logger.handle, builtins.print)
+    assert gc.callbacks == callbacks
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_outermost_modules_are_in_no_other():
+    inner = nn.Linear(2, 2)
+    outer = nn.Sequential(inner, nn.GELU())
+    found = outermost_modules()
+    assert any(module is outer for module in found)
+    assert not any(module is inner for module in found)
+
+
+def step(seconds: float = 0.1, **walls: float) -> Step:
+    """A step of forward but for what is given, with `exposed` for exposed communication."""
+    given = {{"exposed": EXPOSED}.get(k, k.replace("_", " ")): v for k, v in walls.items()}
+    phases = {name: Phase(given.get(name, 0.0), 0.0, 0.0, 0.0) for name in PHASES}
+    phases["forward"] = Phase(seconds - sum(given.values()), 0.0, 0.0, 0.0)
+    return Step(seconds, phases, {"glue": 0.02}, [], 0.0, 0.0, [])
+
+
+def rank(number: int, *steps: Step, held=(0, 0, 0)) -> Profiled:
+    return Profiled(number, steps, 0.1, 0.11, held, 0, f"rank{number}_trace.json.gz")
+
+
+def test_the_straggler_is_the_one_that_does_not_wait():
+    ranks = [rank(0, step(exposed=0.04)), rank(1, step()), rank(2, step(exposed=0.04))]
+    first, *others = findings(ranks)
+    assert first.name == "straggler"
+    assert first.evidence.startswith("rank 1 needs 40 ms more")
+    assert first.seconds == pytest.approx(0.04)
+    # What the others waited for it is not counted again as the network's.
+    assert EXPOSED not in [finding.name for finding in others]
+    assert spreads(ranks)["forward"] == (pytest.approx(0.04), 1)
+    assert mean_walls(ranks)[EXPOSED] == pytest.approx(0.08 / 3)
+
+
+def test_communication_that_all_ranks_wait_for_is_the_networks():
+    ranks = [rank(n, step(exposed=0.04)) for n in range(3)]
+    assert [finding.name for finding in findings(ranks)] == [EXPOSED]
+
+
+def test_costs_come_by_size_and_a_leak_before_all():
+    found = findings([rank(0, step(checkpointing=0.01, data_wait=0.03, logging=0.0005))])
+    assert [finding.name for finding in found] == ["data wait", "checkpointing"]
+    assert "data wait: 30% of the step" in found[0].evidence
+    growing = [index * 5 * MB for index in range(10)]
+    assert findings([rank(0, step(data_wait=0.03), held=growing)])[0].name == "leak"
+
+
+@pytest.mark.parametrize("held", [[0, 9, 0, 9, 0, 9], [0, 9 * MB, 0, 9 * MB, 0], [MB] * 9])
+def test_memory_that_does_not_keep_growing_is_no_leak(held):
+    assert not findings([rank(0, step(), held=held)])
+
+
+def test_memory_of_graphs_that_are_compiled_in_every_step_is_no_leak():
+    held = [index * 5 * MB for index in range(10)]
+    compiling = dataclasses.replace(rank(0, step(compilation=0.05), held=held), num_compiled=17)
+    assert [finding.name for finding in findings([compiling])] == ["compilation"]
+
+
+def test_the_report_says_what_would_remove_glue():
+    declined = [
+        Declined("qk_norm_rope", f"blocks.{n}", "mul", "m.py:3", ("mask is in place",), "detach it")
+        for n in range(3)
+    ]
+    report = Report(
+        "optimize", "bf16", "cpu", (Applied("rms_norm", "b", 1, "", "", ""),), tuple(declined)
+    )
+    (found,) = findings([rank(0, step())], report)
+    assert found.evidence == (
+        "glue: 20% of the step; rule qk_norm_rope declined at 3 blocks (blocks.0 to blocks.2): "
+        "mask is in place"
+    )
+    assert found.remedy == "detach it"
+
+
+def test_a_leak_is_null_seconds_in_json():
+    ranks = [rank(0, step(), held=[index * 5 * MB for index in range(10)])]
+    found = findings(ranks)
+    assert math.isinf(found[0].seconds)
+    data = json.loads(profile_page.to_json(ranks, found))
+    assert data["findings"][0]["seconds"] is None
+    assert data["overhead"]["0"] == pytest.approx(0.1)

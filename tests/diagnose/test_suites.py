@@ -1,0 +1,124 @@
+"""The cases that fxopt brings: which ones a command line means, and that they compute the same."""
+
+import pytest
+import torch
+
+from fxopt.diagnose import numerics
+from fxopt.diagnose.case import Case, Run, Settings
+from fxopt.diagnose.devices import this_device
+from fxopt.diagnose.kernel_suite import KERNELS, kernel_cases
+from fxopt.diagnose.protocol import Plan
+from fxopt.diagnose.suites import Sweep, preset_cases
+from fxopt.errors import UnknownOption, UnknownPreset, UnknownRecipe
+from fxopt.presets import PRESETS, Preset, PresetBlock, activation, block, cos_sin, image_tokens
+
+CPU = torch.device("cpu")
+HEADS, HEAD_DIM = 2, 32
+
+
+def small_flux(batch: int, height: int, width: int) -> list[PresetBlock]:
+    """FLUX.1's single block, narrow."""
+    from diffusers.models.transformers import transformer_flux as flux
+
+    dim, num_image, num_text = HEADS * HEAD_DIM, image_tokens(height, width), 4
+
+    def inputs():
+        return {
+            "hidden_states": activation(batch, num_image, dim),
+            "encoder_hidden_states": activation(batch, num_text, dim),
+            "temb": activation(batch, dim),
+            "image_rotary_emb": cos_sin(num_text + num_image, HEAD_DIM),
+        }
+
+    build = block(lambda: flux.FluxSingleTransformerBlock(dim, HEADS, HEAD_DIM))
+    return [PresetBlock("single", 2, build, inputs, 2)]
+
+
+MUTATED = pytest.mark.xfail(
+    reason="gated_activation_linear adds into the result of a product that was kept",
+    raises=RuntimeError,
+    strict=True,
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset("small", 64, 64, small_flux))
+
+
+def cases(name: str, in_float64: bool = True, **sweep) -> list[Case]:
+    made = Sweep(**({"dtype": "float32", "tokens": [8]} | sweep))
+    return list(preset_cases(name, made, CPU, 0, in_float64))
+
+
+def passes(case: Case, when: str = "before") -> numerics.Check:
+    found = numerics.check(when, case.baseline(), case.candidate(), case.truth, seed=0)
+    assert not found.failures
+    return found
+
+
+@pytest.mark.parametrize("door", ["swap", "optimize"])
+@pytest.mark.parametrize("ac", ["none", pytest.param("selective", marks=MUTATED), "full"])
+def test_a_block_through_a_door_is_as_accurate(small, door, ac):
+    (case,) = cases("small-block", door=[door], ac=[ac], batch=[2])
+    for when in ("before", "after"):
+        found = passes(case, when)
+    assert found.against == "float64"
+    assert found.num_outputs == 2
+    # Ten parameters with bias or scale, three inputs.
+    assert found.num_gradients > 10
+
+
+def test_the_manifest_is_what_the_door_did(small):
+    (case,) = cases("small", door=["swap"], in_float64=False)
+    plan = Plan(max_rounds=6, min_warmup=0, min_seconds=0)
+    claim = Run(case, this_device("cpu"), Settings(plan))()
+    assert claim.status == "complete", claim.stop
+    rules = {applied["rule"] for applied in claim.manifest["applied"]}
+    assert {"norm_modulate", "qk_norm_rope", "gated_activation"} <= rules
+    # The products of the rewritten block are those of the block.
+    assert claim.speed.flops["float32"] > 0
+    assert claim.memory["candidate"].saved < claim.memory["baseline"].saved
+
+
+def test_a_sweep_is_a_product(small):
+    found = cases("small", door=["swap", "optimize"], batch=[1, 2, 3])
+    assert len(found) == len({case.name for case in found}) == 6
+    assert found[0].configuration == {
+        **{"recipe": "bf16", "ac": "none", "door": "swap", "dtype": "float32"},
+        **{"batch": 1, "tokens": 8},
+    }
+
+
+def test_the_compiled_door_is_compared_with_plain_compile(small):
+    (case,) = cases("small", door=["compile"])
+    assert case.baseline().name == "small-single through torch.compile"
+    assert case.truth().name == "small-single as it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "sweep", "error", "known"),
+    [
+        ("flux-def", {}, UnknownPreset, "flux-dev"),
+        ("flux-dev-triple", {}, UnknownPreset, "flux-dev-double"),
+        ("flux-dev", {"door": ["window"]}, UnknownOption, "optimize"),
+        ("flux-dev", {"ac": ["half"]}, UnknownOption, "selective"),
+        ("flux-dev", {"recipe": ["bf61"]}, UnknownRecipe, "bf16"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(name, sweep, error, known):
+    with pytest.raises(error, match=known):
+        cases(name, **sweep)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kernel_is_as_accurate_as_the_eager_ops(name, dtype):
+    (case,) = kernel_cases(name, Sweep(tokens=[16], batch=[2], dtype=dtype), CPU, 0, True)
+    assert case.flush
+    assert passes(case).num_gradients >= 2
+
+
+def test_a_kernel_that_is_none_is_refused():
+    with pytest.raises(UnknownOption, match="norm_modulate"):
+        list(kernel_cases("softmax", Sweep(), CPU, 0, True))
