@@ -104,7 +104,7 @@ def preset_cases(
             after = functools.partial(block, point["door"])
             shown = {k: v for k, v in point.items() if k not in ("recipe", "dtype") or v != "bf16"}
             # A quantized product is further from float64 than any factor of eager's error allows.
-            keeps_dtype = RECIPES[point["recipe"]].matmul == "model"
+            keeps_dtype = not RECIPES[point["recipe"]].gemms
             truth = plain if in_float64 and keeps_dtype else None
             yield Case(label + suffix(shown), before, after, point, truth)
 
