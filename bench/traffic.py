@@ -2,8 +2,10 @@
 
 For every preset block at batch 1 in bfloat16, forward and backward: glue bytes, kernel launches and
 bytes saved for backward, in eager and as fxopt's eager door rewrites it, next to the floor of
-perfect fusion and to what min-cut saves. Everything runs on fake tensors, so the figures are exact
-and repeat. `fxopt.traffic` and `bench.floor_traffic` hold the definitions. The tensors are fake CPU
+perfect fusion and to what min-cut saves. With `--recipe`, the same under a recipe next to fxopt's
+bf16, and what quantization moves for each element of a linear's x, weight and gradient. Everything
+runs on fake tensors, so the figures are exact and repeat.
+`fxopt.traffic` and `bench.floor_traffic` hold the definitions. The tensors are fake CPU
 tensors that count as CUDA runs them, because autograd refuses fake CUDA tensors in a PyTorch that
 was built without CUDA.
 """
@@ -23,8 +25,9 @@ from bench.floor_traffic import Floor
 from fxopt import traffic
 from fxopt.fakes import faked
 from fxopt.presets import PRESETS, PresetBlock
+from fxopt.recipes import RECIPES
 
-Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
+Rewrite = Callable[..., Callable[..., Any]]  # as `rewrite_block`
 
 # The blocks that have targets: fxopt's glue over the floor, its saved bytes over eager's and over
 # min-cut's, its launches over eager's.
@@ -40,6 +43,10 @@ GLUE_OVER_FLOOR = 1.35
 SAVED_OVER_EAGER = 0.65
 SAVED_OVER_MIN_CUT = 1.0
 LAUNCHES_OVER_EAGER = 0.4
+# Under a recipe: quantization's bytes per element, glue and saved bytes over those of fxopt's bf16.
+QUANTIZATION_BYTES = 8.0
+GLUE_OVER_BF16 = 1.25
+SAVED_OVER_BF16 = 0.75
 GB = 1e9
 
 
@@ -83,6 +90,37 @@ def measure(
     return table
 
 
+def measure_recipe(
+    case: str, preset: PresetBlock, rewrite: Rewrite, recipe: str, detail: bool
+) -> list[rows.Row]:
+    """Figures of fxopt's bf16 and of `recipe`, and the targets of the latter."""
+    with torch.device("meta"):
+        block, inputs = preset.build(), preset.inputs()
+    plain = count(block, inputs, rewrite(block, (), inputs))
+    low = count(block, inputs, rewrite(block, (), inputs, recipe))
+    if detail:
+        print(by_op(recipe, low), file=sys.stderr)
+    compared = [
+        ("quantization [B / element]", per_element(low), QUANTIZATION_BYTES),
+        ("glue, recipe / bf16", low.glue.total() / plain.glue.total(), GLUE_OVER_BF16),
+        ("saved, recipe / bf16", low.saved / plain.saved, SAVED_OVER_BF16),
+    ]
+    has_targets = case in TARGETED
+    return [
+        *figures(case, "bf16", plain),
+        *figures(case, recipe, low),
+        *(rows.Row(case, m, v, at_most=t if has_targets else None) for m, v, t in compared),
+    ]
+
+
+def per_element(found: traffic.Traffic) -> float:
+    """Bytes of quantization for each element of x, weight and gradient of a quantized linear."""
+    # Each of the three products of a linear has all three sizes.
+    low = [g.shape for g in found.gemms if g.bits < 16 and g.shape is not None]
+    elements = sum(m * n + n * k + m * k for m, n, k in low) / 3
+    return found.glue["fxopt::quantize"] / elements
+
+
 def figures(case: str, name: str, found: traffic.Traffic) -> list[rows.Row]:
     return [
         rows.Row(case, f"glue, {name} [GB]", found.glue.total() / GB),
@@ -122,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="cases that contain NAME")
     parser.add_argument("--baselines", action="store_true", help="measure eager and floor only")
     parser.add_argument("--by-op", action="store_true", help="list the ops on standard error")
+    parser.add_argument("--recipe", default="bf16", choices=[*RECIPES], help="default: bf16")
     args = parser.parse_args(argv)
     selected = list(cases(args.only))
     if not selected:
@@ -131,7 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     table: list[rows.Row] = []
     for index, (case, block) in enumerate(selected, start=1):
         print(f"[{index}/{len(selected)}] {case}", file=sys.stderr)
-        table += measure(case, block, rewrite, args.by_op)
+        if args.recipe == "bf16":
+            table += measure(case, block, rewrite, args.by_op)
+        else:
+            table += measure_recipe(case, block, eager_door(), args.recipe, args.by_op)
     return rows.publish(args, table)
 
 

@@ -31,11 +31,13 @@ class Product:
         flops: 2 per multiply-add.
         num_bytes: operands read once and result written once.
         shape: (m, n, k) of a matrix product `[m, k] @ [k, n]`; None for a batch or an attention.
+        bits: of an operand's elements; 8 and 4 run on units of their own where a target has them.
     """
 
     flops: int
     num_bytes: int
     shape: Shape | None = None
+    bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,23 @@ def roofline(work: Work, target: Target) -> Cost:
     t = sum_gemm max(flops / (eta P), bytes / (beta BW)) + the same for attention
       + glue_bytes / (beta BW)
 
-    with BF16 peak P, bandwidth BW and the shares eta, beta of `target.achievable`. Nothing
-    overlaps, host time is not counted.
+    with the peak P of the operands' width (BF16's where there are no units for fewer bits),
+    bandwidth BW and the shares eta, beta of `target.achievable`. Nothing overlaps, host time is not
+    counted.
     """
     share = target.achievable
     bandwidth = share.bandwidth * target.bandwidth
 
-    def seconds(products: tuple[Product, ...], peak: float) -> float:
-        return sum(max(p.flops / peak, p.num_bytes / bandwidth) for p in products)
+    peaks = {16: target.bf16, 8: target.fp8 or target.bf16, 4: target.fp4 or target.bf16}
+
+    def seconds(products: tuple[Product, ...], efficiency: float) -> float:
+        return sum(
+            max(p.flops / (efficiency * peaks[p.bits]), p.num_bytes / bandwidth) for p in products
+        )
 
     return Cost(
-        gemm_s=seconds(work.gemms, share.gemm * target.bf16),
-        attention_s=seconds(work.attentions, share.attention * target.bf16),
+        gemm_s=seconds(work.gemms, share.gemm),
+        attention_s=seconds(work.attentions, share.attention),
         glue_s=work.glue_bytes / bandwidth,
         gemm_flops=sum(p.flops for p in work.gemms),
         attention_flops=sum(p.flops for p in work.attentions),

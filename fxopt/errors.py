@@ -124,6 +124,52 @@ class UnknownRecipe(_UnknownName):
     kind = "recipe"
 
 
+@dataclass(eq=False)
+class InvalidRecipe(FxoptError):
+    """A recipe contradicts itself, or asks for what does not exist."""
+
+    recipe: str
+    problem: str
+    template = "recipe {recipe!r}: {problem}; start from a named one, see fxopt.recipes.RECIPES"
+
+
+@dataclass(eq=False)
+class OtherRecipe(FxoptError):
+    """A door was opened again on a model, with another recipe."""
+
+    asked: str
+    present: str
+    template = (
+        "recipe {asked!r} was asked for, but the model is rewritten under {present!r} already; "
+        "call fxopt.restore(model) first"
+    )
+
+
+@dataclass(eq=False)
+class NotNative(FxoptError):
+    """A recipe that may not be emulated was asked for on a device that cannot run it."""
+
+    recipe: str
+    device: str
+    needed: str
+    template = (
+        "recipe {recipe!r} cannot run on {device}, it needs {needed}; use emulate=True to compute "
+        "the same there slowly, or another recipe"
+    )
+
+
+@dataclass(eq=False)
+class LowPrecisionParameter(FxoptError):
+    """A parameter of the model is stored in FP8, which leaves nothing to train."""
+
+    parameter: str
+    dtype: str
+    template = (
+        "parameter {parameter!r} is stored in {dtype}: recipes quantize the products, the "
+        "parameters stay in bf16, fp16 or fp32; load the model in one of them"
+    )
+
+
 class UnknownRule(_UnknownName):
     """No rule of the catalogue has this name."""
 
@@ -149,15 +195,9 @@ class UnknownOption(_UnknownName):
 
 
 @dataclass(eq=False)
-class TargetMatchesNothing(FxoptError):
-    """A `targets` glob or class picks no submodule."""
-
+class _MatchesNothing(FxoptError):
     pattern: str
     known: Sequence[str]
-    template = (
-        "targets={pattern!r} matches none of the {num_known} submodules{suggestion}; targets are "
-        "globs over fully qualified names ('transformer_blocks.*') or module classes"
-    )
 
     def __str__(self) -> str:
         close = nearest(self.pattern, self.known)
@@ -166,6 +206,24 @@ class TargetMatchesNothing(FxoptError):
             num_known=len(self.known),
             suggestion=f"; nearest: {', '.join(map(repr, close))}" if close else "",
         )
+
+
+class TargetMatchesNothing(_MatchesNothing):
+    """A `targets` glob or class picks no submodule."""
+
+    template = (
+        "targets={pattern!r} matches none of the {num_known} submodules{suggestion}; targets are "
+        "globs over fully qualified names ('transformer_blocks.*') or module classes"
+    )
+
+
+class KeepMatchesNothing(_MatchesNothing):
+    """A glob in a recipe's `keep` picks no linear."""
+
+    template = (
+        "keep={pattern!r} matches none of the {num_known} linears{suggestion}; it is a glob over "
+        "fully qualified names, such as 'transformer_blocks.0.*'"
+    )
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import CannotCapture
 from fxopt.backends.exported import rewrite_block
 from fxopt.kernels import registration
+from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
@@ -50,7 +51,7 @@ def explain(
     *,
     example_inputs: Inputs | None = None,
     target: str = "h100",
-    recipe: str = "bf16",
+    recipe: str | Recipe = "bf16",
     batch: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -70,7 +71,7 @@ def explain(
         errors.UnknownPreset, errors.UnknownTarget, errors.UnknownRecipe: with the nearest names.
         errors.NotAModule, errors.InputMismatch: if the model or its inputs do not fit.
     """
-    options.check(recipe=recipe)
+    chosen = options.check(recipe=recipe)
     device = hardware.lookup(target)
     if isinstance(model, str):
         blocks = preset_blocks(model, batch, height, width)
@@ -78,23 +79,23 @@ def explain(
         blocks = model_blocks(model, example_inputs)
     else:
         raise errors.NotAModule(model)
-    report = Report("explain", recipe, device.name)
+    report = Report("explain", chosen.name, device.name)
     for index, block in enumerate(blocks):
         progress(index, len(blocks), block.name)
-        report = report.merge(_explain_block(block, recipe, device))
+        report = report.merge(_explain_block(block, chosen, device))
     progress(len(blocks), len(blocks), "done")
     return report
 
 
-def _explain_block(block: Block, recipe: str, target: hardware.Target) -> Report:
-    found, rewritten = _rewrite(block, recipe)
+def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Report:
+    found, rewritten = _rewrite(block, recipe, target)
     forward, backward = traffic.count(block.module, block.args, block.kwargs)
     before = forward + backward
     after = sum(traffic.count(block.module, block.args, block.kwargs, rewritten), cost.Work())
     linears = {p.shape for p in forward.gemms if p.shape and p.shape[0] >= MIN_FP8_TOKENS}
     return Report(
         "explain",
-        recipe,
+        recipe.name,
         target.name,
         applied=tuple(_planned(a, block, target) for a in found.applied),
         declined=tuple(replace(d, block_class=block.name) for d in found.declined),
@@ -108,15 +109,17 @@ def _explain_block(block: Block, recipe: str, target: hardware.Target) -> Report
     )
 
 
-def _rewrite(block: Block, recipe: str) -> tuple[Report, Callable[..., Any]]:
+def _rewrite(
+    block: Block, recipe: Recipe, target: hardware.Target
+) -> tuple[Report, Callable[..., Any]]:
     """What `optimize` reports on the block and its rewritten forward, or its own if it has none."""
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
-            return Report("optimize", recipe, "meta", declined=(declined,)), block.module
+            return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module
     return rewritten.report, rewritten
 
 

@@ -93,6 +93,11 @@ TARGETS = {
 }
 
 
+def of_capability(capability: tuple[int, int]) -> Target | None:
+    """The first target of this CUDA compute capability, to plan on a device by; None if unknown."""
+    return next((t for t in TARGETS.values() if t.capability == capability), None)
+
+
 def lookup(name: str) -> Target:
     """The target called `name`, in any case.
 

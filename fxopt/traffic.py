@@ -32,6 +32,10 @@ VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
 }
+# Their input is read once for the scale, once for the values.
+READING_TWICE = {"fxopt::quantize"}
+SCALED = "fxopt::scaled_matmul"
+SCALED_FORMATS = slice(7, 9)  # its arguments a_format and b_format
 ALLOCATIONS = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros_like"),
 }
@@ -41,7 +45,7 @@ def kind(op: torch._ops.OpOverload) -> str:
     """What an op is to the count: "gemm", "attention", "glue", "view" or "allocation"."""
     name = op._schema.name.split("::")[-1]
     if op.namespace == "fxopt":
-        return "glue"
+        return "gemm" if name == "scaled_matmul" else "glue"
     if "scaled_dot_product" in name:
         return "attention"
     if name in GEMMS:
@@ -49,6 +53,11 @@ def kind(op: torch._ops.OpOverload) -> str:
     if op.is_view or name in VIEWS:
         return "view"
     return "allocation" if name in ALLOCATIONS else "glue"
+
+
+def bits(formats: Iterable[str]) -> int:
+    """Of the wider operand of a product of these formats."""
+    return max(4 if f.startswith("e2m1") else 8 for f in formats)
 
 
 @dataclass
@@ -126,8 +135,15 @@ class _Counting(TorchDispatchMode):
         operands = args[1:] if name == "copy_" else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))
+        num_bytes += moved(read.values()) if name in READING_TWICE else 0
         if cost == "glue":
             self.traffic.glue[name] += num_bytes
+        elif name == SCALED:
+            formats = args[SCALED_FORMATS]
+            packed = 2 if formats[0].startswith("e2m1") else 1
+            (m, k), n = args[0].shape, args[3].shape[0]
+            product = Product(2 * m * n * k * packed, num_bytes, (m, n, k * packed), bits(formats))
+            self.traffic.gemms.append(product)
         elif cost == "gemm":
             a, b = [t for t in args if isinstance(t, Tensor)][-2:]
             batch, (m, k), n = math.prod(a.shape[:-2]), a.shape[-2:], b.shape[-1]

@@ -50,6 +50,13 @@ def test_fp8_pays_exactly_where_its_gain_covers_its_traffic():
         assert bool(cost.fp8_pays(m, n, k, theta)) == (gain > traffic)
 
 
+def test_products_of_fewer_bits_run_on_their_own_units():
+    work = {bits: Work(gemms=(Product(10**14, 1, None, bits),)) for bits in (16, 8, 4)}
+    assert cost.roofline(work[16], IDEAL).gemm_s == 1.0
+    assert cost.roofline(work[8], IDEAL).gemm_s == 0.5
+    assert cost.roofline(work[4], IDEAL).gemm_s == 1.0  # it has no such units
+
+
 def test_fp8_break_even_is_the_first_size_that_pays():
     theta = cost.fp8_threshold(lookup("h100"))
     tokens = cost.fp8_from_tokens(3072, 12288, theta)

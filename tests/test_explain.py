@@ -49,7 +49,7 @@ INPUTS = {"x": torch.zeros(2, 64, 16), "scale": torch.zeros(32)}
 def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
 
-    def rewrite_block(block, args, kwargs, recipe):
+    def rewrite_block(block, args, kwargs, recipe, target):
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):

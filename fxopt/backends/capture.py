@@ -145,6 +145,8 @@ def _capture(
     slots, learned = _slots(program)
     inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
     learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
+    for body in ir.graphs(gm):
+        body.meta[ir.IS_DOUBLED] = example is not call.leaves
     outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned))
     return Plan(
         run=_without(call.autocast, gm.forward),

@@ -13,19 +13,23 @@ from torch import nn
 
 from fxopt.backends import state
 from fxopt.backends.dynamo import backend
-from fxopt.report import Report
+from fxopt.recipes import Recipe
+from fxopt.report import Declined, Report
 
 
 class CompiledBlocks:
     """One use of `optimize(execution="compile")` on a model."""
 
-    def __init__(self, recipe: str, blocks: Mapping[str, nn.Module]) -> None:
-        self.empty = Report("optimize", recipe, "cpu")
+    def __init__(
+        self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
+    ) -> None:
+        self.recipe = recipe
+        self.empty = Report("optimize", recipe.name, "cpu", declined=outside)
         self.reports: dict[str, list[Report]] = {fqn: [] for fqn in blocks}
         self.blocks = dict(blocks)
         self.replaced = {fqn: m._compiled_call_impl for fqn, m in blocks.items()}
         for fqn, module in blocks.items():
-            module.compile(backend=_backend_for(recipe, self.reports[fqn]))
+            module.compile(backend=_backend_for(recipe, fqn, self.reports[fqn]))
 
     def restore(self, model: nn.Module) -> None:
         for fqn, module in self.blocks.items():
@@ -41,8 +45,9 @@ class CompiledBlocks:
         return merged
 
 
-def _backend_for(recipe: str, reports: list[Report]) -> Callable[..., Any]:
+def _backend_for(recipe: Recipe, fqn: str, reports: list[Report]) -> Callable[..., Any]:
     def compile_block(gm: Any, example_inputs: Any, **settings: Any) -> Any:
-        return backend(gm, example_inputs, options={"recipe": recipe}, reports=reports, **settings)
+        options = {"recipe": recipe}
+        return backend(gm, example_inputs, options=options, reports=reports, block=fqn, **settings)
 
     return compile_block

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.backends import inductor
+from fxopt.backends import inductor, precision
 from fxopt.backends import options as shared
 from fxopt.errors import UnknownOption
 from fxopt.passes.autocast import Autocast, write_out
@@ -21,6 +21,7 @@ from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.inline import inline_native
 from fxopt.passes.retrace import retrace
 from fxopt.passes.rewriter import Outcome, rewrite
+from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
 INNER = ("inductor", "aot_eager", "eager")
@@ -35,6 +36,7 @@ def backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     reports: list[Report] | None = None,
+    block: str | None = None,
 ) -> Callable[..., Any]:
     """Rewrite and compile one graph of Dynamo's.
 
@@ -45,16 +47,18 @@ def backend(
         options: "recipe", "inner" (which compiler gets the graph: "inductor", "aot_eager" or
             "eager"), and whatever else Inductor takes.
         reports: where to note what was done; None for the process-wide list.
+        block: name of the block that the graph is known to be of.
 
     Raises:
         UnknownOption, UnknownRecipe: a name that is not known.
     """
     settings = dict(options or {})
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
-    shared.check(recipe=recipe)
+    chosen = shared.check(recipe=recipe)
     if inner not in INNER:
         raise UnknownOption(inner, INNER)
-    rewritten, report = rewritten_graph(gm, example_inputs, recipe)
+    precision.check_device(chosen, _device(example_inputs))
+    rewritten, report = rewritten_graph(gm, example_inputs, chosen, block)
     (compile_reports if reports is None else reports).append(report)
     if inner == "eager":
         return rewritten.forward
@@ -66,7 +70,7 @@ def backend(
 
 
 def rewritten_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: str
+    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe, block: str | None = None
 ) -> tuple[fx.GraphModule, Report]:
     """The graph to compile, and what was done to it: `gm` itself if no rule fired."""
     device = _device(example_inputs)
@@ -76,7 +80,7 @@ def rewritten_graph(
         canonicalize(graph)
         outcome = rewrite(
             graph,
-            shared.rules_for(recipe, compiled=True),
+            shared.rules_for(recipe, compiled=True, block=block, target=shared.target_of(device)),
             device=device,
             parameters=_parameters(gm),
         )
@@ -96,9 +100,9 @@ def _not_captured(reason: str) -> Declined:
     return Declined("capture", "", "", "", (reason,))
 
 
-def _report(outcome: Outcome, recipe: str, device: torch.device) -> Report:
+def _report(outcome: Outcome, recipe: Recipe, device: torch.device) -> Report:
     target = shared.target_name(device)
-    return Report("compile", recipe, target, tuple(outcome.applied), tuple(outcome.declined))
+    return Report("compile", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined))
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

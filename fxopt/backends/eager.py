@@ -16,26 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxopt.backends import options, state
+from fxopt.backends import options, precision, state
 from fxopt.backends.blocks import find_blocks
+from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
+from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.errors import StillRewritten, StrictRule
 from fxopt.kernels.registration import provider
 from fxopt.passes.autocast import Autocast
-from fxopt.passes.rules import CATALOGUE
+from fxopt.passes.rules import CATALOGUE, quantized_linear
+from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 
 OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
 REMEDY = "fxopt.optimize(model) reads the forward itself"
+TIERS = {rule.name: rule.tier for rule in CATALOGUE}
 
 
 def swap(
     model: nn.Module,
     *,
-    recipe: str = "bf16",
+    recipe: str | Recipe = "bf16",
     strict: Sequence[str] = (),
     targets: Sequence[str | type[nn.Module]] | None = None,
 ) -> nn.Module:
@@ -47,7 +51,7 @@ def swap(
 
     Args:
         model: any module; parameters, `state_dict`, hooks and classes are untouched.
-        recipe: numerics; "bf16" keeps the model's own dtypes.
+        recipe: numerics, a name or a `Recipe`; "bf16" keeps the model's own dtypes.
         strict: names of rules that must find a place.
         targets: FQN globs or classes of the modules to look into; None for the repeated blocks.
 
@@ -55,11 +59,14 @@ def swap(
         FxoptError: one class per mistake, see `fxopt.errors`; the model is as it was.
     """
     state.require_module(model)
-    options.check(recipe=recipe, rules=strict)
+    chosen = options.check(recipe=recipe, rules=strict)
     blocks = find_blocks(model, targets)
-    if any(isinstance(door, Swaps) for door in state.doors(model)):
-        return model
-    door = Swaps(recipe)
+    precision.check_model(chosen, model)
+    for opened in state.doors(model):
+        if isinstance(opened, Swaps):
+            state.require_recipe(opened, chosen)
+            return model
+    door = Swaps(chosen, precision.outside(chosen, model, blocks))
     try:
         for fqn, block in blocks.items():
             door.enter(fqn, block)
@@ -77,10 +84,10 @@ def swap(
 class Swaps:
     """One use of `swap` on a model."""
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: Recipe, outside: tuple[Declined, ...] = ()) -> None:
         self.recipe = recipe
         self.installed: list[SwappedForward] = []
-        self.declined: list[Declined] = []
+        self.declined: list[Declined] = list(outside)
         self.device: torch.device | None = None
 
     def enter(self, fqn: str, block: nn.Module) -> None:
@@ -97,7 +104,7 @@ class Swaps:
         if any(f.module is block for f in found):
             return
         fired = {rule for f in found for rule, _ in f.verdict.fired}
-        for rule in (r.name for r in CATALOGUE if r.name not in fired):
+        for rule in (r.name for r in options.rules_for(self.recipe) if r.name not in fired):
             reason = OUT_OF_REACH.format(type(block).__name__)
             self.declined.append(declined(rule, fqn, block, (reason,), REMEDY))
 
@@ -114,8 +121,8 @@ class Swaps:
 
     def _first_proved(self, fqn: str, module: nn.Module) -> SwappedForward | None:
         reasons = []
-        for candidate in candidates(module):
-            forward = SwappedForward(fqn, module, candidate)
+        for candidate in candidates(module, self.recipe):
+            forward = SwappedForward(fqn, module, candidate, self.recipe)
             if forward.verdict.why_not is None:
                 return forward
             reasons.append(f"{candidate.name}: {forward.verdict.why_not}")
@@ -133,7 +140,7 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        return Report("swap", self.recipe, target, applied, (*self.declined, *refused))
+        return Report("swap", self.recipe.name, target, applied, (*self.declined, *refused))
 
 
 class SwappedForward:
@@ -142,8 +149,12 @@ class SwappedForward:
     A proof holds for the kind of arguments it was made with; another kind is proved when it comes.
     """
 
-    def __init__(self, fqn: str, module: nn.Module, candidate: Swap) -> None:
+    def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
         self.fqn, self.module, self.swap = fqn, module, candidate
+        self.formats = Formats(recipe, precision.kept(recipe, fqn, module))
+        first = next(module.parameters(), None)
+        target = None if first is None else options.target_of(first.device)
+        self.theta = options.threshold(recipe, target)
         self.original: Callable[..., Any] = module.forward
         self.names = [
             p.name
@@ -189,7 +200,8 @@ class SwappedForward:
         try:
             why_not = self._why_not(arguments)
             if why_not is None:
-                return self.swap.forward(self.module, **arguments)
+                with quantizing(self.formats, self.theta, self.module):
+                    return self.swap.forward(self.module, **arguments)
         except Unfit as reason:
             why_not = str(reason)
         self.refusals[why_not] = None
@@ -221,19 +233,31 @@ class SwappedForward:
     def _verdict(self, arguments: Arguments) -> Verdict:
         """Judge the fused form for arguments of this kind."""
         with torch.inference_mode(False), _disable_current_modes():
-            reads, verdict = prove(self.module, self.swap, arguments)
+            reads, verdict = prove(self.module, self.swap, arguments, self.formats)
         self.watches = [*(self.watches or ()), Watch(self.module, reads)]
         return verdict
 
     def applied(self, device: torch.device | None) -> Iterator[Applied]:
+        if self.refusals and None not in self.admitted.values():
+            return
         where, name = source(self.module), type(self.module).__name__
         for (rule, op), count in Counter(self.verdict.fired).items():
             by = provider(op, device or torch.device("cpu"))
-            yield Applied(rule, self.fqn, count, by, "rounding", where, block_class=name)
+            yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
 
     def declined(self) -> Iterator[Declined]:
         if self.refusals:
             yield declined("swap", self.fqn, self.module, tuple(self.refusals))
+        for path, reasons in self.verdict.refused:
+            yield Declined(
+                quantized_linear.RULE.name,
+                self.fqn,
+                path,
+                source(self.module),
+                reasons,
+                quantized_linear.REMEDY,
+                type(self.module).__name__,
+            )
 
 
 def declined(
@@ -241,12 +265,6 @@ def declined(
 ) -> Declined:
     name = type(module).__name__
     return Declined(rule, fqn, name, source(module), reasons, remedy, block_class=name)
-
-
-def source(module: nn.Module) -> str:
-    """ "file.py:line" of the forward that a module's class has."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def _is_absent(argument: Any) -> bool:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt.backends import options, state, trial
+from fxopt.backends import options, precision, state, trial
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
 from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
-from fxopt.report import Report
+from fxopt.hardware import Target
+from fxopt.recipes import Recipe
+from fxopt.report import Declined, Report
 
 
 def optimize(
     model: nn.Module,
     *,
-    recipe: str = "bf16",
+    recipe: str | Recipe = "bf16",
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     execution: str = "eager",
     strict: Sequence[str] = (),
@@ -34,7 +35,7 @@ def optimize(
 
     Args:
         model: any module; its parameters may be sharded, frozen or wrapped later on.
-        recipe: numerics; "bf16" keeps the model's own dtypes.
+        recipe: numerics, a name or a `Recipe`; "bf16" keeps the model's own dtypes.
         example_inputs: positional (tuple) or keyword (mapping) inputs of the model, to capture
             now instead of at the first call.
         execution: "eager" runs the rewritten graphs as they are; "compile" compiles each block in
@@ -46,10 +47,12 @@ def optimize(
         FxoptError: one class per mistake, see `fxopt.errors`; the model is as it was.
     """
     state.require_module(model)
-    options.check(recipe=recipe, execution=execution, rules=strict)
+    chosen = options.check(recipe=recipe, execution=execution, rules=strict)
     blocks = find_blocks(model, targets)
+    precision.check_model(chosen, model)
     opened = (d for d in state.doors(model) if isinstance(d, (Optimized, CompiledBlocks)))
     for door in opened:
+        state.require_recipe(door, chosen)
         if strict:
             state.StrictOnce(model, door, strict)
         return model
@@ -57,7 +60,7 @@ def optimize(
         options.check_inputs(model, example_inputs)
     opens: type[Optimized | CompiledBlocks]
     opens = CompiledBlocks if execution == "compile" else Optimized
-    door = opens(recipe, blocks)
+    door = opens(chosen, blocks, precision.outside(chosen, model, blocks))
     state.remember(model, door)
     if strict:
         state.StrictOnce(model, door, strict)
@@ -85,12 +88,14 @@ class RewrittenCallable:
     report: what was rewritten, as `fxopt.report` gives it.
     """
 
-    def __init__(self, block: nn.Module, plan: Plan, recipe: str) -> None:
+    def __init__(self, block: nn.Module, plan: Plan, recipe: Recipe) -> None:
         self.bound = Bound(block, plan)
         target = options.target_name(next(block.parameters()).device)
         outcome = plan.outcome
         self.report = state.with_fqn(
-            Report("optimize", recipe, target, tuple(outcome.applied), tuple(outcome.declined)),
+            Report(
+                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
+            ),
             "",
             type(block).__name__,
         )
@@ -100,32 +105,43 @@ class RewrittenCallable:
 
 
 def rewrite_block(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: str = "bf16"
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recipe: str | Recipe = "bf16",
+    target: Target | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
     Args:
         block: may live on the meta device.
         args, kwargs: inputs of its forward; only shapes and dtypes are read.
+        target: what to plan for; None for no cost model.
 
     Raises:
         CannotCapture: the block cannot be exported.
     """
-    plan = capture(block, block.forward, args, kwargs, options.rules_for(recipe))
-    return RewrittenCallable(block, plan, recipe)
+    chosen = options.check(recipe=recipe)
+    plan = capture(block, block.forward, args, kwargs, options.rules_for(chosen, target=target))
+    return RewrittenCallable(block, plan, chosen)
 
 
 class Optimized:
     """One use of `optimize` on a model."""
 
-    def __init__(self, recipe: str, blocks: Mapping[str, nn.Module]) -> None:
-        self.recipe = recipe
-        rules = options.rules_for(recipe)
-        shared: dict[Any, Captures] = defaultdict(lambda: Captures(rules))
-        self.blocks = [
-            RewrittenForward(fqn, module, shared[type(module), _function(module)])
-            for fqn, module in blocks.items()
-        ]
+    def __init__(
+        self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
+    ) -> None:
+        self.recipe, self.outside = recipe, outside
+        target = options.target_of(_device(blocks))
+        shared: dict[Any, Captures] = {}
+        self.blocks = []
+        for fqn, module in blocks.items():
+            key = type(module), _function(module), precision.kept(recipe, fqn, module)
+            captures = shared.setdefault(
+                key, Captures(options.rules_for(recipe, block=fqn, target=target))
+            )
+            self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
 
@@ -135,10 +151,15 @@ class Optimized:
 
     def report(self) -> Report:
         applied = [a for b in self.blocks for a in b.applied()]
-        declined = [d for b in self.blocks for d in b.declined()]
+        declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
         target = options.target_name(device)
-        return Report("optimize", self.recipe, target, tuple(applied), tuple(declined))
+        return Report("optimize", self.recipe.name, target, tuple(applied), tuple(declined))
+
+
+def _device(blocks: Mapping[str, nn.Module]) -> torch.device:
+    parameters = (p for block in blocks.values() for p in block.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _function(module: nn.Module) -> Any:

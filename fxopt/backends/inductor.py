@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fxopt import kernels
+from fxopt import kernels, recipes
 from fxopt.passes.rules import CATALOGUE
 
 
@@ -54,10 +54,10 @@ class CatalogueIdentity(CustomGraphPass):
 
 @cache
 def catalogue_hash() -> str:
-    """Hash of the rules' versions and of the source of all kernels."""
+    """Hash of the rules' versions and of the source of all kernels and recipes."""
     digest = hashlib.sha256(torch.__version__.encode())
     for rule in CATALOGUE:
         digest.update(f"{rule.name}:{rule.version}".encode())
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for path in [Path(recipes.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

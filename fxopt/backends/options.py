@@ -8,26 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.errors import MetaModel, UnknownOption, UnknownRecipe, UnknownRule, check_torch
+from fxopt import cost, hardware
+from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
-from fxopt.passes.rules import CATALOGUE
-from fxopt.recipes import RECIPES
+from fxopt.passes.rules import CATALOGUE, quantized_linear
+from fxopt.recipes import Recipe, find
+from fxopt.translation import from_torchao
 
 EXECUTIONS = ("eager", "compile")
 
 
-def check(*, recipe: str, execution: str = "eager", rules: Iterable[str] = ()) -> None:
-    """Raise on a torch that is too old and on names that are not known."""
+def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
+    """The recipe of a name, of JSON or of torchao's configuration.
+
+    Raises on a torch that is too old and on names that are not known.
+    """
     check_torch(torch.__version__)
-    if recipe not in RECIPES:
-        raise UnknownRecipe(recipe, list(RECIPES))
+    found = find(recipe if isinstance(recipe, (str, Recipe)) else from_torchao(recipe))
     if execution not in EXECUTIONS:
         raise UnknownOption(execution, EXECUTIONS)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:
             raise UnknownRule(rule, names)
+    return found
 
 
 def check_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
@@ -39,10 +44,40 @@ def check_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) 
             raise MetaModel(type(model).__name__, name)
 
 
-def rules_for(recipe: str, *, compiled: bool = False) -> Sequence[Rule]:
-    """The part of the catalogue that a recipe and an execution use."""
-    assert recipe in RECIPES
-    return tuple(rule for rule in CATALOGUE if rule.compiled or not compiled)
+def rules_for(
+    recipe: Recipe,
+    *,
+    compiled: bool = False,
+    block: str | None = "",
+    target: hardware.Target | None = None,
+) -> Sequence[Rule]:
+    """The part of the catalogue that a recipe and an execution use.
+
+    Args:
+        compiled: whether a compiler gets the graphs.
+        block: name of the block that they are of; None for graphs of whole models.
+        target: what the graphs will run on, for the cost model; None for a device that it does not
+            know, where all that can be quantized is.
+    """
+    rules = [rule for rule in CATALOGUE if rule.compiled or not compiled]
+    if not recipe.gemms:
+        return tuple(rule for rule in rules if rule is not quantized_linear.RULE)
+    quantized = quantized_linear.rule(recipe, block, threshold(recipe, target))
+    return tuple(quantized if rule is quantized_linear.RULE else rule for rule in rules)
+
+
+def threshold(recipe: Recipe, target: hardware.Target | None) -> float | None:
+    """The bound of `cost.fp8_pays` for what a recipe may quantize; None for all that can be."""
+    if target is None or recipe.profit == "always":
+        return None
+    return cost.fp8_threshold(target)
+
+
+def target_of(device: torch.device) -> hardware.Target | None:
+    """The device as the cost model knows it; None for a CPU, which emulates at any price."""
+    if device.type != "cuda":
+        return None
+    return hardware.of_capability(torch.cuda.get_device_capability(device))
 
 
 def target_name(device: torch.device | None) -> str:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from fxopt.backends.dynamo import compile_reports
-from fxopt.errors import NotAModule, NothingToRestore, NotReported, StrictRule
+from fxopt.errors import NotAModule, NothingToRestore, NotReported, OtherRecipe, StrictRule
+from fxopt.recipes import Recipe
 from fxopt.report import Report
 
 ATTRIBUTE = "_fxopt_doors"
@@ -34,6 +35,12 @@ def require_module(model: Any) -> None:
 
 def doors(model: nn.Module) -> list[Any]:
     return model.__dict__.get(ATTRIBUTE, [])
+
+
+def require_recipe(door: Any, recipe: Recipe) -> None:
+    """Raise OtherRecipe if a door that is open already has another recipe."""
+    if door.recipe != recipe:
+        raise OtherRecipe(recipe.name, door.recipe.name)
 
 
 def remember(model: nn.Module, door: Door) -> None:

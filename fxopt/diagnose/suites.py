@@ -104,12 +104,11 @@ def preset_cases(
             after = functools.partial(block, point["door"])
             shown = {k: v for k, v in point.items() if k not in ("recipe", "dtype") or v != "bf16"}
             # A quantized product is further from float64 than any factor of eager's error allows.
-            keeps_dtype = RECIPES[point["recipe"]].matmul == "model"
-            # Checkpointing changes no value, and its recomputation would leave the mode that raises.
-            plain_truth = functools.partial(
-                _block, label, make, point | {"ac": "none"}, device, seed, None
-            )
-            truth = plain_truth if in_float64 and keeps_dtype else None
+            keeps_dtype = not RECIPES[point["recipe"]].gemms
+            # Checkpointing changes no value, and its recomputation would leave the mode that
+            # raises dtypes.
+            exact = functools.partial(_block, label, make, point | {"ac": "none"}, device, seed)
+            truth = functools.partial(exact, None) if in_float64 and keeps_dtype else None
             yield Case(label + suffix(shown), before, after, point, truth)
 
 

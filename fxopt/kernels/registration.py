@@ -30,7 +30,7 @@ def triton_available() -> bool:
 def provider(name: str, device: torch.device) -> str:
     """What runs `name` on `device`: "triton", "native", or a PyTorch "library" kernel."""
     providers = PROVIDERS.get(name, ("library",))
-    return "triton" if device.type == "cuda" and "triton" in providers else providers[-1]
+    return providers[0] if device.type == "cuda" else providers[-1]
 
 
 def register(

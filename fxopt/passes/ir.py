@@ -7,6 +7,7 @@ Every tensor node carries its FakeTensor in `meta["val"]`, its module path in
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ CASTS = frozenset(
         aten.type_as.default,
     }
 )
+# Key in the `meta` of a graph module: whether its example has a batch of 2 for the call's 1.
+IS_DOUBLED = "fxopt_is_doubled"
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 # Where a region ends: what these produce is in memory already.
@@ -148,6 +151,14 @@ def same_memory(a: fx.Node, b: fx.Node) -> bool:
 def expression(size: Any) -> Any:
     """The sympy expression behind a size, or the integer itself."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def num_rows(node: fx.Node) -> int:
+    """Rows of the last dim, in the call that the graph was captured for; adds no guard."""
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in shape(node)[:-1]]
+    owner = node.graph.owning_module
+    is_doubled = owner is not None and owner.meta.get(IS_DOUBLED, False)
+    return math.prod(sizes) // (2 if is_doubled else 1)
 
 
 def is_floating(node: fx.Node) -> bool:

@@ -234,7 +234,7 @@ class _Rewriter:
         applied = Applied(
             rule=rule.name,
             fqn=ir.fqn(anchor),
-            count=1,
+            count=binding.count,
             provider=provider(binding.op, self.device),
             tier=rule.tier,
             source=ir.source(anchor),

@@ -38,6 +38,7 @@ class Binding:
     op: the `fxopt::` op that does the work, for the report and its provider.
     regroups: the replacement computes the region's own ops, grouped otherwise; nothing to prove.
     carries: nodes of earlier replacements that go on inside this one and stay in the report.
+    count: of what the rule replaces, for the report.
     """
 
     anchor: fx.Node
@@ -48,6 +49,7 @@ class Binding:
     constants: tuple[fx.Node, ...] = ()
     regroups: bool = False
     carries: tuple[fx.Node, ...] = ()
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Rule:
     version: raised when the meaning changes; part of the compile caches' key.
     anchors: op overloads at which a region may start; `propose` is asked at each.
     propose: yields bindings, the largest first, and reasons where the shape is nearly right.
-    tier: how the numbers relate to eager's: bitwise, or error at most twice eager's own.
+    tier: how the numbers relate to eager's: bitwise, error at most twice eager's own, or as the
+        recipe asks.
     compiled: whether the rule runs before a compiler that fuses on its own.
     finish: rearranges a graph after the rule was applied all over it; changes no values.
     """

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.passes.rules import CATALOGUE
+from fxopt.backends.options import rules_for
+from fxopt.recipes import RECIPES
 from tests.families import FAMILIES
 from tests.numerics import Judge, run
 
@@ -38,7 +39,7 @@ ELSEWHERE = {"drop_mask"}
 
 def test_the_table_is_complete() -> None:
     assert COUNTS.keys() == FAMILIES.keys()
-    assert {*NAMES, *ELSEWHERE} == {rule.name for rule in CATALOGUE}
+    assert {*NAMES, *ELSEWHERE} == {rule.name for rule in rules_for(RECIPES["bf16"])}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,6 +1,7 @@
 """The floor against sums done by hand, the baselines against the published ones, the command."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench import floor_traffic, traffic
+from fxopt.cost import Product
 from fxopt.presets import PRESETS
+from fxopt.traffic import Traffic
 
 N, D = 16, 32
 TENSOR = N * D * 4  # bytes of one [N, D] in fp32
@@ -137,3 +140,25 @@ def test_an_unknown_case_names_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         traffic.main(["--only", "flux-schnell"])
     assert "flux-dev double" in capsys.readouterr().err
+
+
+def test_bytes_of_quantization_by_element():
+    m, n, k = 6, 4, 2
+    gemms = [Product(1, 1, shape, 8) for shape in ((m, n, k), (m, k, n), (n, k, m))]
+    found = Traffic(
+        [*gemms, Product(1, 1, (9, 9, 9))], glue=Counter({"fxopt::quantize": 88, "x": 1})
+    )
+    assert traffic.per_element(found) == 88 / (m * n + n * k + m * k)
+
+
+def test_a_recipe_is_compared_with_bf16(monkeypatch):
+    def rewrite(block, args, inputs, recipe="bf16"):
+        assert recipe in ("bf16", "fp8")
+        return block
+
+    monkeypatch.setattr(traffic, "per_element", lambda found: 7.0)
+    ((case, preset),) = traffic.cases("flux-dev single")
+    table = {row.metric: row for row in traffic.measure_recipe(case, preset, rewrite, "fp8", False)}
+    assert table["glue, recipe / bf16"].value == 1 and table["glue, recipe / bf16"].holds
+    assert table["saved, recipe / bf16"].holds is False  # 1 is above 0.75
+    assert table["quantization [B / element]"].target == "<= 8"

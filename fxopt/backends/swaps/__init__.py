@@ -17,6 +17,7 @@ from fxopt.backends.swaps import (
     decoder,
     flux,
     flux2,
+    linears,
     ltx,
     mlps,
     norms,
@@ -26,6 +27,7 @@ from fxopt.backends.swaps import (
     z_image,
 )
 from fxopt.backends.swaps.swap import Family, Swap
+from fxopt.recipes import RECIPES, Recipe
 
 FAMILIES: tuple[Family, ...] = (
     *flux.FAMILIES,
@@ -41,8 +43,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def candidates(module: nn.Module) -> Iterator[Swap]:
-    """Swaps worth a proof on `module`, the likeliest first."""
+def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[Swap]:
+    """Swaps worth a proof on `module` under `recipe`, the likeliest first."""
     if "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
         return
     for family in FAMILIES:
@@ -50,6 +52,8 @@ def candidates(module: nn.Module) -> Iterator[Swap]:
             yield family.swap
     yield from mlps.candidates(module)
     yield from norms.candidates(module)
+    if recipe.gemms and type(module) is nn.Linear:
+        yield linears.SWAP
 
 
 def _forward(name: str) -> object:

@@ -38,7 +38,7 @@ def joint(
     parts = (Part((attn.norm_added_q, attn.norm_added_k), of_text), Part(norms, of_image))
     text = project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     text_out, image_out = joint_attention((text, image), parts, attn.head_dim, attend)
-    return out(image_out), attn.to_add_out(text_out)
+    return out(image_out), through((attn.to_add_out,))(text_out)
 
 
 def joint_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:
@@ -82,7 +82,7 @@ def across_heads(
         qkv = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
     else:
         kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
-        qkv = [attn.to_q(hidden_states), *kv]
+        qkv = [*project(hidden_states, attn.to_q), *kv]
         mask = ltx.per_head(attn, attention_mask, encoder_hidden_states)
     return wan.attention(attn, qkv, rotation, mask)
 

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import Mlp, Normed, Rotation, Section, fire, heads, queries_keys
+from fxopt.backends.swaps.fused import (
+    Mlp,
+    Normed,
+    Rotation,
+    Section,
+    fire,
+    heads,
+    project,
+    queries_keys,
+)
 from fxopt.backends.swaps.mlps import activation
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
@@ -36,7 +45,7 @@ def fused_layer(
     queries, keys = ([Section(t, n, rotation)] for t, n in zip((q, k), norms, strict=True))
     q, k = queries_keys(queries, keys, attn.head_dim)
     q, k, v = (t.transpose(1, 2) for t in (q, k, heads(v, attn.head_dim)))
-    branch = attn.o_proj(attend(attn, q, k, v, attention_mask, passed_on))
+    (branch,) = project(attend(attn, q, k, v, attention_mask, passed_on), attn.o_proj)
 
     parts = layer.mlp
     name = activation(parts.act_fn)

@@ -51,7 +51,7 @@ def double(
             (block.norm1_context.norm, block.norm2_context),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
-            attn.to_add_out,
+            through((attn.to_add_out,)),
             feed_forward(block.ff_context),
             text_tables,
         ),

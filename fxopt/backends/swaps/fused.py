@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxopt.backends.swaps import quantized
+from fxopt.backends.swaps.quantized import is_plain as is_plain
+from fxopt.recipes import Recipe
 
 ops = torch.ops.fxopt
 _fired: ContextVar[list[tuple[str, str]] | None] = ContextVar("fired", default=None)
@@ -39,15 +42,6 @@ def fire(rule: str, op: str) -> None:
     found = _fired.get()
     if found is not None:
         found.append((rule, op))
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether `linear` is its weight and bias and nothing else."""
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and not is_traceable_wrapper_subclass(linear.weight)
-    )
 
 
 class NormConstants(NamedTuple):
@@ -102,8 +96,10 @@ class Normed(NamedTuple):
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
-        if n.kind == "none" or not all(map(is_plain, linears)):
-            y, h = self.value()
+        low = [m.weight.dtype for m in linears if quantized.quantizes(self.x, m)]
+        if low or n.kind == "none" or not all(map(is_plain, linears)):
+            dtype: Any = low[0] if low else None
+            y, h = self.value(dtype)
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self._fire(n)
@@ -150,11 +146,26 @@ def gated_residual(
 
 def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Several linears of one input, as one autograd node."""
+    recipes = [quantized.quantizes(x, linear) for linear in linears]
+    recipe = next(filter(None, recipes), None)
+    if recipe is not None:
+        return _project_by(recipe, x, linears, [r is not None for r in recipes])
     if len(linears) == 1 or not all(map(is_plain, linears)):
         return [linear(x) for linear in linears]
     fire("merge_linears", "linears")
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     return ops.linears(x, weights, biases, pieces(weights))
+
+
+def _project_by(
+    recipe: Recipe, x: Tensor, linears: Sequence[nn.Module], is_low: Sequence[bool]
+) -> list[Tensor]:
+    """Those of `linears` that are low in precision by `recipe`, the others as they are."""
+    low = [m for m, yes in zip(linears, is_low, strict=True) if yes]
+    for _ in low:
+        fire("quantized_linear", "scaled_matmul")
+    products = iter(quantized.multiply(x, low, recipe))
+    return [next(products) if yes else m(x) for m, yes in zip(linears, is_low, strict=True)]
 
 
 def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
@@ -182,7 +193,8 @@ class Mlp(NamedTuple):
         gate, up = (*hidden, None)[:2]
         assert gate is not None
         fire("gated_activation", "gated_activation")
-        if is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
+        low = quantized.quantizes(gate, self.out) is not None
+        if not low and is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
             fire("merge_linears", "gated_activation")
             weight, bias = self.out.weight, self.out.bias
             return ops.gated_activation_linear(
@@ -191,7 +203,7 @@ class Mlp(NamedTuple):
         y = ops.gated_activation(gate, up, self.activation, self.packing)
         if self.dropout is not None:
             y = self.dropout(y)
-        return self.out(y if beside is None else torch.cat([beside, y], -1))
+        return project(y if beside is None else torch.cat([beside, y], -1), self.out)[0]
 
 
 class Rotation(NamedTuple):

@@ -35,7 +35,7 @@ def fused_block(
     attn = block.attn2
     kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
     mask = per_head(attn, encoder_attention_mask, encoder_hidden_states)
-    branch = attention(attn, [attn.to_q(x), *kv], mask=mask)
+    branch = attention(attn, [*project(x, attn.to_q), *kv], mask=mask)
 
     hidden, x = Normed(block.norm2, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
     return gated_residual(x, gate_mlp, mlp(hidden))

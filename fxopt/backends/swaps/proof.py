@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.fused import counting
+from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
+from fxopt.kernels.quantized_linears import high_precision
 from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE
 
 RAISED = {
@@ -50,30 +52,37 @@ Draw = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`why_not` is None if the replacement may stand; `fired` are its substitutions, (rule, op)."""
+    """`why_not` is None if the replacement may stand; `fired` are its substitutions, (rule, op).
+
+    refused: paths of linears that a recipe leaves in the model's dtype, with the reasons.
+    """
 
     why_not: str | None
     fired: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 _verdicts: dict[Any, list[tuple[Reads, Verdict]]] = {}
 
 
-def prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
+def prove(
+    module: nn.Module, swap: Swap, arguments: Arguments, formats: Formats
+) -> tuple[Reads, Verdict]:
     """Judge `swap` on `module`; modules of one structure whose read attributes agree share it.
 
     Args:
         module: the module with its own forward; it is not run, its replica is.
         arguments: those of a call; only their kinds count.
+        formats: which linears they would quantize is noted; all run in the model's dtype here.
     """
-    key = (swap.name, structure(module), swap.signature(arguments))
+    key = (swap.name, structure(module), swap.signature(arguments), formats)
     known = _verdicts.setdefault(key, [])
     for reads, verdict in known:
         if reads.hold_for(module):
             return reads, verdict
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)  # of the CPU alone
-        known.append(_prove(module, swap, arguments))
+        known.append(_prove(module, swap, arguments, formats))
     return known[-1]
 
 
@@ -89,14 +98,23 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in module._parameters.items() if p is not None]
 
 
-def _prove(module: nn.Module, swap: Swap, arguments: Arguments) -> tuple[Reads, Verdict]:
+def _prove(
+    module: nn.Module, swap: Swap, arguments: Arguments, formats: Formats
+) -> tuple[Reads, Verdict]:
     reads = Reads()
     try:
         twin = replica(module, swap)
         example = swap.like(arguments, twin)
-        with recording(twin) as reads, counting() as fired:
+        with (
+            recording(twin) as reads,
+            counting() as fired,
+            quantizing(formats, None, twin) as low,
+            high_precision(),
+        ):
             why_not = _compare(twin, module, swap, example, fired)
-        verdict = Verdict(why_not, tuple(fired))
+        paths = {m: path for path, m in twin.named_modules()}
+        refused = tuple((paths[m], reasons) for m, reasons in low.refused.items())
+        verdict = Verdict(why_not, tuple(fired), refused)
     except Unfit as reason:
         verdict = Verdict(str(reason))
     except Exception as error:  # a guess that cannot even run is a wrong guess

@@ -42,7 +42,7 @@ def double(
             (block.txt_norm1, block.txt_norm2),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
-            attn.to_add_out,
+            through((attn.to_add_out,)),
             feed_forward(block.txt_mlp),
             of_complex(text_tables),
         ),

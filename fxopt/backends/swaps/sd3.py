@@ -59,7 +59,7 @@ def joint_block(
     out = finish(x, branch, image, block.norm2, feed_forward(block.ff))
     if last:
         return None, out
-    branch = attn.to_add_out(attended_text)
+    branch = through((attn.to_add_out,))(attended_text)
     mlp = feed_forward(block.ff_context)
     return finish(text, branch, of_text_branch, block.norm2_context, mlp), out
 

@@ -6,7 +6,7 @@ A family says where its block keeps the parts of a stream; the order of the ops 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fxopt.backends.swaps.fused import (
     Section,
     gated_residual,
     heads,
+    project,
     queries_keys,
 )
 from fxopt.backends.swaps.swap import Draw
@@ -120,12 +121,12 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
     return attend
 
 
-def through(modules: Any) -> Callable[[Tensor], Tensor]:
+def through(modules: Iterable[nn.Module]) -> Callable[[Tensor], Tensor]:
     """Call several modules one after the other: diffusers' `to_out`."""
 
     def call(x: Tensor) -> Tensor:
         for module in modules:
-            x = module(x)
+            (x,) = project(x, module)
         return x
 
     return call

@@ -10,6 +10,7 @@ from fxopt.passes.rules import (
     merge_qk,
     norm_modulate,
     qk_norm_rope,
+    quantized_linear,
     rms_norm,
 )
 
@@ -18,9 +19,10 @@ CATALOGUE: tuple[Rule, ...] = (
     drop_mask.RULE,
     rms_norm.RULE,
     qk_norm_rope.RULE,
-    merge_qk.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
+    quantized_linear.RULE,  # before rules that make linears anew, at the place of another module
+    merge_qk.RULE,
     fuse_bias.RULE,
     merge_linears.RULE,
 )

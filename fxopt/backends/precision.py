@@ -1,0 +1,81 @@
+"""What a recipe asks of a model as a whole, before any block is looked at."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fxopt.errors import KeepMatchesNothing, LowPrecisionParameter, NotNative
+from fxopt.kernels.scaled_matmul import native_capability
+from fxopt.passes.rules.quantized_linear import OUTSIDE, REMEDY, RULE
+from fxopt.recipes import Recipe
+from fxopt.report import Declined
+
+
+def check_model(recipe: Recipe, model: nn.Module) -> None:
+    """Raise if `recipe` cannot be had on `model` as it is.
+
+    Raises:
+        LowPrecisionParameter, KeepMatchesNothing, NotNative: see there.
+    """
+    if not recipe.gemms:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() == 1:
+            raise LowPrecisionParameter(name, str(parameter.dtype))
+    linears = [fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for glob in recipe.keep:
+        if not fnmatch.filter(linears, glob):
+            raise KeepMatchesNothing(glob, linears)
+    for device in {p.device for p in model.parameters()} - {torch.device("meta")}:
+        check_device(recipe, device)
+
+
+def check_device(recipe: Recipe, device: torch.device) -> None:
+    """Raise NotNative if `recipe` may not be emulated and `device` has not the units it needs."""
+    if recipe.emulate:
+        return
+    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    for name, gemm in recipe.gemms:
+        needed = native_capability(gemm)
+        if needed is None:
+            raise NotNative(recipe.name, str(device), f"units for {name} that no device runs yet")
+        if has < needed:
+            major, minor = needed
+            raise NotNative(recipe.name, str(device), f"compute capability {major}.{minor}")
+
+
+def outside(recipe: Recipe, model: nn.Module, blocks: Iterable[str]) -> tuple[Declined, ...]:
+    """For the report: the linears outside the blocks, which stay in the model's dtype."""
+    if not recipe.gemms:
+        return ()
+    prefixes = tuple(f"{fqn}." for fqn in blocks if fqn)
+    if not prefixes:
+        return ()  # the model is one block
+    return tuple(
+        Declined(RULE.name, fqn, "Linear", source(m), (OUTSIDE,), REMEDY, type(m).__name__)
+        for fqn, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not fqn.startswith(prefixes)
+    )
+
+
+def kept(recipe: Recipe, fqn: str, block: nn.Module) -> frozenset[str]:
+    """Linears of a block that the recipe keeps, by their path in it: blocks that agree in it can
+    share a graph."""
+    paths = (path for path, m in block.named_modules() if isinstance(m, nn.Linear))
+    full = {path: f"{fqn}.{path}" if fqn else path for path in paths}
+    return frozenset(
+        path
+        for path, name in full.items()
+        if any(fnmatch.fnmatchcase(name, glob) for glob in recipe.keep)
+    )
+
+
+def source(module: nn.Module) -> str:
+    """ "file.py:line" of the forward that a module's class has."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""

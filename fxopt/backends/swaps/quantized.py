@@ -1,0 +1,121 @@
+"""Which linears of a fused forward run in the formats of a recipe, and those that do.
+
+The roles are those of the rule `quantized_linear`: the captured doors decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxopt import cost
+from fxopt.kernels.quantized_linears import is_high_precision
+from fxopt.kernels.scaled_matmul import MULTIPLE
+from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
+from fxopt.recipes import Recipe
+
+UNPROFITABLE = "FP8 does not pay at this number of tokens"
+NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
+
+
+class Formats(NamedTuple):
+    """A recipe, and the paths of those linears in a module that it keeps."""
+
+    recipe: Recipe
+    kept: frozenset[str]
+
+
+@dataclass
+class Quantizing:
+    """A recipe at work on one module.
+
+    theta: the bound of `cost.fp8_pays` that a linear has to meet; None for any linear.
+    kept: linears that the recipe keeps.
+    refused: why the linears met so far stay in the model's dtype.
+    """
+
+    recipe: Recipe
+    theta: float | None
+    kept: tuple[nn.Module, ...] = ()
+    refused: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+
+
+_active: ContextVar[Quantizing | None] = ContextVar("active", default=None)
+
+
+@contextmanager
+def quantizing(formats: Formats, theta: float | None, module: nn.Module) -> Iterator[Quantizing]:
+    """Run fused forwards of `module` in `formats`, where `theta` allows it."""
+    kept = tuple(module.get_submodule(path) for path in formats.kept)
+    active = Quantizing(formats.recipe, theta, kept)
+    token = _active.set(active if formats.recipe.gemms else None)
+    try:
+        yield active
+    finally:
+        _active.reset(token)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` is its weight and bias and nothing else."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not is_traceable_wrapper_subclass(linear.weight)
+    )
+
+
+def quantizes(x: Tensor, linear: nn.Module, *, is_swapped: bool = False) -> Recipe | None:
+    """The recipe by which `linear` of `x` runs; None for the model's dtype.
+
+    Args:
+        is_swapped: whether it is the linear's own replaced forward that asks.
+    """
+    active = _active.get()
+    if active is None or not isinstance(linear, nn.Linear):
+        return None
+    reasons = tuple(_reasons(active, x, linear, is_swapped))
+    if reasons:
+        active.refused[linear] = reasons
+    return None if reasons else active.recipe
+
+
+def reason(linear: nn.Module) -> str:
+    """Why `linear`, asked for last, stays in the model's dtype."""
+    active = _active.get()
+    return "; ".join(active.refused.get(linear, ())) if active is not None else ""
+
+
+def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear, is_swapped: bool) -> Iterator[str]:
+    if not is_swapped and not is_plain(linear):
+        yield NOT_PLAIN
+    if any(linear is kept for kept in active.kept):
+        yield KEPT
+    if x.dim() < 3 or x.shape[-2] == 1:
+        yield PER_SAMPLE
+    if active.theta is not None and not is_high_precision():  # a proof has other sizes
+        out, features = linear.weight.shape
+        if not _pays(x.numel() // features, out, features, active.theta):
+            yield UNPROFITABLE
+    uneven = [s for s in linear.weight.shape if s % MULTIPLE]
+    if uneven:
+        yield SIZES.format(" and ".join(map(str, uneven)))
+    if x.dtype == torch.float64 and not is_high_precision():
+        yield FLOAT64
+
+
+_pays = cache(lambda m, n, k, theta: bool(cost.fp8_pays(m, n, k, theta)))
+
+
+def multiply(x: Tensor, linears: list[nn.Module], recipe: Recipe) -> list[Tensor]:
+    """What `linears` make of `x`, quantized once for all."""
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    outs: list[Tensor] = torch.ops.fxopt.quantized_linears(x, weights, biases, recipe.key)
+    return outs

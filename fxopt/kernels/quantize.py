@@ -1,0 +1,122 @@
+"""quantize: a tensor's rows and columns as operands of low-precision GEMMs, from one read.
+
+Shapes: R rows (all leading dims of x), C features. The row-wise copy is [R, C padded], the
+transposed one [C, R padded]; both are contracted over their last dim. e2m1 packs two to a byte.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.formats import (
+    FORMATS,
+    Quantized,
+    num_blocks,
+    padded_columns,
+    quantize_matrix,
+    random_uniform,
+)
+from fxopt.kernels.registration import register
+from fxopt.recipes import Operand
+
+SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
+# Draws of the two copies do not repeat each other.
+ROWS, COLUMNS = 0, 1
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Pair(NamedTuple):
+    """The two copies that `quantize` makes; one that was not asked for is empty."""
+
+    rows: Quantized
+    columns: Quantized
+
+
+def quantize_pair(
+    x: Tensor, rows: Operand | None, columns: Operand | None, seed: Tensor | None = None
+) -> Pair:
+    """`fxopt::quantize` with its operands and results by name."""
+    names = [None if o is None else str(o) for o in (rows, columns)]
+    found = torch.ops.fxopt.quantize(x, *names, seed)
+    return Pair(Quantized(*found[:3]), Quantized(*found[3:]))
+
+
+def native(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+    """codes = round(x * factor), scale = 1 / factor by block, of x [R, C] and of its transpose.
+
+    Args:
+        x: [..., C], floating point, any strides; taken as fp32.
+        rows, columns: how the copy and the transposed copy are quantized, as `Operand` is
+            written; None for no copy.
+        seed: int64, one element, where an operand rounds stochastically.
+
+    Numerics: exact emulation: codes and scales are those of the hardware's formats, rounded once
+    from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN.
+    """
+    x_RC = x.reshape(-1, x.shape[-1])
+    empty = x.new_empty(0, dtype=torch.float32)
+    found: list[Tensor] = []
+    for matrix, name, stream in ((x_RC, rows, ROWS), (x_RC.t(), columns, COLUMNS)):
+        if name is None:
+            found += [empty.clone() for _ in range(3)]
+            continue
+        operand, uniform = Operand.parse(name), None
+        if operand.stochastic:
+            assert seed is not None, "stochastic rounding takes a seed"
+            shape = torch.Size((matrix.shape[0], padded_columns(operand, matrix.shape[1])))
+            uniform = random_uniform(seed, shape, stream)
+        quantized = quantize_matrix(matrix, operand, uniform)
+        found += [t.contiguous() for t in quantized]
+    return tuple(found)  # type: ignore[return-value]
+
+
+def triton(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+    from fxopt.kernels import triton_quantize
+
+    operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
+    if x.numel() and all(o is None or triton_quantize.covers(o) for o in operands):
+        x_RC = x.reshape(-1, x.shape[-1])
+        return tuple(triton_quantize.quantize(x_RC, *operands))  # type: ignore[return-value]
+    return native(x, rows, columns, seed)
+
+
+def fake(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+    num_features = x.shape[-1]
+    num_rows = x.numel() // num_features
+    found: list[Tensor] = []
+    for size, name in (((num_rows, num_features), rows), ((num_features, num_rows), columns)):
+        found += fake_matrix(x, *size, name)
+    return tuple(found)  # type: ignore[return-value]
+
+
+def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) -> list[Tensor]:
+    """Codes, scales and tensor scale of a matrix of this size, without values."""
+    if name is None:
+        return [x.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    operand = Operand.parse(name)
+    width = padded_columns(operand, num_columns)
+    packed = width // 2 if operand.format == "e2m1" else width
+    two_levels = (1, 1) if operand.scale == "two_level" else (0,)
+    return [
+        x.new_empty((num_rows, packed), dtype=FORMATS[operand.format].dtype),
+        x.new_empty(
+            num_blocks(operand.block, num_rows, width),
+            dtype=SCALE_DTYPES.get(operand.scale, torch.float32),
+        ),
+        x.new_empty(two_levels, dtype=torch.float32),
+    ]
+
+
+quantize = register(
+    "quantize(Tensor x, str? rows, str? columns, Tensor? seed) "
+    "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
+    "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t)",
+    native=native,
+    fake=fake,
+    triton=triton,
+    launches=lambda *_: 2,
+)

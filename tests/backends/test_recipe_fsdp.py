@@ -1,0 +1,57 @@
+"""A recipe under FSDP2 on two processes: parameters stay plain, results are those of one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import fxopt
+from tests.backends.test_fsdp import WORLD_SIZE, shard, step
+from tests.backends.toys import stack, tokens
+
+# Scales of rows do not depend on how the batch is split, and the weights' gradients, whose rows run
+# over the tokens, are in the model's dtype.
+RECIPE = "fp8_rowwise_gw_hp"
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    try:
+        check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def check(rank: int) -> None:
+    model, x = stack(num_blocks=3), tokens(batch=4)
+    plain, _ = step(copy.deepcopy(model), x)
+    whole = fxopt.optimize(copy.deepcopy(model), recipe=RECIPE)
+    step(whole, x)
+    expected_loss, expected = step(whole, x)
+    assert fxopt.report(whole).count("quantized_linear") and expected_loss != plain
+    fxopt.optimize(model, recipe=RECIPE)
+    shard(model, MixedPrecisionPolicy())
+    for _ in range(2):
+        loss, gradients = step(model, x.chunk(WORLD_SIZE)[rank])
+    dist.all_reduce(loss, dist.ReduceOp.AVG)
+    # A value that another order of fp32 sums takes across a tie of e4m3 moves by a step of 1/16.
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=0)
+    for name, gradient in expected.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-4)
+        assert error < 2e-2, f"{name} {error}"
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_sharded_blocks_train_in_fp8(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
