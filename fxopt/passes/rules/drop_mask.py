@@ -40,7 +40,6 @@ def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
     masks_nothing = True if ir.dtype(mask) == torch.bool else 0
     if value is None or value.item() != masks_nothing:
         return
-
     if named["dropout_p"]:
         yield Reason("with dropout, attention without a mask draws other numbers", attention)
         return
