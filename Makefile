@@ -17,6 +17,9 @@ $(READY): constraints.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m fxopt demo
 
+# Two workers of one thread each: more would wait for each other.
+test test-full: export OMP_NUM_THREADS ?= 1
+
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
