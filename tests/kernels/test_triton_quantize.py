@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fxopt.kernels import quantize
 from fxopt.kernels import triton_quantize as kernels
@@ -117,6 +118,15 @@ def test_other_blocks_are_emulated() -> None:
         expected = quantize_matrix(x, Operand.parse(name))
         assert torch.equal(codes.view(torch.uint8), expected.codes.view(torch.uint8))
         assert torch.equal(scales.float(), expected.scales.float())
+
+
+def test_a_gpu_without_fp8_casts_emulates(monkeypatch) -> None:
+    # An A100 multiplies by emulation; its quantize raised Triton's CompilationError.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(quantize, "native", lambda *args: "emulated")
+    with FakeTensorMode():
+        x = torch.empty(16, 32, device="cuda")
+        assert quantize.triton(x, "e4m3/row/fp32", None, None) == "emulated"
 
 
 @pytest.mark.parametrize("capability", [89, 90])
