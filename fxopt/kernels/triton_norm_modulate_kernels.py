@@ -127,8 +127,7 @@ def backward_kernel(
             if NORM == "layer":
                 n = tl.where(mask, n - tl.load(mean + token), 0.0)
             n = n * row_rstd
-            if y is not None or SCALE_PER_ROW:
-                factor = _factor(scale, scale_offset, group, row, cols, mask)
+            factor = _factor(scale, scale_offset, group, row, cols, mask)
             if y is not None:
                 out = _affine(n, weight, bias, weight_offset, cols, mask)
                 out = _modulate(out, factor, shift, group, row, cols, mask)
