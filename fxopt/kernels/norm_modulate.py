@@ -29,6 +29,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import rows
 
 
 def reference(
@@ -200,8 +201,15 @@ def _triton_backward(*args: Any) -> Any:
     return native.backward(*args) if in_fp64 else triton_norm_modulate.backward(*args)
 
 
+_OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
+
 norm_modulate = register(
-    SCHEMA, native=native.forward, fake=_fake, triton=_triton, function=NormModulate
+    SCHEMA,
+    native=native.forward,
+    fake=_fake,
+    triton=_triton,
+    function=NormModulate,
+    sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
 )
 norm_modulate_backward = register(
     BACKWARD_SCHEMA,
@@ -209,4 +217,7 @@ norm_modulate_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+    sharding=rows(
+        "h", "grad_h", "grad_y", operands=_OPERANDS, outputs=[None, None, *_OPERANDS, None]
+    ),
 )

@@ -87,7 +87,8 @@ def backward(
     per_row = [_varies_per_row(t) for t in operands]
     dgate = rstd.new_empty(h.shape) if wants[0] and per_row[0] else None
     dscale = rstd.new_empty(h.shape) if wants[3] and per_row[3] else None
-    summed = [wants[0] and not per_row[0], any(wants[1:5]), any(wants[1:5]), wants[5]]
+    shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
+    summed = [shared[0], any(shared[1:5]), any(shared[1:5]), shared[5]]
     each = iter(rstd.new_empty(sum(summed), groups.num_groups, num_programs, h.shape[-1]))
     sums = [next(each) if want else None for want in summed]
     inputs = (grad_y, grad_h, h, x if wants[0] else None, *operands)
