@@ -15,6 +15,7 @@ from fxopt.diagnose import memory, numerics, roofline
 from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.numerics import Check
 from fxopt.diagnose.protocol import Plan, Samples, measure
+from fxopt.diagnose.ranks import RankFailed
 from fxopt.diagnose.record import Claim, Speed, Stop
 from fxopt.diagnose.roofline import Flops, Peaks
 from fxopt.diagnose.subjects import Make, Subject, kept_state
@@ -77,12 +78,14 @@ class Run:
         """
         try:
             self._measure(progress)
-        except FxoptError:
-            raise
-        except KeyboardInterrupt as error:
-            return self._claim("interrupted", self._stop(error))
-        except Exception as error:
-            return self._claim("failed", self._stop(error))
+        # Steps are anybody's code: whatever ends one early becomes part of the record.
+        except (Exception, KeyboardInterrupt) as error:
+            stop = self._stop(error)
+            self.device.ranks.fail(stop.error, stop.where)
+            if isinstance(error, FxoptError):
+                raise
+            interrupted = isinstance(error, KeyboardInterrupt)
+            return self._claim("interrupted" if interrupted else "failed", stop)
         return self._claim("complete", None)
 
     def _measure(self, progress: Progress) -> None:
@@ -144,6 +147,9 @@ class Run:
         self.floor_s = roofline.floor_seconds(self.flops, self.peaks, cold)
 
     def _stop(self, error: BaseException) -> Stop:
+        elsewhere = error if isinstance(error, RankFailed) else self.device.ranks.failure()
+        if elsewhere is not None:
+            return Stop(self.phase, str(elsewhere), elsewhere.where)
         frames = traceback.extract_tb(error.__traceback__)
         here = str(Path(__file__).parent)
         theirs = [f for f in frames if "site-packages" not in f.filename]
