@@ -15,6 +15,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = 300.0  # seconds
 
@@ -110,15 +112,15 @@ def joined(patience: float = PATIENCE) -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world_size = next(iter(torch.distributed.rendezvous("env://")))
+    store, rank, world_size = next(iter(rendezvous("env://")))
     torch.distributed.init_process_group(
         "nccl" if has_cuda else "gloo",
-        store=torch.distributed.PrefixStore("collectives", store),
+        store=PrefixStore("collectives", store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=patience),
     )
     try:
-        yield Ranks(rank, world_size, torch.distributed.PrefixStore("decisions", store), patience)
+        yield Ranks(rank, world_size, PrefixStore("decisions", store), patience)
     finally:
         torch.distributed.destroy_process_group()

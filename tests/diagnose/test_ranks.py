@@ -1,4 +1,4 @@
-"""Several processes that measure together: shared decisions, and a rank that raises or is silent."""
+"""Processes that measure together: shared decisions, and a rank that raises or is silent."""
 
 import os
 import subprocess
@@ -98,7 +98,7 @@ def test_a_failure_reaches_who_decides_and_who_fails_because_of_it(store):
 
 def test_a_silent_rank_is_named(store):
     first, _ = of_two(store, patience=0.05)
-    with pytest.raises(RankFailed, match="rank 1: has not come to decision 0 within 0.05 s"):
+    with pytest.raises(RankFailed, match=r"rank 1: has not come to decision 0 within 0\.05 s"):
         first.agree([1.0])
 
 
