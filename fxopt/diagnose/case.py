@@ -23,6 +23,7 @@ from fxopt.diagnose.verdict import MARGIN, Verdict, is_decided, judge
 from fxopt.errors import FxoptError, NotReported
 
 Progress = Callable[[str], None]
+SIDES = ("baseline", "candidate")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Run:
         self.samples = Samples()
         self.checks: list[Check] = []
         self.memory: dict[str, memory.Memory] = {}
-        self.flops: Flops | None = None
+        self.flops: dict[str, Flops] = {}
         self.peaks: Peaks | None = None
-        self.floor_s = 0.0
+        self.floor_s = dict.fromkeys(SIDES, 0.0)
         self.manifest: dict[str, Any] | None = None
         self.names = ("", "")
 
@@ -139,12 +140,15 @@ class Run:
             }
             # A compiled step shows no ops; its FLOPs are those of the code that it came from.
             with torch.compiler.set_stance("force_eager"):
-                self.flops = roofline.count(baseline)
-        dtypes = {*self.flops.trained, *self.flops.frozen}
-        self.peaks = roofline.calibrate(self.device, dtypes)
+                flops = roofline.count(baseline), roofline.count(candidate)
+        self.flops = dict(zip(SIDES, flops, strict=True))
+        first, second = ({*counts.trained, *counts.frozen} for counts in flops)
+        self.peaks = roofline.calibrate(self.device, first | second)
         # Only a flushed case is sure to read its state from memory.
         cold = sum(t.untyped_storage().nbytes() for t in baseline.state()) if self.case.flush else 0
-        self.floor_s = roofline.floor_seconds(self.flops, self.peaks, cold)
+        # Both must do the baseline's work; a candidate may do it in other dtypes.
+        for side, dtypes in zip(SIDES, ((), second - first), strict=True):
+            self.floor_s[side] = roofline.floor_seconds(flops[0], self.peaks, cold, dtypes)
 
     def _stop(self, error: BaseException) -> Stop:
         elsewhere = error if isinstance(error, RankFailed) else self.device.ranks.failure()
@@ -168,29 +172,33 @@ class Run:
         verdict = judge(self.samples, self._invalid(), margin=self.settings.margin)
         if verdict.steady is None:
             return verdict
-        fastest = min(verdict.steady.candidate_s, verdict.steady.baseline_s)
-        if fastest >= self.floor_s:
+        reasons = []
+        for side, floor in self.floor_s.items():
+            seconds = getattr(verdict.steady, f"{side}_s")
+            if seconds < floor:
+                reasons.append(
+                    f"the {side}'s {seconds:.3e} s are less than the {floor:.3e} s that the FLOPs "
+                    "and bytes of the step take at the peaks of this device: work was left out or "
+                    "not timed"
+                )
+        if not reasons:
             return verdict
-        reason = (
-            f"{fastest:.3e} s is less than the {self.floor_s:.3e} s that the step's FLOPs and "
-            "bytes take at the peaks of this device: work was left out or not timed"
-        )
-        return judge(self.samples, [*self._invalid(), reason], margin=self.settings.margin)
+        return judge(self.samples, [*self._invalid(), *reasons], margin=self.settings.margin)
 
     def _invalid(self) -> list[str]:
         return [f"{c.when} timing, {failure}" for c in self.checks for failure in c.failures]
 
     def _speed(self, verdict: Verdict | None) -> Speed | None:
-        if self.flops is None or self.peaks is None:
+        if not self.flops or self.peaks is None:
             return None
         used = {}
         if verdict is not None and verdict.steady is not None:
-            for side in ("baseline", "candidate"):
+            for side, flops in self.flops.items():
                 seconds = getattr(verdict.steady, f"{side}_s")
-                used[side] = roofline.utilization(self.flops, self.peaks, seconds)
+                used[side] = roofline.utilization(flops, self.peaks, seconds)
         return Speed(
-            self.flops.trained,
-            self.flops.frozen,
+            {side: flops.trained for side, flops in self.flops.items()},
+            self.flops["baseline"].frozen,
             self.peaks.flops,
             self.peaks.bandwidth,
             self.floor_s,

@@ -100,9 +100,9 @@ def roofline(record: Record) -> Figure | None:
     peaks: dict[str, float] = {}
     for row, claim in enumerate(timed):
         assert claim.speed and claim.verdict and claim.verdict.steady
-        total = sum(claim.speed.flops.values())
         peaks |= claim.speed.peak_flops
         for side, offset, colour in (("baseline", -0.15, "#57606a"), ("candidate", 0.15, "C0")):
+            total = sum(claim.speed.flops[side].values())
             rate = total / getattr(claim.verdict.steady, f"{side}_s")
             axes.barh(row + offset, rate, 0.28, color=colour, label=side if row == 0 else None)
     for dtype, peak in peaks.items():

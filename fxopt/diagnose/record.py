@@ -46,19 +46,21 @@ class Speed:
     """What bounds the time of a case.
 
     Args:
-        flops: of one baseline call, by dtype of the operands; encoders excluded.
-        frozen_flops: the same of frozen modules, encoders for one.
+        flops: of one call of "baseline" and "candidate", by dtype of the operands; encoders
+            excluded. Of compiled code, those of the code that it came from.
+        frozen_flops: of frozen modules of the baseline, encoders for one.
         peak_flops: FLOP/s by dtype that the device reached in a calibration.
         bandwidth: bytes/s that it reached.
-        floor_s: least seconds that are plausible; what is faster is INVALID.
+        floor_s: least seconds that are plausible, of "baseline" and "candidate"; what is faster is
+            INVALID.
         utilization: MFU by dtype, of "baseline" and "candidate".
     """
 
-    flops: Mapping[str, int]
+    flops: Mapping[str, Mapping[str, int]]
     frozen_flops: Mapping[str, int]
     peak_flops: Mapping[str, float]
     bandwidth: float
-    floor_s: float
+    floor_s: Mapping[str, float]
     utilization: Mapping[str, Mapping[str, float]]
 
 

@@ -109,15 +109,15 @@ def _speed(claim: Claim) -> list[str]:
     if speed is None or not speed.utilization:
         return []
     lines = []
-    for dtype, count in speed.flops.items():
-        shares = [f"{side} {used[dtype]:.1%}" for side, used in speed.utilization.items()]
-        peak = quantity(speed.peak_flops[dtype], "FLOP/s")
-        lines.append(
-            f"{dtype}: {quantity(count, 'FLOP')} per call, of {peak} measured here: "
-            + ", ".join(shares)
-        )
+    for side, counts in speed.flops.items():
+        for dtype, count in counts.items():
+            line = f"{side}, {dtype}: {quantity(count, 'FLOP')} per call"
+            if dtype in speed.utilization[side]:
+                peak = quantity(speed.peak_flops[dtype], "FLOP/s")
+                line += f", {speed.utilization[side][dtype]:.1%} of the {peak} measured here"
+            lines.append(line)
     lines += [
-        f"{dtype}: {quantity(count, 'FLOP')} per call in frozen modules, not in the shares above"
+        f"{dtype}: {quantity(count, 'FLOP')} per call in frozen modules, not in the above"
         for dtype, count in speed.frozen_flops.items()
     ]
     return lines

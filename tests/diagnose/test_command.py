@@ -80,7 +80,8 @@ def test_a_slower_step_is_exit_code_one_and_a_full_record(bench, capsys):
     assert claim.status == "complete"
     assert [check.when for check in claim.checks] == ["before", "after"]
     assert not any(check.failures for check in claim.checks)
-    assert claim.speed.flops == {"float32": 5 * 2 * 32 * 128 * 128}
+    counted = {"float32": 5 * 2 * 32 * 128 * 128}
+    assert claim.speed.flops == {"baseline": counted, "candidate": counted}
     assert claim.memory["baseline"].peak > 0
     assert len(claim.samples.rounds) == len(claim.samples.reference)
     assert {"torch", "device", "commit", "num_threads"} <= made.environment.keys()
