@@ -36,6 +36,7 @@ class Case:
         configuration: what was chosen to get here; goes into the record.
         truth: builds a subject to cast to float64, or None to compare with the baseline.
         flush: empty the caches before each call: for kernels.
+        tolerance: see `numerics.check`; `Settings` may say otherwise.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     truth: Make | None = None
     flush: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class Run:
             return self._claim("interrupted" if interrupted else "failed", stop)
         return self._claim("complete", None)
 
+    @property
+    def _tolerance(self) -> float | None:
+        return self.settings.tolerance or self.case.tolerance
+
     def _measure(self, progress: Progress) -> None:
         def enter(phase: str) -> None:
             self.phase = phase
@@ -123,7 +129,7 @@ class Run:
             candidate,
             self.case.truth,
             self.settings.seed,
-            self.settings.tolerance,
+            self._tolerance,
         )
         (most,) = self.device.agree([float(len(found.failures))])
         if most and not found.failures:
@@ -217,7 +223,7 @@ class Run:
             | {
                 "seed": self.settings.seed,
                 "margin": self.settings.margin,
-                "tolerance": self.settings.tolerance,
+                "tolerance": self._tolerance,
                 "truth": "baseline" if self.case.truth is None else "float64",
                 "flush": self.case.flush,
             },

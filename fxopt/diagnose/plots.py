@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.diagnose.record import Record
+from fxopt.diagnose.record import Record, write_bytes
 from fxopt.diagnose.verdict import Label
 from fxopt.errors import MissingPackage
 
@@ -28,7 +28,9 @@ def save(record: Record, stem: Path) -> list[Path]:
     for name, figure in figures(record).items():
         for kind in ("png", "svg"):
             path = stem.with_name(f"{stem.name}-{name}.{kind}")
-            figure.savefig(path, dpi=150)
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, dpi=150)
+            write_bytes(file.getvalue(), path)
             written.append(path)
     return written
 

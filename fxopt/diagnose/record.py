@@ -155,21 +155,26 @@ def write(record: Record, path: Path) -> None:
 
     Raises:
         InvalidRecord: as `to_text`.
-        CannotWrite: as `write_text`.
+        CannotWrite: as `write_bytes`.
     """
     write_text(to_text(record), path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Put `text` at `path`, whole or not at all.
+    """Put `text` at `path`; see `write_bytes`."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Put `data` at `path`, whole or not at all.
 
     Raises:
         CannotWrite: on a full disk, a missing folder or missing rights; what was there stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
