@@ -118,3 +118,12 @@ class RankMissing(FxoptError):
         "rank {rank} has left no profile within {seconds:.0f} s; look at its own output, and give "
         "all ranks one --out folder"
     )
+
+
+@dataclass(eq=False)
+class RankEnded(FxoptError):
+    """A rank has failed while it was profiled."""
+
+    rank: int
+    error: str
+    template = "rank {rank} has no profile, because it ended with {error}"

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import errno
 import gc
 import json
 import logging
@@ -18,7 +19,8 @@ from torch import nn
 
 from fxopt.cli import main
 from fxopt.diagnose import profile_page
-from fxopt.diagnose.errors import TooFewSteps
+from fxopt.diagnose.compiles import Compile
+from fxopt.diagnose.errors import CannotWrite, RankEnded, TooFewSteps
 from fxopt.diagnose.findings import findings, mean_walls, spreads
 from fxopt.diagnose.marking import marked, outermost_modules
 from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
@@ -28,12 +30,15 @@ from fxopt.report import Applied, Declined, Report
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 TRAIN = """
 import os, sys, time
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from fxopt.demo.training import Batch, Scale, batches, build_model, flow_loss
 
 plant = sys.argv[1]
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -43,33 +48,35 @@ torch.manual_seed(0)
 torch._dynamo.config.recompile_limit = 1000
 
 
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4000
-
-    def __getitem__(self, index):
-        if plant == "slow loader":
-            time.sleep(0.005)
-        return torch.randn(256)
+class Digits(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for batch in batches(scale, seed=rank):
+            if plant == "slow loader":
+                time.sleep(0.2)
+            yield tuple(batch)
 
 
-model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+scale = Scale(num_double=1, num_single=1, num_heads=2, batch=8)
+model = build_model(scale, seed=0)
 net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 compiled = torch.compile(lambda x: (2 * x).sin(), backend="eager", dynamic=False)
 optimizer = torch.optim.AdamW(net.parameters())
 kept = []
-for index, x in enumerate(torch.utils.data.DataLoader(Data(), batch_size=16)):
+for index, batch in enumerate(torch.utils.data.DataLoader(Digits(), batch_size=None)):
     optimizer.zero_grad()
     if plant == "slow rank" and rank == 1:
-        time.sleep(0.08)
-    loss = (net(x) - x).square().mean()
+        time.sleep(0.25)
+    if plant == "raise" and rank == 1 and index == 5:
+        raise ValueError("planted")
+    loss = flow_loss(net, Batch(*batch))
     if plant == "recompile":
-        loss = loss + compiled(torch.ones(3 + index)).mean()
+        for size in range(3):
+            loss = loss + 1e-9 * compiled(torch.ones(3 + 3 * index + size)).mean()
     loss.backward()
     if plant == "leak":
         kept.append(torch.randn(2_000_000))
     if plant == "checkpoint" and index % 3 == 0:
-        for _ in range(20):
+        for _ in range(40):
             torch.save(model.state_dict(), f"{rank}.pt")
     optimizer.step()
 """
@@ -90,7 +97,7 @@ def profile(folder: Path, plant: str, num_ranks: int, *options: str) -> subproce
     return subprocess.run(
         [*launch, "fxopt", "profile", "--out", "profile", *options, "train.py", plant],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=200,
@@ -103,14 +110,17 @@ def profile(folder: Path, plant: str, num_ranks: int, *options: str) -> subproce
     ["slow rank", *(pytest.param(p, marks=pytest.mark.slow) for p in FIRST if p != "slow rank")],
 )
 def test_two_ranks_name_the_planted_cost_first(tmp_path, plant):
-    done = profile(tmp_path, plant, 2)
+    done = profile(tmp_path, plant, 2, "--steps", "6", "--skip", "2")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "profile" / "profile.json").read_text())
     assert found["findings"][0]["name"] == FIRST[plant]
     if plant == "slow rank":
         assert found["findings"][0]["evidence"].startswith("rank 1 ")
-        # It sleeps for 80 ms.
-        assert found["findings"][0]["seconds"] > 0.05
+        # It sleeps for 250 ms.
+        assert found["findings"][0]["seconds"] > 0.15
+    if plant == "recompile":
+        assert "<lambda> at train.py:" in found["findings"][0]["evidence"]
+        assert "its guard failed: tensor 'x' size mismatch" in found["findings"][0]["evidence"]
     assert sum(found["phases_share"].values()) == pytest.approx(1)
     assert set(found["overhead"]) == {"0", "1"}
     assert "the profiler made a step" in done.stdout
@@ -146,7 +156,7 @@ def test_one_process_and_its_page(tmp_path):
     ("arguments", "message"),
     [
         (["absent.py"], "there is no script 'absent.py'"),
-        (["--steps", "9", "short.py"], "the loop ended after 2 steps, a profile needs 22"),
+        (["--steps", "9", "short.py"], "the loop ended after 2 steps, a profile needs 24"),
     ],
 )
 def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, message):
@@ -181,10 +191,55 @@ def test_three_lines_in_a_loop(tmp_path):
     assert load(json.loads(json.dumps(dataclasses.asdict(found)))).plain_s == found.plain_s
 
 
+def test_a_rank_that_failed_is_named_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError), Profile(tmp_path, Window(1, 1, 1)):
+        raise ValueError("planted")
+    monkeypatch.setenv("RANK", "0")
+    named = "rank 1 has no profile, because it ended with ValueError: planted"
+    with pytest.raises(RankEnded, match=named):
+        loop(Profile(tmp_path, Window(1, 1, 1)), 20)
+    capsys.readouterr()
+    with pytest.raises(RuntimeError), Profile(tmp_path, Window(1, 1, 1)):
+        raise RuntimeError("Connection closed by peer")
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_end_when_one_raises(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fxopt", "profile", "--out", "out", "train.py", "raise"],
+            cwd=tmp_path,
+            env=ENVIRONMENT | place | {"RANK": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in started]
+    assert all(process.returncode for process in started)
+    assert "ValueError: planted" in errors[1]
+    assert "rank 1 has no profile, because it ended with ValueError: planted" in errors[0]
+
+
+def test_a_full_disk_when_the_trace_is_written(tmp_path, monkeypatch):
+    def full(profiler, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    with pytest.raises(CannotWrite, match=r"rank0_trace.json.gz: No space left on device"):
+        loop(Profile(tmp_path, Window(1, 1, 1)), 20)
+    assert torch.save.__module__ == "torch.serialization"  # marks are gone
+
+
 def test_a_loop_that_is_too_short_is_said(tmp_path, capsys):
     profile = Profile(tmp_path, Window(1, 2, 3))
     loop(profile, 5)
-    assert "the loop ended after 5 steps, a profile needs 7" in capsys.readouterr().err
+    assert "the loop ended after 5 steps, a profile needs 9" in capsys.readouterr().err
     with pytest.raises(TooFewSteps):
         profile.result()
 
@@ -217,8 +272,9 @@ def step(seconds: float = 0.1, **walls: float) -> Step:
     return Step(seconds, phases, {"glue": 0.02}, [], 0.0, 0.0, [])
 
 
-def rank(number: int, *steps: Step, held=(0, 0, 0)) -> Profiled:
-    return Profiled(number, steps, 0.1, 0.11, held, 0, f"rank{number}_trace.json.gz")
+def rank(number: int, *steps: Step, held=(0, 0, 0), **more) -> Profiled:
+    made = Profiled(number, steps, 0.1, 0.11, held, (), None, {}, f"rank{number}_trace.json.gz", "")
+    return dataclasses.replace(made, **more)
 
 
 def test_the_straggler_is_the_one_that_does_not_wait():
@@ -246,15 +302,22 @@ def test_costs_come_by_size_and_a_leak_before_all():
     assert findings([rank(0, step(data_wait=0.03), held=growing)])[0].name == "leak"
 
 
-@pytest.mark.parametrize("held", [[0, 9, 0, 9, 0, 9], [0, 9 * MB, 0, 9 * MB, 0], [MB] * 9])
+@pytest.mark.parametrize(
+    "held",
+    [[0, 9, 0, 9, 0, 9], [0, 9 * MB, 0, 9 * MB, 0], [MB] * 9, [0, 9 * MB, 18 * MB, 27 * MB]],
+)
 def test_memory_that_does_not_keep_growing_is_no_leak(held):
     assert not findings([rank(0, step(), held=held)])
 
 
 def test_memory_of_graphs_that_are_compiled_in_every_step_is_no_leak():
     held = [index * 5 * MB for index in range(10)]
-    compiling = dataclasses.replace(rank(0, step(compilation=0.05), held=held), num_compiled=17)
-    assert [finding.name for finding in findings([compiling])] == ["compilation"]
+    compiles = [Compile("f at m.py:3", f"L['x'] == {n}", 0.01) for n in range(17)]
+    found = findings([rank(0, step(compilation=0.05), held=held, compiles=compiles)])
+    assert [finding.name for finding in found] == ["compilation"]
+    assert "17 compilations, 17 of them of f at m.py:3, its guard failed: L['x'] == 16" in (
+        found[0].evidence
+    )
 
 
 def test_the_report_says_what_would_remove_glue():
