@@ -42,20 +42,23 @@ def section(path: Path) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per case and a column per metric that has a target; all metrics if none has."""
     shown = [row for row in rows if row["target"]] or rows
-    metrics = list(dict.fromkeys((row["metric"], row["target"]) for row in shown))
-    cells = {(row["case"], row["metric"], row["target"]): row for row in shown}
-    header = ["case", *(metric + (f" ({target})" if target else "") for metric, target in metrics)]
-    lines = [header, ["---", *["---:"] * len(metrics)]]
+    targets: dict[str, set[str | None]] = {}
+    for row in shown:
+        targets.setdefault(row["metric"], set()).add(row["target"])
+    # A target that is the same for all cases stands in the head of its column.
+    common = {metric: found.pop() for metric, found in targets.items() if len(found) == 1}
+    header = ["case", *(f"{m} ({common[m]})" if common.get(m) else m for m in targets)]
+    cells = {(row["case"], row["metric"]): _cell(row, row["metric"] in common) for row in shown}
+    lines = [header, ["---", *["---:"] * len(targets)]]
     for case in dict.fromkeys(row["case"] for row in shown):
-        lines.append([case, *(_cell(cells.get((case, *metric))) for metric in metrics)])
+        lines.append([case, *(cells.get((case, metric), "") for metric in targets)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
+def _cell(row: dict[str, Any], is_common: bool) -> str:
     value = f"{row['value']:.3g}"
-    return f"**{value}**" if row["holds"] is False else value
+    value = f"**{value}**" if row["holds"] is False else value
+    return value if is_common else f"{value} ({row['target']})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,17 @@ def test_what_has_a_target_is_shown_and_a_miss_is_bold():
     )
 
 
+def test_targets_that_differ_stand_with_their_figures():
+    rows = [
+        row("flux", "speedup", 0.9, ">= 0.98", False),
+        row("llama", "speedup", 1.6, ">= 1.5", True),
+    ]
+    assert table(rows).splitlines()[2:] == [
+        "| flux | **0.9** (>= 0.98) |",
+        "| llama | 1.6 (>= 1.5) |",
+    ]
+
+
 def test_figures_without_targets_are_all_shown():
     rows = [row("fp8", "difference", 0.001), row("fp8", "band", 0.02)]
     assert table(rows).splitlines()[0] == "| case | difference | band |"
