@@ -84,6 +84,10 @@ def forward_kernel(
     if NORM != "none":
         if NORM == "layer":
             row_mean = tl.sum(value, 0) / num_features
+            if x[0].dtype.element_ty == tl.float32 or h.dtype.element_ty == tl.float32:
+                # What the sum rounded off, or a row of one value has a variance. Sums of 16-bit
+                # values round nothing off there.
+                row_mean += tl.sum(tl.where(mask, value - row_mean, 0.0), 0) / num_features
             tl.store(mean + token, row_mean)
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + eps)

@@ -1,9 +1,6 @@
-"""norm_modulate: values and gradients against fp64, for both providers."""
+"""norm_modulate: values and gradients against fp64; the Triton provider in test_accuracy.py."""
 
 from __future__ import annotations
-
-import itertools
-import random
 
 import pytest
 import torch
@@ -12,41 +9,29 @@ from torch import Tensor
 
 from fxopt.kernels import norm_modulate as op_module
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, reference
+from tests.pairwise import pairwise
 
 EPS = 1e-6
 OPERANDS = ("x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def pairwise(*axes: tuple) -> list[tuple]:
-    """A small set of combinations that holds every pair of values of two axes."""
-
-    def pairs(case: tuple) -> set:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    candidates, chosen, seen = list(itertools.product(*axes)), [], set()
-    random.Random(0).shuffle(candidates)
-    for threshold in (len(pairs(candidates[0])) // 2, 1):
-        for case in candidates:
-            if len(pairs(case) - seen) >= threshold:
-                chosen.append(case)
-                seen |= pairs(case)
-    return chosen
-
-
 # Norm, form of the gate, affine (weight, bias), forms of scale and shift, offset, what is used, and
 # whether x has a bias.
 MODULATION = (None, "sample", "shared", "token", "scalar per token", "feature")
-NORMED = pairwise(
-    ("layer", "rms"),
-    ("no residual", None, "sample", "token", "scalar per token"),
-    ((False, False), (True, False), (False, True), (True, True)),
-    MODULATION,
-    MODULATION,
-    (0.0, 1.0),
-    ("y", "h", "y and h"),
-    (False, True),
-)
+NORMED = [
+    tuple(row.values())
+    for row in pairwise(
+        norm=("layer", "rms"),
+        gate=("no residual", None, "sample", "token", "scalar per token"),
+        affine=((False, False), (True, False), (False, True), (True, True)),
+        scale=MODULATION,
+        shift=MODULATION,
+        offset=(0.0, 1.0),
+        used=("y", "h", "y and h"),
+        biased=(False, True),
+    )
+]
 
 
 def operands(
@@ -140,40 +125,6 @@ def test_native_is_as_accurate_as_eager(dtype):
             bound = 2 * error(theirs[name], value) + chance * value.square().mean().sqrt().item()
             case = (name, norm, gate, affine, scale, shift, offset, used, biased)
             assert error(ours[name], value) <= bound, case
-
-
-PROVIDER_CASES = [
-    *NORMED,
-    *(
-        ("none", gate, (False, False), None, None, 0.0, "h", biased)
-        for gate in (None, "sample", "token")
-        for biased in (False, True)
-    ),
-]
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((2, 3, 24), (1, 1, 100), (3, 1, 8)), ids=str)
-def test_triton_matches_native(dtype, shape):
-    # One ulp of the largest values, about 16, in fp16; a few ulp of sums of a few terms in fp32.
-    tolerance = (
-        {"atol": 1.6e-2, "rtol": 1e-3} if dtype == torch.float16 else {"atol": 2e-5, "rtol": 1e-5}
-    )
-    for norm, gate, affine, scale, shift, offset, used, biased in PROVIDER_CASES[shape[0] % 2 :: 2]:
-        inputs = operands(gate, affine, scale, shift, dtype, shape, biased)
-        constants = (norm, EPS, offset, 1.0, dtype, dtype)
-        native = run("native", inputs, *constants)
-        torch.testing.assert_close(run("triton", inputs, *constants), native, **tolerance)
-        _, h, mean, rstd = native
-        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grad_y = grad if "y" in used or gate == "no residual" else None
-        grad_h = grad.flip(0) if "h" in used and gate != "no residual" else None
-        h = inputs[0] if gate == "no residual" else h
-        saved = (h, inputs[0], *inputs[2:], mean, rstd, norm, offset, 1.0, dtype)
-        backward = (grad_y, grad_h, *saved, [True] * 8, norm != "none")
-        torch.testing.assert_close(
-            run_backward("triton", *backward), run_backward("native", *backward), **tolerance
-        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
