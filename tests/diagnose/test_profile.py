@@ -4,10 +4,12 @@ import builtins
 import dataclasses
 import errno
 import gc
+import gzip
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,22 +136,38 @@ def test_one_process_and_its_page(tmp_path):
     phases = json.loads((tmp_path / "profile" / "profile.json").read_text())["phases_s"]
     for name in ("data wait", "forward", "backward", "optimizer"):
         assert phases[name] > 0
+    with gzip.open(tmp_path / "profile" / "rank0_trace.json.gz") as file:
+        overhead = json.load(file)["fxopt profile"]
+    assert overhead["profiled_s"] > overhead["plain_s"] / 2 > 0
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium to open the page in")
-    page = subprocess.run(
-        [
-            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-            *(f"--user-data-dir={tmp_path}/browser", f"file://{tmp_path}/profile/profile.html"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
+    # A frame as wide as a phone, and how wide the page then is.
+    (tmp_path / "phone.html").write_text(
+        '<iframe src="profile/profile.html" style="width: 390px" onload="'
+        'document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
+    )
+    shown = {}
+    for name in ("profile/profile.html", "phone.html"):
+        shown[name] = subprocess.run(
+            [
+                *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+                *("--allow-file-access-from-files", f"--user-data-dir={tmp_path}/browser"),
+                f"file://{tmp_path}/{name}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+    page = shown["profile/profile.html"]
     assert "Largest avoidable costs" in page
     assert page.count('class="bar"') == 2
     assert "aten::addmm" in page
+    assert "held at the peak" in page
+    assert "the profiler made a step" in page
+    width = int(re.search(r"<title>(\d+)</title>", shown["phone.html"]).group(1))
+    assert width <= 390
 
 
 @pytest.mark.parametrize(
