@@ -14,7 +14,7 @@ from fxopt.diagnose.compiles import Compile
 from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED, Step
 from fxopt.diagnose.profiling import COUNTED, Profiled
 from fxopt.render import quantity
-from fxopt.report import Report
+from fxopt.report import Declined, Report
 
 # Growth is a leak if at least this share of the steps grow, by at least so much on average; fewer
 # steps than these grow by chance.
@@ -192,7 +192,7 @@ def _glue(ranks: Sequence[Profiled], report: Report | None) -> Iterator[Finding]
     mean = statistics.fmean(step.seconds for step in steps)
     before = report.totals.get("glue_bytes_before", 0)
     saved = 1 - report.totals.get("glue_bytes_after", 0) / before if before else 0.0
-    for (rule, reason), blocks in _declined(report).items():
+    for blocks, entries in _declined(report).items():
         own, num_kernels = _glue_within(steps, blocks)
         measured = (
             f"glue in the forward of these blocks: {own / mean:.0%} of the step, {num_kernels:.0f} "
@@ -200,10 +200,15 @@ def _glue(ranks: Sequence[Profiled], report: Report | None) -> Iterator[Finding]
             if own
             else f"glue: {glue / mean:.0%} of the step; "
         )
+        rules = list(dict.fromkeys(entry.rule for entry in entries))
+        reasons = dict.fromkeys(reason for entry in entries for reason in entry.reasons[:1])
+        remedies = dict.fromkeys(entry.remedy for entry in entries if entry.remedy)
         where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
-        evidence = f"{measured}rule {rule} declined at {len(blocks)} blocks ({where}): {reason}"
-        remedy = next((d.remedy for d in report.declined if d.rule == rule and d.remedy), "")
-        yield Finding(f"declined {rule}", own, evidence, remedy or "see fxopt.report(model)")
+        evidence = (
+            f"{measured}rule{'s' * (len(rules) > 1)} {', '.join(rules)} declined at {len(blocks)} "
+            f"blocks ({where}): {'; '.join(reasons)}"
+        )
+        yield Finding("declined", own, evidence, "; ".join(remedies) or "see fxopt.report(model)")
     if saved > 0 and not report.applied:
         yield Finding(
             "glue",
@@ -226,13 +231,15 @@ def _glue_within(steps: Sequence[Step], blocks: Sequence[str]) -> tuple[float, f
     return sum(s for s, _ in found) / len(steps), statistics.fmean(number for _, number in found)
 
 
-def _declined(report: Report) -> dict[tuple[str, str], list[str]]:
-    """Names of the blocks by rule and reason."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
+def _declined(report: Report) -> dict[tuple[str, ...], list[Declined]]:
+    """What was declined, together where it was at the same blocks: they have one cost."""
+    where: dict[tuple[str, tuple[str, ...]], dict[str, Declined]] = {}
     for entry in report.declined:
-        reason = entry.reasons[0] if entry.reasons else "no reason given"
-        found.setdefault((entry.rule, reason), {})[entry.fqn] = None
-    return {key: list(blocks) for key, blocks in found.items()}
+        where.setdefault((entry.rule, entry.reasons), {})[entry.fqn] = entry
+    found: dict[tuple[str, ...], list[Declined]] = {}
+    for blocks in where.values():
+        found.setdefault(tuple(blocks), []).append(next(iter(blocks.values())))
+    return found
 
 
 def unaccounted_share(ranks: Sequence[Profiled]) -> float:

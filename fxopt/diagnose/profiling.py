@@ -117,9 +117,12 @@ class Profile:
     def __enter__(self) -> Profile:
         from fxopt.diagnose.profile_results import path_of
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        # Rank 0 must not take an earlier run's file for this one's.
-        path_of(self.rank, self.out).unlink(missing_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            # Rank 0 must not take an earlier run's file for this one's.
+            path_of(self.rank, self.out).unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(str(self.out), error.strerror or str(error)) from error
         self.compiles = self._undo.enter_context(compiles())
         return self
 

@@ -175,11 +175,16 @@ def test_one_process_and_its_page(tmp_path):
     ("arguments", "message"),
     [
         (["absent.py"], "there is no script 'absent.py'"),
+        (["--report", "absent.json", "short.py"], "absent.json is no report of fxopt's: No such"),
+        (["--report", "short.py", "short.py"], "short.py is no report of fxopt's: JSONDecodeError"),
+        (["--report", "list.json", "short.py"], "list.json is no report of fxopt's: "),
+        (["--out", "short.py/out", "short.py"], "cannot write short.py/out: Not a directory"),
         (["--steps", "9", "short.py"], "the loop ended after 2 steps, a profile needs 24"),
     ],
 )
 def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
     Path("short.py").write_text(
         "import torch\n"
         "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
@@ -187,6 +192,14 @@ def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, me
     )
     assert main(["profile", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_control_c_is_exit_code_three(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("raise KeyboardInterrupt")
+    assert main(["profile", "train.py"]) == 3
+    assert "interrupted, there is no profile" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/profile/profile.*"))
 
 
 def loop(profile: Profile, num_steps: int) -> None:
@@ -356,16 +369,20 @@ def test_the_report_says_what_would_remove_glue():
 
 
 def test_declined_blocks_are_ranked_by_their_own_glue():
-    declined = [Declined("rope", f"blocks.{n}", "mul", "m.py:3", ("mask",)) for n in (0, 0, 1)]
+    declined = [
+        Declined(rule, f"blocks.{n}", "mul", "m.py:3", reasons)
+        for rule, reasons in (("rope", ("mask",)), ("norm", ("write", "user")))
+        for n in (0, 0, 1)
+    ]
     report = Report("optimize", "bf16", "cpu", (), tuple(declined))
     glue = {"blocks.0": (0.004, 6), "blocks.1": (0.006, 8), "blocks.10": (0.05, 99)}
     made = dataclasses.replace(step(data_wait=0.008), glue=glue)
     first, second = findings([rank(0, made)], report)
-    assert (first.name, second.name) == ("declined rope", "data wait")
+    assert (first.name, second.name) == ("declined", "data wait")
     assert first.seconds == pytest.approx(0.01)
     assert first.evidence == (
         "glue in the forward of these blocks: 10% of the step, 7 kernels or ops per block; "
-        "rule rope declined at 2 blocks (blocks.0 to blocks.1): mask"
+        "rules rope, norm declined at 2 blocks (blocks.0 to blocks.1): mask; write"
     )
 
 
