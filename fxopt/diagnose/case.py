@@ -21,6 +21,7 @@ from fxopt.diagnose.roofline import Flops, Peaks
 from fxopt.diagnose.subjects import Make, Subject, kept_state
 from fxopt.diagnose.verdict import MARGIN, Verdict, is_decided, judge
 from fxopt.errors import FxoptError, NotReported
+from fxopt.recipes import RECIPES
 
 Progress = Callable[[str], None]
 SIDES = ("baseline", "candidate")
@@ -149,6 +150,7 @@ class Run:
                 flops = roofline.count(baseline), roofline.count(candidate)
         self.flops = dict(zip(SIDES, flops, strict=True))
         first, second = ({*counts.trained, *counts.frozen} for counts in flops)
+        second |= quantized_dtypes(self.manifest)
         self.peaks = roofline.calibrate(self.device, first | second)
         # Only a flushed case is sure to read its state from memory.
         cold = sum(t.untyped_storage().nbytes() for t in baseline.state()) if self.case.flush else 0
@@ -248,3 +250,9 @@ def manifest(subject: Subject) -> dict[str, Any] | None:
         return report(subject.model).to_dict()
     except NotReported:
         return None
+
+
+def quantized_dtypes(manifest: Mapping[str, Any] | None) -> set[str]:
+    """What a model's products may have moved to, which counts of compiled code do not show."""
+    recipe = RECIPES.get((manifest or {}).get("recipe", ""))
+    return {roofline.FP8} if recipe is not None and recipe.gemms else set()

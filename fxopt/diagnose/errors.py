@@ -109,6 +109,18 @@ class NotAScript(FxoptError):
 
 
 @dataclass(eq=False)
+class NotAReport(FxoptError):
+    """`fxopt profile --report` was given something else."""
+
+    path: str
+    problem: str
+    template = (
+        "{path} is no report of fxopt's: {problem}; write one with "
+        "json.dump(fxopt.report(model).to_dict(), file)"
+    )
+
+
+@dataclass(eq=False)
 class RankMissing(FxoptError):
     """A rank has left no result."""
 

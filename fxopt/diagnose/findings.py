@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fxopt.diagnose.compiles import Compile
-from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED
+from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED, Step
 from fxopt.diagnose.profiling import COUNTED, Profiled
 from fxopt.render import quantity
-from fxopt.report import Report
+from fxopt.report import Declined, Report
 
 # Growth is a leak if at least this share of the steps grow, by at least so much on average; fewer
 # steps than these grow by chance.
@@ -189,31 +189,56 @@ def _glue(ranks: Sequence[Profiled], report: Report | None) -> Iterator[Finding]
         return
     steps = [step for rank in ranks for step in rank.steps]
     glue = statistics.fmean(step.kinds.get("glue", 0.0) for step in steps)
-    share = glue / statistics.fmean(step.seconds for step in steps)
+    mean = statistics.fmean(step.seconds for step in steps)
     before = report.totals.get("glue_bytes_before", 0)
     saved = 1 - report.totals.get("glue_bytes_after", 0) / before if before else 0.0
-    declined: Mapping[tuple[str, str], list[str]] = _declined(report)
-    for (rule, reason), blocks in declined.items():
-        evidence = (
-            f"glue: {share:.0%} of the step; rule {rule} declined at {len(blocks)} blocks "
-            f"({blocks[0]} to {blocks[-1]}): {reason}"
+    for blocks, entries in _declined(report).items():
+        own, num_kernels = _glue_within(steps, blocks)
+        measured = (
+            f"glue in the forward of these blocks: {own / mean:.0%} of the step, {num_kernels:.0f} "
+            "kernels or ops per block; "
+            if own
+            else f"glue: {glue / mean:.0%} of the step; "
         )
-        remedy = next((d.remedy for d in report.declined if d.rule == rule and d.remedy), "")
-        yield Finding(f"declined {rule}", 0.0, evidence, remedy or "see fxopt.report(model)")
+        rules = list(dict.fromkeys(entry.rule for entry in entries))
+        reasons = dict.fromkeys(reason for entry in entries for reason in entry.reasons[:1])
+        remedies = dict.fromkeys(entry.remedy for entry in entries if entry.remedy)
+        where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+        evidence = (
+            f"{measured}rule{'s' * (len(rules) > 1)} {', '.join(rules)} declined at {len(blocks)} "
+            f"blocks ({where}): {'; '.join(reasons)}"
+        )
+        yield Finding("declined", own, evidence, "; ".join(remedies) or "see fxopt.report(model)")
     if saved > 0 and not report.applied:
         yield Finding(
             "glue",
             saved * glue,
-            f"glue: {share:.0%} of the step, of whose bytes fxopt would leave {1 - saved:.0%}",
+            f"glue: {glue / mean:.0%} of the step; fxopt would leave {1 - saved:.0%} of its bytes",
             "fxopt.optimize(model)",
         )
 
 
-def _declined(report: Report) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
+def _glue_within(steps: Sequence[Step], blocks: Sequence[str]) -> tuple[float, float]:
+    """Seconds of glue per step in the forward of these blocks, and kernels per block."""
+    found = [
+        spent
+        for step in steps
+        for part, spent in step.glue.items()
+        if any(f"{block}.".startswith(f"{part}.") for block in blocks)
+    ]
+    if not found:
+        return 0.0, 0.0
+    return sum(s for s, _ in found) / len(steps), statistics.fmean(number for _, number in found)
+
+
+def _declined(report: Report) -> dict[tuple[str, ...], list[Declined]]:
+    """What was declined, together where it was at the same blocks: they have one cost."""
+    where: dict[tuple[str, tuple[str, ...]], dict[str, Declined]] = {}
     for entry in report.declined:
-        reason = entry.reasons[0] if entry.reasons else "no reason given"
-        found.setdefault((entry.rule, reason), []).append(entry.fqn)
+        where.setdefault((entry.rule, entry.reasons), {})[entry.fqn] = entry
+    found: dict[tuple[str, ...], list[Declined]] = {}
+    for blocks in where.values():
+        found.setdefault(tuple(blocks), []).append(next(iter(blocks.values())))
     return found
 
 

@@ -23,22 +23,23 @@ from torch.profiler import record_function
 from fxopt.diagnose.phases import PREFIX
 from fxopt.diagnose.trace import MODULE
 
+# What wrappers, such as for data parallelism, put in front of the names in their model.
+WRAPPERS = ("module.", "_fsdp_wrapped_module.")
+
 
 @contextlib.contextmanager
-def marked(models: Iterable[nn.Module], each_module: bool = False) -> Iterator[None]:
-    """Inside, phases are marked.
+def marked(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, phases are marked, and the parts of each model by name.
 
     Args:
         models: outermost modules; one with no trained parameter is an encoder.
-        each_module: mark the modules inside as well, by name.
     """
     with contextlib.ExitStack() as undo:
         for model in models:
             trained = any(parameter.requires_grad for parameter in model.parameters())
             _mark_forward(model, PREFIX + ("forward" if trained else "encoders"), undo)
-            for name, module in model.named_modules() if each_module else ():
-                if name:
-                    _mark_forward(module, MODULE + name, undo)
+            for name, part in parts(model):
+                _mark_forward(part, MODULE + name, undo)
         _wrap(torch.autograd, "backward", "backward", undo)
         _wrap(torch, "save", "checkpointing", undo)
         # What Dynamo logs while it compiles is part of compilation.
@@ -59,6 +60,24 @@ def outermost_modules() -> list[nn.Module]:
     found = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
     inside = {id(child) for module in found for child in module.children()}
     return [m for m in found if id(m) not in inside and next(m.parameters(), None) is not None]
+
+
+def parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The items of the outermost lists, and what stands beside those lists.
+
+    Hooks inside of what is compiled are not called, and inside of what fxopt has rewritten they
+    would bring the module's own forward back. So nothing is looked for in there.
+    """
+    if "forward" in vars(module) or module._compiled_call_impl or "_orig_mod" in module._modules:
+        return
+    for name, child in module.named_children():
+        path = prefix + name
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from ((f"{path}.{index}", item) for index, item in child.named_children())
+        elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+            yield from parts(child, "" if f"{path}." in WRAPPERS else f"{path}.")
+        else:
+            yield path, child
 
 
 def _mark_forward(model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:

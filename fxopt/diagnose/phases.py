@@ -15,8 +15,8 @@ import numpy as np
 
 from fxopt.diagnose import intervals
 from fxopt.diagnose.intervals import EMPTY, Intervals
-from fxopt.diagnose.kinds import COMMUNICATION, kind
-from fxopt.diagnose.trace import COMPILING, STEP, Columns, Trace
+from fxopt.diagnose.kinds import COMMUNICATION, GLUE, kind
+from fxopt.diagnose.trace import COMPILING, MODULE, STEP, Columns, Trace
 from fxopt.diagnose.work import by_kind, self_time, top
 
 # Annotations of these names, behind PREFIX, mark the phases.
@@ -67,6 +67,8 @@ class Step:
         allocating: seconds of the host in cudaMalloc and cudaFree, which wait for the device.
         timeline: (phase, part of the step) in order; each of `NUM_BINS` equal parts of the step
             counts as the phase that has most of it.
+        glue: seconds and number of glue kernels (without a device: ops) that the forward of each
+            marked module launched.
     """
 
     seconds: float
@@ -78,6 +80,7 @@ class Step:
     gaps: Sequence[float]
     allocating: float = 0.0
     timeline: Sequence[tuple[str, float]] = ()
+    glue: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 NUM_GAPS = 10
@@ -109,7 +112,8 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
     def covered(mask: np.ndarray) -> Intervals:
         return intervals.intersection(intervals.union(device.spans[mask]), window)
 
-    owners = _owners(_launch_moments(device, trace.launches), hosts)
+    moments = _launch_moments(device, trace.launches)
+    owners = _owners(moments, hosts)
     is_compute = ~is_communication & ~is_copy
     launched = {name: covered(is_compute & (owners == i)) for i, name in enumerate(hosts)}
     launched[COPYING] = covered(is_copy)
@@ -132,7 +136,8 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
     work, seconds = device, 1e-9 * (device.spans[:, 1] - device.spans[:, 0])
     if not has_device:
         work = _within(trace.host_ops, start, end)
-        seconds, owners = 1e-9 * self_time(work), _owners(work.spans[:, 0], hosts)
+        seconds, moments = 1e-9 * self_time(work), work.spans[:, 0]
+        owners = _owners(moments, hosts)
     for index, name in enumerate(hosts):
         own = owners == index
         done = by_kind(work.where(own), seconds[own], trace.names)
@@ -153,7 +158,23 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
         sorted((1e-9 * float(b - a) for a, b in idle), reverse=True)[:NUM_GAPS],
         intervals.seconds(intervals.intersection(_allocating(trace), window)),
         timeline(walls, start, end),
+        _glue(trace, work, seconds, moments),
     )
+
+
+def _glue(
+    trace: Trace, work: Columns, seconds: np.ndarray, moments: np.ndarray
+) -> dict[str, tuple[float, int]]:
+    """Seconds and number of glue events by the marked module whose forward launched them."""
+    is_glue, notes = _of_kind(work, trace.names, GLUE), trace.annotations
+    found = {}
+    for number in np.unique(notes.names):
+        if trace.names[number].startswith(MODULE):
+            spans = intervals.union(notes.spans[notes.names == number])
+            own = is_glue & intervals.contains(spans, moments)
+            name = trace.names[number].removeprefix(MODULE)
+            found[name] = (float(seconds[own].sum()), int(own.sum()))
+    return found
 
 
 def _allocating(trace: Trace) -> Intervals:

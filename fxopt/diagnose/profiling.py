@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxopt.diagnose.compiles import Compile, compiles
 from fxopt.diagnose.errors import CannotWrite, TooFewSteps
@@ -31,7 +32,7 @@ from fxopt.diagnose.holding import Peak, peak
 from fxopt.diagnose.marking import marked, outermost_modules
 from fxopt.diagnose.phases import Step, steps
 from fxopt.diagnose.trace import read
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, NotReported
 from fxopt.report import Report
 
 
@@ -91,7 +92,8 @@ class Profile:
     Args:
         out: folder of what it writes.
         window: which steps are looked at.
-        report: fxopt's report on the model; its reasons then appear among the costs.
+        report: fxopt's report on the model, if it is not to be found by itself; its reasons
+            appear among the costs.
     """
 
     def __init__(
@@ -115,9 +117,12 @@ class Profile:
     def __enter__(self) -> Profile:
         from fxopt.diagnose.profile_results import path_of
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        # Rank 0 must not take an earlier run's file for this one's.
-        path_of(self.rank, self.out).unlink(missing_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            # Rank 0 must not take an earlier run's file for this one's.
+            path_of(self.rank, self.out).unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(str(self.out), error.strerror or str(error)) from error
         self.compiles = self._undo.enter_context(compiles())
         return self
 
@@ -185,7 +190,9 @@ class Profile:
         self._tracing.close()
         # Kineto otherwise writes to standard error for every profile.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        self._tracing.enter_context(marked(outermost_modules(), each_module=with_memory))
+        models = outermost_modules()
+        self.report = self.report or report_on(models)
+        self._tracing.enter_context(marked(models))
         if with_memory:
             self._tracing.enter_context(snapshot(self.snapshot_path))
         self._profiler = torch.profiler.profile(
@@ -237,6 +244,19 @@ class Profile:
             snapshot=str(self.snapshot_path) if self.snapshot_path.exists() else "",
             **self._seconds(),
         )
+
+
+def report_on(models: Sequence[nn.Module]) -> Report | None:
+    """fxopt's report on the first model that went through a door, wrapped or not."""
+    if "fxopt.backends.state" not in sys.modules:
+        return None
+    from fxopt.backends import state
+
+    for model in models:
+        for candidate in (model, *model.children()):
+            with contextlib.suppress(NotReported):
+                return state.report(candidate)
+    return None
 
 
 def synchronize() -> None:

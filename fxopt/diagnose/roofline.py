@@ -26,6 +26,8 @@ NUM_RUNS = 7
 SIDES = {"cpu": (256, 512, 1024), "cuda": (4096, 8192)}
 # A peak that was measured for milliseconds may be passed by this factor; what is faster is INVALID.
 ALLOWANCE = 1.25
+# All 8-bit formats, mixed ones too, run on the same units: this one stands for them.
+FP8 = "float8_e4m3fn"
 # Ops without a formula in PyTorch that take their operands in the order of one that has it.
 ATen = torch.ops.aten
 ALIASES = {
@@ -83,13 +85,12 @@ class _Counting(TorchDispatchMode):
 def operand_dtype(args: tuple) -> str:
     """What an op multiplies: the narrowest of its operands, as statistics and scales are wider."""
     operands = [t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)]
-    numbers = [d for d in operands if d.is_floating_point or d is torch.uint8]
-    narrowest = min(numbers, key=lambda dtype: dtype.itemsize)
-    if torch.uint8 in numbers:  # fxopt keeps two e2m1 codes in one byte
-        narrowest = torch.float4_e2m1fn_x2
-    elif narrowest.itemsize == 1:  # all 8-bit formats, mixed ones too, run on the same units
-        narrowest = torch.float8_e4m3fn
-    return str(narrowest).removeprefix("torch.")
+    if torch.uint8 in operands:  # fxopt keeps two e2m1 codes in one byte
+        return "float4_e2m1fn_x2"
+    numbers = [d for d in operands if d.is_floating_point or d.is_complex]
+    narrowest = min(numbers or operands, key=lambda dtype: dtype.itemsize)
+    is_fp8 = narrowest.is_floating_point and narrowest.itemsize == 1
+    return FP8 if is_fp8 else str(narrowest).removeprefix("torch.")
 
 
 def count(subject: Subject) -> Flops:

@@ -186,9 +186,11 @@ def _through(block: nn.Module, door: str | None, recipe: str) -> nn.Module:
 
     if door is None:
         return block
-    if door in ("compile", "torch.compile"):
-        backend = "fxopt" if door == "compile" else "inductor"
-        return cast(nn.Module, torch.compile(block, backend=backend))
+    if door == "torch.compile":
+        return cast(nn.Module, torch.compile(block))
+    if door == "compile":
+        compiled = torch.compile(block, backend="fxopt", options={"recipe": recipe})
+        return cast(nn.Module, compiled)
     opened: nn.Module = getattr(fxopt, door)(block, recipe=recipe)
     return opened
 

@@ -8,12 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fxopt.kernels
 from fxopt.diagnose import roofline
-from fxopt.diagnose.roofline import Flops
+from fxopt.diagnose.case import quantized_dtypes
+from fxopt.diagnose.roofline import FP8, Flops
 from fxopt.diagnose.subjects import Subject
 from tests.diagnose.test_suites import HEAD_DIM, HEADS, cases, small  # noqa: F401
 
 B, TOKENS, D = 2, 8 + 4, HEADS * HEAD_DIM
-FP8 = "float8_e4m3fn"
 
 
 def registered() -> list[str]:
@@ -83,12 +83,20 @@ def test_work_that_moved_to_a_faster_dtype_may_take_less_time():
     assert roofline.floor_seconds(flops, peaks, dtypes=["int8"]) == 10 / roofline.ALLOWANCE
 
 
+def test_a_recipe_tells_what_compiled_code_does_not_show():
+    assert quantized_dtypes({"recipe": "mxfp8"}) == {FP8}
+    assert not quantized_dtypes({"recipe": "bf16"})
+    assert not quantized_dtypes(None)
+
+
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [
         ((torch.float32, torch.bfloat16, torch.bfloat16), "bfloat16"),  # a bias that is wider
         ((torch.bfloat16, torch.bfloat16, torch.float32, torch.int64), "bfloat16"),  # a statistic
         ((torch.float8_e4m3fn, torch.float32), FP8),
+        ((torch.complex64, torch.complex64), "complex64"),
+        ((torch.int8, torch.int32), "int8"),
         ((torch.uint8, torch.float8_e4m3fn, torch.float32), "float4_e2m1fn_x2"),
     ],
 )

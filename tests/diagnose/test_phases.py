@@ -147,6 +147,18 @@ def test_compilation_is_apart_from_the_phase_it_interrupts(analysed):
     assert walls(step) == {"forward": 10, "compilation": 10, "unaccounted": 10}
 
 
+def test_glue_of_a_part_is_what_its_forward_launched(analysed):
+    written = Written().step(0, 100).phase("forward", 0, 30).phase("backward", 30, 60)
+    written.add("user_annotation", "fxopt.in blocks.0", 0, 10)
+    written.add("user_annotation", "fxopt.in blocks.1", 10, 30)
+    written.kernel("elementwise", 2, 40, 47).kernel("gemm_bf16", 3, 47, 50)
+    written.kernel("norm", 9, 50, 55).kernel("norm", 12, 55, 60).kernel("norm", 35, 60, 70)
+    assert analysed(written).glue == {
+        "blocks.0": (pytest.approx(12 * MS), 2),
+        "blocks.1": (pytest.approx(5 * MS), 1),
+    }
+
+
 def test_without_a_device_ops_belong_to_the_phase_they_began_in(analysed):
     step = analysed(
         Written()

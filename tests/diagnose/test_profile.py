@@ -4,10 +4,12 @@ import builtins
 import dataclasses
 import errno
 import gc
+import gzip
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +20,15 @@ import torch
 from torch import nn
 
 from fxopt.cli import main
+from fxopt.demo.training import Scale, batches, build_model, flow_loss
 from fxopt.diagnose import profile_page
 from fxopt.diagnose.compiles import Compile
 from fxopt.diagnose.errors import CannotWrite, RankEnded, TooFewSteps
 from fxopt.diagnose.findings import findings, mean_walls, spreads
-from fxopt.diagnose.marking import marked, outermost_modules
+from fxopt.diagnose.marking import marked, outermost_modules, parts
 from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
 from fxopt.diagnose.profile_results import load
-from fxopt.diagnose.profiling import Profile, Profiled, Window
+from fxopt.diagnose.profiling import Profile, Profiled, Window, report_on
 from fxopt.report import Applied, Declined, Report
 
 ROOT = Path(__file__).parents[2]
@@ -134,33 +137,54 @@ def test_one_process_and_its_page(tmp_path):
     phases = json.loads((tmp_path / "profile" / "profile.json").read_text())["phases_s"]
     for name in ("data wait", "forward", "backward", "optimizer"):
         assert phases[name] > 0
+    with gzip.open(tmp_path / "profile" / "rank0_trace.json.gz") as file:
+        overhead = json.load(file)["fxopt profile"]
+    assert overhead["profiled_s"] > overhead["plain_s"] / 2 > 0
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium to open the page in")
-    page = subprocess.run(
-        [
-            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-            *(f"--user-data-dir={tmp_path}/browser", f"file://{tmp_path}/profile/profile.html"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
+    # A frame as wide as a phone, and how wide the page then is.
+    (tmp_path / "phone.html").write_text(
+        '<iframe src="profile/profile.html" style="width: 390px" onload="'
+        'document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
+    )
+    shown = {}
+    for name in ("profile/profile.html", "phone.html"):
+        shown[name] = subprocess.run(
+            [
+                *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+                *("--allow-file-access-from-files", f"--user-data-dir={tmp_path}/browser"),
+                f"file://{tmp_path}/{name}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+    page = shown["profile/profile.html"]
     assert "Largest avoidable costs" in page
     assert page.count('class="bar"') == 2
     assert "aten::addmm" in page
+    assert "held at the peak" in page
+    assert "the profiler made a step" in page
+    width = int(re.search(r"<title>(\d+)</title>", shown["phone.html"]).group(1))
+    assert width <= 390
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["absent.py"], "there is no script 'absent.py'"),
+        (["--report", "absent.json", "short.py"], "absent.json is no report of fxopt's: No such"),
+        (["--report", "short.py", "short.py"], "short.py is no report of fxopt's: JSONDecodeError"),
+        (["--report", "list.json", "short.py"], "list.json is no report of fxopt's: "),
+        (["--out", "short.py/out", "short.py"], "cannot write short.py/out: Not a directory"),
         (["--steps", "9", "short.py"], "the loop ended after 2 steps, a profile needs 24"),
     ],
 )
 def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
     Path("short.py").write_text(
         "import torch\n"
         "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
@@ -168,6 +192,14 @@ def test_mistakes_are_exit_code_two(tmp_path, monkeypatch, capsys, arguments, me
     )
     assert main(["profile", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_control_c_is_exit_code_three(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("raise KeyboardInterrupt")
+    assert main(["profile", "train.py"]) == 3
+    assert "interrupted, there is no profile" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/profile/profile.*"))
 
 
 def loop(profile: Profile, num_steps: int) -> None:
@@ -334,6 +366,77 @@ def test_the_report_says_what_would_remove_glue():
         "mask is in place"
     )
     assert found.remedy == "detach it"
+
+
+def test_declined_blocks_are_ranked_by_their_own_glue():
+    declined = [
+        Declined(rule, f"blocks.{n}", "mul", "m.py:3", reasons)
+        for rule, reasons in (("rope", ("mask",)), ("norm", ("write", "user")))
+        for n in (0, 0, 1)
+    ]
+    report = Report("optimize", "bf16", "cpu", (), tuple(declined))
+    glue = {"blocks.0": (0.004, 6), "blocks.1": (0.006, 8), "blocks.10": (0.05, 99)}
+    made = dataclasses.replace(step(data_wait=0.008), glue=glue)
+    first, second = findings([rank(0, made)], report)
+    assert (first.name, second.name) == ("declined", "data wait")
+    assert first.seconds == pytest.approx(0.01)
+    assert first.evidence == (
+        "glue in the forward of these blocks: 10% of the step, 7 kernels or ops per block; "
+        "rules rope, norm declined at 2 blocks (blocks.0 to blocks.1): mask; write"
+    )
+
+
+def test_allocations_from_the_device_are_named():
+    counts = {"num_device_alloc": 3.0, "num_device_free": 0.0}
+    made = dataclasses.replace(step(), allocating=0.02)
+    (found,) = findings([rank(0, made, allocator=counts)])
+    assert (found.name, found.seconds) == ("allocator", 0.02)
+    assert "20% of the step in cudaMalloc and cudaFree" in found.evidence
+    assert found.evidence.endswith("without the profiler: num_device_alloc 3")
+
+
+class Model(nn.Module):
+    """Two blocks, each with a part of its own, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def test_parts_are_blocks_and_what_stands_beside_them():
+    names = ["first", "last", "blocks.0", "blocks.1"]
+    model = Model()
+    assert [name for name, _ in parts(model)] == names
+    wrapped = nn.Module()
+    wrapped.module = model
+    assert [name for name, _ in parts(wrapped)] == names
+    assert not list(parts(torch.compile(model)))
+    model.compile()
+    assert not list(parts(model))
+
+
+def test_marks_do_not_bring_back_what_fxopt_has_replaced():
+    import fxopt
+
+    torch.manual_seed(0)
+    scale = Scale(num_double=1, num_single=1, num_heads=2, batch=2)
+    model = fxopt.optimize(build_model(scale, 0))
+    batch = next(batches(scale, 0))
+    flow_loss(model, batch)
+    with marked([model]), torch.profiler.profile() as profiler:
+        flow_loss(model, batch)
+    names = {event.name for event in profiler.events()}
+    assert "fxopt.in single_transformer_blocks.0" in names
+    assert "fxopt::norm_modulate" in names
+    assert not any("hooks" in reason for d in fxopt.report(model).declined for reason in d.reasons)
+    assert report_on([model]) == fxopt.report(model)
 
 
 def test_a_leak_is_null_seconds_in_json():

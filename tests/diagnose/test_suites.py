@@ -168,10 +168,16 @@ def test_a_swept_preset_from_the_command_line(small, tmp_path, monkeypatch, opti
 @pytest.mark.timeout(300)
 def test_the_compiled_door_from_the_command_line(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, (claim,) = bench("--door", "compile", "--tokens", "8", "--dtype", "float32")
-    assert claim.status == "complete", claim.stop
-    assert claim.verdict.label != "INVALID", claim.verdict.reasons
-    assert claim.samples.num_recompiles == 0
+    _, claims = bench("--door", "compile", "--tokens", "64", "--recipe", "bf16", "fp8")
+    for claim in claims:
+        assert claim.status == "complete", claim.stop
+        assert claim.verdict.label != "INVALID", claim.verdict.reasons
+        assert claim.samples.num_recompiles == 0
+    quantized = [
+        any(applied["rule"] == "quantized_linear" for applied in claim.manifest["applied"])
+        for claim in claims
+    ]
+    assert quantized == [False, True]
 
 
 def test_two_processes_share_a_kernel_case(tmp_path):
