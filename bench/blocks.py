@@ -25,16 +25,14 @@ from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.intervals import union
 from fxopt.diagnose.protocol import Plan, Step
 from fxopt.diagnose.subjects import Make, Subject
-from fxopt.diagnose.suites import Sweep, preset_cases
+from fxopt.diagnose.suites import Sweep, envelope, preset_cases
+from fxopt.recipes import RECIPES
 
 PLAN = Plan(
     min_rounds=10, min_seconds=1.0, max_rounds=30, seconds=6.0, min_warmup=0.2, warmup_seconds=40.0
 )
 MAX_IDLE = 0.02
 IDLE_STEPS = 10  # of which the idle share is taken
-# Relative error of outputs in FP8, four times that of gradients. A product of e4m3 operands is off
-# by 3 to 4%; a wrong scale or a missing term is off by more than a block of such products.
-FP8_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def measure(contest: Contest, name: str, makes: dict[str, Make], targets: Target
     """All comparisons of one block. Only two forms of it are in memory at a time."""
 
     def is_right(who: str) -> bool:
-        tolerance = None if who in ("fxopt", "torch.compile") else FP8_TOLERANCE
+        tolerance = None if who in ("fxopt", "torch.compile") else envelope(RECIPES["fp8"])
         return contest.is_right(name, who, makes["eager"], makes[who], False, tolerance)
 
     def race(candidate: str, baseline: str, target: float | None) -> None:
