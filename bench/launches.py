@@ -72,13 +72,13 @@ def norm_modulate(
     residual, *affine, x_bias = (operand(name) for name in names)
     x, grad_y = randn(batch, num_tokens, width), randn(batch, num_tokens, width)
     constants = (norm, EPS, 0.0, 1.0, BF16, BF16)
-    _, h, mean, rstd = provider.forward(x, residual, *affine, *constants, x_bias)
+    _, h, mean, rstd = provider.forward(x, residual, *affine, x_bias, *constants)
     grad_h = None if residual is None else randn(batch, num_tokens, width)
     needs = [t is not None for t in (x, residual, *affine, x_bias)]
     is_normed = norm != "none"
     provider.backward(
-        grad_y if is_normed else None, grad_h, x if residual is None else h, x, *affine,
-        mean, rstd, norm, 0.0, 1.0, BF16, needs, is_normed, x_bias,
+        grad_y if is_normed else None, grad_h, x if residual is None else h, x, *affine, x_bias,
+        mean, rstd, norm, 0.0, 1.0, BF16, needs, is_normed,
     )  # fmt: skip
 
 

@@ -109,6 +109,18 @@ class NotAScript(FxoptError):
 
 
 @dataclass(eq=False)
+class NotAReport(FxoptError):
+    """`fxopt profile --report` was given something else."""
+
+    path: str
+    problem: str
+    template = (
+        "{path} is no report of fxopt's: {problem}; write one with "
+        "json.dump(fxopt.report(model).to_dict(), file)"
+    )
+
+
+@dataclass(eq=False)
 class RankMissing(FxoptError):
     """A rank has left no result."""
 
@@ -118,3 +130,12 @@ class RankMissing(FxoptError):
         "rank {rank} has left no profile within {seconds:.0f} s; look at its own output, and give "
         "all ranks one --out folder"
     )
+
+
+@dataclass(eq=False)
+class RankEnded(FxoptError):
+    """A rank has failed while it was profiled."""
+
+    rank: int
+    error: str
+    template = "rank {rank} has no profile, because it ended with {error}"

@@ -31,13 +31,13 @@ def forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     norm: str,
     eps: float,
     weight_offset: float,
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's forward, with fp32 statistics."""
     results = y, h, mean, rstd = op.outputs(x, residual, norm, h_dtype, dtype)
@@ -65,6 +65,7 @@ def backward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norm: str,
@@ -73,7 +74,6 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
     recompute: bool,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The op's backward: one pass over the rows, then one over the partial sums."""
     operands = (gate, weight, bias, scale, shift, x_bias)

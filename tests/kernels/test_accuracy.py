@@ -104,17 +104,12 @@ def test_norm_modulate(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
         return [{"y": y, "h": h}[name] for name in used]
 
     constants = norm, norms.EPS, offset, 1.0
-    arguments = norms.arguments
     judge(
         case,
-        lambda t: outputs(
-            *norm_modulate.norm_modulate(*arguments(listed(t), *constants, dtype, dtype))
-        ),
+        lambda t: outputs(*norm_modulate.norm_modulate(*listed(t), *constants, dtype, dtype)),
         lambda t: outputs(*norms.eager(listed(t), norm, offset)),
         lambda t: outputs(
-            *norm_modulate.reference(
-                *arguments(listed(t), *constants, torch.float64, torch.float64)
-            )
+            *norm_modulate.reference(*listed(t), *constants, torch.float64, torch.float64)
         ),
         leaves,
     )
@@ -129,7 +124,7 @@ def test_residual_alone(gate: str | None, biased: bool) -> None:
 
     def op(function: Any, t: Leaves, dtype: torch.dtype) -> list[Tensor]:
         given = [t.get(name) for name in norms.OPERANDS]
-        return [function(*norms.arguments(given, "none", 0.0, 0.0, 0.0, dtype, dtype))[1]]
+        return [function(*given, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]]
 
     def eager(t: Leaves) -> list[Tensor]:
         x, residual, gate, *_, x_bias = (t.get(name) for name in norms.OPERANDS)
@@ -239,7 +234,7 @@ def test_what_is_not_finite_stays_in_its_row(norm: str, bad: float) -> None:
     constants = norm, norms.EPS, 0.0, 1.0, torch.float32, torch.float32
 
     def fused_norm(t: list[Tensor]) -> list[Tensor]:
-        return list(norm_modulate.norm_modulate(*norms.arguments([*t, None], *constants))[:2])
+        return list(norm_modulate.norm_modulate(*t, None, *constants)[:2])
 
     def eager_norm(t: list[Tensor]) -> list[Tensor]:
         return list(norms.eager([*t, None], norm, 0.0))

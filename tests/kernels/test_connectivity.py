@@ -30,13 +30,13 @@ LINEARS = {"w": (N, D), "b": (N,), "w2": (N, D), "b2": (N,)}
 
 
 def norm_arguments(t: dict[str, Tensor], norm: str) -> list[Any]:
-    names = ("x", "residual", "gate", "weight", "bias", "scale", "shift")
+    names = ("x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
     return [*(t.get(name) for name in names), norm, 1e-6, 1.0, 1.0, FP32, FP32]
 
 
 def of_norm(norm: str) -> Run:
     def run(t: dict[str, Tensor]) -> list[Tensor]:
-        y, h, _, _ = norm_modulate(*norm_arguments(t, norm), t.get("x_bias"))
+        y, h, _, _ = norm_modulate(*norm_arguments(t, norm))
         return [out for out in (y, h) if out.numel() and out.requires_grad]
 
     return run
@@ -44,7 +44,7 @@ def of_norm(norm: str) -> Run:
 
 def of_norm_linears(t: dict[str, Tensor]) -> list[Tensor]:
     products = [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES
-    outs, h = norm_modulate_linears(*norm_arguments(t, "layer"), *products, t.get("x_bias"))
+    outs, h = norm_modulate_linears(*norm_arguments(t, "layer"), *products)
     return [*outs, h]
 
 

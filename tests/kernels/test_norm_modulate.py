@@ -65,11 +65,6 @@ def operands(
     return [make(form) for form in ("token", residual, gate, weight, bias, scale, shift, x_bias)]
 
 
-def arguments(inputs: list[Tensor | None], *constants) -> tuple:
-    """The op's arguments: x's bias is the last."""
-    return (*inputs[:7], *constants, *inputs[7:])
-
-
 def eager(inputs: list[Tensor | None], norm: str, weight_offset: float) -> tuple[Tensor, Tensor]:
     """What a model writes: PyTorch's own ops, one after the other, in the inputs' dtype."""
     x, residual, gate, weight, bias, scale, shift, x_bias = inputs
@@ -101,11 +96,8 @@ def compare(inputs, norm, weight_offset, dtype, used) -> list[dict[str, Tensor]]
     """Outputs and gradients in fp64, of the op, and of PyTorch's own ops."""
     constants = norm, EPS, weight_offset, 1.0
     functions = (
-        (
-            lambda t: reference(*arguments(t, *constants, torch.float64, torch.float64)),
-            torch.float64,
-        ),
-        (lambda t: norm_modulate(*arguments(t, *constants, dtype, dtype)), dtype),
+        (lambda t: reference(*t, *constants, torch.float64, torch.float64), torch.float64),
+        (lambda t: norm_modulate(*t, *constants, dtype, dtype), dtype),
         (lambda t: eager(t, norm, weight_offset), dtype),
     )
     return [outputs_and_grads(*function, inputs, used) for function in functions]
@@ -155,7 +147,7 @@ PROVIDERS = ("native", "triton")
 
 
 def run(provider: str, inputs: list[Tensor | None], *constants):
-    return provider_module(provider).forward(*arguments(inputs, *constants))
+    return provider_module(provider).forward(*inputs, *constants)
 
 
 def run_backward(provider: str, *arguments):
@@ -178,8 +170,8 @@ def test_any_strides(provider):
 
     def both(inputs, grad_y, grad_h):
         y, h, mean, rstd = run(provider, inputs, *constants)
-        saved = (h, inputs[0], *inputs[2:7], mean, rstd, "layer", 1.0, 1.0, torch.float32)
-        return y, h, *run_backward(provider, grad_y, grad_h, *saved, [True] * 8, True, inputs[7])
+        saved = (h, inputs[0], *inputs[2:], mean, rstd, "layer", 1.0, 1.0, torch.float32)
+        return y, h, *run_backward(provider, grad_y, grad_h, *saved, [True] * 8, True)
 
     contiguous = [None if t is None else t.contiguous() for t in inputs]
     expected = both(contiguous, grad_y.contiguous(), grad_h.contiguous())
@@ -193,8 +185,8 @@ def test_no_rows(provider):
     constants = ("layer", EPS, 1.0, 1.0, torch.float32, torch.float32)
     y, h, mean, rstd = run(provider, inputs, *constants)
     assert y.shape == h.shape == (2, 0, 24) and mean.shape == rstd.shape == (2, 0)
-    saved = (h, inputs[0], *inputs[2:7], mean, rstd, "layer", 1.0, 1.0, torch.float32)
-    _, dx, *grads, _ = run_backward(provider, y, h, *saved, [True] * 8, False, inputs[7])
+    saved = (h, inputs[0], *inputs[2:], mean, rstd, "layer", 1.0, 1.0, torch.float32)
+    _, dx, *grads, _ = run_backward(provider, y, h, *saved, [True] * 8, False)
     assert dx.shape == (2, 0, 24)
     for grad, operand in zip(grads, inputs[2:], strict=True):
         assert torch.equal(grad, torch.zeros_like(operand))
@@ -218,7 +210,7 @@ def test_special_values_propagate_as_in_pytorch(provider, norm):
 def test_recomputed_output_is_the_forwards(provider):
     inputs = operands("sample", (True, True), "sample", "token", torch.float32)
     y, h, mean, rstd = run(provider, inputs, "rms", EPS, 1.0, 1.0, torch.float32, torch.float32)
-    saved = (h, None, *inputs[2:7], mean, rstd, "rms", 1.0, 1.0, torch.float32)
+    saved = (h, None, *inputs[2:], mean, rstd, "rms", 1.0, 1.0, torch.float32)
     *grads, again = run_backward(provider, y, None, *saved, [False] * 8, True)
     # The same formula from the saved statistics, at most fused differently.
     torch.testing.assert_close(again, y, atol=2e-6, rtol=2e-6)
@@ -232,7 +224,7 @@ def test_mixed_dtypes_round_once(provider):
     inputs[0] = inputs[0].bfloat16()
     y, h, _, rstd = run(provider, inputs, "layer", EPS, 0.0, 1.0, torch.float32, torch.bfloat16)
     assert (y.dtype, h.dtype, rstd.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    exact_y, exact_h = reference(*inputs[:7], "layer", EPS, 0.0, 1.0, torch.float64, torch.float64)
+    exact_y, exact_h = reference(*inputs, "layer", EPS, 0.0, 1.0, torch.float64, torch.float64)
     # fp32 arithmetic; then half an ulp of bf16 (the interpreter truncates: one ulp).
     torch.testing.assert_close(h.double(), exact_h, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(y.double(), exact_y, atol=1e-5, rtol=2.0**-7)
@@ -245,14 +237,13 @@ def test_opcheck(norm):
     inputs = operands("sample", (normed, normed), form, form, torch.float32, (2, 3, 8), True)
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
     constants = (norm, EPS, 1.0, 1.0, torch.float32, torch.float32)
-    torch.library.opcheck(norm_modulate, arguments(leaves, *constants))
+    torch.library.opcheck(norm_modulate, (*leaves, *constants))
     with torch.no_grad():
-        _, h, mean, rstd = norm_modulate(*arguments(leaves, *constants))
+        _, h, mean, rstd = norm_modulate(*leaves, *constants)
     grad_y = torch.randn_like(h) if normed else None
     saved = [None if t is None else t.detach() for t in (h, inputs[0], *inputs[2:], mean, rstd)]
-    *saved, x_bias, mean, rstd = saved
-    backward = (grad_y, torch.randn_like(h), *saved, mean, rstd, norm, 1.0, 1.0, torch.float32)
-    torch.library.opcheck(norm_modulate_backward, (*backward, [True] * 8, normed, x_bias))
+    backward = (grad_y, torch.randn_like(h), *saved, norm, 1.0, 1.0, torch.float32)
+    torch.library.opcheck(norm_modulate_backward, (*backward, [True] * 8, normed))
 
 
 @pytest.mark.parametrize(("norm", "shift"), (("layer", "sample"), ("rms", "token")))
@@ -260,7 +251,7 @@ def test_gradcheck(norm, shift):
     inputs = operands("sample", (True, True), "sample", shift, torch.float64, (2, 3, 8), True)
     constants = (norm, EPS, 1.0, 1.0, torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *t: norm_modulate(*arguments(t, *constants))[:2], leaves)
+    assert torch.autograd.gradcheck(lambda *t: norm_modulate(*t, *constants)[:2], leaves)
 
 
 def test_saves_neither_the_output_nor_the_normalized_value():
@@ -268,8 +259,6 @@ def test_saves_neither_the_output_nor_the_normalized_value():
     saved = []
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y, h, _, _ = norm_modulate(
-            *leaves[:7], "layer", EPS, 0.0, 1.0, torch.float32, torch.float32
-        )
+        y, h, _, _ = norm_modulate(*leaves, "layer", EPS, 0.0, 1.0, torch.float32, torch.float32)
     large = {t.data_ptr() for t in saved if t.numel() == h.numel()}
     assert large == {h.data_ptr()} and y.data_ptr() not in large

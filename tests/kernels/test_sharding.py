@@ -62,7 +62,7 @@ def norm(call: str, dim: int, norm: str = "layer", per_token: bool = False, **ot
         arguments = (t.get(n) for n in ("x", "residual", "gate", "weight", "bias"))
         modulation = (t.get("scale"), t.get("shift")) if norm != "none" else (None, None)
         constants = (norm, 1e-6, 0.0, 1.0, FP32, FP32)
-        y, h, _, _ = norm_modulate(*arguments, *modulation, *constants, t.get("x_bias"))
+        y, h, _, _ = norm_modulate(*arguments, *modulation, t.get("x_bias"), *constants)
         return [out for out in (y, h) if out.requires_grad]
 
     if norm == "none":
