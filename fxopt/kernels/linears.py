@@ -3,6 +3,7 @@
 A linear keeps its input for its weight gradient. Where a fused op makes that input from tensors
 that are kept anyway, the pair keeps only those: the backward of the op makes the input once more in
 the pass that it does in any case. Linears on one input add up its gradient inside their GEMMs.
+`norm_modulate_linears` has such pairs of its own.
 
 The backward of a linear whose output is split runs one product per piece, on rows of its one
 weight: the gradients of the pieces then need not be joined.
@@ -22,11 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.norm_modulate import (
-    norm_modulate,
-    norm_modulate_backward,
-    operand_gradients,
-)
 from fxopt.kernels.registration import below_autograd, register_composite
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
@@ -60,7 +56,7 @@ class Linears(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.pieces = pieces
         ctx.set_materialize_grads(False)
-        return _forward(x, weights, biases, pieces)
+        return products(x, weights, biases, pieces)
 
     @staticmethod
     @once_differentiable
@@ -70,50 +66,6 @@ class Linears(torch.autograd.Function):
         _, needs_x, *needs = ctx.needs_input_grad
         dx = input_gradient(grads, weights, ctx.pieces, x.shape) if needs_x else None
         return None, dx, *parameter_gradients(grads, x, weights, ctx.pieces, needs)
-
-
-class NormModulateLinears(torch.autograd.Function):
-    """norm_modulate, then linears on its y: y is not kept.
-
-    Without a residual, h is x itself, for those that go on with x: their gradient then comes back
-    through this node, which adds it in its own pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, settings: tuple[Any, ...], pieces: Pieces, *tensors: Tensor | None
-    ) -> Any:
-        operands, parameters = tensors[:8], tensors[8:]
-        num_linears = len(parameters) // 2
-        weights, biases = parameters[:num_linears], parameters[num_linears:]
-        y, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings)
-        x, residual, gate, *others = operands
-        h = x if residual is None else h
-        branch = x if gate is not None else None
-        ctx.save_for_backward(h, branch, gate, *others, mean, rstd, *weights)
-        ctx.settings, ctx.pieces = settings, pieces
-        ctx.set_materialize_grads(False)
-        return (*_forward(y, weights, biases, pieces), h)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        (h, branch, gate, *others, mean, rstd), weights = saved[:10], saved[10:]
-        *grad_outs, grad_h = grads
-        norm, _, weight_offset, scale_offset, _, dtype = ctx.settings
-        needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
-        dy = input_gradient(grad_outs, weights, ctx.pieces, h.shape)
-        if dy is None and grad_h is None:
-            return (None,) * len(ctx.needs_input_grad)
-        recompute = dy is not None and any(needs_parameters)
-        constants = (norm, weight_offset, scale_offset, dtype, needs, recompute)
-        found = norm_modulate_backward(dy, grad_h, h, branch, gate, *others, mean, rstd, *constants)
-        operand_grads = operand_gradients(found, dy, grad_h, h, gate, others[3], needs)
-        y = found[-1]
-        parameter_grads = parameter_gradients(grad_outs, y, weights, ctx.pieces, needs_parameters)
-        return None, None, *operand_grads, *parameter_grads
 
 
 class GatedActivationLinear(torch.autograd.Function):
@@ -174,9 +126,10 @@ class GatedActivationLinear(torch.autograd.Function):
         )
 
 
-def _forward(
+def products(
     x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None], pieces: Pieces
 ) -> tuple[Tensor, ...]:
+    """The outputs of all linears on x, in pieces."""
     wholes = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     return tuple(
         y if (y := wholes[i]).shape[-1] == stop - start else y[..., start:stop]
@@ -243,20 +196,15 @@ def _buffer(
     return buffers[i]  # type: ignore[return-value]
 
 
-def _pieces(flat: list[int]) -> Pieces:
+def as_pieces(flat: Sequence[int]) -> Pieces:
+    """Pieces from their numbers one after the other, as ops take them."""
     return tuple(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
 
 def _linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pieces: list[int]
 ) -> list[Tensor]:
-    return list(Linears.apply(_pieces(pieces), x, *weights, *biases))
-
-
-def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases, pieces) = args[:8], args[8:14], args[14:]
-    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *operands, *weights, *biases)
-    return outs, h
+    return list(Linears.apply(as_pieces(pieces), x, *weights, *biases))
 
 
 def _gated_activation_linear(
@@ -274,13 +222,6 @@ def _gated_activation_linear(
 
 linears = register_composite(
     "linears(Tensor x, Tensor[] weights, Tensor?[] biases, int[] pieces) -> Tensor[]", _linears
-)
-norm_modulate_linears = register_composite(
-    "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, Tensor? x_bias, str norm, float eps, float weight_offset, "
-    "float scale_offset, ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, "
-    "int[] pieces) -> (Tensor[] outs, Tensor h)",
-    _norm_modulate_linears,
 )
 gated_activation_linear = register_composite(
     "gated_activation_linear(Tensor gate, Tensor? up, str activation, str packing, "

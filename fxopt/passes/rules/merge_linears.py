@@ -13,8 +13,9 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.linears import gated_activation_linear, linears
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
