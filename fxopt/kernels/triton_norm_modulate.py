@@ -21,7 +21,7 @@ from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels.triton_sizes import unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
-REDUCE_P, REDUCE_D = 32, 32
+REDUCE_P, REDUCE_D = 16, 32
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:

@@ -271,11 +271,12 @@ def _column_sum(sums, group, num_programs, num_features, cols, mask, BLOCK_P: tl
     """Sum `[G, P, D]` partial sums of one group over P, always in the same order."""
     total = tl.zeros([BLOCK_P, cols.shape[0]], tl.float32)
     if sums is not None:
+        own = sums + group * num_programs * num_features
         for first in range(0, num_programs, BLOCK_P):
             programs = first + tl.arange(0, BLOCK_P)
-            offsets = (group * num_programs + programs)[:, None] * num_features + cols[None, :]
+            offsets = programs[:, None] * num_features + cols[None, :]
             valid = (programs < num_programs)[:, None] & mask[None, :]
-            total += tl.load(sums + offsets, mask=valid, other=0.0)
+            total += tl.load(own + offsets, mask=valid, other=0.0)
     return tl.sum(total, 0)
 
 
