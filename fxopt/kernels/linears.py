@@ -83,6 +83,7 @@ class GatedActivationLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up, beside, weight)
         ctx.settings = settings
+        ctx.set_materialize_grads(False)
         y = below_autograd(gated_activation, gate, up, *settings)
         if beside is None:
             return F.linear(y, weight, bias)
@@ -101,7 +102,9 @@ class GatedActivationLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * 6
         gate, up, beside, weight = ctx.saved_tensors
         _, needs_gate, needs_up, needs_beside, needs_weight, needs_bias = ctx.needs_input_grad
         width = 0 if beside is None else beside.shape[-1]

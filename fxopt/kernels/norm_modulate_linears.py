@@ -128,14 +128,15 @@ def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def _norm_modulate_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    (norm, eps, *settings), (weights, biases, counts, pieces, num_pieces) = args[8:14], args[14:]
+    (norm, *constants, h_dtype, dtype), rest = args[8:14], args[14:]
+    weights, biases, counts, pieces, num_pieces = rest
     weight, bias, piece = iter(weights), iter(biases), iter(as_pieces(pieces))
     streams: list[Stream] = []
     tensors: list[Tensor | None] = []
-    each = zip(*args[:8], eps, counts, num_pieces, strict=True)
-    for *operands, e, num_linears, num_outs in each:
+    each = zip(*args[:8], zip(*constants, strict=True), counts, num_pieces, strict=True)
+    for *operands, numbers, num_linears, num_outs in each:
         (own,) = _taken(piece, num_outs)
-        streams.append(Stream((norm, e, *settings), num_linears, own))
+        streams.append(Stream((norm, *numbers, h_dtype, dtype), num_linears, own))
         tensors += [*operands, *_taken(weight, num_linears)[0], *_taken(bias, num_linears)[0]]
     outs: list[Tensor] = []
     hs: list[Tensor] = []
@@ -158,7 +159,7 @@ norm_modulate_linears = register_composite(
 norm_modulate_linears_streams = register_composite(
     "norm_modulate_linears_streams(Tensor[] x, Tensor?[] residual, Tensor?[] gate, "
     "Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, Tensor?[] x_bias, "
-    "str norm, float[] eps, float weight_offset, float scale_offset, ScalarType h_dtype, "
+    "str norm, float[] eps, float[] weight_offset, float[] scale_offset, ScalarType h_dtype, "
     "ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] num_linears, int[] pieces, "
     "int[] num_pieces) -> (Tensor[] outs, Tensor[] h)",
     _norm_modulate_linears_streams,

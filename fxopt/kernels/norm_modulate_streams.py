@@ -1,7 +1,7 @@
 """`fxopt::norm_modulate_streams`: several `fxopt::norm_modulate` at once, of text and image say.
 
-What is a tensor there, and eps, is a list here with one entry per stream. Norm, offsets, dtypes and
-the number of features are common to all; rows and operands differ as they like. Autograd is that of
+What is a tensor or a number there is a list here with one entry per stream. Norm, dtypes and the
+number of features are common to all; rows and operands differ as they like. Autograd is that of
 `norm_modulate_linears_streams`.
 """
 
@@ -27,7 +27,7 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     if len(calls) == 1:
         return [below_autograd(norm_modulate, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
-    settings = (norm[0], eps, weight_offset[0], scale_offset[0], h_dtype[0], dtype[0])
+    settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
     return _by_stream(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
 
 
@@ -36,7 +36,7 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     if len(calls) == 1:
         return [norm_modulate_backward(*calls[0])]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
-    settings = (norm[0], weight_offset[0], scale_offset[0], dtype[0])
+    settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
     return _by_stream(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
 
@@ -48,18 +48,20 @@ def _by_stream(results: Sequence[Tensor], num_results: int) -> list[tuple[Tensor
 
 def _calls(args: Sequence[Any]) -> list[Call]:
     """Arguments of `norm_modulate` for each stream, from those of all."""
-    tensors, (norm, eps, *settings) = args[:NUM_OPERANDS], args[NUM_OPERANDS:]
+    tensors, (norm, *constants, h_dtype, dtype) = args[:NUM_OPERANDS], args[NUM_OPERANDS:]
     _require_one_width(tensors[0])
-    return [(*t, norm, e, *settings) for *t, e in zip(*tensors, eps, strict=True)]
+    each = zip(zip(*tensors, strict=True), zip(*constants, strict=True), strict=True)
+    return [(*t, norm, *c, h_dtype, dtype) for t, c in each]
 
 
 def _backward_calls(args: Sequence[Any]) -> list[Call]:
     """Arguments of `norm_modulate_backward` for each stream, from those of all."""
-    tensors, (*settings, needs, recompute) = args[:12], args[12:]
+    tensors, (norm, *offsets, dtype, needs, recompute) = args[:12], args[12:]
     _require_one_width(tensors[2])
     of_stream = [needs[i : i + NUM_OPERANDS] for i in range(0, len(needs), NUM_OPERANDS)]
-    each = zip(*tensors, of_stream, recompute, strict=True)
-    return [(*t, *settings, needed, again) for *t, needed, again in each]
+    last = zip(of_stream, recompute, strict=True)
+    each = zip(zip(*tensors, strict=True), zip(*offsets, strict=True), last, strict=True)
+    return [(*t, norm, *o, dtype, *needed) for t, o, needed in each]
 
 
 def _require_one_width(inputs: Iterable[Tensor]) -> None:
@@ -125,7 +127,8 @@ _OPERANDS = (
 # (y, h, mean, rstd) of each stream
 norm_modulate_streams = register(
     f"norm_modulate_streams(Tensor[] x, Tensor?[] residual, {_OPERANDS}, str norm, float[] eps, "
-    "float weight_offset, float scale_offset, ScalarType h_dtype, ScalarType dtype) -> Tensor[]",
+    "float[] weight_offset, float[] scale_offset, ScalarType h_dtype, ScalarType dtype) "
+    "-> Tensor[]",
     native=_native,
     fake=_fake,
     triton=_triton,
@@ -133,8 +136,8 @@ norm_modulate_streams = register(
 # (dh, dx, dgate, dweight, dbias, dscale, dshift, dx_bias, y) of each stream
 norm_modulate_streams_backward = register(
     "norm_modulate_streams_backward(Tensor?[] grad_y, Tensor?[] grad_h, Tensor[] h, Tensor?[] x, "
-    f"{_OPERANDS}, Tensor[] mean, Tensor[] rstd, str norm, float weight_offset, "
-    "float scale_offset, ScalarType dtype, bool[] needs, bool[] recompute) -> Tensor[]",
+    f"{_OPERANDS}, Tensor[] mean, Tensor[] rstd, str norm, float[] weight_offset, "
+    "float[] scale_offset, ScalarType dtype, bool[] needs, bool[] recompute) -> Tensor[]",
     native=_native_backward,
     fake=_fake_backward,
     triton=_triton_backward,

@@ -35,11 +35,11 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
-    """`forward` of each call, in one launch; norm, offsets, dtypes and D are those of the first."""
+    """`forward` of each call, in one launch; the norm and D are those of the first."""
     found: list[tuple[Tensor, ...]] = []
     streams: list[kernels.Forward] = []
     num_tokens = 0
-    for *tensors, norm, eps, _, _, h_dtype, dtype in calls:
+    for *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype in calls:
         x, residual, gate, _, _, scale, shift, _ = tensors
         results = op.outputs(x, residual, norm, h_dtype, dtype)
         found.append(results)
@@ -48,12 +48,13 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             num_tokens += groups.num_groups * groups.num_rows
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
             rows = (_rows(t, x, groups) for t in tensors)
-            streams.append(kernels.Forward._make((*rows, *results, eps, *sizes)))
+            constants = eps, weight_offset, scale_offset
+            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes)))
     if streams:
-        x, norm, offsets = calls[0][0], calls[0][8], calls[0][10:12]
+        x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), x.shape[-1], *offsets, NORM=norm, **tile(x.shape[-1], 16)
+                tuple(streams), x.shape[-1], NORM=norm, **tile(x.shape[-1], 16)
             )
     return found
 
@@ -64,7 +65,7 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     present = [s for s in streams if s.num_tokens]
     if present:
         a = present[0].arguments
-        num_features, offsets = a.h.shape[-1], (a.weight_offset, a.scale_offset)
+        num_features = a.h.shape[-1]
         num_resident, num_tokens = _num_resident(a.h), sum(s.num_tokens for s in present)
         for s in present:
             s.share(max(1, num_resident * s.num_tokens // num_tokens))
@@ -72,12 +73,12 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         summed = [s for s in present if s.sums]
         with torch.cuda.device_of(a.h):
             kernels.backward_kernel[(num_programs,)](
-                tuple(s.rows() for s in present), num_features, *offsets,
+                tuple(s.rows() for s in present), num_features,
                 NORM=a.norm, **tile(num_features, 8),
             )  # fmt: skip
             if summed:
                 kernels.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
-                    tuple(s.reduction() for s in summed), num_features, *offsets,
+                    tuple(s.reduction() for s in summed), num_features,
                     BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
                 )  # fmt: skip
     return [s.finished() for s in streams]
@@ -153,17 +154,20 @@ class _Stream:
         return kernels.Backward._make((
             *(_rows(t, a.h, groups) for t in inputs), a.mean, a.rstd,
             _present(dh), _present(dx), self.dgate, self.dscale, _present(y),
-            *(self.sums or [None] * 4), *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
+            *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
+            *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
         ))  # fmt: skip
 
     def reduction(self) -> kernels.Reduce:
         """Arguments of the second kernel, which makes the gradients of operands from the sums."""
+        a = self.arguments
         _, weight, bias, scale, *_ = self.operands
         affine = weight, bias, None if self.per_row[3] else scale
         sizes = self.groups.num_groups, self.num_programs
         return kernels.Reduce._make((
-            *(_rows(t, self.arguments.h, self.groups) for t in affine), *self.sums,
-            *(t.argument for t in self.targets), *map(unspecialized, sizes),
+            *(_rows(t, a.h, self.groups) for t in affine), *self.sums,
+            *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
+            *map(unspecialized, sizes),
         ))  # fmt: skip
 
     def finished(self) -> tuple[Tensor, ...]:

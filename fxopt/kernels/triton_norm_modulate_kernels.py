@@ -39,6 +39,8 @@ class Forward(NamedTuple):
     mean: Any
     rstd: Any
     eps: Any
+    weight_offset: Any
+    scale_offset: Any
     num_groups: Any
     num_rows: Any
 
@@ -73,6 +75,8 @@ class Backward(NamedTuple):
     a_sums: Any
     c_sums: Any
     x_sums: Any
+    weight_offset: Any
+    scale_offset: Any
     num_groups: Any
     num_rows: Any
     num_programs: Any
@@ -98,6 +102,8 @@ class Reduce(NamedTuple):
     dscale: Any
     dshift: Any
     dx_bias: Any
+    weight_offset: Any
+    scale_offset: Any
     num_groups: Any
     num_programs: Any
 
@@ -143,9 +149,7 @@ def _modulate(n, scale, shift, scale_offset, group, row, cols, mask):
 
 
 @triton.jit
-def _forward_row(
-    s, token, num_features, weight_offset, scale_offset, NORM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
@@ -165,29 +169,25 @@ def _forward_row(
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + s.eps)
         tl.store(s.rstd + token, row_rstd)
-        n = _affine(value * row_rstd, s.weight, s.bias, weight_offset, cols, mask)
-        out = _modulate(n, s.scale, s.shift, scale_offset, group, row, cols, mask)
+        n = _affine(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
+        out = _modulate(n, s.scale, s.shift, s.scale_offset, group, row, cols, mask)
         tl.store(s.y + token * num_features + cols, out.to(s.y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def forward_kernel(
-    streams, num_features, weight_offset, scale_offset, NORM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def forward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program is one row."""
     token = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(streams)):
         num_tokens = size(streams[i].num_groups).to(tl.int64) * size(streams[i].num_rows)
         if (token >= 0) & (token < num_tokens):
-            _forward_row(
-                streams[i], token, num_features, weight_offset, scale_offset, NORM, BLOCK_D
-            )
+            _forward_row(streams[i], token, num_features, NORM, BLOCK_D)
         token -= num_tokens
 
 
 @triton.jit
 def _backward_rows(
-    s, group, program, num_features, weight_offset, scale_offset,
+    s, group, program, num_features,
     NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows `program`, `program + num_programs`, ... of a group."""
@@ -211,23 +211,23 @@ def _backward_rows(
                 n = tl.where(mask, n - tl.load(s.mean + token), 0.0)
             n = n * row_rstd
             if s.y is not None:
-                out = _affine(n, s.weight, s.bias, weight_offset, cols, mask)
-                out = _modulate(out, s.scale, s.shift, scale_offset, group, row, cols, mask)
+                out = _affine(n, s.weight, s.bias, s.weight_offset, cols, mask)
+                out = _modulate(out, s.scale, s.shift, s.scale_offset, group, row, cols, mask)
                 _store(s.y, offsets, out, mask)
             if s.grad_y[0] is not None:
                 dn = _load(s.grad_y, group, row, cols, mask)
                 if s.dscale is not None:
-                    affine = _affine(n, s.weight, s.bias, weight_offset, cols, mask)
+                    affine = _affine(n, s.weight, s.bias, s.weight_offset, cols, mask)
                     _store(s.dscale, offsets, dn * affine, mask)
                 if s.SCALE_PER_ROW:
-                    dn = dn * (scale_offset + _load(s.scale, group, row, cols, mask))
+                    dn = dn * (s.scale_offset + _load(s.scale, group, row, cols, mask))
                 if s.a_sums is not None:
                     a_sum += dn * n
                     c_sum += dn
                 if s.scale[0] is not None and not s.SCALE_PER_ROW:
-                    dn = dn * (scale_offset + _load(s.scale, group, 0, cols, mask))
+                    dn = dn * (s.scale_offset + _load(s.scale, group, 0, cols, mask))
                 if s.weight[0] is not None:
-                    dn = dn * (weight_offset + _load(s.weight, 0, 0, cols, mask))
+                    dn = dn * (s.weight_offset + _load(s.weight, 0, 0, cols, mask))
                 dvalue += _norm_backward(dn, n, num_features, NORM) * row_rstd
         _store(s.dh, offsets, dvalue, mask)
         if s.gate_sums is not None or s.dgate is not None:
@@ -250,9 +250,7 @@ def _backward_rows(
 
 
 @triton.jit
-def backward_kernel(
-    streams, num_features, weight_offset, scale_offset, NORM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program strides over the rows of one group."""
     program = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(streams)):
@@ -261,7 +259,7 @@ def backward_kernel(
         if (program >= 0) & (program < total):
             _backward_rows(
                 streams[i], program // num_programs, program % num_programs,
-                num_features, weight_offset, scale_offset, NORM, BLOCK_D,
+                num_features, NORM, BLOCK_D,
             )  # fmt: skip
         program -= total
 
@@ -297,7 +295,7 @@ def _stored(out, total, cols, mask):
 
 @triton.jit
 def _reduce_stream(
-    s, cols, mask, num_features, weight_offset, scale_offset,
+    s, cols, mask, num_features,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_programs = size(s.num_programs)
@@ -312,9 +310,9 @@ def _reduce_stream(
         dx = _column_sum(s.x_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
         factor, affine_da = zero + 1.0, da
         if s.scale[0] is not None:
-            factor = scale_offset + _load(s.scale, group, 0, cols, mask)
+            factor = s.scale_offset + _load(s.scale, group, 0, cols, mask)
         if s.weight[0] is not None:
-            affine_da = da * (weight_offset + _load(s.weight, 0, 0, cols, mask))
+            affine_da = da * (s.weight_offset + _load(s.weight, 0, 0, cols, mask))
         if s.bias[0] is not None:
             affine_da += dc * _load(s.bias, 0, 0, cols, mask)
         gate_total = _reduced(s.dgate, gate_total, dg, group, cols, mask)
@@ -333,7 +331,7 @@ def _reduce_stream(
 
 @triton.jit
 def reduce_kernel(
-    streams, num_features, weight_offset, scale_offset,
+    streams, num_features,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program makes the gradients of BLOCK_D features of a stream's operands."""
@@ -341,6 +339,4 @@ def reduce_kernel(
     mask = cols < num_features
     for i in tl.static_range(len(streams)):
         if tl.program_id(1) == i:
-            _reduce_stream(
-                streams[i], cols, mask, num_features, weight_offset, scale_offset, BLOCK_P, BLOCK_D
-            )
+            _reduce_stream(streams[i], cols, mask, num_features, BLOCK_P, BLOCK_D)

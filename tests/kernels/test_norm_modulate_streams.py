@@ -41,13 +41,13 @@ def made(
         if norm == "none":
             affine, scale, shift = (False, False), None, None
         inputs = operands(gate, affine, scale, shift, dtype, shape, biased)
-        call = (*inputs, norm, EPS * (i + 1), 1.0, 1.0, dtype, dtype)
+        call = (*inputs, norm, EPS * (i + 1), 1.0, float(i), dtype, dtype)
         _, h, mean, rstd = forward(*call)
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype)
         grad_y = None if norm == "none" else grad
         grad_h = None if gate == "no residual" else grad.flip(1)
         saved = (inputs[0] if gate == "no residual" else h, inputs[0], *inputs[2:], mean, rstd)
-        rest = (norm, 1.0, 1.0, dtype, [True] * 8, norm != "none")
+        rest = (norm, 1.0, float(i), dtype, [True] * 8, norm != "none")
         calls.append(call)
         back.append((grad_y, grad_h, *saved, *rest))
     return calls, back
@@ -56,13 +56,13 @@ def made(
 def joined(calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Arguments of `norm_modulate_streams`, from those of each call."""
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
-    settings = (weight_offset[0], scale_offset[0], h_dtype[0], dtype[0])
-    return (*map(list, tensors), norm[0], list(eps), *settings)
+    numbers = map(list, (eps, weight_offset, scale_offset))
+    return (*map(list, tensors), norm[0], *numbers, h_dtype[0], dtype[0])
 
 
 def joined_backward(calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     *tensors, norm, weight_offset, scale_offset, dtype, needs, again = zip(*calls, strict=True)
-    settings = (norm[0], weight_offset[0], scale_offset[0], dtype[0])
+    settings = (norm[0], list(weight_offset), list(scale_offset), dtype[0])
     return (*map(list, tensors), *settings, [n for need in needs for n in need], list(again))
 
 

@@ -24,13 +24,12 @@ from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 NUM_OPERANDS = 8
-# What makes a stream one step deeper.
+# Products and attentions: what makes a stream one step deeper.
 STEPS = (
     ir.LINEAR,
     ir.SDPA,
     linears,
     gated_activation_linear,
-    norm_modulate,
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
@@ -52,14 +51,15 @@ class Stream:
         return self.call.args[:NUM_OPERANDS]
 
     @property
-    def eps(self) -> Any:
-        return self.call.args[9]
+    def numbers(self) -> tuple[Any, ...]:
+        """eps and the offsets."""
+        return self.call.args[9:12]
 
     @property
     def common(self) -> tuple[Any, ...]:
-        """What streams share: the norm, its offsets, the dtypes, the number of features."""
-        norm, _, *settings = self.call.args[NUM_OPERANDS:14]
-        return norm, *settings, ir.expression(ir.shape(self.operands[0])[-1])
+        """What streams share: the norm, the dtypes, the number of features."""
+        num_features = ir.expression(ir.shape(self.operands[0])[-1])
+        return self.call.args[8], *self.call.args[12:14], num_features
 
 
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
@@ -67,22 +67,34 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if first is None:
         return
     depths = _depths(anchor.graph)
-    nodes = (n for n in anchor.graph.nodes if depths[n] == depths[anchor])
-    streams = [s for n in nodes if (s := _stream(n)) is not None and s.common == first.common]
+    streams: list[Stream] = []
+    for node in anchor.graph.nodes:
+        stream = _stream(node) if depths[node] == depths[anchor] else None
+        if stream is not None and stream.common == first.common:
+            calls = {s.call for s in streams}
+            streams += [stream] if not _depends(node, calls, depths) else []
     if len(streams) > 1 and streams[0].call is anchor:
         yield _bind(streams)
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node the steps on the longest way to it, itself included.
-
-    Two steps at one depth do not depend on one another.
-    """
+    """For each node the steps on the longest way to it, itself included."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
         before = max((found[i] for i in node.all_input_nodes), default=0)
         found[node] = before + ir.is_call(node, *STEPS)
     return found
+
+
+def _depends(node: fx.Node, others: set[fx.Node], depths: dict[fx.Node, int]) -> bool:
+    """Whether `node` depends on one of `others`, all at its own depth."""
+    stack = [node]
+    while stack:
+        inputs = stack.pop().all_input_nodes
+        if others.intersection(inputs):
+            return True
+        stack += [i for i in inputs if depths[i] == depths[node]]
+    return False
 
 
 def _stream(call: fx.Node) -> Stream | None:
@@ -104,9 +116,10 @@ def _bind(streams: list[Stream]) -> Binding:
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given: dict[Any, Any] = dict(zip(inputs, nodes, strict=True)) | {None: None}
         fields = [[given[n] for n in f] for f in zip(*(s.operands for s in streams), strict=True)]
-        norm, _, *settings = streams[0].call.args[NUM_OPERANDS:14]
+        numbers = map(list, zip(*(s.numbers for s in streams), strict=True))
+        norm, *dtypes, _ = streams[0].common
         op = call(
-            norm_modulate_linears_streams, *fields, norm, [s.eps for s in streams], *settings,
+            norm_modulate_linears_streams, *fields, norm, *numbers, *dtypes,
             [given[w] for s in streams for w in s.weights],
             [given[b] for s in streams for b in s.biases],
             [len(s.weights) for s in streams],
@@ -127,10 +140,33 @@ def _bind(streams: list[Stream]) -> Binding:
     return Binding(anchor, inputs, outs, emit, "norm_modulate_streams", regroups=True, carries=outs)
 
 
+def share_residual(graph: fx.Graph) -> None:
+    """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
+    for node in list(graph.nodes):
+        if not ir.is_call(node, norm_modulate_linears, norm_modulate_linears_streams):
+            continue
+        is_one = ir.is_call(node, norm_modulate_linears)
+        xs, residuals = ([a] if is_one else a for a in node.args[:2])
+        for i, (x, residual) in enumerate(zip(xs, residuals, strict=True)):
+            readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
+            if residual is None and readers and not ir.is_written(x, graph):
+                with graph.inserting_after(node):
+                    h = graph.call_function(operator.getitem, (node, 1))
+                if not is_one:
+                    with graph.inserting_after(h):
+                        h = graph.call_function(operator.getitem, (h, i))
+                h.meta = dict(x.meta)
+                for reader in readers:
+                    reader.replace_input_with(x, h)
+
+
+FUSED_NORMS = (norm_modulate, norm_modulate_linears, norm_modulate_linears_streams)
+
 RULE = Rule(
     name="merge_streams",
     version=1,
     anchors=(norm_modulate_linears, norm_modulate),
     propose=propose,
     compiled=False,
+    finish=share_residual,
 )
