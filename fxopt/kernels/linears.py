@@ -1,9 +1,8 @@
-"""Linears that share an input, and the op that makes that input, as one autograd node.
+"""Linears that share an input as one autograd node: they add up its gradient inside their GEMMs.
 
 A linear keeps its input for its weight gradient. Where a fused op makes that input from tensors
-that are kept anyway, the pair keeps only those: the backward of the op makes the input once more in
-the pass that it does in any case. Linears on one input add up its gradient inside their GEMMs.
-`norm_modulate_linears` has such pairs of its own.
+that are kept anyway, `norm_modulate_linears` and `gated_activation_linear` keep only those: the
+backward of the op makes the input once more in the pass that it does in any case.
 
 The backward of a linear whose output is split runs one product per piece, on rows of its one
 weight: the gradients of the pieces then need not be joined.
@@ -22,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.registration import below_autograd, register_composite
+from fxopt.kernels.registration import register_composite
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -68,67 +66,6 @@ class Linears(torch.autograd.Function):
         return None, dx, *parameter_gradients(grads, x, weights, ctx.pieces, needs)
 
 
-class GatedActivationLinear(torch.autograd.Function):
-    """[beside | act(gate) * up] -> linear: neither the activation nor the concatenation is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        settings: tuple[str, str],
-        gate: Tensor,
-        up: Tensor | None,
-        beside: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(gate, up, beside, weight)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        y = below_autograd(gated_activation, gate, up, *settings)
-        if beside is None:
-            return F.linear(y, weight, bias)
-        # Two products into one output instead of a copy of both operands into one input. The first
-        # writes where it is told: a checkpoint may keep what a product returns, as it was.
-        width = beside.shape[-1]
-        out = y.new_empty(*y.shape[:-1], weight.shape[0])
-        out_TN, first = _flat(out), (_flat(beside), weight[:, :width].t())
-        if bias is None:
-            torch.mm(*first, out=out_TN)
-        else:
-            torch.addmm(bias, *first, out=out_TN)
-        out_TN.addmm_(_flat(y), weight[:, width:].t())
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
-        if grad is None:
-            return (None,) * 6
-        gate, up, beside, weight = ctx.saved_tensors
-        _, needs_gate, needs_up, needs_beside, needs_weight, needs_bias = ctx.needs_input_grad
-        width = 0 if beside is None else beside.shape[-1]
-        grad_TN = _flat(grad)
-        d_input = (grad_TN @ weight).view(*gate.shape[:-1], weight.shape[1])
-        dgate, dup, y = torch.ops.fxopt.gated_activation_backward(
-            d_input[..., width:], gate, up, *ctx.settings, needs_weight
-        )
-        dweight = None
-        if needs_weight:
-            dweight = torch.empty_like(weight)
-            torch.mm(grad_TN.t(), _flat(y), out=dweight[:, width:])
-            if beside is not None:
-                torch.mm(grad_TN.t(), _flat(beside), out=dweight[:, :width])
-        return (
-            None,
-            dgate if needs_gate else None,
-            dup if needs_up else None,
-            d_input[..., :width] if needs_beside else None,
-            dweight,
-            grad_TN.sum(0) if needs_bias else None,
-        )
-
-
 def products(
     x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None], pieces: Pieces
 ) -> tuple[Tensor, ...]:
@@ -140,7 +77,8 @@ def products(
     )
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """[T, features]."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -153,7 +91,7 @@ def input_gradient(
         if grad is None:
             continue
         rows = weights[i][start:stop]
-        dx_TK = _flat(grad) @ rows if dx_TK is None else dx_TK.addmm_(_flat(grad), rows)
+        dx_TK = flat(grad) @ rows if dx_TK is None else dx_TK.addmm_(flat(grad), rows)
     return None if dx_TK is None else dx_TK.view(shape)
 
 
@@ -173,15 +111,15 @@ def parameter_gradients(
             continue
         whole = stop - start == weights[i].shape[0]
         if needs[i] and whole:
-            dweights[i] = _flat(grad).t() @ _flat(x)
+            dweights[i] = flat(grad).t() @ flat(x)
         elif needs[i]:
             dweight = _buffer(dweights, i, weights[i], pieces, grads)
-            torch.mm(_flat(grad).t(), _flat(x), out=dweight[start:stop])
+            torch.mm(flat(grad).t(), flat(x), out=dweight[start:stop])
         if needs[num_linears + i] and whole:
-            dbiases[i] = _flat(grad).sum(0)
+            dbiases[i] = flat(grad).sum(0)
         elif needs[num_linears + i]:
             dbias = _buffer(dbiases, i, weights[i][:, 0], pieces, grads)
-            torch.sum(_flat(grad), 0, out=dbias[start:stop])
+            torch.sum(flat(grad), 0, out=dbias[start:stop])
     return [*dweights, *dbiases]
 
 
@@ -210,24 +148,6 @@ def _linears(
     return list(Linears.apply(as_pieces(pieces), x, *weights, *biases))
 
 
-def _gated_activation_linear(
-    gate: Tensor,
-    up: Tensor | None,
-    activation: str,
-    packing: str,
-    beside: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    settings = (activation, packing)
-    return GatedActivationLinear.apply(settings, gate, up, beside, weight, bias)
-
-
 linears = register_composite(
     "linears(Tensor x, Tensor[] weights, Tensor?[] biases, int[] pieces) -> Tensor[]", _linears
-)
-gated_activation_linear = register_composite(
-    "gated_activation_linear(Tensor gate, Tensor? up, str activation, str packing, "
-    "Tensor? beside, Tensor weight, Tensor? bias) -> Tensor",
-    _gated_activation_linear,
 )

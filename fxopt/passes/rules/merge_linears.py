@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.linears import gated_activation_linear, linears
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.passes import algebra, ir

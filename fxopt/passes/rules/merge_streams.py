@@ -1,4 +1,4 @@
-"""The norms of two streams, text and image say, in one launch each way.
+"""The norms of two streams, text and image say, in one launch each way; likewise the activations.
 
 They join where both are ready: at one depth, counted in products and attentions. Their linears
 stay as they are, a product per stream, in the one autograd node. A compiler schedules kernels on
@@ -8,13 +8,17 @@ its own, so the rule serves eager execution only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fxopt.kernels.linears import as_pieces, gated_activation_linear, linears
+from fxopt.kernels.gated_activation_linear import (
+    gated_activation_linear,
+    gated_activation_linear_streams,
+)
+from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
@@ -30,51 +34,36 @@ STEPS = (
     ir.SDPA,
     linears,
     gated_activation_linear,
+    gated_activation_linear_streams,
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A call of norm_modulate, with its linears or without a norm, and the nodes of its results."""
-
-    call: fx.Node
-    weights: list[fx.Node]
-    biases: list[fx.Node | None]
-    pieces: tuple[tuple[int, int, int], ...]
-    outs: dict[int, fx.Node]
-    h: fx.Node | None
-
-    @property
-    def operands(self) -> tuple[Any, ...]:
-        return self.call.args[:NUM_OPERANDS]
-
-    @property
-    def numbers(self) -> tuple[Any, ...]:
-        """eps and the offsets."""
-        return self.call.args[9:12]
-
-    @property
-    def common(self) -> tuple[Any, ...]:
-        """What streams share: the norm, the dtypes, the number of features."""
-        num_features = ir.expression(ir.shape(self.operands[0])[-1])
-        return self.call.args[8], *self.call.args[12:14], num_features
-
-
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
-    first = _stream(anchor)
-    if first is None:
+    common = _common(anchor)
+    if common is None:
         return
     depths = _depths(anchor.graph)
-    streams: list[Stream] = []
+    calls: list[fx.Node] = []
     for node in anchor.graph.nodes:
-        stream = _stream(node) if depths[node] == depths[anchor] else None
-        if stream is not None and stream.common == first.common:
-            calls = {s.call for s in streams}
-            streams += [stream] if not _depends(node, calls, depths) else []
-    if len(streams) > 1 and streams[0].call is anchor:
-        yield _bind(streams)
+        if depths[node] == depths[anchor] and _common(node) == common:
+            calls += [node] if not _depends(node, set(calls), depths) else []
+    if len(calls) > 1 and calls[0] is anchor:
+        is_norm = calls[0].target is not gated_activation_linear
+        yield _bind_norms([_norm(c) for c in calls]) if is_norm else _bind_activations(calls)
+
+
+def _common(call: fx.Node) -> tuple[Any, ...] | None:
+    """What the streams of a launch share; None where `call` is none that can be one of them."""
+    if ir.is_call(call, norm_modulate) and call.args[NUM_OPERANDS] != "none":
+        return None  # kept for something that is no linear
+    if ir.is_call(call, norm_modulate, norm_modulate_linears):
+        return "norm", call.args[8], *call.args[12:14], ir.expression(ir.shape(call.args[0])[-1])
+    if ir.is_call(call, gated_activation_linear):
+        gate, _, activation, packing = call.args[:4]
+        return activation, packing, ir.dtype(gate), ir.expression(ir.shape(gate)[-1])
+    return None
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -97,47 +86,91 @@ def _depends(node: fx.Node, others: set[fx.Node], depths: dict[fx.Node, int]) ->
     return False
 
 
-def _stream(call: fx.Node) -> Stream | None:
-    if ir.is_call(call, norm_modulate_linears):
-        weights, biases, pieces = call.args[14:]
-        results = {u.args[1]: u for u in call.users}
-        outs = {u.args[1]: u for u in results[0].users} if 0 in results else {}
-        return Stream(call, weights, biases, as_pieces(pieces), outs, results.get(1))  # type: ignore[arg-type]
-    if ir.is_call(call, norm_modulate) and call.args[NUM_OPERANDS] == "none":
-        return Stream(call, [], [], (), {}, next(iter(call.users)))
-    return None
+@dataclass(frozen=True)
+class Norm:
+    """A call of norm_modulate, with its linears or without a norm, and the nodes of its results."""
+
+    call: fx.Node
+    weights: list[fx.Node]
+    biases: list[fx.Node | None]
+    pieces: list[int]
+    outs: dict[int, fx.Node]
+    h: fx.Node | None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        return self.call.args[:NUM_OPERANDS]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """eps and the offsets."""
+        return self.call.args[9:12]
 
 
-def _bind(streams: list[Stream]) -> Binding:
-    listed = [n for s in streams for n in (*s.operands, *s.weights, *s.biases)]
-    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
-    outputs = [n for s in streams for n in (*s.outs.values(), s.h) if n is not None]
+def _norm(call: fx.Node) -> Norm:
+    results: dict[Any, fx.Node] = {u.args[1]: u for u in call.users}
+    weights, biases, pieces = call.args[14:] or ([], [], [])
+    outs: dict[Any, fx.Node] = {u.args[1]: u for u in results[0].users} if 0 in results else {}
+    return Norm(call, weights, biases, pieces, outs, results.get(1))  # type: ignore[arg-type]
 
-    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
-        given: dict[Any, Any] = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        fields = [[given[n] for n in f] for f in zip(*(s.operands for s in streams), strict=True)]
-        numbers = map(list, zip(*(s.numbers for s in streams), strict=True))
-        norm, *dtypes, _ = streams[0].common
+
+def _bind_norms(norms: list[Norm]) -> Binding:
+    listed = [n for s in norms for n in (*s.operands, *s.weights, *s.biases)]
+    outputs = tuple(n for s in norms for n in (*s.outs.values(), s.h) if n is not None)
+
+    def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
+        fields = [[given[n] for n in f] for f in zip(*(s.operands for s in norms), strict=True)]
+        numbers = map(list, zip(*(s.numbers for s in norms), strict=True))
+        norm, *dtypes = (norms[0].call.args[i] for i in (8, 12, 13))
         op = call(
             norm_modulate_linears_streams, *fields, norm, *numbers, *dtypes,
-            [given[w] for s in streams for w in s.weights],
-            [given[b] for s in streams for b in s.biases],
-            [len(s.weights) for s in streams],
-            [number for s in streams for piece in s.pieces for number in piece],
-            [len(s.pieces) for s in streams],
+            [given[w] for s in norms for w in s.weights],
+            [given[b] for s in norms for b in s.biases],
+            [len(s.weights) for s in norms],
+            [number for s in norms for number in s.pieces],
+            [len(s.pieces) // 3 for s in norms],
         )  # fmt: skip
         outs, hs = (call(operator.getitem, op, i) for i in range(2))
         results: list[fx.Node] = []
         start = 0
-        for i, s in enumerate(streams):
+        for i, s in enumerate(norms):
             results += [call(operator.getitem, outs, start + k) for k in s.outs]
             results += [call(operator.getitem, hs, i)] if s.h is not None else []
-            start += len(s.pieces)
+            start += len(s.pieces) // 3
         return tuple(results)
 
+    return _binding("norm_modulate_streams", norms[0].call, listed, outputs, emit)
+
+
+def _bind_activations(calls: list[fx.Node]) -> Binding:
+    gates, ups, _, _, *others = map(list, zip(*(c.args for c in calls), strict=True))
+    activation, packing = calls[0].args[2:4]
+    listed = [n for field in (gates, ups, *others) for n in field]
+
+    def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
+        fields = [[given[n] for n in field] for field in (gates, ups, *others)]
+        settings = (*fields[:2], activation, packing, *fields[2:])
+        op = call(gated_activation_linear_streams, *settings)
+        return tuple(call(operator.getitem, op, i) for i in range(len(calls)))
+
+    return _binding("gated_activation_streams", calls[0], listed, tuple(calls), emit)
+
+
+def _binding(
+    op: str,
+    anchor: fx.Node,
+    listed: list[Any],
+    outputs: tuple[fx.Node, ...],
+    emit: Callable[[Call, dict[Any, Any]], tuple[fx.Node, ...]],
+) -> Binding:
+    """`emit` takes what stands for each of the nodes in `listed`, some of which are None."""
+    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+
+    def emit_from(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        return emit(call, dict(zip(inputs, nodes, strict=True)) | {None: None})
+
     # Grouped otherwise, not computed otherwise.
-    anchor, outs = streams[0].call, tuple(outputs)
-    return Binding(anchor, inputs, outs, emit, "norm_modulate_streams", regroups=True, carries=outs)
+    return Binding(anchor, inputs, outputs, emit_from, op, regroups=True, carries=outputs)
 
 
 def share_residual(graph: fx.Graph) -> None:
@@ -165,7 +198,7 @@ FUSED_NORMS = (norm_modulate, norm_modulate_linears, norm_modulate_linears_strea
 RULE = Rule(
     name="merge_streams",
     version=1,
-    anchors=(norm_modulate_linears, norm_modulate),
+    anchors=(norm_modulate_linears, norm_modulate, gated_activation_linear),
     propose=propose,
     compiled=False,
     finish=share_residual,
