@@ -23,7 +23,7 @@ from fxopt.cli import main
 from fxopt.demo.training import Scale, batches, build_model, flow_loss
 from fxopt.diagnose import profile_page
 from fxopt.diagnose.compiles import Compile
-from fxopt.diagnose.errors import CannotWrite, RankEnded, TooFewSteps
+from fxopt.diagnose.errors import CannotWrite, EmptyWindow, RankEnded, TooFewSteps
 from fxopt.diagnose.findings import findings, mean_walls, spreads
 from fxopt.diagnose.marking import marked, outermost_modules, parts
 from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
@@ -273,6 +273,12 @@ def test_a_full_disk_when_the_trace_is_written(tmp_path, monkeypatch):
     with pytest.raises(CannotWrite, match=r"rank0_trace.json.gz: No space left on device"):
         loop(Profile(tmp_path, Window(1, 1, 1)), 20)
     assert torch.save.__module__ == "torch.serialization"  # marks are gone
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, -1)])
+def test_a_window_without_steps_is_refused(counts):
+    with pytest.raises(EmptyWindow, match="each must be at least 1"):
+        Window(*counts)
 
 
 def test_a_loop_that_is_too_short_is_said(tmp_path, capsys):
