@@ -151,4 +151,4 @@ class RankEnded(FxoptError):
 
     rank: int
     error: str
-    template = "rank {rank} has no profile, because it ended with {error}"
+    template = "rank {rank} has no profile, because it ended with {error}; its output says where"
