@@ -49,6 +49,7 @@ bench-gpu: $(READY)
 	$(BIN)/python -m fxopt bench kernels --device cuda --tokens 1024 4096 16384 --out out/kernels.json
 	$(BIN)/python -m fxopt bench preset flux-dev --device cuda --door optimize swap compile --out out/flux-dev.json
 	$(BIN)/python -m fxopt bench preset wan2.1-14b --device cuda --door optimize swap --ac none full --out out/wan.json
+	$(BIN)/python -m fxopt bench preset flux-dev --device cuda --door swap compile --recipe fp8 fp8_rowwise --out out/recipes.json
 
 clean:
 	rm -rf .venv
