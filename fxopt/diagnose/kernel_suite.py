@@ -43,7 +43,7 @@ def _norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     from fxopt.kernels.norm_modulate import norm_modulate
 
-    affine = (None, None, scale, shift)
+    affine = (None, None, scale, shift, None)
     y, h, *_ = norm_modulate(x, residual, gate, *affine, "layer", 1e-6, 0.0, 1.0, x.dtype, x.dtype)
     return y, h
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import Arguments, rows
 
 aten = torch.ops.aten
 
@@ -258,12 +259,18 @@ class GatedActivation(torch.autograd.Function):
         return dgate if needs_gate else None, dup if needs_up else None, None, None
 
 
+def _is_elementwise(arguments: Arguments) -> bool:
+    """Whether features stand alone: a shard of packed halves is not two halves."""
+    return arguments["packing"] == "none"
+
+
 gated_activation = register(
     "gated_activation(Tensor gate, Tensor? up, str activation, str packing) -> Tensor",
     native=native,
     fake=_fake,
     triton=triton_forward,
     function=GatedActivation,
+    sharding=rows("gate", "up", outputs=[None], is_elementwise=_is_elementwise),
 )
 gated_activation_backward = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor? up, str activation, str packing,"
@@ -271,4 +278,5 @@ gated_activation_backward = register(
     native=native_backward,
     fake=_fake_backward,
     triton=triton_backward,
+    sharding=rows("gate", "up", "grad", outputs=[None] * 3, is_elementwise=_is_elementwise),
 )

@@ -83,14 +83,14 @@ class NormModulateLinears(torch.autograd.Function):
     def forward(
         ctx: Any, settings: tuple[Any, ...], pieces: Pieces, *tensors: Tensor | None
     ) -> Any:
-        operands, x_bias, parameters = tensors[:7], tensors[7], tensors[8:]
+        operands, parameters = tensors[:8], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
-        y, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings, x_bias)
-        x, residual, gate, *modulation = operands
+        y, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings)
+        x, residual, gate, *others = operands
         h = x if residual is None else h
         branch = x if gate is not None else None
-        ctx.save_for_backward(h, branch, gate, *modulation, mean, rstd, x_bias, *weights)
+        ctx.save_for_backward(h, branch, gate, *others, mean, rstd, *weights)
         ctx.settings, ctx.pieces = settings, pieces
         ctx.set_materialize_grads(False)
         return (*_forward(y, weights, biases, pieces), h)
@@ -100,7 +100,7 @@ class NormModulateLinears(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        (h, branch, gate, *modulation, mean, rstd, x_bias), weights = saved[:10], saved[10:]
+        (h, branch, gate, *others, mean, rstd), weights = saved[:10], saved[10:]
         *grad_outs, grad_h = grads
         norm, _, weight_offset, scale_offset, _, dtype = ctx.settings
         needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
@@ -108,11 +108,9 @@ class NormModulateLinears(torch.autograd.Function):
         if dy is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
         recompute = dy is not None and any(needs_parameters)
-        constants = (norm, weight_offset, scale_offset, dtype, needs, recompute, x_bias)
-        found = norm_modulate_backward(
-            dy, grad_h, h, branch, gate, *modulation, mean, rstd, *constants
-        )
-        operand_grads = operand_gradients(found, dy, grad_h, h, gate, modulation, needs)
+        constants = (norm, weight_offset, scale_offset, dtype, needs, recompute)
+        found = norm_modulate_backward(dy, grad_h, h, branch, gate, *others, mean, rstd, *constants)
+        operand_grads = operand_gradients(found, dy, grad_h, h, gate, others[3], needs)
         y = found[-1]
         parameter_grads = parameter_gradients(grad_outs, y, weights, ctx.pieces, needs_parameters)
         return None, None, *operand_grads, *parameter_grads
@@ -256,14 +254,8 @@ def _linears(
 
 
 def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases, pieces), x_bias = (
-        args[:7],
-        args[7:13],
-        args[13:16],
-        args[16:],
-    )
-    tensors = (*operands, *(x_bias or (None,)), *weights, *biases)
-    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *tensors)
+    operands, settings, (weights, biases, pieces) = args[:8], args[8:14], args[14:]
+    *outs, h = NormModulateLinears.apply(settings, _pieces(pieces), *operands, *weights, *biases)
     return outs, h
 
 
@@ -285,10 +277,9 @@ linears = register_composite(
 )
 norm_modulate_linears = register_composite(
     "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
-    "ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] pieces, "
-    "Tensor? x_bias=None) "
-    "-> (Tensor[] outs, Tensor h)",
+    "Tensor? scale, Tensor? shift, Tensor? x_bias, str norm, float eps, float weight_offset, "
+    "float scale_offset, ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, "
+    "int[] pieces) -> (Tensor[] outs, Tensor h)",
     _norm_modulate_linears,
 )
 gated_activation_linear = register_composite(

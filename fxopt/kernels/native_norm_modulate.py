@@ -81,13 +81,13 @@ def forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     norm: str,
     eps: float,
     weight_offset: float,
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return outputs(x, residual, norm, h_dtype, dtype)
@@ -148,6 +148,7 @@ def backward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norm: str,
@@ -156,7 +157,6 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
     recompute: bool,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     affine_operands, opmath = (weight, bias, scale, shift), rstd.dtype
     operands = (gate, *affine_operands, x_bias)

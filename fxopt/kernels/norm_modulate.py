@@ -29,6 +29,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import rows
 
 
 def reference(
@@ -39,13 +40,13 @@ def reference(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     norm: str,
     eps: float,
     weight_offset: float,
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, h)` of the op in plain, differentiable PyTorch.
 
@@ -59,11 +60,11 @@ def reference(
             empty.
         gate, scale, shift: broadcastable to `x`, any float dtype, or None.
         weight, bias: `[D]`, any float dtype, or None.
+        x_bias: `[D]`, any float dtype, or None; needs a residual.
         norm: "layer" (biased variance), "rms", or "none" (needs a residual; `y` is then empty).
         eps: added to the variance or mean square.
         weight_offset, scale_offset: constants added to `weight` and `scale`.
         h_dtype, dtype: dtypes of `h` and `y`.
-        x_bias: `[D]`, any float dtype, or None; needs a residual.
 
     Numerics: fp32 throughout (fp64 where an operand or result is fp64), `h` and `y` rounded once,
     the norm taken of the rounded `h`.
@@ -88,14 +89,13 @@ def reference(
 
 
 def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return outputs(x, residual, *(args[i] for i in (5, 9, 10)))
+    return outputs(x, residual, *(args[i] for i in (6, 10, 11)))
 
 
 def _fake_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    x_bias = args[13] if len(args) > 13 else None
-    operands, (dtype, needs, recompute) = (*args[:5], x_bias), args[10:13]
+    operands, (dtype, needs, recompute) = args[:6], args[-3:]
     wants = wanted(grad_y, h, operands, needs)
     return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
 
@@ -106,12 +106,10 @@ class NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, h, mean, rstd = below_autograd(norm_modulate, *args)
-        x, residual, gate, *affine = args[:7]
-        x_bias = args[13] if len(args) > 13 else None
-        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[7:13]
+        x, residual, gate, *others = args[:8]
+        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[8:]
         ctx.x_dtype = x.dtype
         ctx.residual_dtype = x.dtype if residual is None else residual.dtype
-        ctx.num_absent = len(args) - 7
         ctx.set_materialize_grads(False)
         absent = [
             t for t, is_absent in ((y, ctx.norm == "none"), (h, residual is None)) if is_absent
@@ -119,32 +117,29 @@ class NormModulate(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd, *absent)
         branch = x if ctx.needs_input_grad[2] else None
         kept = None if ctx.norm == "none" else x if residual is None else h
-        ctx.save_for_backward(kept, branch, gate, *affine, mean, rstd, x_bias)
+        ctx.save_for_backward(kept, branch, gate, *others, mean, rstd)
         return y, h, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y, grad_h = grads[:2]
+        no_grads = (None,) * 6
         if grad_y is None and grad_h is None:
-            return (None,) * (7 + ctx.num_absent)
-        kept, branch, gate, *affine, mean, rstd, x_bias = ctx.saved_tensors
+            return (None,) * 8 + no_grads
+        kept, branch, gate, *others, mean, rstd = ctx.saved_tensors
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
-        needs = [*ctx.needs_input_grad[:7], x_bias is not None and ctx.needs_input_grad[13]]
+        needs = ctx.needs_input_grad[:8]
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
         constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype
         found = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *affine, mean, rstd, *constants, needs, False, x_bias
+            grad_y, grad_h, h, x, gate, *others, mean, rstd, *constants, needs, False
         )
-        dx, dresidual, *others, dx_bias = operand_gradients(
-            found, grad_y, grad_h, h, gate, affine, needs
-        )
+        shift = others[3]
+        dx, dresidual, *rest = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
         dx = None if dx is None else dx.to(ctx.x_dtype)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
-        constants_grads: list[Tensor | None] = [None] * ctx.num_absent
-        if x_bias is not None:
-            constants_grads[6] = dx_bias
-        return dx, dresidual, *others, *constants_grads
+        return dx, dresidual, *rest, *no_grads
 
 
 def operand_gradients(
@@ -153,7 +148,7 @@ def operand_gradients(
     grad_h: Tensor | None,
     h: Tensor,
     gate: Tensor | None,
-    affine: Sequence[Tensor | None],
+    shift: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x, residual, gate, weight, bias, scale, shift and x_bias, None where not needed.
@@ -161,7 +156,7 @@ def operand_gradients(
     `found` is what the backward op returned; what it leaves out is a gradient that came in.
     """
     grads: list[Tensor | None] = [*found[2:-1]]
-    dresidual, dx, shift = grad_h if grad_y is None else found[0], found[1], affine[3]
+    dresidual, dx = grad_h if grad_y is None else found[0], found[1]
     if grad_y is None:
         grads[1:5] = [None] * 4
     elif shift is not None and passes_through(shift, h):
@@ -172,15 +167,15 @@ def operand_gradients(
 
 SCHEMA = (
     "norm_modulate(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, str norm, float eps, float weight_offset, float scale_offset, "
-    "ScalarType h_dtype, ScalarType dtype, Tensor? x_bias=None) "
+    "Tensor? scale, Tensor? shift, Tensor? x_bias, str norm, float eps, float weight_offset, "
+    "float scale_offset, ScalarType h_dtype, ScalarType dtype) "
     "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 BACKWARD_SCHEMA = (
     "norm_modulate_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor? x, Tensor? gate, "
-    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, "
-    "str norm, float weight_offset, float scale_offset, ScalarType dtype, bool[8] needs, "
-    "bool recompute, Tensor? x_bias=None) -> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, "
+    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, Tensor mean, "
+    "Tensor rstd, str norm, float weight_offset, float scale_offset, ScalarType dtype, "
+    "bool[8] needs, bool recompute) -> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, "
     "Tensor dbias, Tensor dscale, Tensor dshift, Tensor dx_bias, Tensor y)"
 )
 
@@ -189,26 +184,32 @@ def _launches_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> int:
     """One pass over the rows, and one over the partial sums if there are any."""
-    operands = (*args[:5], args[13] if len(args) > 13 else None)
-    return 1 + any(wanted(grad_y, h, operands, args[11]))
+    return 1 + any(wanted(grad_y, h, args[:6], args[-2]))
 
 
 def _triton(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    in_fp64 = opmath_of(args[0], *args[11:13]) == torch.float64
+    in_fp64 = opmath_of(args[0], *args[-2:]) == torch.float64
     return native.forward(*args) if in_fp64 else triton_norm_modulate.forward(*args)
 
 
 def _triton_backward(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    in_fp64 = args[10].dtype == torch.float64
+    in_fp64 = args[11].dtype == torch.float64
     return native.backward(*args) if in_fp64 else triton_norm_modulate.backward(*args)
 
 
+_OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
+
 norm_modulate = register(
-    SCHEMA, native=native.forward, fake=_fake, triton=_triton, function=NormModulate
+    SCHEMA,
+    native=native.forward,
+    fake=_fake,
+    triton=_triton,
+    function=NormModulate,
+    sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
 )
 norm_modulate_backward = register(
     BACKWARD_SCHEMA,
@@ -216,4 +217,7 @@ norm_modulate_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+    sharding=rows(
+        "h", "grad_h", "grad_y", operands=_OPERANDS, outputs=[None, None, *_OPERANDS, None]
+    ),
 )

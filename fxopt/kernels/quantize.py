@@ -78,7 +78,9 @@ def triton(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None
     from fxopt.kernels import triton_quantize
 
     operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
-    if x.numel() and all(o is None or triton_quantize.covers(o) for o in operands):
+    # The first units that cast to e4m3; Triton refuses to compile the cast for others.
+    can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if x.numel() and can_cast and all(o is None or triton_quantize.covers(o) for o in operands):
         x_RC = x.reshape(-1, x.shape[-1])
         return tuple(triton_quantize.quantize(x_RC, *operands))  # type: ignore[return-value]
     return native(x, rows, columns, seed)

@@ -31,13 +31,13 @@ def forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     norm: str,
     eps: float,
     weight_offset: float,
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's forward, with fp32 statistics."""
     results = y, h, mean, rstd = op.outputs(x, residual, norm, h_dtype, dtype)
@@ -65,6 +65,7 @@ def backward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norm: str,
@@ -73,7 +74,6 @@ def backward(
     dtype: torch.dtype,
     needs: Sequence[bool],
     recompute: bool,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The op's backward: one pass over the rows, then one over the partial sums."""
     operands = (gate, weight, bias, scale, shift, x_bias)
@@ -87,7 +87,8 @@ def backward(
     per_row = [_varies_per_row(t) for t in operands]
     dgate = rstd.new_empty(h.shape) if wants[0] and per_row[0] else None
     dscale = rstd.new_empty(h.shape) if wants[3] and per_row[3] else None
-    summed = [wants[0] and not per_row[0], any(wants[1:5]), any(wants[1:5]), wants[5]]
+    shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
+    summed = [shared[0], any(shared[1:5]), any(shared[1:5]), shared[5]]
     each = iter(rstd.new_empty(sum(summed), groups.num_groups, num_programs, h.shape[-1]))
     sums = [next(each) if want else None for want in summed]
     inputs = (grad_y, grad_h, h, x if wants[0] else None, *operands)

@@ -46,9 +46,16 @@ def _affine(n, weight, bias, weight_offset, cols, mask):
 
 
 @triton.jit
-def _modulate(n, scale, shift, scale_offset, group, row, cols, mask):
+def _factor(scale, scale_offset, group, row, cols, mask):
     if scale[0] is not None:
-        n = n * (scale_offset + _load(scale, group, row, cols, mask))
+        return scale_offset + _load(scale, group, row, cols, mask)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _modulate(n, factor, shift, group, row, cols, mask):
+    n = n * factor
     if shift[0] is not None:
         n = n + _load(shift, group, row, cols, mask)
     return n
@@ -77,12 +84,17 @@ def forward_kernel(
     if NORM != "none":
         if NORM == "layer":
             row_mean = tl.sum(value, 0) / num_features
+            if x[0].dtype.element_ty == tl.float32 or h.dtype.element_ty == tl.float32:
+                # What the sum rounded off, or a row of one value has a variance. Sums of 16-bit
+                # values round nothing off there.
+                row_mean += tl.sum(tl.where(mask, value - row_mean, 0.0), 0) / num_features
             tl.store(mean + token, row_mean)
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + eps)
         tl.store(rstd + token, row_rstd)
         n = _affine(value * row_rstd, weight, bias, weight_offset, cols, mask)
-        out = _modulate(n, scale, shift, scale_offset, group, row, cols, mask)
+        factor = _factor(scale, scale_offset, group, row, cols, mask)
+        out = _modulate(n, factor, shift, group, row, cols, mask)
         tl.store(y + token * num_features + cols, out.to(y.dtype.element_ty), mask=mask)
 
 
@@ -119,9 +131,10 @@ def backward_kernel(
             if NORM == "layer":
                 n = tl.where(mask, n - tl.load(mean + token), 0.0)
             n = n * row_rstd
+            factor = _factor(scale, scale_offset, group, row, cols, mask)
             if y is not None:
                 out = _affine(n, weight, bias, weight_offset, cols, mask)
-                out = _modulate(out, scale, shift, scale_offset, group, row, cols, mask)
+                out = _modulate(out, factor, shift, group, row, cols, mask)
                 _store(y, offsets, out, mask)
             if grad_y[0] is not None:
                 dn = _load(grad_y, group, row, cols, mask)
@@ -129,7 +142,7 @@ def backward_kernel(
                     affine = _affine(n, weight, bias, weight_offset, cols, mask)
                     _store(dscale, offsets, dn * affine, mask)
                 if SCALE_PER_ROW:
-                    dn = dn * (scale_offset + _load(scale, group, row, cols, mask))
+                    dn = dn * factor
                 if a_sums is not None:
                     a_sum += dn * n
                     c_sum += dn

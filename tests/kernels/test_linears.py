@@ -66,8 +66,9 @@ def plain_norm(x, residual, gate, scale, shift, w, b, x_bias=None):
 
 def fused_norm(x, residual, gate, scale, shift, w, b, x_bias=None):
     dtypes = (torch.float64, torch.float64)
-    settings = ("layer", 1e-6, 0.0, 1.0, *dtypes, [w], [b], [0, 0, N], x_bias)
-    outs, h = norm_modulate_linears(x, residual, gate, None, None, scale, shift, *settings)
+    settings = ("layer", 1e-6, 0.0, 1.0, *dtypes, [w], [b], [0, 0, N])
+    operands = (x, residual, gate, None, None, scale, shift, x_bias)
+    outs, h = norm_modulate_linears(*operands, *settings)
     return [*outs, h]
 
 

@@ -66,6 +66,7 @@ def test_norm_modulate(norm, width, dtype):
             (width,) if affine else None,
             (2, 1, width) if modulated else None,
             (2, 1, width) if modulated else None,
+            (width,) if gated else None,
             dtype=dtype,
         )
 
@@ -125,7 +126,7 @@ def test_gated_activation(activation, packing, dtype):
 
 def test_backward_is_deterministic():
     inputs = leaves((4, 4608, 3072), None, None, None, None, (4, 1, 3072), (4, 1, 3072),
-                    dtype=torch.bfloat16)  # fmt: skip
+                    None, dtype=torch.bfloat16)  # fmt: skip
 
     def op(*tensors):
         settings = ("layer", 1e-6, 0.0, 1.0, torch.bfloat16, torch.bfloat16)

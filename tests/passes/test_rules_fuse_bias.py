@@ -43,8 +43,8 @@ def test_fires():
         """\
 unsqueeze = aten.unsqueeze(inputs_2, 1)
 linear = aten.linear(inputs_1, p_w)
-norm_modulate_1 = fxopt.norm_modulate(linear, inputs_0, unsqueeze, None, None, None, None,
-    'none', 0.0, 0.0, 0.0, float32, float32, p_b)
+norm_modulate_1 = fxopt.norm_modulate(linear, inputs_0, unsqueeze, None, None, None, None, p_b,
+    'none', 0.0, 0.0, 0.0, float32, float32)
 getitem_1 = norm_modulate_1[1]
 return (getitem_1,)""",
     )

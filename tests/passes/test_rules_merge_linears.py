@@ -54,8 +54,8 @@ def test_a_norm_and_its_linears():
         """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 norm_modulate_linears = fxopt.norm_modulate_linears(inputs_0, None, None, None, None, unsqueeze,
-    None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None], [0, 0, 16, 1,
-    0, 16])
+    None, None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None], [0, 0,
+    16, 1, 0, 16])
 getitem_1 = norm_modulate_linears[0]
 getitem_2 = getitem_1[0]
 getitem_3 = getitem_1[1]
@@ -89,15 +89,15 @@ def test_the_residual_goes_on_from_the_norm():
         """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 norm_modulate_linears = fxopt.norm_modulate_linears(inputs_0, None, None, None, None, unsqueeze,
-    None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None], [0, 0, 16, 1,
-    0, 16])
+    None, None, 'layer', 1e-05, 0.0, 1.0, float32, float32, [p_q, p_k], [p_bias, None], [0, 0,
+    16, 1, 0, 16])
 getitem_5 = norm_modulate_linears[1]
 getitem_2 = norm_modulate_linears[0]
 getitem_3 = getitem_2[0]
 getitem_4 = getitem_2[1]
 add_1 = aten.add.Tensor(getitem_3, getitem_4)
 gelu = aten.gelu(add_1)
-norm_modulate_1 = fxopt.norm_modulate(gelu, getitem_5, unsqueeze, None, None, None, None,
+norm_modulate_1 = fxopt.norm_modulate(gelu, getitem_5, unsqueeze, None, None, None, None, None,
     'none', 0.0, 0.0, 0.0, float32, float32)
 getitem_1 = norm_modulate_1[1]
 return (getitem_1,)""",

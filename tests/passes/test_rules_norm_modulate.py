@@ -42,7 +42,7 @@ def test_norm_and_modulation():
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, unsqueeze_1,
-    'layer', 1e-06, 0.0, 1.0, float32, float32)
+    None, 'layer', 1e-06, 0.0, 1.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",
     )
@@ -55,7 +55,7 @@ def test_gated_residual_and_norm():
         """\
 unsqueeze = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_1, inputs_0, unsqueeze, p_weight, None, None, None,
-    'rms', 1e-06, 0.0, 0.0, float32, float32)
+    None, 'rms', 1e-06, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 getitem_1 = norm_modulate[1]
 return (getitem_1, getitem)""",
@@ -69,7 +69,7 @@ def test_gated_residual_alone():
         """\
 tanh = aten.tanh(inputs_2)
 unsqueeze = aten.unsqueeze(tanh, 1)
-norm_modulate = fxopt.norm_modulate(inputs_1, inputs_0, unsqueeze, None, None, None, None,
+norm_modulate = fxopt.norm_modulate(inputs_1, inputs_0, unsqueeze, None, None, None, None, None,
     'none', 0.0, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[1]
 return (getitem,)""",
@@ -86,11 +86,11 @@ def test_two_modulations_of_one_norm():
         found.code(),
         """\
 unsqueeze = aten.unsqueeze(inputs_1, 1)
-norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, None, 'layer',
-    1e-06, 0.0, 1.0, float32, float32)
+norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, None, None,
+    'layer', 1e-06, 0.0, 1.0, float32, float32)
 getitem = norm_modulate[0]
 unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
-norm_modulate_1 = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze_1, None,
+norm_modulate_1 = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze_1, None, None,
     'layer', 1e-06, 0.0, 1.0, float32, float32)
 getitem_1 = norm_modulate_1[0]
 return (getitem, getitem_1)""",
@@ -108,7 +108,7 @@ def test_a_scale_without_the_one_is_read_as_such():
 unsqueeze = aten.unsqueeze(inputs_1, 1)
 unsqueeze_1 = aten.unsqueeze(inputs_2, 1)
 norm_modulate = fxopt.norm_modulate(inputs_0, None, None, None, None, unsqueeze, unsqueeze_1,
-    'layer', 1e-05, 0.0, 0.0, float32, float32)
+    None, 'layer', 1e-05, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",
     )

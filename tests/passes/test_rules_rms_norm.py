@@ -25,8 +25,8 @@ def test_a_chain_becomes_one_op():
     assert_expected_inline(
         found.code(),
         """\
-norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, 'rms',
-    1e-06, 0.0, 0.0, float32, float32)
+norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, None,
+    'rms', 1e-06, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",
     )
@@ -49,8 +49,8 @@ def test_layer_norm_by_hand():
     assert_expected_inline(
         found.code(),
         """\
-norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, p_bias, None, None, 'layer',
-    1e-05, 0.0, 0.0, float32, float32)
+norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, p_bias, None, None, None,
+    'layer', 1e-05, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",
     )
@@ -67,8 +67,8 @@ def test_weight_offset_is_read_off():
     assert_expected_inline(
         found.code(),
         """\
-norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, 'rms',
-    1e-06, 1.0, 0.0, float32, float32)
+norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_weight, None, None, None, None,
+    'rms', 1e-06, 1.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",
     )
@@ -81,7 +81,7 @@ def test_machine_epsilon_is_bound():
     assert_expected_inline(
         found.code(),
         """\
-norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_norm_weight, None, None, None,
+norm_modulate = fxopt.norm_modulate(inputs_0, None, None, p_norm_weight, None, None, None, None,
     'rms', 1.1920928955078125e-07, 0.0, 0.0, float32, float32)
 getitem = norm_modulate[0]
 return (getitem,)""",

@@ -110,7 +110,8 @@ class Normed(NamedTuple):
         return ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
 
     def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
-        return (self.x, self.residual, self.gate, n.weight, n.bias, self.scale, self.shift)
+        affine = (n.weight, n.bias, self.scale, self.shift)
+        return (self.x, self.residual, self.gate, *affine, None)
 
     def _h_dtype(self) -> torch.dtype:
         return self.h_dtype or promoted(self.x, self.residual, self.gate)
@@ -140,7 +141,7 @@ def gated_residual(
         return residual + x
     fire("norm_modulate", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)
-    operands = (x, residual, gate, None, None, None, None)
+    operands = (x, residual, gate, None, None, None, None, None)
     return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
 
 

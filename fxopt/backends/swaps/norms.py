@@ -31,7 +31,7 @@ def normed(norm: nn.Module, x: Tensor, weight_offset: float) -> Tensor:
     """RMSNorm of x [..., D] by the parameters of `norm`."""
     n = read_norm(norm, x, weight_offset)
     fire("rms_norm", "norm_modulate")
-    operands = (x, None, None, n.weight, n.bias, None, None)
+    operands = (x, None, None, n.weight, n.bias, None, None, None)
     dtype = promoted(x, n.weight, n.bias)
     return ops.norm_modulate(*operands, *n[:3], 0.0, x.dtype, dtype)[0]
 

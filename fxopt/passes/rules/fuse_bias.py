@@ -21,9 +21,10 @@ MAX_FEATURES_WITH_ALL_SUMS = 4096
 
 def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     assert ir.is_call(op, norm_modulate)
-    linear, residual, gate, *affine = op.args[:7]
-    settings, x_bias = op.args[7:13], op.args[13:]
-    if residual is None or x_bias or not ir.is_call(linear, ir.LINEAR) or len(linear.users) > 1:
+    linear, residual, gate, *affine, x_bias = op.args[:8]
+    if residual is None or x_bias is not None:
+        return
+    if not ir.is_call(linear, ir.LINEAR) or len(linear.users) > 1:
         return
     x, weight, bias = (ir.arguments(linear)[name] for name in ("input", "weight", "bias"))
     if bias is None or linear in (residual, gate, *affine):
@@ -39,7 +40,7 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         x, weight, bias, *operands = (given[n] for n in listed)
         product = call(ir.LINEAR, x, weight)
-        fused = call(norm_modulate, product, *operands, *settings, bias)
+        fused = call(norm_modulate, product, *operands, bias, *op.args[8:])
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
     # A probe would have the size of the weight: seconds and gigabytes at real widths.

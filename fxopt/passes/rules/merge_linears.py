@@ -52,7 +52,7 @@ def _norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     if norm is None:
         return None
     x = norm.x
-    operands = (x, None, None, norm.weight, norm.bias, None, None)
+    operands = (x, None, None, norm.weight, norm.bias, None, None, None)
     return (*operands, norm.kind, norm.eps, norm.weight_offset, 0.0, ir.dtype(x), ir.dtype(y))
 
 
@@ -107,20 +107,19 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
-    tensors, settings, x_bias = operands[:7], operands[7:13], operands[13:]
+    tensors, settings = operands[:8], operands[8:]
     weights, biases = _parameters(group)
     products, pieces = _split(group)
     h = None
     if ir.is_call(y, operator.getitem):
         h = next((u for u in y.args[0].users if u.args[1] == 1), None)
-    listed = (*tensors, *x_bias, *weights, *biases)
+    listed = (*tensors, *weights, *biases)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        w, b, bias = ([given[n] for n in group] for group in (weights, biases, x_bias))
-        tensors = (given[n] for n in listed[:7])
-        op = call(norm_modulate_linears, *tensors, *settings, w, b, pieces, *bias)
+        operands, w, b = ([given[n] for n in nodes] for nodes in (tensors, weights, biases))
+        op = call(norm_modulate_linears, *operands, *settings, w, b, pieces)
         outs = call(operator.getitem, op, 0)
         results = [call(operator.getitem, outs, i) for i in range(len(products))]
         if h is not None:

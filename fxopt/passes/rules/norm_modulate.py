@@ -79,7 +79,7 @@ def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
 
     def emit(call: Call, residual: fx.Node, branch: fx.Node, gate: fx.Node) -> fx.Node:
         h_dtype = ir.dtype(found.out)
-        args = (branch, residual, gate, None, None, None, None)
+        args = (branch, residual, gate, None, None, None, None, None)
         op = call(norm_modulate, *args, "none", 0.0, 0.0, 0.0, h_dtype, h_dtype)
         return call(operator.getitem, op, 1)
 
@@ -230,7 +230,7 @@ def _emit_one(
     dtype: torch.dtype,
 ) -> fx.Node:
     tensors = [arg[k] for k in ("x", "residual", "gate", "weight", "bias")]
-    tensors += [arg[f"scale{i}"], arg[f"shift{i}"]]
+    tensors += [arg[f"scale{i}"], arg[f"shift{i}"], None]
     settings = (norm.kind, norm.eps, norm.weight_offset, modulation.scale_offset, h_dtype, dtype)
     return call(operator.getitem, call(norm_modulate, *tensors, *settings), 0)
 

@@ -145,7 +145,7 @@ def _bind(
         given = dict(zip(inputs, nodes, strict=True))
         affine = [given[n] if n is not None else None for n in (weight, bias)]
         settings = (kind, eps, weight_offset, 0.0, h_dtype, dtype)
-        op = call(norm_modulate, given[x], None, None, *affine, None, None, *settings)
+        op = call(norm_modulate, given[x], None, None, *affine, None, None, None, *settings)
         return call(operator.getitem, op, 0)
 
     return Binding(anchor, inputs, (end,), emit, "norm_modulate")
