@@ -51,6 +51,7 @@ bench-cpu: $(READY)
 # Results land in bench/results/, named by the device.
 bench-gpu: $(READY)
 	$(BIN)/python -m bench.kernels --save
+	$(BIN)/python -m bench.attention --save
 	$(BIN)/python -m bench.blocks --save
 
 clean:

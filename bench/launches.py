@@ -54,11 +54,15 @@ def norm_modulate(
     norm: str = "layer",
     dtype: torch.dtype = BF16,
     per_token: str = "",
+    num_streams: int = 1,
 ) -> None:
-    """`operands` are the names of those that are there; gate, scale and shift are in `dtype`."""
+    """`operands` are the names of those that are there; gate, scale and shift are in `dtype`.
+
+    Every stream has a token more than the one before it.
+    """
     from fxopt.kernels import triton_norm_modulate as provider
 
-    def operand(name: str) -> Tensor | None:
+    def operand(name: str, num_tokens: int) -> Tensor | None:
         if name not in operands.split():
             return None
         if name in ("weight", "bias", "x_bias"):
@@ -69,17 +73,19 @@ def norm_modulate(
         return randn(batch, rows, width, dtype=dtype)
 
     names = ("residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
-    residual, *affine, x_bias = (operand(name) for name in names)
-    x, grad_y = randn(batch, num_tokens, width), randn(batch, num_tokens, width)
-    constants = (norm, EPS, 0.0, 1.0, BF16, BF16)
-    _, h, mean, rstd = provider.forward(x, residual, *affine, x_bias, *constants)
-    grad_h = None if residual is None else randn(batch, num_tokens, width)
-    needs = [t is not None for t in (x, residual, *affine, x_bias)]
-    is_normed = norm != "none"
-    provider.backward(
-        grad_y if is_normed else None, grad_h, x if residual is None else h, x, *affine, x_bias,
-        mean, rstd, norm, 0.0, 1.0, BF16, needs, is_normed,
-    )  # fmt: skip
+    forwards, backwards = [], []
+    for num in range(num_tokens, num_tokens + num_streams):
+        x, residual, *affine = randn(batch, num, width), *(operand(name, num) for name in names)
+        forwards.append((x, residual, *affine, norm, EPS, 0.0, 1.0, BF16, BF16))
+    for call, (_, h, mean, rstd) in zip(forwards, provider.forward_of(forwards), strict=True):
+        x, residual, *affine = call[:8]
+        grad_y = torch.randn_like(x) if norm != "none" else None
+        grad_h = None if residual is None else torch.randn_like(x)
+        needs = [t is not None for t in call[:8]]
+        saved = x if residual is None else h, x, *affine, mean, rstd
+        constants = norm, 0.0, 1.0, BF16, needs, norm != "none"
+        backwards.append((grad_y, grad_h, *saved, *constants))
+    provider.backward_of(backwards)
 
 
 def qk_norm_rope(
@@ -139,15 +145,18 @@ def qk_norm_rope(
 def gated_activation(
     batch: int, num_tokens: int, width: int, activation: str, form: str = "none"
 ) -> None:
-    """`form`: "none", "up" for a second tensor, or a packing."""
-    from fxopt.kernels.gated_activation import triton_backward, triton_forward
+    """`form`: "none", "up" for a second tensor, a packing, or "streams" for two calls in one."""
+    from fxopt.kernels.gated_activation import triton_backward_of, triton_forward_of
 
     is_packed = form == "gate_up"
-    gate = randn(batch, num_tokens, 2 * width if is_packed else width)
-    up = randn(batch, num_tokens, width) if form == "up" else None
-    arguments = (gate, up, activation, "gate_up" if is_packed else "none")
-    triton_forward(*arguments)
-    triton_backward(randn(batch, num_tokens, width), *arguments, True)
+    calls, grads = [], []
+    for num in (num_tokens, num_tokens + 1) if form == "streams" else (num_tokens,):
+        gate = randn(batch, num, 2 * width if is_packed else width)
+        up = randn(batch, num, width) if form == "up" else None
+        calls.append((gate, up, activation, "gate_up" if is_packed else "none"))
+        grads.append(randn(batch, num, width))
+    triton_forward_of(calls)
+    triton_backward_of([(grad, *call, True) for grad, call in zip(grads, calls, strict=True)])
 
 
 def quantize(
@@ -168,6 +177,7 @@ def _cases() -> Iterator[Case]:
         ("residual scale shift x_bias", wide, {"dtype": FP32}),
         ("residual gate weight bias", all_widths, {"dtype": FP32}),
         (modulated, (3072,), {"per_token": "gate scale shift"}),
+        (f"{modulated} x_bias", (3072,), {"num_streams": 2}),
         ("residual gate x_bias", wide, {"norm": "none"}),
         ("weight scale", wide, {"norm": "rms"}),
         ("weight scale shift", (3072,), {"norm": "rms", "per_token": "shift"}),
@@ -176,6 +186,7 @@ def _cases() -> Iterator[Case]:
         name = " ".join(["norm_modulate", options.get("norm", "layer"), variant])
         name += ", fp32 operands" if "dtype" in options else ""
         name += f", {options['per_token']} per token" if "per_token" in options else ""
+        name += ", two streams" if "num_streams" in options else ""
         yield Case(name, partial(norm_modulate, operands=variant, **options), widths)
     for variant, widths, options in (
         ("joint, x_bias", (3072,), {"joint": True, "biased": True}),
@@ -195,7 +206,7 @@ def _cases() -> Iterator[Case]:
         yield Case(f"qk_norm_rope {variant}", partial(qk_norm_rope, **options), widths)
     for activation, form in (
         ("gelu_tanh", "none"), ("gelu_erf", "none"), ("sigmoid", "none"), ("relu", "none"),
-        ("silu", "up"), ("silu", "gate_up"), ("gelu_tanh", "gate_up"),
+        ("silu", "up"), ("silu", "gate_up"), ("gelu_tanh", "gate_up"), ("gelu_tanh", "streams"),
     ):  # fmt: skip
         name = f"gated_activation {activation}" + (f" {form}" if form != "none" else "")
         run = partial(gated_activation, activation=activation, form=form)

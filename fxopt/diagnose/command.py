@@ -128,9 +128,16 @@ def _launch(world_size: int, out: Path, argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     command += ["--standalone", "-m", "fxopt", "bench", *argv]
     before = out.stat().st_mtime_ns if out.exists() else None
-    done = subprocess.run(command, check=False)
+    interrupted = False
+    with subprocess.Popen(command) as torchrun:
+        try:
+            torchrun.wait()
+        except KeyboardInterrupt:  # reaches torchrun as well; the ranks write what they have
+            interrupted = True
+            torchrun.wait()
     # torchrun's own code is 1 whenever a worker's is not 0.
-    if done.returncode or not out.exists() or out.stat().st_mtime_ns == before:
+    failed = torchrun.returncode and not interrupted
+    if failed or not out.exists() or out.stat().st_mtime_ns == before:
         return 2
     return _worst(record.read(out).claims)
 

@@ -90,6 +90,19 @@ class TooFewSteps(FxoptError):
 
 
 @dataclass(eq=False)
+class EmptyWindow(FxoptError):
+    """A part of a profile has no steps."""
+
+    num_skipped: int
+    num_plain: int
+    num_profiled: int
+    template = (
+        "a profile of {num_skipped} skipped, {num_plain} plain and {num_profiled} profiled steps "
+        "has nothing to compare; each must be at least 1"
+    )
+
+
+@dataclass(eq=False)
 class NoSuchDevice(FxoptError):
     """`--device` names what this machine does not have."""
 
@@ -138,4 +151,4 @@ class RankEnded(FxoptError):
 
     rank: int
     error: str
-    template = "rank {rank} has no profile, because it ended with {error}"
+    template = "rank {rank} has no profile, because it ended with {error}; its output says where"

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fxopt.diagnose.compiles import Compile, compiles
-from fxopt.diagnose.errors import CannotWrite, TooFewSteps
+from fxopt.diagnose.errors import CannotWrite, EmptyWindow, TooFewSteps
 from fxopt.diagnose.holding import Peak, peak
 from fxopt.diagnose.marking import marked, outermost_modules
 from fxopt.diagnose.phases import Step, steps
@@ -44,11 +44,18 @@ class Window:
         num_skipped: first steps, which compile and allocate.
         num_plain: timed without the profiler.
         num_profiled: traced; behind them allocations are recorded in one more.
+
+    Raises:
+        EmptyWindow: if one of them is below 1.
     """
 
     num_skipped: int = 3
     num_plain: int = 8
     num_profiled: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.num_skipped, self.num_plain, self.num_profiled) < 1:
+            raise EmptyWindow(self.num_skipped, self.num_plain, self.num_profiled)
 
     @property
     def num_steps(self) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from fxopt.diagnose.kinds import kind
 from fxopt.diagnose.trace import Columns
 
-NUM_TOP = 10
+# Of each step; a page shows fewer, so that what is in one step is seldom left out of another.
+NUM_TOP = 40
 
 
 def by_name(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs, Sum
+from fxopt.kernels.triton_sizes import unspecialized
 
 MAX_TILE = 4096  # elements of a program, unless a norm across the heads needs more
 WARPS_PER_SM = 16  # of the backward: few partial sums, enough loads in flight
@@ -134,8 +135,7 @@ def _section_inputs(s: Section, rotation: str, y: Tensor) -> Inputs:
 
 
 def _unspecialized(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Odd numbers above 1: Triton compiles anew for a 1 and for multiples of 16 in a tuple."""
-    return tuple(2 * size + 3 for size in sizes)
+    return tuple(map(unspecialized, sizes))
 
 
 def _sizes(a: Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:

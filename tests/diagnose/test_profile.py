@@ -23,12 +23,19 @@ from fxopt.cli import main
 from fxopt.demo.training import Scale, batches, build_model, flow_loss
 from fxopt.diagnose import profile_page
 from fxopt.diagnose.compiles import Compile
-from fxopt.diagnose.errors import CannotWrite, RankEnded, TooFewSteps
+from fxopt.diagnose.errors import CannotWrite, EmptyWindow, RankEnded, TooFewSteps
 from fxopt.diagnose.findings import findings, mean_walls, spreads
 from fxopt.diagnose.marking import marked, outermost_modules, parts
 from fxopt.diagnose.phases import EXPOSED, PHASES, Phase, Step
 from fxopt.diagnose.profile_results import load
-from fxopt.diagnose.profiling import Profile, Profiled, Window, report_on
+from fxopt.diagnose.profiling import (
+    Profile,
+    Profiled,
+    Window,
+    allocator_counts,
+    report_on,
+    snapshot,
+)
 from fxopt.report import Applied, Declined, Report
 
 ROOT = Path(__file__).parents[2]
@@ -268,6 +275,12 @@ def test_a_full_disk_when_the_trace_is_written(tmp_path, monkeypatch):
     assert torch.save.__module__ == "torch.serialization"  # marks are gone
 
 
+@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, -1)])
+def test_a_window_without_steps_is_refused(counts):
+    with pytest.raises(EmptyWindow, match="each must be at least 1"):
+        Window(*counts)
+
+
 def test_a_loop_that_is_too_short_is_said(tmp_path, capsys):
     profile = Profile(tmp_path, Window(1, 2, 3))
     loop(profile, 5)
@@ -393,6 +406,33 @@ def test_allocations_from_the_device_are_named():
     assert (found.name, found.seconds) == ("allocator", 0.02)
     assert "20% of the step in cudaMalloc and cudaFree" in found.evidence
     assert found.evidence.endswith("without the profiler: num_device_alloc 3")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA allocator that notes what it is asked."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 1, "other": 2})
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda enabled="all": asked.append(enabled)
+    )
+    monkeypatch.setattr(
+        torch.cuda.memory, "_dump_snapshot", lambda path: asked.append(Path(path).name)
+    )
+    return asked
+
+
+def test_a_snapshot_is_taken_on_cuda_and_the_recording_ends(cuda, tmp_path):
+    with snapshot(tmp_path / "memory.pickle"):
+        assert cuda == ["all"]
+    assert cuda == ["all", "memory.pickle", None]
+    with pytest.raises(KeyError), snapshot(tmp_path / "memory.pickle"):
+        raise KeyError
+    assert cuda[3:] == ["all", None]
+    counts = dict.fromkeys(("num_device_alloc", "num_device_free", "num_alloc_retries"), 0)
+    assert allocator_counts() == counts | {"num_ooms": 1}
 
 
 class Model(nn.Module):

@@ -1,8 +1,10 @@
 """Processes that measure together: shared decisions, and a rank that raises or is silent."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,9 +124,14 @@ def bench(folder: Path, candidate: str, *options: str, baseline: str = "plain"):
 @pytest.mark.parametrize(
     ("baseline", "candidate", "error"),
     [
-        ("plain", "raises_alone", "rank 1: ValueError: planted"),
         ("reducing", "raises_before_a_collective", "rank 1: ValueError: planted"),
-        ("plain", "absent_on_rank_one", "rank 1: ValueError: no data here"),
+        pytest.param(
+            *("plain", "raises_alone", "rank 1: ValueError: planted"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("plain", "absent_on_rank_one", "rank 1: ValueError: no data here"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_raises_alone_ends_all_with_its_error(tmp_path, baseline, candidate, error):
@@ -143,3 +150,29 @@ def test_a_rank_that_hangs_is_named_after_the_time_limit(tmp_path):
     (claim,) = record.read(tmp_path / "claim.json").claims
     assert claim.stop.error.startswith("rank 1: has not come to decision")
     assert claim.stop.error.endswith("within 3 s")
+
+
+@pytest.mark.slow
+def test_control_c_on_two_ranks_leaves_a_partial_record(tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fxopt", "bench", "steps.py:plain", "--candidate"),
+            *("steps.py:plain", "--margin", "1e-9", "--seconds", "60", "--world-size", "2"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for line in process.stderr:
+            if line.endswith("step: timing\n"):
+                break
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        process.communicate(timeout=60)
+    assert process.returncode == 3
+    (claim,) = record.read(tmp_path / "claim.json").claims
+    assert claim.status == "interrupted"
+    assert claim.samples.rounds

@@ -180,6 +180,7 @@ def test_the_compiled_door_from_the_command_line(small, tmp_path, monkeypatch):
     assert quantized == [False, True]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_kernel_case(tmp_path):
     done = subprocess.run(
         [

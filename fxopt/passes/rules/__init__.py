@@ -8,6 +8,7 @@ from fxopt.passes.rules import (
     gated_activation,
     merge_linears,
     merge_qk,
+    merge_streams,
     norm_modulate,
     qk_norm_rope,
     quantized_linear,
@@ -25,4 +26,5 @@ CATALOGUE: tuple[Rule, ...] = (
     merge_qk.RULE,
     fuse_bias.RULE,
     merge_linears.RULE,
+    merge_streams.RULE,
 )
