@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_linears import quantized_linears
 from tests.kernels.interpreted import Interpreted
