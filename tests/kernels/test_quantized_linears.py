@@ -280,9 +280,9 @@ OPERANDS = sorted({str(o) for r in RECIPES.values() for _, g in r.gemms for o in
 @pytest.mark.parametrize("shape", [(2, 37, 64), (5, 24), (0, 16)])
 def test_fakes_have_the_shapes_of_the_real(name: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    real = quantize(x, name, name, SEED)
+    real = quantize(x, name, name, SEED, True)
     with FakeTensorMode() as mode:
-        fake = quantize(mode.from_tensor(x), name, name, mode.from_tensor(SEED))
+        fake = quantize(mode.from_tensor(x), name, name, mode.from_tensor(SEED), True)
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.dtype) == (f.shape, f.dtype)
         assert r.stride() == f.stride() or not r.numel()
@@ -293,7 +293,7 @@ def test_opcheck() -> None:
     for name in ("e4m3/row/pow2", "e2m1/1x16/two_level"):
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(quantize, (x, name, None, None), test_utils=checks)
+        torch.library.opcheck(quantize, (x, name, None, None, True), test_utils=checks)
         a = quantize_pair(x, Operand.parse(name), None).rows
         args = (*a, *a, None, name, name, False, torch.float32)
         torch.library.opcheck(scaled_matmul, args, test_utils=checks)

@@ -13,7 +13,7 @@ import fxopt
 from fxopt import errors
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipes import RECIPES
-from fxopt.translation import from_torchao
+from fxopt.torchao_recipes import from_torchao
 from tests.numerics import relative_l2
 
 config = pytest.importorskip("torchao.float8.config", reason="translates torchao's configurations")

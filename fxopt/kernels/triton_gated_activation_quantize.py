@@ -1,0 +1,140 @@
+"""Triton provider of `fxopt::gated_activation_quantize` and of its transposed copy.
+
+The activation, and what the linear takes beside it, is made tile by tile where it is measured, and
+again where it is cast.
+
+Shapes: M tokens, K features, of which the last F are the activation's.
+"""
+
+# Kernel parameters have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels.gated_activation import halves
+from fxopt.kernels.triton_gated_activation import value_and_gradient
+from fxopt.kernels.triton_quantize_kernels import (
+    load_tile,
+    store_amax,
+    store_codes,
+    tile_indices,
+)
+from fxopt.recipes import Operand
+
+
+@triton.jit
+def activation_tile(
+    gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
+
+    gate, up and beside are (pointer, row stride, column stride); beside has `width` columns.
+    """
+    inner = tl.where(c >= width, c - width, num_columns)
+    x = load_tile(gate[0], gate[1], gate[2], r, inner, num_rows, num_columns - width)
+    value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
+    if up[0] is not None:
+        value *= load_tile(up[0], up[1], up[2], r, inner, num_rows, num_columns - width)
+    inside = (r < num_rows)[:, None] & (inner < num_columns - width)[None, :]
+    value = tl.where(inside, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
+    if beside[0] is not None:
+        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
+        value = tl.where((c < width)[None, :], other, value)
+    return value
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def amax_kernel(
+    gate, up, beside, width, num_rows, num_columns, row_amax, column_amax, tile_amax,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`store_amax` of [beside | activation]."""
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    value = activation_tile(gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION)
+    store_amax(value, r, c, num_rows, num_columns, row_amax, column_amax, tile_amax, None)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_row_partials", "num_column_partials", "num_tiles"])
+def cast_kernel(
+    gate, up, beside, width,
+    num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+    padded_rows, padded_columns,
+    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
+    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`store_codes` of [beside | activation]."""
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    value = activation_tile(gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION)
+    store_codes(
+        value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+        padded_rows, padded_columns,
+        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
+    )  # fmt: skip
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    rows: str,
+    columns: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and amax_t; gate is not empty and not fp64."""
+    by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
+    matrix = _matrix(gate, up, beside, activation, packing)
+    amax = launch.measure(amax_kernel, matrix, by_row, by_column)
+    amax_t, of_tensor = gate.new_empty(0, dtype=torch.float32), None
+    if by_column is not None and by_column.block == "row":
+        amax_t = amax.of_columns()
+    elif by_column is not None:
+        amax_t = of_tensor = gate.new_empty(1, dtype=torch.float32)
+    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, of_tensor)[0]
+    return copy.codes, copy.scales, amax_t
+
+
+def columns(
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    columns: str,
+    amax_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the transposed copy, in one pass."""
+    by_column = Operand.parse(columns)
+    matrix = _matrix(gate, up, beside, activation, packing)
+    amax = launch.Amax.known(by_column, amax_t)
+    copy = launch.cast(cast_kernel, matrix, amax, None, by_column)[1]
+    return copy.codes, copy.scales
+
+
+def _matrix(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, activation: str, packing: str
+) -> launch.Matrix:
+    gate, up = halves(gate, up, packing)
+    width = 0 if beside is None else beside.shape[-1]
+    num_features = gate.shape[-1]
+    arguments = (*(_strided(t) for t in (gate, up, beside)), width)
+    constants = {"ACTIVATION": activation}
+    num_tokens = gate.numel() // num_features
+    return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)
+
+
+def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A tensor as [M, K]: its pointer and strides."""
+    if t is None:
+        return None, 0, 0
+    t_MK = t.reshape(-1, t.shape[-1])
+    return t_MK, t_MK.stride(0), t_MK.stride(1)
