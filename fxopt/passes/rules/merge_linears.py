@@ -15,6 +15,7 @@ from torch import fx
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
 from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
@@ -28,7 +29,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
         return
     others = [u for u in shared.users if u not in group]
-    producer = _norm_operands(shared)
+    producer = norm_operands(shared)
     if producer is not None and not others:
         yield _bind_norm(shared, producer, group)
         return
@@ -44,7 +45,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         yield _bind_linears(shared, group)
 
 
-def _norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
+def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate that makes `y`, if one does or could."""
     if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):
         return y.args[0].args
@@ -131,7 +132,8 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
     return Binding(group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries)
 
 
-def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
+def activation_operands(shared: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
+    """The gated_activation that makes `shared`, and what is joined before it, if one does."""
     activation, beside = shared, None
     if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:
         dim = ir.arguments(shared)["dim"] % len(ir.shape(shared))
@@ -140,9 +142,17 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
         beside, activation = shared.args[0]
     if not ir.is_call(activation, gated_activation) or len(activation.users) != 1:
         return None
-    gate, up, name, packing = activation.args
     if beside is not None and ir.dtype(beside) != ir.dtype(activation):
         return None
+    return activation, beside
+
+
+def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
+    found = activation_operands(shared)
+    if found is None:
+        return None
+    activation, beside = found
+    gate, up, name, packing = activation.args
     (weight,), (bias,) = _parameters([linear])
     listed = (gate, up, beside, weight, bias)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
@@ -174,7 +184,7 @@ def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
 def share_residual(graph: fx.Graph) -> None:
     """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
     for node in list(graph.nodes):
-        if not ir.is_call(node, norm_modulate_linears) or node.args[1] is not None:
+        if not ir.is_call(node, *NODES_OF_NORMS) or node.args[1] is not None:
             continue
         x = node.args[0]
         readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
@@ -186,7 +196,8 @@ def share_residual(graph: fx.Graph) -> None:
                 reader.replace_input_with(x, h)
 
 
-FUSED_NORMS = (norm_modulate, norm_modulate_linears)
+NODES_OF_NORMS = (norm_modulate_linears, norm_modulate_quantized_linears)
+FUSED_NORMS = (norm_modulate, *NODES_OF_NORMS)
 
 RULE = Rule(
     name="merge_linears",
