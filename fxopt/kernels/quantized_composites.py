@@ -44,6 +44,11 @@ def fuses(recipe: Recipe) -> bool:
     return fprop is not None and covers(fprop.a) and covers(None if wgrad is None else wgrad.b)
 
 
+def op_of(name: str, recipe: Recipe) -> str:
+    """The op behind a producer under a recipe: its form that writes codes, where it has one."""
+    return f"{name}_quantize" if fuses(recipe) else name
+
+
 def _formats(recipe: Recipe, trains: bool) -> tuple[str, str | None]:
     """How a producer quantizes for the products, and for the gradients of weights that train."""
     assert recipe.fprop is not None

@@ -27,6 +27,7 @@ from fxopt.kernels.linears import Linears, without_autocast
 from fxopt.kernels.quantize import Pair, quantize_pair
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.scaled_matmul import multiply
+from fxopt.kernels.sum_parts import sum_parts
 from fxopt.kernels.weight_casts import WeightCasts
 from fxopt.recipes import Recipe, find
 
@@ -112,7 +113,7 @@ def gradients(
     """The gradient of x [M, K]; for each linear the wgrad operand of its gradient, if its weight
     needs one; and the gradients of the biases. `needs` is of all weights, then of all biases."""
     recipe: Recipe = ctx.recipe
-    dx_MK: Tensor | None = None
+    parts: list[Tensor] = []
     operands: list[Tensor | Quantized | None] = [None] * len(grads)
     dbiases: list[Tensor | None] = [None] * len(grads)
     for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -122,12 +123,12 @@ def gradients(
         g_MN = grad.reshape(-1, grad.shape[-1])
         pair = _quantize_gradient(g_MN, recipe, needs_x, needs_weight, needs_bias)
         if needs_x:
-            part = _input_gradient(g_MN, pair.rows, weight, ctx)
-            dx_MK = part if dx_MK is None else dx_MK.add_(part)
+            parts.append(_input_gradient(g_MN, pair.rows, weight, ctx))
         if needs_weight:
             operands[i] = g_MN if recipe.wgrad is None else pair.columns
         if needs_bias:
             dbiases[i] = pair.sum
+    dx_MK = sum_parts(parts) if len(parts) > 1 else next(iter(parts), None)
     return dx_MK, operands, dbiases
 
 

@@ -132,7 +132,7 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
     return Binding(group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries)
 
 
-def activation_operands(shared: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
+def activation_operands(shared: fx.Node) -> tuple[Any, Any] | None:
     """The gated_activation that makes `shared`, and what is joined before it, if one does."""
     activation, beside = shared, None
     if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:

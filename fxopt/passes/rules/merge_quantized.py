@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.quantized_composites import (
-    fuses,
     gated_activation_quantized_linear,
     norm_modulate_quantized_linears,
+    op_of,
 )
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.passes import ir
@@ -70,7 +70,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
 def _bind_activation(
     anchor: fx.Node, shared: fx.Node, activation: fx.Node, beside: fx.Node | None
 ) -> Binding:
-    gate, up, name, packing = activation.args
+    gate, up, name, packing = _list(activation.args)
     (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
     listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]
     products, inputs = _products(anchor), _inputs(*listed)
@@ -104,8 +104,7 @@ def _binding(
 ) -> Binding:
     recipe = anchor.args[3]
     assert isinstance(recipe, str)
-    # The report's provider: of codes that the op writes, or of the op where they are emulated.
-    name = f"{op}_quantize" if fuses(find(recipe)) else op
+    name = op_of(op, find(recipe))
     return Binding(anchor, inputs, outputs, emit, name, regroups=True, carries=carries)
 
 
