@@ -206,21 +206,16 @@ def _is_of_tensor(operand: str | None) -> bool:
 
 
 def _norm_launches(*args: Any) -> int:
-    """Rows are cast where they are normed, unless they share one scale. The amax of parts that no
-    cast reduces takes a pass of its own."""
+    """Rows are cast where they are normed, unless they share one scale; else the magnitudes for
+    the transposed copy, which programs leave in parts, take a reduction."""
     rows, columns = args[-2:]
-    second = _is_of_tensor(rows)
-    return 1 + second + (columns is not None and not (second and _is_of_tensor(columns)))
+    return 2 if _is_of_tensor(rows) or columns is not None else 1
 
 
 def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
     """What is normed, where its cast waits for the scale."""
     x, residual, h = args[0], args[1], out[3]
     return [x if residual is None else h] if _is_of_tensor(args[-2]) else []
-
-
-def _activation_launches(*args: Any) -> int:
-    return 2 + (args[-1] is not None and not _is_of_tensor(args[-1]))
 
 
 norm_modulate_quantize = register(
@@ -247,7 +242,7 @@ gated_activation_quantize = register(
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
-    launches=_activation_launches,
+    launches=lambda *_: 2,
     rereads=lambda args, _: [t for t in args[:3] if t is not None],
 )
 gated_activation_quantize_columns = register(

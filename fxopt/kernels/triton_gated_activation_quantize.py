@@ -11,7 +11,6 @@ Shapes: M tokens, K features, of which the last F are the activation's.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,13 +93,9 @@ def forward(
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrix = _matrix(gate, up, beside, activation, packing)
     amax = launch.measure(amax_kernel, matrix, by_row, by_column)
-    amax_t, of_tensor = gate.new_empty(0, dtype=torch.float32), None
-    if by_column is not None and by_column.block == "row":
-        amax_t = amax.of_columns()
-    elif by_column is not None:
-        amax_t = of_tensor = gate.new_empty(1, dtype=torch.float32)
-    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, of_tensor)[0]
-    return copy.codes, copy.scales, amax_t
+    amax_t = launch.amax_for(matrix, by_column)
+    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, amax_t)[0]
+    return copy.codes, copy.scales, launch.present(amax_t, gate)
 
 
 def columns(

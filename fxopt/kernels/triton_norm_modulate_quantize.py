@@ -188,14 +188,15 @@ def forward(
             num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
             NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats), **block(padded),
         )  # fmt: skip
-    amax_t = _amax_t(x, by_column, amax, is_left=has_own)
+    source = x if residual is None else h
+    affine, constants = (weight, bias, scale, shift), (norm, weight_offset, scale_offset, dtype)
+    matrix = _matrix(source, affine, mean, rstd, groups, constants)
     if copy is None:
-        source = x if residual is None else h
-        out = amax_t if by_column is not None and not of_columns else None
-        settings = (norm, weight_offset, scale_offset, dtype)
-        matrix = _matrix(source, (weight, bias, scale, shift), mean, rstd, groups, settings)
-        copy = launch.cast(tiles_kernel, matrix, amax, by_row, None, out)[0]
-    return copy.codes, copy.scales, amax_t, h, mean, rstd
+        amax_t = launch.amax_for(matrix, by_column)
+        copy = launch.cast(tiles_kernel, matrix, amax, by_row, None, amax_t)[0]
+    else:
+        amax_t = None if by_column is None else amax.of(by_column)
+    return copy.codes, copy.scales, launch.present(amax_t, x), h, mean, rstd
 
 
 def columns(
@@ -252,19 +253,6 @@ def _matrix(
     num_features = h.shape[-1]
     constants = {"DTYPE": TRITON_DTYPES[dtype]}
     return launch.Matrix(arguments, h.numel() // num_features, num_features, h, constants)
-
-
-def _amax_t(x: Tensor, by_column: Operand | None, amax: launch.Amax, is_left: bool) -> Tensor:
-    """Magnitudes for the transposed copy; those of the tensor are left to the cast if there is
-    one."""
-    if by_column is None:
-        return x.new_empty(0, dtype=torch.float32)
-    if by_column.block == "row":
-        return amax.of_columns()
-    assert amax.tensor is not None
-    if is_left:
-        return amax.tensor.amax(0, keepdim=True).view(torch.float32)
-    return x.new_empty(1, dtype=torch.float32)
 
 
 def _num_programs(x: Tensor, leaves_columns: bool) -> int:

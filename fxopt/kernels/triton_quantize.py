@@ -41,10 +41,11 @@ class Amax(NamedTuple):
         lengths = [0 if t is None else t.shape[0] for t in (rows, columns)]
         return lengths[0], lengths[1], 0 if tensor is None else tensor.numel()
 
-    def of_columns(self) -> Tensor:
-        """One fp32 magnitude for each column."""
-        assert self.columns is not None
-        return self.columns.amax(0).view(torch.float32)
+    def of(self, columns: Operand) -> Tensor:
+        """One fp32 magnitude for each column or for the tensor, as the operand has scales."""
+        parts = self.columns if columns.block == "row" else self.tensor
+        assert parts is not None
+        return parts.amax(0, keepdim=parts.dim() == 1).view(torch.float32)
 
     @staticmethod
     def known(columns: Operand, amax_t: Tensor) -> Amax:
@@ -125,7 +126,7 @@ def cast(
     """The second pass: codes and scales of the copies, empty where there is no operand.
 
     Args:
-        amax_out: fp32 [1], where to put the tensor's magnitude; None if that is not wanted.
+        amax_out: fp32, where to put what later scales of the columns come from, or None.
     """
     num_rows, num_columns = matrix.num_rows, matrix.num_columns
     of_rows = copy_for(matrix.like, rows, num_rows, num_columns)
@@ -149,6 +150,18 @@ def cast(
             **BLOCKS,
         )
     return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
+
+
+def amax_for(matrix: Matrix, columns: Operand | None) -> Tensor | None:
+    """Where a cast is to put the magnitudes for a later transposed copy."""
+    if columns is None:
+        return None
+    size = matrix.num_columns if columns.block == "row" else 1
+    return matrix.like.new_empty(size, dtype=torch.float32)
+
+
+def present(amax_t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if amax_t is None else amax_t
 
 
 def grid(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> tuple[int, int]:

@@ -53,14 +53,14 @@ def store_amax(
     C], tile_amax [row tile, column tile]; and its column_sums [row tile, C]. None for those that
     are not needed."""
     bits = magnitude(value)
+    row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if row_amax is not None:
-        row = row_amax + tl.program_id(1).to(tl.int64) * num_rows + r
-        tl.store(row, tl.max(bits, 1), r < num_rows)
-    column = tl.program_id(0).to(tl.int64) * num_columns + c
+        tl.store(row_amax + column_tile * num_rows + r, tl.max(bits, 1), r < num_rows)
+    column = row_tile * num_columns + c
     if column_amax is not None:
         tl.store(column_amax + column, tl.max(bits, 0), c < num_columns)
     if tile_amax is not None:
-        tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tile = row_tile * tl.cdiv(num_columns, value.shape[1]) + column_tile
         tl.store(tile_amax + tile, tl.max(tl.max(bits, 1), 0))
     if column_sums is not None:
         tl.store(column_sums + column, tl.sum(value, 0), c < num_columns)
@@ -148,13 +148,18 @@ def store_codes(
     POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """codes [R, padded C] and codes_t [C, padded R] of a tile with their scales, and the tensor's
-    amax [1]; None for what is not wanted."""
+    """codes [R, padded C] and codes_t [C, padded R] of a tile with their scales; and
+    amax, that of the columns [C] if there are parts of it, else that of the tensor [1]. None for
+    what is not wanted."""
     of_tensor = tl.full([], 0, tl.int32)
     if tile_amax is not None:
         of_tensor = tl.max(reduce(tile_amax, num_tiles, tl.zeros([1], tl.int64), 1, 1, 1024), 0)
-        if amax is not None:
+    if amax is not None:
+        if column_amax is None:
             tl.store(amax, of_tensor, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+        elif tl.program_id(0) == 0:
+            bits = reduce(column_amax, num_column_partials, c, num_columns, BLOCK_C, CHUNK)
+            tl.store(amax + c, bits, c < num_columns)
     if codes is not None:
         is_first = tl.program_id(1) == 0
         code = scaled_codes(
