@@ -19,12 +19,13 @@ from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.linears import GatedActivationLinear, NormModulateLinears, without_autocast
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
-from fxopt.kernels.quantize import covers
 from fxopt.kernels.quantized_linears import (
+    fuses,
     gradients,
     is_high_precision,
     products,
     quantized,
+    split,
     weight_gradients,
     whole,
 )
@@ -36,12 +37,6 @@ from fxopt.kernels.quantized_producers import (
 )
 from fxopt.kernels.registration import below_autograd, register_composite
 from fxopt.recipes import Recipe, find
-
-
-def fuses(recipe: Recipe) -> bool:
-    """Whether a producer of the input writes its codes itself."""
-    fprop, wgrad = recipe.fprop, recipe.wgrad
-    return fprop is not None and covers(fprop.a) and covers(None if wgrad is None else wgrad.b)
 
 
 def op_of(name: str, recipe: Recipe) -> str:
@@ -90,22 +85,26 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
             y = _operand(normed, recipe)
         h = x if residual is None else h
         branch = x if gate is not None else None
-        ctx.save_for_backward(h, branch, gate, *others, mean, rstd, amax_t, *weights)
         ctx.recipe, ctx.settings, ctx.shape = recipe, settings, x.shape
         ctx.casts = weight_casts.active()
         ctx.set_materialize_grads(False)
-        return *products(y, weights, biases, ctx, settings[-1]), h
+        outs, amax = products(y, weights, biases, ctx, settings[-1], True)
+        kept = (h, branch, gate, *others, mean, rstd, amax_t)
+        ctx.save_for_backward(*kept, *weights, *amax)
+        return *outs, h
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved, recipe = ctx.saved_tensors, ctx.recipe
-        (h, branch, gate, *others, mean, rstd, amax_t), weights = saved[:11], saved[11:]
+        (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
+            saved, 11, len(grads) - 1
+        )
         *grad_outs, grad_h = grads
         norm, eps, weight_offset, scale_offset, _, dtype = ctx.settings
         needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
-        dy_MK, operands, dbiases = gradients(ctx, grad_outs, weights, True, needs_parameters)
+        dy_MK, operands, dbiases = gradients(ctx, grad_outs, weights, amax, True, needs_parameters)
         if dy_MK is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
         dy = None if dy_MK is None else dy_MK.view(h.shape)
@@ -152,20 +151,20 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)
             y = _operand(_joined(beside, activation), recipe)
-        ctx.save_for_backward(gate, up, beside, amax_t, weight)
         ctx.recipe, ctx.settings, ctx.casts = recipe, settings, weight_casts.active()
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        (out,) = products(y, [weight], [bias], ctx, gate.dtype)
+        (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
+        ctx.save_for_backward(gate, up, beside, amax_t, weight, *amax)
         return out
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gate, up, beside, amax_t, weight = ctx.saved_tensors
+        gate, up, beside, amax_t, weight, *amax = ctx.saved_tensors
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
-        dy_MK, operands, dbiases = gradients(ctx, [grad], [weight], True, needs[3:])
+        dy_MK, operands, dbiases = gradients(ctx, [grad], [weight], amax, True, needs[3:])
         assert dy_MK is not None
         dy = dy_MK.view(ctx.shape)
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
@@ -182,16 +181,22 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
                 y = quantized(_joined(beside, activation), None, columns).columns
-        elif trains:
-            y = _joined(beside, activation)
         grads = (dgate, dup, dy[..., :width])
-        return (
-            None,
-            None,
-            *(g if need else None for g, need in zip(grads, needs, strict=False)),
-            *weight_gradients(operands, y, [weight], recipe),
-            *dbiases,
-        )
+        if trains and recipe.wgrad is None and beside is not None:
+            (g,) = operands
+            dweights: Any = [_weight_gradient(g, beside, activation, weight)]
+        else:
+            dweights = weight_gradients(operands, y, [weight], recipe)
+        given = (g if need else None for g, need in zip(grads, needs, strict=False))
+        return None, None, *given, *dweights, *dbiases
+
+
+def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+    """g^T [beside | activation] in the model's dtype, without joining the two."""
+    dweight, width = torch.empty_like(weight), beside.shape[-1]
+    for part, columns in ((beside, slice(0, width)), (activation, slice(width, None))):
+        torch.mm(g.t(), part.reshape(-1, part.shape[-1]), out=dweight[:, columns])
+    return dweight
 
 
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Linears that share an input, their three GEMMs in the formats of a recipe, as one autograd node.
 
-The input is quantized once, row-wise for the products and transposed for the weight gradients; the
-transposed copy is what is kept for backward. Weights stay parameters in their own dtype.
+The input is quantized once, row-wise for the products and transposed for the weight gradients.
+Weights stay parameters in their own dtype.
 
 What several nodes share is here; those of a fused op and the linears behind it are in
 `quantized_composites`.
@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels import weight_casts
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.linears import Linears, without_autocast
-from fxopt.kernels.quantize import Pair, quantize_pair
+from fxopt.kernels.quantize import Pair, covers, quantize_pair
+from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.sum_parts import sum_parts
-from fxopt.kernels.weight_casts import WeightCasts
 from fxopt.recipes import Recipe, find
 
 _off: ContextVar[bool] = ContextVar("off", default=False)
@@ -50,32 +50,66 @@ def is_high_precision() -> bool:
 
 
 class QuantizedLinears(torch.autograd.Function):
-    """x -> (x W_i^T + b_i) for several linears."""
+    """x -> (x W_i^T + b_i) for several linears.
+
+    Keeps x's transposed codes for backward; with `keeps_x`, x itself: for an x that is in memory
+    anyway, as what made it keeps it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, x: Tensor, *parameters: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, recipe: Recipe, keeps_x: bool, x: Tensor, *parameters: Tensor | None
+    ) -> Any:
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
-        trains = any(ctx.needs_input_grad[2 : 2 + num_linears])
-        fprop, wgrad = recipe.fprop, recipe.wgrad
-        pair = quantized(x, fprop and fprop.a, wgrad.b if wgrad and trains else None)
-        kept = [x] if trains and not wgrad else list(pair.columns)
-        ctx.save_for_backward(*weights, *kept)
+        trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
+        fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
         ctx.recipe, ctx.shape, ctx.casts = recipe, x.shape, weight_casts.active()
+        ctx.keeps_x = keeps_x and trains and fuses(recipe)
         ctx.set_materialize_grads(False)
-        return products(x if fprop is None else pair.rows, weights, biases, ctx, x.dtype)
+        operand: Tensor | Quantized
+        if ctx.keeps_x:
+            formats = str(fprop and fprop.a), None if wgrad is None else str(wgrad.b)
+            (codes,), (scales,), (amax_t,) = quantize_rows([x], *formats)
+            operand, kept = Quantized(codes, scales, scales.new_empty(0)), [x, amax_t]
+        else:
+            pair = quantized(x, fprop and fprop.a, wgrad and wgrad.b)
+            operand, kept = x if fprop is None else pair.rows, list(pair.columns)
+            kept = [x] if trains and wgrad is None else kept
+        outs, amax = products(operand, weights, biases, ctx, x.dtype, ctx.needs_input_grad[2])
+        ctx.save_for_backward(*kept, *weights, *amax)
+        ctx.num_kept = len(kept)
+        return outs
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        weights, kept = saved[: len(grads)], saved[len(grads) :]
-        _, needs_x, *needs = ctx.needs_input_grad
-        dx_MK, operands, dbiases = gradients(ctx, grads, weights, needs_x, needs)
-        x = kept[0] if ctx.recipe.wgrad is None else Quantized(*kept)
-        dweights = weight_gradients(operands, x, weights, ctx.recipe)
-        return None, None if dx_MK is None else dx_MK.view(ctx.shape), *dweights, *dbiases
+        saved, recipe = ctx.saved_tensors, ctx.recipe
+        kept, weights, amax = split(saved, ctx.num_kept, len(grads))
+        _, _, needs_x, *needs = ctx.needs_input_grad
+        dx_MK, operands, dbiases = gradients(ctx, grads, weights, amax, needs_x, needs)
+        x: Tensor | Quantized = kept[0]
+        if recipe.wgrad is not None and ctx.keeps_x and any(o is not None for o in operands):
+            (codes_t,), (scales_t,) = quantize_columns([kept[0]], str(recipe.wgrad.b), [kept[1]])
+            x = Quantized(codes_t, scales_t, scales_t.new_empty(0))
+        elif recipe.wgrad is not None:
+            x = Quantized(*kept[:3])
+        dweights = weight_gradients(operands, x, weights, recipe)
+        dx = None if dx_MK is None else dx_MK.view(ctx.shape)
+        return None, None, dx, *dweights, *dbiases
+
+
+def fuses(recipe: Recipe) -> bool:
+    """Whether the copy for fprop can be cast first, and that for wgrad later in one pass."""
+    fprop, wgrad = recipe.fprop, recipe.wgrad
+    return fprop is not None and covers(fprop.a) and covers(None if wgrad is None else wgrad.b)
+
+
+def split(saved: Sequence[Tensor], num_kept: int, num_weights: int) -> tuple[Any, Any, Any]:
+    """What a node saved: its own, the weights, and what `products` returned for them."""
+    end = num_kept + num_weights
+    return saved[:num_kept], saved[num_kept:end], saved[end:]
 
 
 def products(
@@ -84,29 +118,28 @@ def products(
     biases: Sequence[Tensor | None],
     ctx: Any,
     dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Outputs of the linears, from x or from its codes."""
-    fprop, outs = ctx.recipe.fprop, []
-    for weight, bias in zip(weights, biases, strict=True):
-        assert weight is not None
-        if not isinstance(x, Quantized):
-            outs.append(F.linear(x, weight, bias))
-            continue
-        pair = _kept(ctx, weight) or quantized(weight, fprop.b, None)
-        y_MN = multiply(x, pair.rows, fprop, dtype, bias)
+    comes_back: bool,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Outputs of the linears, from x or from its codes; and what `gradients` takes as `amax`.
+
+    comes_back: whether x needs a gradient.
+    """
+    present = [w for w in weights if w is not None]
+    if not isinstance(x, Quantized):
+        return tuple(F.linear(x, w, b) for w, b in zip(present, biases, strict=True)), []
+    copies, amax = weight_casts.for_products(present, ctx.recipe, ctx.casts, comes_back)
+    outs = []
+    for copy, weight, bias in zip(copies, present, biases, strict=True):
+        y_MN = multiply(x, copy, ctx.recipe.fprop, dtype, bias)
         outs.append(y_MN.view(*ctx.shape[:-1], weight.shape[0]))
-    return tuple(outs)
-
-
-def _kept(ctx: Any, weight: Tensor) -> Pair | None:
-    casts: WeightCasts | None = ctx.casts
-    return None if casts is None else casts.of(weight, ctx.recipe)
+    return tuple(outs), amax
 
 
 def gradients(
     ctx: Any,
     grads: Sequence[Tensor | None],
     weights: Sequence[Tensor],
+    amax: Sequence[Tensor],
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | Quantized | None], list[Tensor | None]]:
@@ -116,14 +149,20 @@ def gradients(
     parts: list[Tensor] = []
     operands: list[Tensor | Quantized | None] = [None] * len(grads)
     dbiases: list[Tensor | None] = [None] * len(grads)
-    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-        if grad is None:
-            continue
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    used = [weights[i] for i in present]
+    factors: Sequence[Tensor | Quantized] = used
+    if recipe.dgrad is not None and needs_x:
+        found = [amax[i] for i in present] if amax else []
+        factors = weight_casts.for_gradients(used, found, recipe, ctx.casts)
+    for i, factor in zip(present, factors, strict=True):
         needs_weight, needs_bias = needs[i], needs[len(grads) + i]
+        grad = grads[i]
+        assert grad is not None
         g_MN = grad.reshape(-1, grad.shape[-1])
         pair = _quantize_gradient(g_MN, recipe, needs_x, needs_weight, needs_bias)
         if needs_x:
-            parts.append(_input_gradient(g_MN, pair.rows, weight, ctx))
+            parts.append(_input_gradient(g_MN, pair.rows, factor, recipe))
         if needs_weight:
             operands[i] = g_MN if recipe.wgrad is None else pair.columns
         if needs_bias:
@@ -152,12 +191,15 @@ def _quantize_gradient(
     return quantized(g_MN, rows, columns, seed, for_bias)
 
 
-def _input_gradient(g_MN: Tensor, rows: Quantized, weight: Tensor, ctx: Any) -> Tensor:
-    dgrad = ctx.recipe.dgrad
-    if dgrad is None:
-        return g_MN @ weight
-    pair = _kept(ctx, weight) or quantized(weight, None, dgrad.b)
-    return multiply(rows, pair.columns, dgrad, g_MN.dtype)
+def _input_gradient(
+    g_MN: Tensor, rows: Quantized, factor: Tensor | Quantized, recipe: Recipe
+) -> Tensor:
+    """g W, for a weight or its transposed copy."""
+    if recipe.dgrad is None:
+        assert isinstance(factor, Tensor)
+        return g_MN @ factor
+    assert isinstance(factor, Quantized)
+    return multiply(rows, factor, recipe.dgrad, g_MN.dtype)
 
 
 def weight_gradients(
@@ -187,14 +229,15 @@ def whole(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _quantized_linears(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], recipe: str
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], recipe: str, keeps_x: bool
 ) -> list[Tensor]:
     if is_high_precision():
         return list(Linears.apply(whole(weights), x, *weights, *biases))
-    return list(QuantizedLinears.apply(find(recipe), x, *weights, *biases))
+    return list(QuantizedLinears.apply(find(recipe), keeps_x, x, *weights, *biases))
 
 
 quantized_linears = register_composite(
-    "quantized_linears(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe) -> Tensor[]",
+    "quantized_linears(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe, bool keeps_x) -> "
+    "Tensor[]",
     _quantized_linears,
 )

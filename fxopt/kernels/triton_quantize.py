@@ -98,6 +98,17 @@ def measure(
     more: Sequence[Tensor | None] = (),
 ) -> Amax:
     """The first pass: largest magnitudes of tiles, as far as the operands need them."""
+    amax = amax_buffers(matrix, rows, columns)
+    sizes = matrix.num_rows, matrix.num_columns
+    with torch.cuda.device_of(matrix.like):
+        kernel[grid(matrix, rows, columns)](
+            *matrix.arguments, *sizes, *amax, *more, **matrix.constants, **BLOCKS
+        )
+    return amax
+
+
+def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Amax:
+    """Room for the largest magnitudes of tiles, as far as the operands need them."""
     num_tiles = grid(matrix, rows, columns)
     operands = [o for o in (rows, columns) if o is not None]
     is_row, is_column = (o is not None and o.block == "row" for o in (rows, columns))
@@ -107,11 +118,7 @@ def measure(
         ((num_tiles[0], matrix.num_columns), is_column),
         ((num_tiles[0] * num_tiles[1],), has_tensor),
     )
-    amax = Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
-    sizes = matrix.num_rows, matrix.num_columns
-    with torch.cuda.device_of(matrix.like):
-        kernel[num_tiles](*matrix.arguments, *sizes, *amax, *more, **matrix.constants, **BLOCKS)
-    return amax
+    return Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
 
 
 def cast(
@@ -128,28 +135,54 @@ def cast(
     Args:
         amax_out: fp32, where to put what later scales of the columns come from, or None.
     """
-    num_rows, num_columns = matrix.num_rows, matrix.num_columns
-    of_rows = copy_for(matrix.like, rows, num_rows, num_columns)
-    of_columns = copy_for(matrix.like, columns, num_columns, num_rows)
+    copies = copies_for(matrix, rows, columns)
     with torch.cuda.device_of(matrix.like):
         kernel[grid(matrix, rows, columns)](
             *matrix.arguments,
-            num_rows,
-            num_columns,
-            *amax.counts,
-            *amax,
-            *pointers(of_rows),
-            *pointers(of_columns),
-            None if amax_out is None else amax_out.view(torch.int32),
-            padded_size(columns, num_rows),
-            padded_size(rows, num_columns),
+            *cast_arguments(matrix, amax, rows, columns, copies, amax_out),
             *more,
             **settings(rows, columns),
             **matrix.constants,
             CHUNK=CHUNK,
             **BLOCKS,
         )
+    of_rows, of_columns = copies
     return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
+
+
+Copies = tuple[Quantized | None, Quantized | None]
+
+
+def copies_for(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Copies:
+    """Room for both copies."""
+    num_rows, num_columns = matrix.num_rows, matrix.num_columns
+    return (
+        copy_for(matrix.like, rows, num_rows, num_columns),
+        copy_for(matrix.like, columns, num_columns, num_rows),
+    )
+
+
+def cast_arguments(
+    matrix: Matrix,
+    amax: Amax,
+    rows: Operand | None,
+    columns: Operand | None,
+    copies: Copies,
+    amax_out: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of `store_codes`, from num_rows on."""
+    num_rows, num_columns = matrix.num_rows, matrix.num_columns
+    return (
+        num_rows,
+        num_columns,
+        *amax.counts,
+        *amax,
+        *pointers(copies[0]),
+        *pointers(copies[1]),
+        None if amax_out is None else amax_out.view(torch.int32),
+        padded_size(columns, num_rows),
+        padded_size(rows, num_columns),
+    )
 
 
 def amax_for(matrix: Matrix, columns: Operand | None) -> Tensor | None:

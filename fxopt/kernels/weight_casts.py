@@ -1,9 +1,9 @@
-"""Weights that are cast once for all micro-batches of a step."""
+"""Weights as operands: cast where they are used, or once for all micro-batches of a step."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxopt.kernels.quantize import Pair, quantize_pair
+from fxopt.kernels.formats import Quantized
+from fxopt.kernels.quantize import Pair, covers, quantize_pair
+from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.recipes import Recipe
 
 
@@ -77,3 +79,51 @@ def cast_weights_once() -> Iterator[None]:
     finally:
         _active.reset(token)
         casts.close()
+
+
+def for_products(
+    weights: Sequence[Tensor], recipe: Recipe, casts: WeightCasts | None, comes_back: bool
+) -> tuple[list[Quantized], list[Tensor]]:
+    """The copies that fprop reads, and what `for_gradients` is to be given, perhaps nothing.
+
+    Args:
+        recipe: one with an fprop.
+        comes_back: whether dgrad will want the transposed copies.
+    """
+    assert recipe.fprop is not None
+    rows = recipe.fprop.b
+    columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
+    pairs = _pairs(weights, recipe, casts)
+    if pairs:
+        return [pair.rows for pair in pairs], []
+    if not covers(rows) or not covers(columns):
+        return [quantize_pair(w, rows, None).rows for w in weights], []
+    formats = str(rows), None if columns is None else str(columns)
+    codes, scales, amax_t = quantize_rows(list(weights), *formats)
+    return _joined(codes, scales), amax_t if columns is not None else []
+
+
+def for_gradients(
+    weights: Sequence[Tensor],
+    amax_t: Sequence[Tensor],
+    recipe: Recipe,
+    casts: WeightCasts | None,
+) -> list[Quantized]:
+    """The transposed copies, which dgrad reads; `recipe` has one."""
+    assert recipe.dgrad is not None
+    columns = recipe.dgrad.b
+    pairs = _pairs(weights, recipe, casts)
+    if pairs:
+        return [pair.columns for pair in pairs]
+    if not amax_t:
+        return [quantize_pair(w, None, columns).columns for w in weights]
+    return _joined(*quantize_columns(list(weights), str(columns), list(amax_t)))
+
+
+def _pairs(weights: Sequence[Tensor], recipe: Recipe, casts: WeightCasts | None) -> list[Pair]:
+    pairs = [] if casts is None else [casts.of(w, recipe) for w in weights]
+    return [p for p in pairs if p is not None] if None not in pairs else []
+
+
+def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:
+    return [Quantized(c, s, s.new_empty(0)) for c, s in zip(codes, scales, strict=True)]

@@ -45,7 +45,8 @@ def fused_layer(
     queries, keys = ([Section(t, n, rotation)] for t, n in zip((q, k), norms, strict=True))
     q, k = queries_keys(queries, keys, attn.head_dim)
     q, k, v = (t.transpose(1, 2) for t in (q, k, heads(v, attn.head_dim)))
-    (branch,) = project(attend(attn, q, k, v, attention_mask, passed_on), attn.o_proj)
+    attended = attend(attn, q, k, v, attention_mask, passed_on)
+    (branch,) = project(attended, attn.o_proj, keeps_x=True)
 
     parts = layer.mlp
     name = activation(parts.act_fn)

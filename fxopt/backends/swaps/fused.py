@@ -167,12 +167,12 @@ def gated_residual(
     return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
 
 
-def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Several linears of one input, as one autograd node."""
+def project(x: Tensor, *linears: nn.Module, keeps_x: bool = False) -> list[Tensor]:
+    """Several linears of one input, as one autograd node; `keeps_x` as in `quantized.multiply`."""
     recipes = [quantized.quantizes(x, linear) for linear in linears]
     recipe = next(filter(None, recipes), None)
     if recipe is not None:
-        return _project_by(recipe, x, linears, [r is not None for r in recipes])
+        return _project_by(recipe, x, linears, [r is not None for r in recipes], keeps_x)
     if len(linears) == 1 or not all(map(is_plain, linears)):
         return [linear(x) for linear in linears]
     fire("merge_linears", "linears")
@@ -181,13 +181,17 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 def _project_by(
-    recipe: Recipe, x: Tensor, linears: Sequence[nn.Module], is_low: Sequence[bool]
+    recipe: Recipe,
+    x: Tensor,
+    linears: Sequence[nn.Module],
+    is_low: Sequence[bool],
+    keeps_x: bool,
 ) -> list[Tensor]:
     """Those of `linears` that are low in precision by `recipe`, the others as they are."""
     low = [m for m, yes in zip(linears, is_low, strict=True) if yes]
     for _ in low:
         fire("quantized_linear", "scaled_matmul")
-    products = iter(quantized.multiply(x, low, recipe))
+    products = iter(quantized.multiply(x, low, recipe, keeps_x=keeps_x))
     return [next(products) if yes else m(x) for m, yes in zip(linears, is_low, strict=True)]
 
 

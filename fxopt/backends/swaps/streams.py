@@ -124,11 +124,11 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
 
 
 def through(modules: Iterable[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """Call several modules one after the other: diffusers' `to_out`."""
+    """Call several modules on attention's result, one after the other: diffusers' `to_out`."""
 
     def call(x: Tensor) -> Tensor:
-        for module in modules:
-            (x,) = project(x, module)
+        for i, module in enumerate(modules):
+            (x,) = project(x, module, keeps_x=i == 0)  # attention keeps its result
         return x
 
     return call

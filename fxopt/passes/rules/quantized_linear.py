@@ -163,7 +163,7 @@ def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         w, b = [given[w] for w in weights], [given[b] for b in biases]
-        outs = call(quantized_linears, given[x], w, b, recipe.key)
+        outs = call(quantized_linears, given[x], w, b, recipe.key, _is_attended(x))
         return tuple(call(operator.getitem, outs, i) for i in range(len(group)))
 
     # The same products in another format: there is no other meaning that a proof could find.
@@ -176,6 +176,13 @@ def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
         regroups=True,
         count=len(group),
     )
+
+
+def _is_attended(x: fx.Node) -> bool:
+    """Whether `x` is in the memory of an attention's result, which attention keeps for backward."""
+    while ir.is_call(x, *ir.VIEWS):
+        x = x.args[0]
+    return ir.is_call(x, ir.SDPA)
 
 
 def _nothing(anchor: fx.Node) -> Iterator[Binding | Reason]:
