@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels import weight_casts
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.linears import GatedActivationLinear, NormModulateLinears, without_autocast
@@ -86,7 +85,6 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         h = x if residual is None else h
         branch = x if gate is not None else None
         ctx.recipe, ctx.settings, ctx.shape = recipe, settings, x.shape
-        ctx.casts = weight_casts.active()
         ctx.set_materialize_grads(False)
         outs, amax = products(y, weights, biases, ctx, settings[-1], True)
         kept = (h, branch, gate, *others, mean, rstd, amax_t)
@@ -151,7 +149,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)
             y = _operand(_joined(beside, activation), recipe)
-        ctx.recipe, ctx.settings, ctx.casts = recipe, settings, weight_casts.active()
+        ctx.recipe, ctx.settings = recipe, settings
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
         ctx.save_for_backward(gate, up, beside, amax_t, weight, *amax)

@@ -52,8 +52,8 @@ def is_high_precision() -> bool:
 class QuantizedLinears(torch.autograd.Function):
     """x -> (x W_i^T + b_i) for several linears.
 
-    Keeps x's transposed codes for backward; with `keeps_x`, x itself: for an x that is in memory
-    anyway, as what made it keeps it.
+    Keeps x's transposed codes for backward; with `keeps_x`, x itself, if it need not be copied: for
+    an x that is in memory anyway, as what made it keeps it.
     """
 
     @staticmethod
@@ -64,8 +64,9 @@ class QuantizedLinears(torch.autograd.Function):
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
         fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
-        ctx.recipe, ctx.shape, ctx.casts = recipe, x.shape, weight_casts.active()
-        ctx.keeps_x = keeps_x and trains and fuses(recipe)
+        ctx.recipe, ctx.shape = recipe, x.shape
+        ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
+        x = x.contiguous() if keeps_x else x
         ctx.set_materialize_grads(False)
         operand: Tensor | Quantized
         if ctx.keeps_x:
@@ -122,17 +123,19 @@ def products(
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs of the linears, from x or from its codes; and what `gradients` takes as `amax`.
 
+    ctx: of the node, where what `gradients` needs beside is left.
     comes_back: whether x needs a gradient.
     """
+    ctx.columns = []
     present = [w for w in weights if w is not None]
     if not isinstance(x, Quantized):
         return tuple(F.linear(x, w, b) for w, b in zip(present, biases, strict=True)), []
-    copies, amax = weight_casts.for_products(present, ctx.recipe, ctx.casts, comes_back)
-    outs = []
-    for copy, weight, bias in zip(copies, present, biases, strict=True):
+    copies = weight_casts.for_products(present, ctx.recipe, comes_back)
+    ctx.columns, outs = copies.columns, []
+    for copy, weight, bias in zip(copies.rows, present, biases, strict=True):
         y_MN = multiply(x, copy, ctx.recipe.fprop, dtype, bias)
         outs.append(y_MN.view(*ctx.shape[:-1], weight.shape[0]))
-    return tuple(outs), amax
+    return tuple(outs), copies.amax_t
 
 
 def gradients(
@@ -153,8 +156,11 @@ def gradients(
     used = [weights[i] for i in present]
     factors: Sequence[Tensor | Quantized] = used
     if recipe.dgrad is not None and needs_x:
-        found = [amax[i] for i in present] if amax else []
-        factors = weight_casts.for_gradients(used, found, recipe, ctx.casts)
+        if ctx.columns:
+            factors = [ctx.columns[i] for i in present]
+        else:
+            found = [amax[i] for i in present] if amax else []
+            factors = weight_casts.for_gradients(used, found, recipe)
     for i, factor in zip(present, factors, strict=True):
         needs_weight, needs_bias = needs[i], needs[len(grads) + i]
         grad = grads[i]

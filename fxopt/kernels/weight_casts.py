@@ -29,16 +29,11 @@ class WeightCasts:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str, str], _Entry] = {}
-        self._is_open = True
-
-    def close(self) -> None:
-        self._is_open = False
-        self._entries.clear()
 
     def of(self, weight: Tensor, recipe: Recipe) -> Pair | None:
         """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
         traced = get_proxy_mode() is not None or is_traceable_wrapper_subclass(weight)
-        if not self._is_open or traced or recipe.fprop is None or recipe.dgrad is None:
+        if traced or recipe.fprop is None or recipe.dgrad is None:
             return None
         rows, columns = recipe.fprop.b, recipe.dgrad.b
         key = id(weight), str(rows), str(columns)
@@ -51,11 +46,6 @@ class WeightCasts:
 
 
 _active: ContextVar[WeightCasts | None] = ContextVar("active", default=None)
-
-
-def active() -> WeightCasts | None:
-    """The scope that runs, for an autograd node to take along: backward has a thread of its own."""
-    return _active.get()
 
 
 @contextmanager
@@ -72,19 +62,27 @@ def cast_weights_once() -> Iterator[None]:
     bytes per element (FP8) until the end; where FSDP gathers weights anew for each use, that is the
     memory it saves. Graphs of a compiler cast where they stand.
     """
-    casts = WeightCasts()
-    token = _active.set(casts)
+    token = _active.set(WeightCasts())
     try:
         yield
     finally:
         _active.reset(token)
-        casts.close()
 
 
-def for_products(
-    weights: Sequence[Tensor], recipe: Recipe, casts: WeightCasts | None, comes_back: bool
-) -> tuple[list[Quantized], list[Tensor]]:
-    """The copies that fprop reads, and what `for_gradients` is to be given, perhaps nothing.
+class Copies(NamedTuple):
+    """Of several weights: what fprop reads, and for dgrad the transposed copies or amax_t.
+
+    columns: where they were made already, else empty.
+    amax_t: what the transposed copies' scales come from, where they are to be made by it.
+    """
+
+    rows: list[Quantized]
+    columns: list[Quantized]
+    amax_t: list[Tensor]
+
+
+def for_products(weights: Sequence[Tensor], recipe: Recipe, comes_back: bool) -> Copies:
+    """Cast the weights of linears on one input.
 
     Args:
         recipe: one with an fprop.
@@ -93,36 +91,27 @@ def for_products(
     assert recipe.fprop is not None
     rows = recipe.fprop.b
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
-    pairs = _pairs(weights, recipe, casts)
-    if pairs:
-        return [pair.rows for pair in pairs], []
+    casts = _active.get()
+    pairs = [] if casts is None else [casts.of(w, recipe) for w in weights]
+    known = [pair for pair in pairs if pair is not None]
+    if known and len(known) == len(weights):
+        return Copies([p.rows for p in known], [p.columns for p in known], [])
     if not covers(rows) or not covers(columns):
-        return [quantize_pair(w, rows, None).rows for w in weights], []
+        return Copies([quantize_pair(w, rows, None).rows for w in weights], [], [])
     formats = str(rows), None if columns is None else str(columns)
     codes, scales, amax_t = quantize_rows(list(weights), *formats)
-    return _joined(codes, scales), amax_t if columns is not None else []
+    return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
 
 
 def for_gradients(
-    weights: Sequence[Tensor],
-    amax_t: Sequence[Tensor],
-    recipe: Recipe,
-    casts: WeightCasts | None,
+    weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe
 ) -> list[Quantized]:
     """The transposed copies, which dgrad reads; `recipe` has one."""
     assert recipe.dgrad is not None
     columns = recipe.dgrad.b
-    pairs = _pairs(weights, recipe, casts)
-    if pairs:
-        return [pair.columns for pair in pairs]
     if not amax_t:
         return [quantize_pair(w, None, columns).columns for w in weights]
     return _joined(*quantize_columns(list(weights), str(columns), list(amax_t)))
-
-
-def _pairs(weights: Sequence[Tensor], recipe: Recipe, casts: WeightCasts | None) -> list[Pair]:
-    pairs = [] if casts is None else [casts.of(w, recipe) for w in weights]
-    return [p for p in pairs if p is not None] if None not in pairs else []
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:
