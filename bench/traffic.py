@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from bench import floor_traffic, rows
 from bench.floor_traffic import Floor
@@ -132,7 +133,9 @@ def count_further(
     """The second of two micro-batches between which no weight changes, accumulation left out."""
     with faked(block, (), inputs) as (args, kwargs), cast_weights_once():
         traffic.measure(function, block, args, kwargs)
-        block.zero_grad()
+        for tensor in (*block.parameters(), *tree_leaves((args, kwargs))):
+            if isinstance(tensor, torch.Tensor):
+                tensor.grad = None
         forward, backward = traffic.measure(function, block, args, kwargs)
     return forward + backward
 

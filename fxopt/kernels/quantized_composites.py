@@ -30,7 +30,7 @@ from fxopt.kernels.quantized_linears import (
 )
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
-    gated_activation_quantize_columns,
+    gated_activation_quantize_backward,
     norm_modulate_quantize,
     norm_modulate_quantize_columns,
 )
@@ -166,25 +166,26 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         assert dy_MK is not None
         dy = dy_MK.view(ctx.shape)
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
-        dgate, dup, activation = gated_activation_backward(
-            dy[..., width:], gate, up, *ctx.settings, trains and not has_columns
-        )
-        y: Tensor | Quantized = activation
-        if trains and recipe.wgrad is not None:
-            columns = recipe.wgrad.b
-            if has_columns:
-                codes_t, scales_t = gated_activation_quantize_columns(
-                    gate, up, beside, *ctx.settings, str(columns), amax_t
-                )
-                y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
-            else:
-                y = quantized(_joined(beside, activation), None, columns).columns
-        grads = (dgate, dup, dy[..., :width])
+        dactivation, y = dy[..., width:], None
+        if trains and has_columns:
+            formats = str(recipe.wgrad.b), amax_t
+            dgate, dup, codes_t, scales_t = gated_activation_quantize_backward(
+                dactivation, gate, up, beside, *ctx.settings, *formats
+            )
+            y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
+        else:
+            dgate, dup, activation = gated_activation_backward(
+                dactivation, gate, up, *ctx.settings, trains
+            )
+            y = activation
+            if trains and recipe.wgrad is not None:
+                y = quantized(_joined(beside, activation), None, recipe.wgrad.b).columns
         if trains and recipe.wgrad is None and beside is not None:
             (g,) = operands
             dweights: Any = [_weight_gradient(g, beside, activation, weight)]
         else:
             dweights = weight_gradients(operands, y, [weight], recipe)
+        grads = (dgate, dup, dy[..., :width])
         given = (g if need else None for g, need in zip(grads, needs, strict=False))
         return None, None, *given, *dweights, *dbiases
 

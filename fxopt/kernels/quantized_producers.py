@@ -114,7 +114,8 @@ def native_activation(
     return *quantize.native(y, rows, None, None, False)[:2], amax_for(y, columns)
 
 
-def native_activation_columns(
+def native_activation_backward(
+    grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
     beside: Tensor | None,
@@ -122,10 +123,17 @@ def native_activation_columns(
     packing: str,
     columns: str,
     amax_t: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1]."""
-    y = _joined(gate, up, beside, activation, packing)
-    return quantize.native(y, None, columns, None, False)[3:5]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate and up (empty without one), as `gated_activation_backward` makes them, and
+    the transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
+
+    Args:
+        grad: [..., F], of the activation; the others as they were.
+        amax_t: as the forward returned it.
+    """
+    dgate, dup, y = gated_activation.native_backward(grad, gate, up, activation, packing, True)
+    y = y if beside is None else torch.cat([beside, y], -1)
+    return dgate, dup, *quantize.native(y, None, columns, None, False)[3:5]
 
 
 def _joined(
@@ -164,12 +172,16 @@ def _fake_activation(
     return codes, scales, fake_amax(gate, num_features, columns)
 
 
-def _fake_activation_columns(
-    gate: Tensor, up: Any, beside: Any, name: str, packing: str, columns: str, amax_t: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_activation_backward(
+    grad: Tensor, gate: Tensor, up: Any, beside: Any, name: str, packing: str, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_features = _size(gate, beside, packing)
-    codes, scales, _ = quantize.fake_matrix(gate, num_features, num_tokens, columns)
-    return codes, scales
+    codes, scales, _ = quantize.fake_matrix(gate, num_features, num_tokens, args[0])
+    return *_activation_gradients(gate, up), codes, scales
+
+
+def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
 def triton_norm(*args: Any) -> tuple[Tensor, ...]:
@@ -194,11 +206,16 @@ def triton_activation(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]
     return native_activation(gate, *args) if unfit else kernels.forward(gate, *args)
 
 
-def triton_activation_columns(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def triton_activation_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    unfit = gate.dtype == torch.float64 or not gate.numel()
-    return native_activation_columns(gate, *args) if unfit else kernels.columns(gate, *args)
+    if gate.dtype == torch.float64 or not gate.numel():
+        return native_activation_backward(grad, gate, up, *args)
+    dgate, dup = _activation_gradients(gate, up)
+    copy = kernels.backward((dgate, None if up is None else dup), grad, gate, up, *args)
+    return dgate, dup, *copy
 
 
 def _is_of_tensor(operand: str | None) -> bool:
@@ -245,10 +262,11 @@ gated_activation_quantize = register(
     launches=lambda *_: 2,
     rereads=lambda args, _: [t for t in args[:3] if t is not None],
 )
-gated_activation_quantize_columns = register(
-    "gated_activation_quantize_columns(Tensor gate, Tensor? up, Tensor? beside, str activation, "
-    "str packing, str columns, Tensor amax_t) -> (Tensor codes_t, Tensor scales_t)",
-    native=native_activation_columns,
-    fake=_fake_activation_columns,
-    triton=triton_activation_columns,
+gated_activation_quantize_backward = register(
+    "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
+    "str activation, str packing, str columns, Tensor amax_t) "
+    "-> (Tensor dgate, Tensor dup, Tensor codes_t, Tensor scales_t)",
+    native=native_activation_backward,
+    fake=_fake_activation_backward,
+    triton=triton_activation_backward,
 )

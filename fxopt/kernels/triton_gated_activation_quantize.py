@@ -1,7 +1,7 @@
-"""Triton provider of `fxopt::gated_activation_quantize` and of its transposed copy.
+"""Triton provider of `fxopt::gated_activation_quantize` and of its backward.
 
 The activation, and what the linear takes beside it, is made tile by tile where it is measured, and
-again where it is cast.
+again where it is cast. The backward casts the transposed copy in the pass that makes gradients.
 
 Shapes: M tokens, K features, of which the last F are the activation's.
 """
@@ -80,6 +80,53 @@ def cast_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def store_tile(t, r, c, mask, value):
+    """Store to a matrix (pointer, row stride, column stride)."""
+    pointers = t[0] + r[:, None] * t[1] + c[None, :] * t[2]
+    tl.store(pointers, value.to(t[0].dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def backward_kernel(
+    grad, gate, up, beside, dgate, dup, width,
+    num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+    padded_rows, padded_columns,
+    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
+    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
+
+    Matrices are (pointer, row stride, column stride); all but beside belong to the activation.
+    """
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    num_features = num_columns - width
+    f = tl.where(c >= width, c - width, num_features)
+    mask = (r < num_rows)[:, None] & (f < num_features)[None, :]
+    dy = load_tile(grad[0], grad[1], grad[2], r, f, num_rows, num_features)
+    x = load_tile(gate[0], gate[1], gate[2], r, f, num_rows, num_features)
+    if up[0] is None:
+        value, dx = value_and_gradient(dy, x, ACTIVATION)
+    else:
+        u = load_tile(up[0], up[1], up[2], r, f, num_rows, num_features)
+        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
+        store_tile(dup, r, f, mask, dy * value)
+        value *= u
+    store_tile(dgate, r, f, mask, dx)
+    value = tl.where(mask, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
+    if beside[0] is not None:
+        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
+        value = tl.where((c < width)[None, :], other, value)
+    store_codes(
+        value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+        padded_rows, padded_columns,
+        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
+    )  # fmt: skip
+
+
 def forward(
     gate: Tensor,
     up: Tensor | None,
@@ -98,7 +145,9 @@ def forward(
     return copy.codes, copy.scales, launch.present(amax_t, gate)
 
 
-def columns(
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
     beside: Tensor | None,
@@ -107,11 +156,15 @@ def columns(
     columns: str,
     amax_t: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the transposed copy, in one pass."""
+    """Write `grads`, dgate and dup; codes and scales of the transposed copy, in the same pass."""
     by_column = Operand.parse(columns)
     matrix = _matrix(gate, up, beside, activation, packing)
+    dgate, dup = halves(*grads, packing)
+    *given, width = matrix.arguments
+    arguments = (_strided(grad), *given, _strided(dgate), _strided(dup), width)
     amax = launch.Amax.known(by_column, amax_t)
-    copy = launch.cast(cast_kernel, matrix, amax, None, by_column)[1]
+    matrix = matrix._replace(arguments=arguments)
+    copy = launch.cast(backward_kernel, matrix, amax, None, by_column)[1]
     return copy.codes, copy.scales
 
 

@@ -108,8 +108,13 @@ def test_codes_of_an_activation(case: Any, rows: str, columns: str | None) -> No
         assert not found[2].numel()
         return
     assert torch.equal(found[2], op.amax_for(y, columns))
-    transposed = op.triton_activation_columns(*args, columns, found[2])
-    assert same(transposed[0], codes_t) and same(transposed[1], scales_t)
+    width = y.shape[-1] - (0 if beside is None else beside.shape[-1])
+    grad = draw(3, 15, y.shape[-1], seed=3)[..., -width:]
+    *grads, _ = gated_activation.triton_backward(grad, gate, up, *names, False)
+    *found_grads, codes, scales = op.triton_activation_backward(grad, *args, columns, found[2])
+    assert same(codes, codes_t) and same(scales, scales_t)
+    for f, g in zip(found_grads, grads, strict=True):
+        assert torch.equal(f, g)
 
 
 @pytest.mark.parametrize("rows, columns", FORMATS)
@@ -137,12 +142,13 @@ def test_what_is_not_finite_becomes_nan() -> None:
         codes, scales, amax_t = provider(*args, "e4m3/row/pow2", "e4m3/tensor/fp32")
         assert codes.float()[17].isnan().all() and scales[17].isnan().all()
         assert not codes.float()[:17].isnan().any()
-        columns = (
-            op.native_activation_columns
+        backward = (
+            op.native_activation_backward
             if provider is op.native_activation
-            else op.triton_activation_columns
+            else op.triton_activation_backward
         )
-        assert columns(*args, "e4m3/tensor/fp32", amax_t)[0].float()[:, :45].isnan().all()
+        found = backward(args[0], *args, "e4m3/tensor/fp32", amax_t)
+        assert found[2].float()[:, :45].isnan().all()
 
 
 @pytest.mark.parametrize("rows, columns", FORMATS[:3])
@@ -159,7 +165,9 @@ def test_opcheck(rows: str, columns: str | None) -> None:
         after = (found[3], *norm[3:7], *found[4:], *norm[8:12], norm[13], columns, found[2])
         amax_t = op.native_activation(*activation, rows, columns)[2]
         calls.append((op.norm_modulate_quantize_columns, after))
-        calls.append((op.gated_activation_quantize_columns, (*activation, columns, amax_t)))
+        grad = draw(3, 15, 24)
+        after = (grad, *activation, columns, amax_t)
+        calls.append((op.gated_activation_quantize_backward, after))
     for overload, args in calls:
         torch.library.opcheck(overload, args, test_utils=checks)
 
@@ -233,7 +241,8 @@ def compile_kernels(capability: int) -> None:
         (norm.tiles_kernel, of_row),
         (activation.amax_kernel, {"row_amax", "column_amax"}),
         (activation.cast_kernel, of_tensor),
-        (activation.cast_kernel, of_row),
+        (activation.backward_kernel, of_row | {"dup"}),
+        (activation.backward_kernel, (of_tensor | {"codes", "scales"}) - {"codes_t", "scales_t"}),
     ]
     for kernel, absent in kernels:
         compiled = compile_kernel(kernel, absent | {"weight", "bias", "x_bias", "up"}, capability)
@@ -247,6 +256,7 @@ def compile_kernels(capability: int) -> None:
 
 
 STRIDED = {"x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias", "up", "beside"}
+STRIDED |= {"grad", "dgate", "dup"}
 POINTERS = {
     "mean": "*fp32",
     "rstd": "*fp32",
