@@ -14,7 +14,7 @@ from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
 from fxopt.recipes import Recipe, find
-from fxopt.translation import from_torchao
+from fxopt.torchao_recipes import from_torchao
 
 EXECUTIONS = ("eager", "compile")
 
