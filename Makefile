@@ -43,6 +43,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench-cpu: $(READY)
+	$(BIN)/python -m bench.static --check
 	$(BIN)/python -m bench.traffic --check
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check

@@ -112,7 +112,7 @@ class _Stream:
 
     def __init__(self, a: _Arguments) -> None:
         self.arguments, self.operands = a, a[4:10]
-        self.wants = op.wanted(a.grad_y, a.h, self.operands, a.needs)
+        self.wants = op.wanted(a.grad_y, self.operands, a.needs)
         self.results = op.outputs_backward(
             a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
         )

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_linears import quantized_linears
 from tests.kernels.interpreted import Interpreted
@@ -49,12 +51,12 @@ def of_norm_linears(t: dict[str, Tensor]) -> list[Tensor]:
 
 
 def of_heads(across_heads: bool) -> Run:
-    angle = torch.linspace(0, 3, S * 8).view(1, S, 1, 8)
-    tables = [[angle.cos()] * 4, [angle.sin()] * 4]
+    angle = torch.linspace(0, 3, 8).view(1, 1, 1, 8)  # one token a section
+    tables = [[angle.cos()] * 2, [angle.sin()] * 2]
 
     def run(t: dict[str, Tensor]) -> list[Tensor]:
-        fields = [[t[f"{f}{i}"] for i in range(4)] for f in ("x", "x_bias", "weight", "bias")]
-        settings = ([2, 2], "layer", [1e-6] * 4, 0.0, across_heads, "half", FP32)
+        fields = [[t[f"{f}{i}"] for i in range(2)] for f in ("x", "x_bias", "weight", "bias")]
+        settings = ([1, 1], "layer", [1e-6] * 2, 0.0, across_heads, "half", FP32)
         return qk_norm_rope(*fields, *tables, *settings)[:2]
 
     return run
@@ -62,8 +64,8 @@ def of_heads(across_heads: bool) -> Run:
 
 def heads(across_heads: bool) -> Shapes:
     width = (H * 8,) if across_heads else (8,)
-    shapes = {"x": (B, S, H, 8), "x_bias": (H * 8,), "weight": width, "bias": width}
-    return {f"{name}{i}": shape for i in range(4) for name, shape in shapes.items()}
+    shapes = {"x": (B, 1, H, 8), "x_bias": (H * 8,), "weight": width, "bias": width}
+    return {f"{name}{i}": shape for i in range(2) for name, shape in shapes.items()}
 
 
 def of_linears(t: dict[str, Tensor]) -> list[Tensor]:

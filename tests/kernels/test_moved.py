@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.launches import CASES
+from bench.launches import CASES, norm_modulate
 from tests.kernels.moved import launches
 
 # Odd numbers of rows. 8 heads: their rotary tables are a quarter of x.
@@ -22,6 +22,16 @@ def test_kernels_move_what_they_must(case):
     assert len(found) >= 2  # forward and backward, or two passes
     for launch in found:
         assert launch.worst <= BOUND, launch
+
+
+@pytest.mark.parametrize(
+    ("per_token", "kernels"),
+    [("", ["forward", "backward", "reduce"]), ("gate scale shift", ["forward", "backward"])],
+)
+def test_what_differs_per_token_is_not_summed(per_token, kernels):
+    operands = "residual gate scale shift"
+    found = launches(lambda: norm_modulate(1, 3, 32, operands, per_token=per_token))
+    assert [launch.kernel for launch in found] == [f"{name}_kernel" for name in kernels]
 
 
 @triton.jit

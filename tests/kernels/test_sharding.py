@@ -124,6 +124,8 @@ CALLS = [
     norm("tokens", 1),
     norm("tokens, modulated per token", 1, "rms", per_token=True),
     norm("tokens", 1, "none"),
+    # To the second process the shift has the shape of x: still its gradient is a sum.
+    norm("one token", 1, **dict.fromkeys(("x", "residual"), ((B, 3, D), Shard(1), Shard(1)))),
     qk("batch", 0),
     qk("batch, joint", 0, sections=2),
     qk("tokens", 1),
