@@ -74,6 +74,30 @@ def test_a_write_is_seen() -> None:
     assert all(map(torch.equal, after, case.run("fp8_rowwise")))
 
 
+class Uncounted(torch.optim.Optimizer):
+    """Writes as foreign kernels do, and as FSDP gathers: PyTorch has no record of it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__([weight], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(1.5)
+
+
+def test_a_step_of_any_optimizer_empties_the_scope() -> None:
+    case = Case()
+    optimizer = Uncounted(case.weight)
+    with fxopt.cast_weights_once():
+        case.run("fp8_rowwise")
+        version = case.weight._version
+        optimizer.step()
+        assert case.weight._version == version
+        after = case.run("fp8_rowwise")
+    assert all(map(torch.equal, after, case.run("fp8_rowwise")))
+
+
 def test_another_storage_is_seen() -> None:
     case = Case()
     with fxopt.cast_weights_once():
