@@ -108,8 +108,8 @@ def measure_recipe(
         print(by_op(recipe, low), file=sys.stderr)
     glue, glue_further = (t.glue.total() / plain.glue.total() for t in (low, further))
     compared = [
-        ("quantization [B / element]", per_element(low, recipe), QUANTIZATION_BYTES),
-        asked("quantization launches / linear", "launches", per_linear(low, recipe)),
+        ("quantization [B / element]", per_element(low, plain, recipe), QUANTIZATION_BYTES),
+        asked("quantization launches / linear", "launches", per_linear(low, plain, recipe)),
         asked("glue, recipe / bf16", "glue", glue),
         ("glue, further micro-batch / bf16", glue_further, GATES["glue further"]),
         asked("saved, recipe / bf16", "saved", low.saved / plain.saved),
@@ -140,25 +140,31 @@ def count_further(
     return forward + backward
 
 
-def quantizing(counts: Counter[str]) -> int:
-    """What ops that quantize do: with their own work, where they are also producers."""
-    return sum(n for op, n in counts.items() if op.startswith("fxopt::") and "quantize" in op)
+PRODUCERS = ("norm_modulate", "gated_activation")
+
+
+def quantization(counts: Counter[str], plain: Counter[str]) -> int:
+    """What ops do that quantize or make what is quantized, beyond what the latter do in bf16."""
+    forms = {f"fxopt::{op}{suffix}" for op in PRODUCERS for suffix in ("", "_backward")}
+    low = sum(n for op, n in counts.items() if op in forms or "quantize" in op)
+    return low - sum(plain[op] for op in forms)
 
 
 def low_products(found: traffic.Traffic) -> list[tuple[int, int, int]]:
     return [g.shape for g in found.gemms if g.bits < 16 and g.shape is not None]
 
 
-def per_element(found: traffic.Traffic, recipe: str) -> float:
+def per_element(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> float:
     """Bytes of quantization for each element of x, weight and gradient of a quantized linear."""
     # Each of the products of a linear has all three sizes.
     elements = sum(m * n + n * k + m * k for m, n, k in low_products(found))
-    return quantizing(found.glue) * len(RECIPES[recipe].gemms) / elements
+    return quantization(found.glue, plain.glue) * len(RECIPES[recipe].gemms) / elements
 
 
-def per_linear(found: traffic.Traffic, recipe: str) -> float:
-    """Launches of ops that quantize, forward and backward."""
-    return quantizing(found.launches) * len(RECIPES[recipe].gemms) / len(low_products(found))
+def per_linear(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> float:
+    """Launches of quantization, forward and backward."""
+    num_linears = len(low_products(found)) / len(RECIPES[recipe].gemms)
+    return quantization(found.launches, plain.launches) / num_linears
 
 
 def figures(case: str, name: str, found: traffic.Traffic) -> list[rows.Row]:

@@ -61,7 +61,7 @@ def rules_for(
     """
     rules = [rule for rule in CATALOGUE if rule.compiled or not compiled]
     if not recipe.gemms:
-        return tuple(rule for rule in rules if rule is not quantized_linear.RULE)
+        return tuple(rule for rule in rules if rule.tier != "low_precision")
     quantized = quantized_linear.rule(recipe, block, threshold(recipe, target))
     return tuple(quantized if rule is quantized_linear.RULE else rule for rule in rules)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.formats import Quantized
@@ -29,6 +30,10 @@ class WeightCasts:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str, str], _Entry] = {}
+
+    def forget(self, *_: object) -> None:
+        """Cast again what comes: an optimizer has stepped, and wrote as it likes."""
+        self._entries.clear()
 
     def of(self, weight: Tensor, recipe: Recipe) -> Pair | None:
         """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
@@ -57,15 +62,18 @@ def cast_weights_once() -> Iterator[None]:
                 loss(model, batch).backward()
         optimizer.step()
 
-    A weight is cast again if PyTorch has recorded a write to it. Writes through `.data`, or by a
-    kernel that PyTorch knows nothing of, leave no record: keep them outside. The copies take two
-    bytes per element (FP8) until the end; where FSDP gathers weights anew for each use, that is the
-    memory it saves. Graphs of a compiler cast where they stand.
+    A weight is cast again if PyTorch has recorded a write to it, or after a step of any optimizer.
+    Other writes through `.data`, or by a kernel that PyTorch knows nothing of, leave no record:
+    keep them outside. The copies take two bytes per element (FP8) until the end; where FSDP frees
+    the gathered weights after use, that is memory it meant to save. Graphs of a compiler cast
+    where they stand.
     """
-    token = _active.set(WeightCasts())
+    casts = WeightCasts()
+    token, hook = _active.set(casts), register_optimizer_step_post_hook(casts.forget)
     try:
         yield
     finally:
+        hook.remove()
         _active.reset(token)
 
 
