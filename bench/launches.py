@@ -164,7 +164,7 @@ def quantize(
 ) -> None:
     from fxopt.kernels import quantize as provider
 
-    provider.triton(randn(batch, num_tokens, width), rows, columns, None)
+    provider.triton(randn(batch, num_tokens, width), rows, columns, None, False)
 
 
 def _cases() -> Iterator[Case]:

@@ -21,6 +21,7 @@ LIBRARY = torch.library.Library("fxopt", "DEF")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
+REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 
 
 @functools.cache
@@ -45,6 +46,7 @@ def register(
     flops: Callable[..., int] | None = None,
     launches: Callable[..., int] | None = None,
     sharding: shardings.Rule | None = None,
+    rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -58,12 +60,15 @@ def register(
         flops: FLOPs from the arguments' shapes; None for ops that do no matrix product.
         launches: kernels that a call with these arguments launches on a GPU; None for always one.
         sharding: how it runs on DTensors; None to refuse them.
+        rereads: from arguments and outputs, those that a second of these kernels reads again.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.fxopt, name).default
     if launches is not None:
         LAUNCHES[f"fxopt::{name}"] = launches
+    if rereads is not None:
+        REREADS[f"fxopt::{name}"] = rereads
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")

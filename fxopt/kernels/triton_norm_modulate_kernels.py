@@ -19,9 +19,11 @@ import triton.language as tl
 
 from fxopt.kernels.triton_rows import (
     affine_of,
-    factor_of,
+    gated_residual,
     load,
+    mean_of,
     modulate,
+    modulation_of,
     norm_backward,
     store,
 )
@@ -121,28 +123,23 @@ def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constex
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
-    value = load(s.x, group, row, cols, mask)
     if s.residual[0] is not None:
-        if s.x_bias[0] is not None:
-            value += load(s.x_bias, 0, 0, cols, mask)
-        if s.gate[0] is not None:
-            value = value * load(s.gate, group, row, cols, mask)
-        rounded = (value + load(s.residual, group, row, cols, mask)).to(s.h.dtype.element_ty)
+        value = gated_residual(s.x, s.residual, s.gate, s.x_bias, group, row, cols, mask)
+        rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
+    else:
+        value = load(s.x, group, row, cols, mask)
     if NORM != "none":
         if NORM == "layer":
-            row_mean = tl.sum(value, 0) / num_features
-            if s.x[0].dtype.element_ty == tl.float32 or s.h.dtype.element_ty == tl.float32:
-                # What the sum rounded off, or a row of one value has a variance. Sums of 16-bit
-                # values round nothing off there.
-                row_mean += tl.sum(tl.where(mask, value - row_mean, 0.0), 0) / num_features
+            kept = s.x[0] if s.residual[0] is None else s.h
+            row_mean = mean_of(value, kept, num_features, mask)
             tl.store(s.mean + token, row_mean)
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + s.eps)
         tl.store(s.rstd + token, row_rstd)
         n = affine_of(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
-        factor = factor_of(s.scale, s.scale_offset, group, row, cols, mask)
+        factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
         out = modulate(n, factor, s.shift, group, row, cols, mask)
         tl.store(s.y + token * num_features + cols, out.to(s.y.dtype.element_ty), mask=mask)
 
@@ -183,7 +180,7 @@ def _backward_rows(
             if NORM == "layer":
                 n = tl.where(mask, n - tl.load(s.mean + token), 0.0)
             n = n * row_rstd
-            factor = factor_of(s.scale, s.scale_offset, group, row, cols, mask)
+            factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
             if s.y is not None:
                 out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
                 out = modulate(out, factor, s.shift, group, row, cols, mask)

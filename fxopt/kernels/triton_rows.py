@@ -25,6 +25,28 @@ def store(t, offsets, value, mask):
 
 
 @triton.jit
+def gated_residual(x, residual, gate, x_bias, group, row, cols, mask):
+    """residual + gate * (x + x_bias)"""
+    value = load(x, group, row, cols, mask)
+    if x_bias[0] is not None:
+        value += load(x_bias, 0, 0, cols, mask)
+    if gate[0] is not None:
+        value = value * load(gate, group, row, cols, mask)
+    return value + load(residual, group, row, cols, mask)
+
+
+@triton.jit
+def mean_of(value, stored, num_features, mask):
+    """Mean of a row, which is kept at the pointer `stored`."""
+    row_mean = tl.sum(value, 0) / num_features
+    if stored.dtype.element_ty == tl.float32:
+        # What the sum rounded off, or a row of one value has a variance. Sums of 16-bit values
+        # round nothing off there.
+        row_mean += tl.sum(tl.where(mask, value - row_mean, 0.0), 0) / num_features
+    return row_mean
+
+
+@triton.jit
 def norm_backward(dn, n, num_features, NORM: tl.constexpr):
     """Gradient of the norm's input, but for the factor rstd."""
     dnorm = dn - n * (tl.sum(dn * n, 0) / num_features)
@@ -43,7 +65,7 @@ def affine_of(n, weight, bias, weight_offset, cols, mask):
 
 
 @triton.jit
-def factor_of(scale, scale_offset, group, row, cols, mask):
+def modulation_of(scale, scale_offset, group, row, cols, mask):
     if scale[0] is not None:
         return scale_offset + load(scale, group, row, cols, mask)
     else:
