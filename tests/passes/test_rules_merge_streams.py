@@ -125,12 +125,15 @@ def test_activations():
     found = rewrite(Written(forward, **parameters()), *inputs())
     assert found.count("gated_activation") == found.count("merge_linears") == 2
     assert found.count("merge_streams") == 1
-    assert_expected_inline(found.code(), """\
+    assert_expected_inline(
+        found.code(),
+        """\
 gated_activation_linear_streams = fxopt.gated_activation_linear_streams([inputs_0, inputs_1],
     [None, None], 'gelu_erf', 'none', [None, None], [p_q, p_k], [None, p_b])
 getitem = gated_activation_linear_streams[0]
 getitem_1 = gated_activation_linear_streams[1]
-return (getitem, getitem_1)""")
+return (getitem, getitem_1)""",
+    )
     found.assert_as_accurate(*inputs(B=1, S=6, T=4))
 
 
