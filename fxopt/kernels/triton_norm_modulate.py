@@ -57,7 +57,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), x.shape[-1], NORM=norm, **tile(x.shape[-1], 16)
+                tuple(streams), x.shape[-1], NORM=norm, **forward_tile(x.shape[-1])
             )
     return found
 
@@ -240,10 +240,10 @@ def _present(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def tile(num_features: int, elements_per_thread: int) -> dict[str, int]:
-    """Launch options for one row of `num_features` at a time."""
+def forward_tile(num_features: int) -> dict[str, Any]:
+    """Launch options of the forward: 16 elements per thread."""
     block = triton.next_power_of_2(num_features)
-    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // (32 * elements_per_thread)))}
+    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def backward_tile(num_features: int, num_sums: int) -> dict[str, Any]:
