@@ -48,7 +48,7 @@ class GatedActivationLinear(torch.autograd.Function):
             for d, (gate, up, beside, _), needed in zip(d_inputs, streams, needs, strict=True)
             if d is not None
         ]
-        found = iter(launch_backward(calls) if calls else ())
+        found = iter(launch_backward(calls))
         results: list[Tensor | None] = []
         for grad, d_input, (_, _, beside, weight), needed in zip(
             grads, d_inputs, streams, needs, strict=True

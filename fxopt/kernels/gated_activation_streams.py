@@ -30,8 +30,8 @@ def launch(calls: Sequence[Call]) -> list[Tensor]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """(dgate, dup, y) of each call of `gated_activation_backward`."""
-    if len(calls) == 1:
-        return [op.gated_activation_backward(*calls[0])]
+    if len(calls) < 2:
+        return [op.gated_activation_backward(*call) for call in calls]
     *tensors, activation, packing, recompute = zip(*calls, strict=True)
     found = gated_activation_streams_backward(*tensors, activation[0], packing[0], recompute)
     return [tuple(found[i : i + 3]) for i in range(0, len(found), 3)]

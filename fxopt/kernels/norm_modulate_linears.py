@@ -56,7 +56,10 @@ class NormModulateLinears(torch.autograd.Function):
             x, residual, gate, *others = operands
             h = x if residual is None else h
             norm_input = None if stream.settings[0] == "none" else h
-            kept += [norm_input, x if needed[2] else None, gate, *others, mean, rstd, *weights]
+            branch = None
+            if gate is not None:
+                branch = x if needed[2] else x.new_empty(0)  # its dtype is that of its gradient
+            kept += [norm_input, branch, gate, *others, mean, rstd, *weights]
             outs += [*products(y, weights, biases, stream.pieces), h]
         ctx.save_for_backward(*kept)
         ctx.streams = streams

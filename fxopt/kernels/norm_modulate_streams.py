@@ -33,8 +33,8 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """What `norm_modulate_backward` returns for each call."""
-    if len(calls) == 1:
-        return [norm_modulate_backward(*calls[0])]
+    if len(calls) < 2:
+        return [norm_modulate_backward(*call) for call in calls]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
+from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels.triton_sizes import unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
+# Features that the backward holds in one piece.
+MAX_PIECE = 4096
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -54,7 +57,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), x.shape[-1], NORM=norm, **tile(x.shape[-1], 16)
+                tuple(streams), x.shape[-1], NORM=norm, **forward_tile(x.shape[-1])
             )
     return found
 
@@ -74,10 +77,10 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         with torch.cuda.device_of(a.h):
             kernels.backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
-                NORM=a.norm, **tile(num_features, 8),
+                NORM=a.norm, **backward_tile(num_features, max(s.num_sums for s in present)),
             )  # fmt: skip
             if summed:
-                kernels.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
+                sums.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
                     tuple(s.reduction() for s in summed), num_features,
                     BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
                 )  # fmt: skip
@@ -141,6 +144,10 @@ class _Stream:
             )
         ]
 
+    @property
+    def num_sums(self) -> int:
+        return sum(t is not None for t in self.sums)
+
     def elementwise(self) -> tuple[Tensor | None, ...]:
         """For each operand that differs from row to row, its gradient element by element."""
         dy = self.arguments.grad_y if self.per_row[3] or self.per_row[4] else None
@@ -159,13 +166,13 @@ class _Stream:
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
         ))  # fmt: skip
 
-    def reduction(self) -> kernels.Reduce:
+    def reduction(self) -> sums.Reduce:
         """Arguments of the second kernel, which makes the gradients of operands from the sums."""
         a = self.arguments
         _, weight, bias, scale, *_ = self.operands
         affine = weight, bias, None if self.per_row[3] else scale
         sizes = self.groups.num_groups, self.num_programs
-        return kernels.Reduce._make((
+        return sums.Reduce._make((
             *(_rows(t, a.h, self.groups) for t in affine), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes),
@@ -234,10 +241,27 @@ def _present(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def tile(num_features: int, elements_per_thread: int) -> dict[str, int]:
-    """Launch options for one row of `num_features` at a time; the backward has more per element."""
+def forward_tile(num_features: int) -> dict[str, Any]:
+    """Launch options of the forward: 16 elements per thread."""
     block = triton.next_power_of_2(num_features)
-    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // (32 * elements_per_thread)))}
+    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def backward_tile(num_features: int, num_sums: int) -> dict[str, Any]:
+    """Launch options of the backward, which keeps `num_sums` sums per feature in registers.
+
+    Above 4,096 features the row is in two pieces: padded to the next power of two, 5,120 spill on
+    sm_90 (26 registers with four sums), sm_100 and sm_120. Four sums take more than the 128
+    registers that a thread of 16 warps can have, but not the 255 of 8 warps, up to 6,144 features.
+    Below, pieces would save lanes but no registers, and cost 16-byte accesses: 3,072 as 2,048 and
+    1,024 on 8 warps take 101 to 233 instead of 74 to 101, on 16 warps they load 8 bytes.
+    """
+    whole = triton.next_power_of_2(num_features)
+    half = whole // 2
+    is_wide = num_features > MAX_PIECE
+    blocks = (half, triton.next_power_of_2(num_features - half)) if is_wide else (whole,)
+    num_warps = 8 if is_wide and num_sums == 4 else min(16, max(1, whole // 256))
+    return {"BLOCKS": tuple(map(tl.constexpr, blocks)), "num_warps": num_warps}
 
 
 def _num_resident(x: Tensor) -> int:

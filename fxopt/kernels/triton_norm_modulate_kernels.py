@@ -1,14 +1,13 @@
-"""Triton kernels of `fxopt::norm_modulate`: forward, backward over rows, and sums of partial sums.
+"""Triton kernels of `fxopt::norm_modulate`: forward, and backward over rows.
 
 Each serves one or more streams (text and image, say) in one launch; a program belongs to one.
 
-Shapes: G groups of R rows share their per-group operands; D features, padded to BLOCK_D; P programs
-per group in the backward. Every program of the backward owns rows of one group and writes one row
-of partial sums; the last kernel adds the P rows, in fixed order, so no atomics are needed, and
-makes all gradients of operands from the sums.
+Shapes: G groups of R rows share their per-group operands; D features, padded to BLOCK_D or, in the
+backward, to BLOCKS; P programs per group in the backward. Every program of the backward owns rows
+of one group and writes one row of partial sums, which `triton_norm_modulate_sums` adds up.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -24,7 +23,6 @@ from fxopt.kernels.triton_rows import (
     mean_of,
     modulate,
     modulation_of,
-    norm_backward,
     store,
 )
 from fxopt.kernels.triton_sizes import size
@@ -93,31 +91,6 @@ class Backward(NamedTuple):
     SCALE_PER_ROW: tl.constexpr
 
 
-class Reduce(NamedTuple):
-    """A stream's operands (pointer, group stride, row stride), sums, gradients (pointer, stride).
-
-    The group stride of a gradient is None where all groups share the operand.
-    """
-
-    weight: Any
-    bias: Any
-    scale: Any
-    gate_sums: Any
-    a_sums: Any
-    c_sums: Any
-    x_sums: Any
-    dgate: Any
-    dweight: Any
-    dbias: Any
-    dscale: Any
-    dshift: Any
-    dx_bias: Any
-    weight_offset: Any
-    scale_offset: Any
-    num_groups: Any
-    num_programs: Any
-
-
 @triton.jit
 def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
     group, row = token // size(s.num_rows), token % size(s.num_rows)
@@ -156,73 +129,121 @@ def forward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _backward_rows(
-    s, group, program, num_features,
-    NORM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows `program`, `program + num_programs`, ... of a group."""
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < num_features
-    num_rows, num_programs = size(s.num_rows), size(s.num_programs)
-    gate_sum = tl.zeros([BLOCK_D], tl.float32)
-    a_sum = tl.zeros([BLOCK_D], tl.float32)
-    c_sum = tl.zeros([BLOCK_D], tl.float32)
-    x_sum = tl.zeros([BLOCK_D], tl.float32)
-    for row in range(program, num_rows, num_programs):
-        token = group * num_rows + row
-        offsets = token * num_features + cols
-        dvalue = tl.zeros([BLOCK_D], tl.float32)
-        if s.grad_h[0] is not None:
-            dvalue = load(s.grad_h, group, row, cols, mask)
-        if NORM != "none":
-            row_rstd = tl.load(s.rstd + token)
-            n = load(s.h, group, row, cols, mask)
-            if NORM == "layer":
-                n = tl.where(mask, n - tl.load(s.mean + token), 0.0)
-            n = n * row_rstd
-            factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
-            if s.y is not None:
-                out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
-                out = modulate(out, factor, s.shift, group, row, cols, mask)
-                store(s.y, offsets, out, mask)
-            if s.grad_y[0] is not None:
-                dn = load(s.grad_y, group, row, cols, mask)
-                if s.dscale is not None:
-                    affine = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
-                    store(s.dscale, offsets, dn * affine, mask)
-                if s.SCALE_PER_ROW:
-                    dn = dn * factor
-                if s.a_sums is not None:
-                    a_sum += dn * n
-                    c_sum += dn
-                if s.scale[0] is not None and not s.SCALE_PER_ROW:
-                    dn = dn * (s.scale_offset + load(s.scale, group, 0, cols, mask))
-                if s.weight[0] is not None:
-                    dn = dn * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
-                dvalue += norm_backward(dn, n, num_features, NORM) * row_rstd
-        store(s.dh, offsets, dvalue, mask)
-        if s.gate_sums is not None or s.dgate is not None:
-            value = load(s.x, group, row, cols, mask)
-            if s.x_bias[0] is not None:
-                value += load(s.x_bias, 0, 0, cols, mask)
-            store(s.dgate, offsets, dvalue * value, mask)
-            if s.gate_sums is not None:
-                gate_sum += dvalue * value
-        if s.gate[0] is not None:
-            dvalue *= load(s.gate, group, row, cols, mask)
-        store(s.dx, offsets, dvalue, mask)
-        if s.x_sums is not None:
-            x_sum += dvalue
-    partial = (group * num_programs + program) * num_features + cols
-    store(s.gate_sums, partial, gate_sum, mask)
-    store(s.a_sums, partial, a_sum, mask)
-    store(s.c_sums, partial, c_sum, mask)
-    store(s.x_sums, partial, x_sum, mask)
+def _columns(i: tl.constexpr, num_features, BLOCKS):
+    """Columns of piece `i` of a row, and which of them there are."""
+    first = 0
+    for j in tl.static_range(i):
+        first += BLOCKS[j]
+    cols = first + tl.arange(0, BLOCKS[i])
+    return cols, cols < num_features
 
 
 @triton.jit
-def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program strides over the rows of one group."""
+def _normed(s, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num_features, BLOCKS):
+    """n of a piece, its gradient, and the sums of the gradients of n's factor and addend."""
+    cols, mask = _columns(i, num_features, BLOCKS)
+    offsets = token * num_features + cols
+    _, a_sum, c_sum, _ = sums
+    n = tl.where(mask, load(s.h, group, row, cols, mask) - row_mean, 0.0) * row_rstd
+    factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
+    if s.y is not None:
+        out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
+        out = modulate(out, factor, s.shift, group, row, cols, mask)
+        store(s.y, offsets, out, mask)
+    dn = tl.zeros([BLOCKS[i]], tl.float32)
+    if s.grad_y[0] is not None:
+        dn = load(s.grad_y, group, row, cols, mask)
+        if s.dscale is not None:
+            affine = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
+            store(s.dscale, offsets, dn * affine, mask)
+        if s.SCALE_PER_ROW:
+            dn = dn * factor
+        if s.a_sums is not None:
+            a_sum += dn * n
+            c_sum += dn
+        if s.scale[0] is not None and not s.SCALE_PER_ROW:
+            dn = dn * (s.scale_offset + load(s.scale, group, 0, cols, mask))
+        if s.weight[0] is not None:
+            dn = dn * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
+    return n, dn, a_sum, c_sum
+
+
+@triton.jit
+def _gated(s, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BLOCKS):
+    """Store the gradients of h and x of a piece; the sums of those of the gate and of x."""
+    cols, mask = _columns(i, num_features, BLOCKS)
+    offsets = token * num_features + cols
+    gate_sum, _, _, x_sum = sums
+    if s.grad_h[0] is not None:
+        dvalue += load(s.grad_h, group, row, cols, mask)
+    store(s.dh, offsets, dvalue, mask)
+    if s.gate_sums is not None or s.dgate is not None:
+        value = load(s.x, group, row, cols, mask)
+        if s.x_bias[0] is not None:
+            value += load(s.x_bias, 0, 0, cols, mask)
+        store(s.dgate, offsets, dvalue * value, mask)
+        if s.gate_sums is not None:
+            gate_sum += dvalue * value
+    if s.gate[0] is not None:
+        dvalue *= load(s.gate, group, row, cols, mask)
+    store(s.dx, offsets, dvalue, mask)
+    if s.x_sums is not None:
+        x_sum += dvalue
+    return gate_sum, x_sum
+
+
+@triton.jit
+def _backward_row(s, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS):
+    """Store the gradients of a row; the sums with its share, `sums` being those before it."""
+    token = group * size(s.num_rows) + row
+    row_mean, row_rstd, along_n, along_1 = 0.0, 0.0, 0.0, 0.0
+    if NORM != "none":
+        row_rstd = tl.load(s.rstd + token)
+    if NORM == "layer":
+        row_mean = tl.load(s.mean + token)
+    pieces = ()
+    for i in tl.static_range(len(BLOCKS)):
+        if NORM != "none":
+            piece = _normed(
+                s, group, row, token, row_mean, row_rstd, sums[i], i, num_features, BLOCKS
+            )
+            along_n += tl.sum(piece[1] * piece[0], 0)
+            if NORM == "layer":
+                along_1 += tl.sum(piece[1], 0)
+            pieces += (piece,)
+    found = ()
+    for i in tl.static_range(len(BLOCKS)):
+        _, a_sum, c_sum, _ = sums[i]
+        dvalue = tl.zeros([BLOCKS[i]], tl.float32)
+        if NORM != "none":
+            n, dn, a_sum, c_sum = pieces[i]
+            dvalue = (dn - n * (along_n / num_features) - along_1 / num_features) * row_rstd
+        gate_sum, x_sum = _gated(s, group, row, token, dvalue, sums[i], i, num_features, BLOCKS)
+        found += ((gate_sum, a_sum, c_sum, x_sum),)
+    return found
+
+
+@triton.jit
+def _backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
+    """Rows `program`, `program + num_programs`, ... of a group."""
+    sums = ()
+    for i in tl.static_range(len(BLOCKS)):
+        zero = tl.zeros([BLOCKS[i]], tl.float32)
+        sums += ((zero, zero, zero, zero),)
+    for row in range(program, size(s.num_rows), size(s.num_programs)):
+        sums = _backward_row(s, group, row, sums, num_features, NORM, BLOCKS)
+    for i in tl.static_range(len(BLOCKS)):
+        cols, mask = _columns(i, num_features, BLOCKS)
+        partial = (group * size(s.num_programs) + program) * num_features + cols
+        store(s.gate_sums, partial, sums[i][0], mask)
+        store(s.a_sums, partial, sums[i][1], mask)
+        store(s.c_sums, partial, sums[i][2], mask)
+        store(s.x_sums, partial, sums[i][3], mask)
+
+
+@triton.jit
+def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCKS):
+    """One program strides over the rows of one group; BLOCKS are powers of two that add up to D."""
     program = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(streams)):
         num_programs = size(streams[i].num_programs)
@@ -230,84 +251,6 @@ def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.const
         if (program >= 0) & (program < total):
             _backward_rows(
                 streams[i], program // num_programs, program % num_programs,
-                num_features, NORM, BLOCK_D,
+                num_features, NORM, BLOCKS,
             )  # fmt: skip
         program -= total
-
-
-@triton.jit
-def _column_sum(sums, group, num_programs, num_features, cols, mask, BLOCK_P: tl.constexpr):
-    """Sum `[G, P, D]` partial sums of one group over P, always in the same order."""
-    total = tl.zeros([BLOCK_P, cols.shape[0]], tl.float32)
-    if sums is not None:
-        own = sums + group * num_programs * num_features
-        for first in range(0, num_programs, BLOCK_P):
-            programs = first + tl.arange(0, BLOCK_P)
-            offsets = programs[:, None] * num_features + cols[None, :]
-            valid = (programs < num_programs)[:, None] & mask[None, :]
-            total += tl.load(own + offsets, mask=valid, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _reduced(out, total, value, group, cols, mask):
-    """Store a gradient of its group, given as (pointer, group stride), or go on adding it up."""
-    if out[0] is not None and out[1] is not None:
-        store(out[0], group * out[1] + cols, value, mask)
-    return total + value
-
-
-@triton.jit
-def _stored(out, total, cols, mask):
-    """Store a gradient that all groups share; its group stride is None."""
-    if out[1] is None:
-        store(out[0], cols, total, mask)
-
-
-@triton.jit
-def _reduce_stream(
-    s, cols, mask, num_features,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    num_programs = size(s.num_programs)
-    zero = tl.zeros([BLOCK_D], tl.float32)
-    gate_total, weight_total, bias_total = zero, zero, zero
-    scale_total, shift_total, x_total = zero, zero, zero
-    for i in range(size(s.num_groups)):
-        group = tl.cast(i, tl.int64)
-        dg = _column_sum(s.gate_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        da = _column_sum(s.a_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        dc = _column_sum(s.c_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        dx = _column_sum(s.x_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        factor, affine_da = zero + 1.0, da
-        if s.scale[0] is not None:
-            factor = s.scale_offset + load(s.scale, group, 0, cols, mask)
-        if s.weight[0] is not None:
-            affine_da = da * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
-        if s.bias[0] is not None:
-            affine_da += dc * load(s.bias, 0, 0, cols, mask)
-        gate_total = _reduced(s.dgate, gate_total, dg, group, cols, mask)
-        weight_total = _reduced(s.dweight, weight_total, da * factor, group, cols, mask)
-        bias_total = _reduced(s.dbias, bias_total, dc * factor, group, cols, mask)
-        scale_total = _reduced(s.dscale, scale_total, affine_da, group, cols, mask)
-        shift_total = _reduced(s.dshift, shift_total, dc, group, cols, mask)
-        x_total = _reduced(s.dx_bias, x_total, dx, group, cols, mask)
-    _stored(s.dgate, gate_total, cols, mask)
-    _stored(s.dweight, weight_total, cols, mask)
-    _stored(s.dbias, bias_total, cols, mask)
-    _stored(s.dscale, scale_total, cols, mask)
-    _stored(s.dshift, shift_total, cols, mask)
-    _stored(s.dx_bias, x_total, cols, mask)
-
-
-@triton.jit
-def reduce_kernel(
-    streams, num_features,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program makes the gradients of BLOCK_D features of a stream's operands."""
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = cols < num_features
-    for i in tl.static_range(len(streams)):
-        if tl.program_id(1) == i:
-            _reduce_stream(streams[i], cols, mask, num_features, BLOCK_P, BLOCK_D)

@@ -47,15 +47,6 @@ def mean_of(value, stored, num_features, mask):
 
 
 @triton.jit
-def norm_backward(dn, n, num_features, NORM: tl.constexpr):
-    """Gradient of the norm's input, but for the factor rstd."""
-    dnorm = dn - n * (tl.sum(dn * n, 0) / num_features)
-    if NORM == "layer":
-        dnorm -= tl.sum(dn, 0) / num_features
-    return dnorm
-
-
-@triton.jit
 def affine_of(n, weight, bias, weight_offset, cols, mask):
     if weight[0] is not None:
         n = n * (weight_offset + load(weight, 0, 0, cols, mask))

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import norm_modulate_streams as op_module
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.native_norm_modulate import backward, forward
-from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
+from fxopt.kernels.norm_modulate_linears import (
+    norm_modulate_linears,
+    norm_modulate_linears_streams,
+)
 from fxopt.kernels.norm_modulate_streams import (
     norm_modulate_streams,
     norm_modulate_streams_backward,
@@ -94,7 +98,7 @@ def test_triton_is_that_of_each_stream(name: str, norm: str):
     )
 
 
-def test_triton_launches_once_for_all():
+def test_triton_launches_once_for_all(monkeypatch: pytest.MonkeyPatch):
     provider = pytest.importorskip("fxopt.kernels.triton_norm_modulate")
     calls, back = made(STREAMS["image and text"], "layer")
     launched = []
@@ -107,12 +111,15 @@ def test_triton_launches_once_for_all():
             launched.append(grid)
             return self.kernel[grid]
 
-    kernels = provider.kernels
-    names = ("forward_kernel", "backward_kernel", "reduce_kernel")
-    with mock.patch.multiple(kernels, **{n: Counted(getattr(kernels, n)) for n in names}):
-        provider.forward_of(calls)
-        assert len(launched) == 1
-        provider.backward_of(back)
+    for module, name in (
+        (provider.kernels, "forward_kernel"),
+        (provider.kernels, "backward_kernel"),
+        (provider.sums, "reduce_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    provider.forward_of(calls)
+    assert len(launched) == 1
+    provider.backward_of(back)
     count = LAUNCHES["fxopt::norm_modulate_streams_backward"]
     assert len(launched) == 1 + count(*joined_backward(back)) == 3
 
@@ -156,6 +163,36 @@ def test_a_norm_that_no_gradient_reaches_is_left_out():
     torch.testing.assert_close(residual.grad, torch.full_like(residual, 2.0))
     torch.testing.assert_close(x.grad, (2 * gate).expand_as(x))
     torch.testing.assert_close(gate.grad, 2 * x.detach().sum(1, keepdim=True))
+
+
+def test_a_node_that_no_gradient_reaches_gives_none():
+    """The norm before a stream that is dropped: autograd calls its node all the same."""
+    calls, _ = made((IMAGE, TEXT), "layer", torch.float64)
+    text, weight = calls[1][0].requires_grad_(), torch.randn(24, 24, dtype=torch.float64)
+    weight.requires_grad_()
+    settings = ("layer", EPS, 1.0, 1.0, torch.float64, torch.float64)
+    (x,), _ = norm_modulate_linears(text, *[None] * 7, *settings, [weight], [None], [0, 0, 24])
+    x = gated_activation_linear(x, None, "silu", "none", None, weight, None)
+    calls[1] = (x, *calls[1][1:])
+    calls[0][0].requires_grad_()
+    outs, _ = norm_modulate_linears_streams(*with_linears(calls, [weight, weight]))
+    grads = torch.autograd.grad(outs[0].sum(), [calls[0][0], text], allow_unused=True)
+    assert grads[0] is not None and grads[1] is None
+
+
+def test_a_frozen_gate_keeps_no_branch():
+    """The gradient of a bf16 branch beside an fp32 residual is bf16 all the same."""
+    gate = torch.ones(2, 1, 24)
+    x, residual = torch.randn(2, 3, 24).bfloat16(), torch.randn(2, 3, 24)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operands = (x.requires_grad_(), residual.requires_grad_(), gate, *[None] * 5)
+        settings = ("none", 0.0, 0.0, 0.0, torch.float32, torch.float32)
+        outs, h = norm_modulate_linears(*operands, *settings, [], [], [])
+    assert not outs and not [t for t in kept if t.shape == x.shape]
+    h.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_the_composite_under_a_tracer():

@@ -92,14 +92,14 @@ def test_wide_rows_keep_their_bias():
     """Four sums per feature would leave the registers."""
 
     def rows(num_tokens: int) -> list[Tensor]:
-        return [normal(1, num_tokens, 4100), normal(1, num_tokens, 4), normal(1, 4100)]
+        return [normal(1, num_tokens, 6148), normal(1, num_tokens, 4), normal(1, 6148)]
 
-    wide = {"w": normal(4100, 4), "b": normal(4100)}
+    wide = {"w": normal(6148, 4), "b": normal(6148)}
     found = rewritten(gated, *rows(3), **wide)
     assert found.count("fuse_bias") == 1
 
     def normed_wide(m, residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        return F.layer_norm(gated(m, residual, x, gate), (4100,)) * (1 + gate[:, None])
+        return F.layer_norm(gated(m, residual, x, gate), (6148,)) * (1 + gate[:, None])
 
     found = rewritten(normed_wide, *rows(3), **wide)
     assert not found.count("fuse_bias")

@@ -16,7 +16,7 @@ from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 # Above it the backward's four sums per feature (gate, scale, shift, bias) leave the registers.
-MAX_FEATURES_WITH_ALL_SUMS = 4096
+MAX_FEATURES_WITH_ALL_SUMS = 6144
 
 
 def propose(op: fx.Node) -> Iterator[Binding | Reason]:

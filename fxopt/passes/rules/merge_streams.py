@@ -24,11 +24,11 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
+from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
-NUM_OPERANDS = 8
 # Products and attentions: what makes a stream one step deeper.
 STEPS = (
     ir.LINEAR,
@@ -57,10 +57,11 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
 
 def _common(call: fx.Node) -> tuple[Any, ...] | None:
     """What the streams of a launch share; None where `call` is none that can be one of them."""
-    if ir.is_call(call, norm_modulate) and call.args[NUM_OPERANDS] != "none":
-        return None  # kept for something that is no linear
     if ir.is_call(call, norm_modulate, norm_modulate_linears):
-        return "norm", call.args[8], *call.args[12:14], ir.expression(ir.shape(call.args[0])[-1])
+        x, norm, *dtypes = (ir.arguments(call)[k] for k in ("x", "norm", "h_dtype", "dtype"))
+        if call.target is norm_modulate and norm != "none":
+            return None  # its y is kept, for something that is no linear
+        return "norm", norm, *dtypes, ir.expression(ir.shape(x)[-1])
     if ir.is_call(call, gated_activation_linear):
         gate, _, activation, packing = call.args[:4]
         return activation, packing, ir.dtype(gate), ir.expression(ir.shape(gate)[-1])
