@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope, quantize
+from fxopt.kernels import (
+    gated_activation,
+    norm_modulate,
+    qk_norm_rope,
+    quantize,
+    quantize_group,
+)
 
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
@@ -18,6 +24,8 @@ TRITON = {
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
     torch.ops.fxopt.quantize.default: quantize.triton,
+    torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
+    torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
 }
 
 

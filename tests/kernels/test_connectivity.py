@@ -72,8 +72,11 @@ def of_linears(t: dict[str, Tensor]) -> list[Tensor]:
     return linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES)
 
 
-def of_quantized(recipe: str) -> Run:
-    return lambda t: quantized_linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], recipe)
+def of_quantized(recipe: str, keeps_x: bool) -> Run:
+    def run(t: dict[str, Tensor]) -> list[Tensor]:
+        return quantized_linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], recipe, keeps_x)
+
+    return run
 
 
 def of_activation(packing: str) -> Run:
@@ -106,8 +109,8 @@ CALLS: dict[str, tuple[Run, Shapes]] = {
         {"gate": (B, S, D), "up": (B, S, D), "beside": (B, S, 4), "w": (N, D + 4), "b": (N,)},
     ),
     "linears": (of_linears, {"x": (B, S, D)} | LINEARS),
-    "quantized_linears fp8": (of_quantized("fp8"), {"x": (B, S, D)} | LINEARS),
-    "quantized_linears mxfp8": (of_quantized("mxfp8"), {"x": (B, S, D)} | LINEARS),
+    "quantized_linears fp8": (of_quantized("fp8", True), {"x": (B, S, D)} | LINEARS),
+    "quantized_linears mxfp8": (of_quantized("mxfp8", False), {"x": (B, S, D)} | LINEARS),
 }
 
 
