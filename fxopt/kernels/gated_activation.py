@@ -11,7 +11,7 @@ Shape legend: N rows (all leading dims), F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import Arguments, rows
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def native(gate: Tensor, up: Tensor | None, activation: str, packing: str) -> Te
 def native_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, packing: str, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _fake_backward(grad, gate, up, activation, packing, recompute)
+    outputs = outputs_backward(grad, gate, up, activation, packing, recompute)
     (gate, up), (dgate, dup), y = _split_backward(gate, up, packing, outputs, recompute)
     backward = _ACTIVATIONS[activation].backward
     if up is None:
@@ -202,14 +203,16 @@ def _blocks(*tensors: Tensor | None, num_scratch: int) -> Iterator[tuple[Any, ..
         yield *blocks, [s if num_rows == step else s[:num_rows] for s in scratch]
 
 
-def _fake(gate: Tensor, up: Tensor | None, activation: str, packing: str) -> Tensor:
+def output(gate: Tensor, up: Tensor | None, activation: str, packing: str) -> Tensor:
+    """Uninitialised y."""
     num_halves = 1 if packing == "none" else 2
     return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // num_halves)
 
 
-def _fake_backward(
+def outputs_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, packing: str, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dgate, dup and y; those that there are not have 0 elements."""
     return (
         gate.new_empty(gate.shape),
         gate.new_empty(0 if up is None else up.shape),
@@ -217,23 +220,40 @@ def _fake_backward(
     )
 
 
-def triton_forward(gate: Tensor, up: Tensor | None, activation: str, packing: str) -> Tensor:
+def triton_forward(*args: Any) -> Tensor:
+    return triton_forward_of([args])[0]
+
+
+def triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    return triton_backward_of([args])[0]
+
+
+def triton_forward_of(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """The op on the arguments of each call, in one launch; they share all but rows."""
     from fxopt.kernels import triton_gated_activation
 
-    y = _fake(gate, up, activation, packing)
-    triton_gated_activation.forward(*halves(gate, up, packing), y, activation)
-    return y
+    outs = [output(*call) for call in calls]
+    streams = [
+        (*halves(gate, up, packing), y)
+        for (gate, up, _, packing), y in zip(calls, outs, strict=True)
+    ]
+    triton_gated_activation.forward(streams, calls[0][2])
+    return outs
 
 
-def triton_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, packing: str, recompute: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def triton_backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    """The backward on the arguments of each call, in one launch."""
     from fxopt.kernels import triton_gated_activation
 
-    outputs = _fake_backward(grad, gate, up, activation, packing, recompute)
-    inputs, grads, y = _split_backward(gate, up, packing, outputs, recompute)
-    triton_gated_activation.backward(grad, *inputs, *grads, y, activation)
-    return outputs
+    found: list[tuple[Tensor, ...]] = []
+    streams = []
+    for grad, gate, up, activation, packing, recompute in calls:
+        outputs = outputs_backward(grad, gate, up, activation, packing, recompute)
+        inputs, grads, y = _split_backward(gate, up, packing, outputs, recompute)
+        streams.append((grad, *inputs, *grads, y))
+        found.append(outputs)
+    triton_gated_activation.backward(streams, calls[0][3])
+    return found
 
 
 class GatedActivation(torch.autograd.Function):
@@ -259,17 +279,24 @@ class GatedActivation(torch.autograd.Function):
         return dgate if needs_gate else None, dup if needs_up else None, None, None
 
 
+def _is_elementwise(arguments: Arguments) -> bool:
+    """Whether features stand alone: a shard of packed halves is not two halves."""
+    return arguments["packing"] == "none"
+
+
 gated_activation = register(
     "gated_activation(Tensor gate, Tensor? up, str activation, str packing) -> Tensor",
     native=native,
-    fake=_fake,
+    fake=output,
     triton=triton_forward,
     function=GatedActivation,
+    sharding=rows("gate", "up", outputs=[None], is_elementwise=_is_elementwise),
 )
 gated_activation_backward = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor? up, str activation, str packing,"
     " bool recompute) -> (Tensor dgate, Tensor dup, Tensor y)",
     native=native_backward,
-    fake=_fake_backward,
+    fake=outputs_backward,
     triton=triton_backward,
+    sharding=rows("gate", "up", "grad", outputs=[None] * 3, is_elementwise=_is_elementwise),
 )

@@ -95,7 +95,9 @@ def triton(
     from fxopt.kernels import triton_quantize
 
     operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
-    if x.numel() and all(map(covers, operands)):
+    # The first units that cast to e4m3; Triton refuses to compile the cast for others.
+    can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if x.numel() and can_cast and all(map(covers, operands)):
         x_RC = x.reshape(-1, x.shape[-1])
         found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum)
         return tuple(found)  # type: ignore[return-value]

@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
-from fxopt.kernels.linears import GatedActivationLinear, NormModulateLinears, without_autocast
+from fxopt.kernels.gated_activation_linear import GatedActivationLinear
+from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
+from fxopt.kernels.norm_modulate_linears import NormModulateLinears
 from fxopt.kernels.quantized_linears import (
     fuses,
     gradients,

@@ -1,7 +1,8 @@
 """Triton provider of `fxopt::gated_activation`: one launch forward, one launch backward.
 
-Tensors are seen as [N, F]: rows of a half of a packed projection are read and written where they
-lie. A program owns a tile of BLOCK_N rows and BLOCK_F features.
+A launch serves one or more streams (text and image, say). Tensors are seen as [N, F]: rows of a
+half of a packed projection are read and written where they lie. A program owns a tile of BLOCK_N
+rows and BLOCK_F features of one stream.
 """
 
 # Kernel parameters have no Python types.
@@ -10,12 +11,15 @@ lie. A program owns a tile of BLOCK_N rows and BLOCK_F features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fxopt.kernels.triton_sizes import size, unspecialized
 
 TILE = 2048  # elements; 4 warps read 16 bytes of bf16 a thread, twice
 MAX_BLOCK_F = 1024
@@ -33,6 +37,27 @@ class Rows(NamedTuple):
     pointer: Any
     stride_N: Any
     stride_F: Any
+
+
+class Forward(NamedTuple):
+    """Rows of a stream, up None where there is none; their number `unspecialized`."""
+
+    gate: Any
+    up: Any
+    y: Any
+    num_rows: Any
+
+
+class Backward(NamedTuple):
+    """Rows of a stream, None where there is nothing to read or to store."""
+
+    grad: Any
+    gate: Any
+    up: Any
+    dgate: Any
+    dup: Any
+    y: Any
+    num_rows: Any
 
 
 @triton.jit
@@ -71,9 +96,9 @@ def value_and_gradient(grad, x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def tile(num_rows, num_features, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+def tile(block, num_rows, num_features, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     """Row [BLOCK_N, 1] and feature [1, BLOCK_F] indices of the program's tile, and its mask."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    n = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     return n, f, (n < num_rows) & (f < num_features)
 
@@ -89,92 +114,95 @@ def store(rows, n, f, mask, value):
     tl.store(pointers, value.to(rows.pointer.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(
-    gate,
-    up,
-    y,
-    num_rows,
-    num_features,
-    ACTIVATION: tl.constexpr,
-    MATH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """y = f(gate), times up where there is one."""
-    n, f, mask = tile(num_rows, num_features, BLOCK_N, BLOCK_F)
-    x = load(gate, n, f, mask, MATH)
+@triton.jit
+def _forward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
+    x = load(s.gate, n, f, mask, MATH)
     value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
-    if up is not None:
-        value *= load(up, n, f, mask, MATH)
-    store(y, n, f, mask, value)
+    if s.up is not None:
+        value *= load(s.up, n, f, mask, MATH)
+    store(s.y, n, f, mask, value)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(
-    grad,
-    gate,
-    up,
-    dgate,
-    dup,
-    y,
-    num_rows,
-    num_features,
-    ACTIVATION: tl.constexpr,
-    MATH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """dgate = grad * up * f'(gate), dup = grad * f(gate), and the forward's y unless it is None."""
-    n, f, mask = tile(num_rows, num_features, BLOCK_N, BLOCK_F)
-    dy = load(grad, n, f, mask, MATH)
-    x = load(gate, n, f, mask, MATH)
-    if up is None:
+@triton.jit
+def forward_kernel(
+    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """y = f(gate), times up where there is one."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(streams)):
+        num_rows = size(streams[i].num_rows)
+        if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
+            n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
+            _forward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+        block -= tl.cdiv(num_rows, BLOCK_N)
+
+
+@triton.jit
+def _backward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
+    dy = load(s.grad, n, f, mask, MATH)
+    x = load(s.gate, n, f, mask, MATH)
+    if s.up is None:
         value, dx = value_and_gradient(dy, x, ACTIVATION)
     else:
-        u = load(up, n, f, mask, MATH)
+        u = load(s.up, n, f, mask, MATH)
         value, dx = value_and_gradient(dy * u, x, ACTIVATION)
-        store(dup, n, f, mask, dy * value)
+        store(s.dup, n, f, mask, dy * value)
         value *= u
-    store(dgate, n, f, mask, dx)
-    if y is not None:
-        store(y, n, f, mask, value)
+    store(s.dgate, n, f, mask, dx)
+    if s.y is not None:
+        store(s.y, n, f, mask, value)
 
 
-def forward(gate: Tensor, up: Tensor | None, y: Tensor, activation: str) -> None:
-    """Write `y = act(gate) * up`; all [..., F], y contiguous."""
-    _launch(forward_kernel, (gate, up, y), activation)
+@triton.jit
+def backward_kernel(
+    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """dgate = grad * up * f'(gate), dup = grad * f(gate), and the forward's y unless it is None."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(streams)):
+        num_rows = size(streams[i].num_rows)
+        if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
+            n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
+            _backward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+        block -= tl.cdiv(num_rows, BLOCK_N)
 
 
-def backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    dgate: Tensor,
-    dup: Tensor | None,
-    y: Tensor | None,
+def forward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
+    """Write `y = act(gate) * up` for (gate, up, y) of each stream; all [..., F], y contiguous."""
+    _launch(forward_kernel, Forward, streams, activation)
+
+
+def backward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
+    """Write the gradients of gate and up, and y unless it is None, of each stream.
+
+    A stream is (grad, gate, up, dgate, dup, y), all [..., F]. Outputs have evenly strided rows:
+    they are contiguous or halves of a contiguous tensor.
+    """
+    _launch(backward_kernel, Backward, streams, activation)
+
+
+def _launch(
+    kernel: Any,
+    kind: type[Forward | Backward],
+    streams: Sequence[tuple[Tensor | None, ...]],
     activation: str,
 ) -> None:
-    """Write the gradients of gate and up, and y unless it is None; all [..., F].
-
-    Outputs have evenly strided rows: they are contiguous or halves of a contiguous tensor.
-    """
-    _launch(backward_kernel, (grad, gate, up, dgate, dup, y), activation)
-
-
-def _launch(kernel: Any, tensors: tuple[Tensor | None, ...], activation: str) -> None:
-    like = tensors[0]
-    assert like is not None
-    if like.numel() == 0:
+    firsts = [s[0] for s in streams if s[0] is not None]
+    like, num_features = firsts[0], firsts[0].shape[-1]
+    if not any(t.numel() for t in firsts):
         return
-    num_features = like.shape[-1]
-    num_rows = like.numel() // num_features
+    num_rows = [t.numel() // num_features for t in firsts]
     block_f = min(triton.next_power_of_2(num_features), MAX_BLOCK_F)
     block_n = TILE // block_f
+    num_blocks = sum(triton.cdiv(n, block_n) for n in num_rows)
     with torch.cuda.device_of(like):
-        kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(num_features, block_f))](
-            *(_rows(t) for t in tensors),
-            num_rows,
+        kernel[(num_blocks, triton.cdiv(num_features, block_f))](
+            tuple(
+                kind._make((*map(_rows, s), unspecialized(n)))
+                for s, n in zip(streams, num_rows, strict=True)
+            ),
             num_features,
             ACTIVATION=activation,
             MATH=tl.float64 if like.dtype == torch.float64 else tl.float32,

@@ -1,5 +1,7 @@
 """Triton provider of `fxopt::norm_modulate`: how its kernels are launched.
 
+A launch serves one or more calls of the op: the streams of a block, text and image say.
+
 Shapes: G groups of R rows share their per-group operands; D features; P programs per group in the
 backward.
 """
@@ -7,128 +9,179 @@ backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
-from fxopt.kernels.triton_norm_modulate_kernels import (
-    backward_kernel,
-    forward_kernel,
-    reduce_kernel,
-)
+from fxopt.kernels import triton_norm_modulate_kernels as kernels
+from fxopt.kernels.triton_sizes import unspecialized
 
-# Tile of the second kernel: partial sums and features at a time.
-REDUCE_P, REDUCE_D = 32, 32
+# Tile of the last kernel: partial sums and features at a time.
+REDUCE_P, REDUCE_D = 16, 32
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    weight_offset: float,
-    scale_offset: float,
-    h_dtype: torch.dtype,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, ...]:
     """The op's forward, with fp32 statistics."""
-    results = y, h, mean, rstd = op.outputs(x, residual, norm, h_dtype, dtype)
-    if x.numel() == 0:
-        return results
-    groups = _groups(x, (gate, scale, shift))
-    given = (x, residual, gate, weight, bias, scale, shift, x_bias)
-    operands = (_rows(t, x, groups) for t in given)
-    with torch.cuda.device_of(x):
-        forward_kernel[(groups.num_groups * groups.num_rows,)](
-            *operands, y, h, mean, rstd,
-            groups.num_rows, x.shape[-1], eps, weight_offset, scale_offset,
-            NORM=norm, **tile(x.shape[-1], 16),
-        )  # fmt: skip
-    return results
+    return forward_of([args])[0]
 
 
-def backward(
-    grad_y: Tensor | None,
-    grad_h: Tensor | None,
-    h: Tensor,
-    x: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    norm: str,
-    weight_offset: float,
-    scale_offset: float,
-    dtype: torch.dtype,
-    needs: Sequence[bool],
-    recompute: bool,
-) -> tuple[Tensor, ...]:
+def backward(*args: Any) -> tuple[Tensor, ...]:
     """The op's backward: one pass over the rows, then one over the partial sums."""
-    operands = (gate, weight, bias, scale, shift, x_bias)
-    wants = op.wanted(grad_y, h, operands, needs)
-    results = op.outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
-    if h.numel() == 0:
-        return tuple(t.zero_() for t in results)
-    dh, dx, *grads, y = results
-    groups = _groups(h, (gate, scale, shift))
-    num_programs = _programs_per_group(h, groups)
-    per_row = [_varies_per_row(t) for t in operands]
-    dgate = rstd.new_empty(h.shape) if wants[0] and per_row[0] else None
-    dscale = rstd.new_empty(h.shape) if wants[3] and per_row[3] else None
-    summed = [wants[0] and not per_row[0], any(wants[1:5]), any(wants[1:5]), wants[5]]
-    each = iter(rstd.new_empty(sum(summed), groups.num_groups, num_programs, h.shape[-1]))
-    sums = [next(each) if want else None for want in summed]
-    inputs = (grad_y, grad_h, h, x if wants[0] else None, *operands)
-    with torch.cuda.device_of(h):
-        backward_kernel[(groups.num_groups, num_programs)](
-            *(_rows(t, h, groups) for t in inputs), mean, rstd,
-            _present(dh), _present(dx), dgate, dscale, _present(y), *sums,
-            groups.num_rows, h.shape[-1], weight_offset, scale_offset,
-            NORM=norm, SCALE_PER_ROW=per_row[3], **tile(h.shape[-1], 8),
-        )  # fmt: skip
-    dy = grad_y if per_row[3] or per_row[4] else None
-    elementwise = (dgate, None, None, dscale, dy, None)
-    targets = []
-    for grad, operand, want, each in zip(grads, operands, wants, elementwise, strict=True):
-        if want and each is not None and operand is not None:
-            grad.copy_(_sum(each, operand))
-        targets.append(_Target(grad if want and each is None else None, operand, groups))
-    if any(summed):
-        affine = (weight, bias, None if per_row[3] else scale)
-        _reduce(h, affine, sums, targets, groups, (weight_offset, scale_offset))
-    return results
+    return backward_of([args])[0]
 
 
-def _reduce(
-    h: Tensor,
-    affine: Sequence[Tensor | None],
-    sums: Sequence[Tensor | None],
-    targets: Sequence[_Target],
-    groups: op.Groups,
-    offsets: tuple[float, float],
-) -> None:
-    """Make the gradients of all operands from the partial sums `[G, P, D]`."""
-    num_programs = next(t.shape[1] for t in sums if t is not None)
-    with torch.cuda.device_of(h):
-        reduce_kernel[(triton.cdiv(h.shape[-1], REDUCE_D),)](
-            *(_rows(t, h, groups) for t in affine), *sums, *(t.argument for t in targets),
-            groups.num_groups, num_programs, h.shape[-1], *offsets,
-            BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
-        )  # fmt: skip
-    for target in targets:
-        target.finish()
+def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    """`forward` of each call, in one launch; the norm and D are those of the first."""
+    found: list[tuple[Tensor, ...]] = []
+    streams: list[kernels.Forward] = []
+    num_tokens = 0
+    for *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype in calls:
+        x, residual, gate, _, _, scale, shift, _ = tensors
+        results = op.outputs(x, residual, norm, h_dtype, dtype)
+        found.append(results)
+        if x.numel():
+            groups = _groups(x, (gate, scale, shift))
+            num_tokens += groups.num_groups * groups.num_rows
+            sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
+            rows = (_rows(t, x, groups) for t in tensors)
+            constants = eps, weight_offset, scale_offset
+            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes)))
+    if streams:
+        x, norm = calls[0][0], calls[0][8]
+        with torch.cuda.device_of(x):
+            kernels.forward_kernel[(num_tokens,)](
+                tuple(streams), x.shape[-1], NORM=norm, **tile(x.shape[-1], 16)
+            )
+    return found
+
+
+def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    """`backward` of each call, in one launch of each kernel."""
+    streams = [_Stream(_Arguments(*call)) for call in calls]
+    present = [s for s in streams if s.num_tokens]
+    if present:
+        a = present[0].arguments
+        num_features = a.h.shape[-1]
+        num_resident, num_tokens = _num_resident(a.h), sum(s.num_tokens for s in present)
+        for s in present:
+            s.share(max(1, num_resident * s.num_tokens // num_tokens))
+        num_programs = sum(s.groups.num_groups * s.num_programs for s in present)
+        summed = [s for s in present if s.sums]
+        with torch.cuda.device_of(a.h):
+            kernels.backward_kernel[(num_programs,)](
+                tuple(s.rows() for s in present), num_features,
+                NORM=a.norm, **tile(num_features, 8),
+            )  # fmt: skip
+            if summed:
+                kernels.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
+                    tuple(s.reduction() for s in summed), num_features,
+                    BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
+                )  # fmt: skip
+    return [s.finished() for s in streams]
+
+
+class _Arguments(NamedTuple):
+    """Arguments of `norm_modulate_backward`."""
+
+    grad_y: Tensor | None
+    grad_h: Tensor | None
+    h: Tensor
+    x: Tensor | None
+    gate: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    x_bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    norm: str
+    weight_offset: float
+    scale_offset: float
+    dtype: torch.dtype
+    needs: Sequence[bool]
+    recompute: bool
+
+
+class _Stream:
+    """One call of the backward: what it writes, its partial sums, and what is made of them."""
+
+    def __init__(self, a: _Arguments) -> None:
+        self.arguments, self.operands = a, a[4:10]
+        self.wants = op.wanted(a.grad_y, self.operands, a.needs)
+        self.results = op.outputs_backward(
+            a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
+        )
+        self.groups = _groups(a.h, (a.gate, a.scale, a.shift))
+        self.num_tokens = self.groups.num_groups * self.groups.num_rows
+        self.per_row = [_varies_per_row(t) for t in self.operands]
+
+    def share(self, num_programs: int) -> None:
+        """Allocate the partial sums of this many programs, or fewer if there are fewer rows."""
+        a, wants, per_row = self.arguments, self.wants, self.per_row
+        groups = self.groups
+        self.num_programs = max(1, min(groups.num_rows, num_programs // groups.num_groups))
+        empty = a.rstd.new_empty
+        self.dgate = empty(a.h.shape) if wants[0] and per_row[0] else None
+        self.dscale = empty(a.h.shape) if wants[3] and per_row[3] else None
+        shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
+        affine = any(shared[1:5])
+        summed = [shared[0], affine, affine, shared[5]]
+        shape = groups.num_groups, self.num_programs, a.h.shape[-1]
+        each = iter(empty(sum(summed), *shape))
+        self.sums = [next(each) if want else None for want in summed] if any(summed) else []
+        self.targets = [
+            _Target(grad if want and t is None else None, operand, groups)
+            for grad, operand, want, t in zip(
+                self.results[2:-1], self.operands, wants, self.elementwise(), strict=True
+            )
+        ]
+
+    def elementwise(self) -> tuple[Tensor | None, ...]:
+        """For each operand that differs from row to row, its gradient element by element."""
+        dy = self.arguments.grad_y if self.per_row[3] or self.per_row[4] else None
+        return self.dgate, None, None, self.dscale, dy, None
+
+    def rows(self) -> kernels.Backward:
+        """Arguments of the first kernel."""
+        a, groups = self.arguments, self.groups
+        dh, dx, *_, y = self.results
+        inputs = a.grad_y, a.grad_h, a.h, a.x if self.wants[0] else None, *self.operands
+        sizes = groups.num_groups, groups.num_rows, self.num_programs
+        return kernels.Backward._make((
+            *(_rows(t, a.h, groups) for t in inputs), a.mean, a.rstd,
+            _present(dh), _present(dx), self.dgate, self.dscale, _present(y),
+            *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
+            *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
+        ))  # fmt: skip
+
+    def reduction(self) -> kernels.Reduce:
+        """Arguments of the second kernel, which makes the gradients of operands from the sums."""
+        a = self.arguments
+        _, weight, bias, scale, *_ = self.operands
+        affine = weight, bias, None if self.per_row[3] else scale
+        sizes = self.groups.num_groups, self.num_programs
+        return kernels.Reduce._make((
+            *(_rows(t, a.h, self.groups) for t in affine), *self.sums,
+            *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
+            *map(unspecialized, sizes),
+        ))  # fmt: skip
+
+    def finished(self) -> tuple[Tensor, ...]:
+        """The outputs, once the kernels ran."""
+        if not self.num_tokens:
+            return tuple(t.zero_() for t in self.results)
+        each = zip(self.results[2:-1], self.operands, self.wants, self.elementwise(), strict=True)
+        for grad, operand, want, elements in each:
+            if want and elements is not None and operand is not None:
+                grad.copy_(_sum(elements, operand))
+        for target in self.targets:
+            target.finish()
+        return self.results
 
 
 class _Target:
@@ -187,7 +240,7 @@ def tile(num_features: int, elements_per_thread: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": min(16, max(1, block // (32 * elements_per_thread)))}
 
 
-def _programs_per_group(x: Tensor, groups: op.Groups) -> int:
+def _num_resident(x: Tensor) -> int:
     """Programs that fill the device, by the registers each needs; independent of the row count.
 
     Source: https://github.com/Dao-AILab/quack/blob/main/quack/rmsnorm.py (programs per SM by D).
@@ -195,5 +248,4 @@ def _programs_per_group(x: Tensor, groups: op.Groups) -> int:
     num_sms = 1
     if x.is_cuda:
         num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    num_programs = num_sms * min(16, max(1, 8192 // triton.next_power_of_2(x.shape[-1])))
-    return max(1, min(groups.num_rows, num_programs // groups.num_groups))
+    return num_sms * min(16, max(1, 8192 // triton.next_power_of_2(x.shape[-1])))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_quantize as launch
-from fxopt.kernels.triton_norm_modulate_kernels import _affine, _load, _modulate
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
     factor_of,
@@ -30,6 +29,14 @@ from fxopt.kernels.triton_quantize_kernels import (
     scale_of,
     store_codes,
     tile_indices,
+)
+from fxopt.kernels.triton_rows import (
+    affine_of,
+    gated_residual,
+    load,
+    mean_of,
+    modulate,
+    modulation_of,
 )
 from fxopt.recipes import Operand
 
@@ -62,23 +69,23 @@ def rows_kernel(
     program = tl.program_id(0).to(tl.int64)
     for token in range(program, num_tokens, tl.num_programs(0)):
         group, row = token // num_rows, token % num_rows
-        value = _load(x, group, row, cols, mask)
         if residual[0] is not None:
-            if x_bias[0] is not None:
-                value += _load(x_bias, 0, 0, cols, mask)
-            if gate[0] is not None:
-                value = value * _load(gate, group, row, cols, mask)
-            rounded = (value + _load(residual, group, row, cols, mask)).to(h.dtype.element_ty)
+            value = gated_residual(x, residual, gate, x_bias, group, row, cols, mask)
+            rounded = value.to(h.dtype.element_ty)
             tl.store(h + token * num_features + cols, rounded, mask=mask)
             value = rounded.to(tl.float32)
+        else:
+            value = load(x, group, row, cols, mask)
         if NORM == "layer":
-            row_mean = tl.sum(value, 0) / num_features
+            kept = x[0] if residual[0] is None else h
+            row_mean = mean_of(value, kept, num_features, mask)
             tl.store(mean + token, row_mean)
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + eps)
         tl.store(rstd + token, row_rstd)
-        n = _affine(value * row_rstd, weight, bias, weight_offset, cols, mask)
-        y = _modulate(n, scale, shift, scale_offset, group, row, cols, mask)
+        n = affine_of(value * row_rstd, weight, bias, weight_offset, cols, mask)
+        modulation = modulation_of(scale, scale_offset, group, row, cols, mask)
+        y = modulate(n, modulation, shift, group, row, cols, mask)
         y = tl.where(mask, y.to(DTYPE).to(tl.float32), 0.0)
         bits = magnitude(y)
         largest = tl.maximum(largest, bits)

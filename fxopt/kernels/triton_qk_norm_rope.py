@@ -13,6 +13,7 @@ from torch import Tensor
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs, Sum
+from fxopt.kernels.triton_sizes import unspecialized
 
 MAX_TILE = 4096  # elements of a program, unless a norm across the heads needs more
 WARPS_PER_SM = 16  # of the backward: few partial sums, enough loads in flight
@@ -45,8 +46,8 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward` in one launch, and one that adds up partial sums."""
     a, mean, rstd, needs = split_backward_arguments(args)
     plans = [_plan(a, s) for s in a.sections]
-    # The gradient sums double the registers of a tile: half as many elements per thread.
-    num_warps = min(16, 2 * max(p.num_warps for p in plans))
+    # The norm and its sums double the registers of a tile: half as many elements per thread.
+    num_warps = min(16, (1 if a.norm == "none" else 2) * max(p.num_warps for p in plans))
     num_rows, num_tokens = _sizes(a)
     num_walkers = _share_out(_num_resident(a.x[0].device, num_warps), num_rows, plans)
     found: list[Tensor | None] = [
@@ -111,7 +112,7 @@ def _plan(a: Arguments, s: Section) -> Plan:
     per_head = tables is not None and any(t.dim() > 1 and t.shape[-2] > 1 for t in tables)
     compiled = (
         *(num_heads, dim, 1 if a.across_heads else num_heads, num_blocks, heads, pairs),
-        *(a.norm, a.across_heads, a.rotation == "interleaved", a.weight_offset, MATH[a.math]),
+        *(a.norm, a.across_heads, a.rotation != "half", a.weight_offset, MATH[a.math]),
         *(s.eps, width, per_head),
     )
     # 16 elements per thread.
@@ -134,8 +135,7 @@ def _section_inputs(s: Section, rotation: str, y: Tensor) -> Inputs:
 
 
 def _unspecialized(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Odd numbers above 1: Triton compiles anew for a 1 and for multiples of 16 in a tuple."""
-    return tuple(2 * size + 3 for size in sizes)
+    return tuple(map(unspecialized, sizes))
 
 
 def _sizes(a: Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -29,6 +29,7 @@ from fxopt.kernels.triton_pairs import (
     statistic,
     store_pairs,
 )
+from fxopt.kernels.triton_sizes import size
 
 
 class Config(NamedTuple):
@@ -87,12 +88,6 @@ class Sum(NamedTuple):
 
 
 @triton.jit
-def _size(unspecialized):
-    """Inverse of `unspecialized` in the launches."""
-    return (unspecialized - 3) // 2
-
-
-@triton.jit
 def _load_x(s, batch, token, heads_H1, c):
     """x + x_bias of one token."""
     heads = heads_H1.to(tl.int64)
@@ -115,6 +110,10 @@ def _forward_token(s, mean_ptr, rstd_ptr, row, block, num_tokens, c):
     if c.NORM == "layer":
         mean = group_mean(p, q, c)
         inside = (heads_H1 < c.NUM_HEADS) & (tl.arange(0, c.P)[None, :] < c.D // 2)
+        if s.x.dtype.element_ty == tl.float32:
+            # What the sum rounded off, or heads of one value have a variance. Sums of 16-bit values
+            # round nothing off there.
+            mean += group_mean(tl.where(inside, p - mean, 0.0), tl.where(inside, q - mean, 0.0), c)
         p = tl.where(inside, p - mean, 0.0)
         q = tl.where(inside, q - mean, 0.0)
         tl.store(mean_ptr + stat, mean, mask=stat_mask)
@@ -144,7 +143,7 @@ def forward(sections, configs, mean_ptr, rstd_ptr, num_rows, num_tokens):
     program = tl.program_id(0)
     group = tl.zeros((), tl.int64)
     for i in tl.static_range(len(sections)):
-        num_rows_i = _size(num_rows[i])
+        num_rows_i = size(num_rows[i])
         num_programs = num_rows_i * configs[i].NUM_BLOCKS
         if (program >= 0) & (program < num_programs):
             _forward_token(
@@ -153,7 +152,7 @@ def forward(sections, configs, mean_ptr, rstd_ptr, num_rows, num_tokens):
                 rstd_ptr + group,
                 program // configs[i].NUM_BLOCKS,
                 program % configs[i].NUM_BLOCKS,
-                _size(num_tokens[i]),
+                size(num_tokens[i]),
                 configs[i],
             )
         program -= num_programs
@@ -241,8 +240,8 @@ def backward(sections, targets, configs, mean_ptr, rstd_ptr, num_rows, num_token
     program = tl.program_id(0)
     group = tl.zeros((), tl.int64)
     for i in tl.static_range(len(sections)):
-        num_rows_i = _size(num_rows[i])
-        num_programs = _size(num_walkers[i]) * configs[i].NUM_BLOCKS
+        num_rows_i = size(num_rows[i])
+        num_programs = size(num_walkers[i]) * configs[i].NUM_BLOCKS
         if (program >= 0) & (program < num_programs):
             _backward_section(
                 sections[i],
@@ -250,10 +249,10 @@ def backward(sections, targets, configs, mean_ptr, rstd_ptr, num_rows, num_token
                 mean_ptr + group,
                 rstd_ptr + group,
                 program // configs[i].NUM_BLOCKS,
-                _size(num_walkers[i]),
+                size(num_walkers[i]),
                 program % configs[i].NUM_BLOCKS,
                 num_rows_i,
-                _size(num_tokens[i]),
+                size(num_tokens[i]),
                 configs[i],
             )
         program -= num_programs
@@ -270,9 +269,9 @@ def add_up(sums, num_partials, ROWS: tl.constexpr, COLS: tl.constexpr):
         mask = cols < sums[i].WIDTH
         if (program >= 0) & (program < num_programs):
             total = tl.zeros((ROWS, COLS), sums[i].partial.dtype.element_ty)
-            for start in tl.range(0, _size(num_partials[i]), ROWS):
+            for start in tl.range(0, size(num_partials[i]), ROWS):
                 rows = start + tl.arange(0, ROWS)[:, None]
-                inside = mask & (rows < _size(num_partials[i]))
+                inside = mask & (rows < size(num_partials[i]))
                 total += tl.load(
                     sums[i].partial + rows * sums[i].WIDTH + cols, mask=inside, other=0.0
                 )

@@ -59,8 +59,12 @@ def test_other_resolutions_run_fused(family: Family, batch_size: tuple[int, int]
 
 
 # What optimize counts otherwise: the norm of SD3.5's dual blocks feeds two modulations, which is
-# one region of its graph and two calls here; and modules bring their biases with them.
-OTHERWISE = {"flux": {"fuse_bias": 10}, "sd3.5": {"norm_modulate": 30, "fuse_bias": 20}}
+# one region of its graph and two calls here; modules bring their biases with them, and each stream
+# is normed on its own.
+OTHERWISE = {
+    "flux": {"fuse_bias": 10, "merge_streams": 8},
+    "sd3.5": {"norm_modulate": 30, "fuse_bias": 20, "merge_streams": 17},
+}
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3.5", "qwen3-eager"])

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.linears import linears
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 
 B, S, K, N = 2, 5, 8, 12
 

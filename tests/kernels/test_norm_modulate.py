@@ -1,15 +1,6 @@
-"""norm_modulate: values and gradients against fp64, for both providers."""
+"""norm_modulate: values and gradients against fp64; the Triton provider in test_accuracy.py."""
 
 from __future__ import annotations
-
-import itertools
-import os
-import random
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,41 +9,29 @@ from torch import Tensor
 
 from fxopt.kernels import norm_modulate as op_module
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, reference
+from tests.pairwise import pairwise
 
 EPS = 1e-6
 OPERANDS = ("x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def pairwise(*axes: tuple) -> list[tuple]:
-    """A small set of combinations that holds every pair of values of two axes."""
-
-    def pairs(case: tuple) -> set:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    candidates, chosen, seen = list(itertools.product(*axes)), [], set()
-    random.Random(0).shuffle(candidates)
-    for threshold in (len(pairs(candidates[0])) // 2, 1):
-        for case in candidates:
-            if len(pairs(case) - seen) >= threshold:
-                chosen.append(case)
-                seen |= pairs(case)
-    return chosen
-
-
 # Norm, form of the gate, affine (weight, bias), forms of scale and shift, offset, what is used, and
 # whether x has a bias.
 MODULATION = (None, "sample", "shared", "token", "scalar per token", "feature")
-NORMED = pairwise(
-    ("layer", "rms"),
-    ("no residual", None, "sample", "token", "scalar per token"),
-    ((False, False), (True, False), (False, True), (True, True)),
-    MODULATION,
-    MODULATION,
-    (0.0, 1.0),
-    ("y", "h", "y and h"),
-    (False, True),
-)
+NORMED = [
+    tuple(row.values())
+    for row in pairwise(
+        norm=("layer", "rms"),
+        gate=("no residual", None, "sample", "token", "scalar per token"),
+        affine=((False, False), (True, False), (False, True), (True, True)),
+        scale=MODULATION,
+        shift=MODULATION,
+        offset=(0.0, 1.0),
+        used=("y", "h", "y and h"),
+        biased=(False, True),
+    )
+]
 
 
 def operands(
@@ -146,40 +125,6 @@ def test_native_is_as_accurate_as_eager(dtype):
             bound = 2 * error(theirs[name], value) + chance * value.square().mean().sqrt().item()
             case = (name, norm, gate, affine, scale, shift, offset, used, biased)
             assert error(ours[name], value) <= bound, case
-
-
-PROVIDER_CASES = [
-    *NORMED,
-    *(
-        ("none", gate, (False, False), None, None, 0.0, "h", biased)
-        for gate in (None, "sample", "token")
-        for biased in (False, True)
-    ),
-]
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((2, 3, 24), (1, 1, 100), (3, 1, 8)), ids=str)
-def test_triton_matches_native(dtype, shape):
-    # One ulp of the largest values, about 16, in fp16; a few ulp of sums of a few terms in fp32.
-    tolerance = (
-        {"atol": 1.6e-2, "rtol": 1e-3} if dtype == torch.float16 else {"atol": 2e-5, "rtol": 1e-5}
-    )
-    for norm, gate, affine, scale, shift, offset, used, biased in PROVIDER_CASES[shape[0] % 2 :: 2]:
-        inputs = operands(gate, affine, scale, shift, dtype, shape, biased)
-        constants = (norm, EPS, offset, 1.0, dtype, dtype)
-        native = run("native", inputs, *constants)
-        torch.testing.assert_close(run("triton", inputs, *constants), native, **tolerance)
-        _, h, mean, rstd = native
-        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grad_y = grad if "y" in used or gate == "no residual" else None
-        grad_h = grad.flip(0) if "h" in used and gate != "no residual" else None
-        h = inputs[0] if gate == "no residual" else h
-        saved = (h, inputs[0], *inputs[2:], mean, rstd, norm, offset, 1.0, dtype)
-        backward = (grad_y, grad_h, *saved, [True] * 8, norm != "none")
-        torch.testing.assert_close(
-            run_backward("triton", *backward), run_backward("native", *backward), **tolerance
-        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -317,121 +262,3 @@ def test_saves_neither_the_output_nor_the_normalized_value():
         y, h, _, _ = norm_modulate(*leaves, "layer", EPS, 0.0, 1.0, torch.float32, torch.float32)
     large = {t.data_ptr() for t in saved if t.numel() == h.numel()}
     assert large == {h.data_ptr()} and y.data_ptr() not in large
-
-
-@pytest.mark.parametrize("capability", (80, 90))
-def test_triton_compiles_without_a_gpu(capability):
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def compile_kernels(capability: int) -> None:
-    """Compile for D = 3072 and 5120 in bf16, modulated and affine; check what came out."""
-    from fxopt.kernels import triton_norm_modulate as kernels
-
-    per_row, x_bias = ("dgate", "dscale"), ("x_bias", "x_sums")
-    for num_features in (3072, 5120):
-        # The rule that takes in x's bias does so at these widths.
-        four_sums = () if num_features <= 4096 else x_bias
-        for kernel, absent in itertools.product(
-            (kernels.forward_kernel, kernels.backward_kernel),
-            (
-                ("weight", "bias", *per_row, *four_sums),
-                ("weight", "bias", *per_row, "gate", "gate_sums"),
-                ("scale", "shift", *per_row, *x_bias),
-            ),
-        ):
-            compiled = compile_kernel(kernel, num_features, absent, capability)
-            check_compiled(compiled)
-            assert "ld.global.v4.b32" in compiled.asm["ptx"], "narrow loads"
-            assert "st.global.v4.b32" in compiled.asm["ptx"], "narrow stores"
-    for absent in (("weight", "bias"), ("gate_sums", "dgate", "scale", "dscale")):
-        check_compiled(compile_kernel(kernels.reduce_kernel, 3072, absent, capability))
-
-
-def check_compiled(compiled) -> None:
-    ptx = compiled.asm["ptx"]
-    assert not re.search(r"\b(red|atom)\.", ptx), "atomics"
-    assert ".f64" not in ptx, "a double slipped into the arithmetic"
-    # ptxas gives up two registers of the sm_80 backward to fit twice the programs.
-    assert spilled_bytes(compiled.asm["cubin"]) <= 8, "register spills"
-
-
-STRIDED = (
-    "grad_y",
-    "grad_h",
-    "x",
-    "residual",
-    "gate",
-    "weight",
-    "bias",
-    "scale",
-    "shift",
-    "x_bias",
-)
-GRADS = ("dgate", "dweight", "dbias", "dscale", "dshift", "dx_bias")
-FP32 = ("mean", "rstd", "gate_sums", "a_sums", "c_sums", "x_sums")
-FLOATS = ("eps", "weight_offset", "scale_offset")
-INTEGERS = ("num_rows", "num_features", "num_groups", "num_programs")
-
-
-def compile_kernel(kernel, num_features: int, absent: tuple[str, ...], capability: int):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fxopt.kernels.triton_norm_modulate import REDUCE_D, REDUCE_P, tile
-
-    is_backward, reduces = kernel.arg_names[0] == "grad_y", "BLOCK_P" in kernel.arg_names
-    sizes = tile(num_features, 8 if is_backward else 16)
-    constants = {"NORM": "layer", "SCALE_PER_ROW": False, "BLOCK_D": sizes["BLOCK_D"]}
-    if reduces:
-        constants = {"BLOCK_P": REDUCE_P, "BLOCK_D": REDUCE_D}
-    strided = {*STRIDED, *(("h",) if is_backward else ())}
-    aligned = [["tt.divisibility", 16]]
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[i,] = "constexpr", constants[name]
-        elif name in absent and name in strided:
-            signature[name], constexprs[i, 0] = ("constexpr", "i32", "i32"), None
-        elif name in GRADS and reduces:  # dgate, dscale and dshift per group, the rest shared
-            shared = name in ("dweight", "dbias", "dx_bias")
-            pointer = "constexpr" if name in absent else "*bf16"
-            signature[name] = (pointer, "constexpr" if shared else "i32")
-            constexprs |= {(i, 0): None} if name in absent else {}
-            constexprs |= {(i, 1): None} if shared else {}
-        elif name in absent:
-            signature[name], constexprs[i,] = "constexpr", None
-        elif name in strided:
-            signature[name] = ("*bf16", "i32", "i32")
-            attributes |= {(i, part): aligned for part in range(3)}
-        elif name in INTEGERS or name in FLOATS:
-            signature[name] = "i32" if name in INTEGERS else "fp32"
-        else:
-            signature[name] = "*fp32" if name in FP32 else "*bf16"
-            attributes[i,] = aligned
-        if name == "num_features":
-            attributes[i,] = aligned
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": 4 if reduces else sizes["num_warps"]}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def spilled_bytes(cubin: bytes) -> int:
-    """Stack and local bytes a thread of the kernel uses."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-
-
-if __name__ == "__main__":
-    compile_kernels(int(sys.argv[1]))

@@ -9,6 +9,7 @@ from fxopt.passes.rules import (
     merge_linears,
     merge_qk,
     merge_quantized,
+    merge_streams,
     norm_modulate,
     qk_norm_rope,
     quantized_linear,
@@ -26,5 +27,6 @@ CATALOGUE: tuple[Rule, ...] = (
     merge_qk.RULE,
     fuse_bias.RULE,
     merge_quantized.RULE,
-    merge_linears.RULE,  # last: its `finish` sees the nodes of all norms
+    merge_linears.RULE,
+    merge_streams.RULE,  # last: its `finish` sees the nodes of all norms
 )

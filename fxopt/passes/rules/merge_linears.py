@@ -13,9 +13,10 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.linears import gated_activation_linear, linears, norm_modulate_linears
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
@@ -181,29 +182,10 @@ def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
     return Binding(group[0], inputs, tuple(products), emit, "linears", regroups=True)
 
 
-def share_residual(graph: fx.Graph) -> None:
-    """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
-    for node in list(graph.nodes):
-        if not ir.is_call(node, *NODES_OF_NORMS) or node.args[1] is not None:
-            continue
-        x = node.args[0]
-        readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
-        if readers and not ir.is_written(x, graph):
-            with graph.inserting_after(node):
-                h = graph.call_function(operator.getitem, (node, 1))
-            h.meta = dict(x.meta)
-            for reader in readers:
-                reader.replace_input_with(x, h)
-
-
-NODES_OF_NORMS = (norm_modulate_linears, norm_modulate_quantized_linears)
-FUSED_NORMS = (norm_modulate, *NODES_OF_NORMS)
-
 RULE = Rule(
     name="merge_linears",
     version=1,
     anchors=(ir.LINEAR,),
     propose=propose,
     compiled=False,
-    finish=share_residual,
 )

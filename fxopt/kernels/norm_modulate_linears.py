@@ -1,0 +1,167 @@
+"""norm_modulate and the linears on what it makes, as one autograd node for one or more streams.
+
+The streams of a block, text and image say, are normed in one launch each way and multiplied each on
+its own. What a norm makes is not kept: see `fxopt.kernels.linears`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fxopt.kernels.linears import (
+    Pieces,
+    as_pieces,
+    input_gradient,
+    parameter_gradients,
+    products,
+    without_autocast,
+)
+from fxopt.kernels.norm_modulate import asked, operand_gradients
+from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call, launch, launch_backward
+from fxopt.kernels.registration import register_composite
+
+
+class Stream(NamedTuple):
+    """One call of norm_modulate, by its `settings`, and the linears on its y; there may be none."""
+
+    settings: tuple[Any, ...]
+    num_linears: int
+    pieces: Pieces
+
+
+class NormModulateLinears(torch.autograd.Function):
+    """For each stream norm_modulate, then linears on its y: y is not kept.
+
+    Without a residual, h is x itself, for those that go on with x: their gradient then comes back
+    through this node, which adds it in its own pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, streams: tuple[Stream, ...], *tensors: Tensor | None) -> Any:
+        given, need = iter(tensors), iter(ctx.needs_input_grad[1:])
+        each = [_taken(given, NUM_OPERANDS, s.num_linears, s.num_linears) for s in streams]
+        needs = [_taken(need, NUM_OPERANDS, 2 * s.num_linears)[0] for s in streams]
+        calls = [(*e[0], *s.settings) for s, e in zip(streams, each, strict=True)]
+        kept: list[Tensor | None] = []
+        outs: list[Tensor] = []
+        for stream, (operands, weights, biases), (y, h, mean, rstd), needed in zip(
+            streams, each, launch(calls), needs, strict=True
+        ):
+            x, residual, gate, *others = operands
+            h = x if residual is None else h
+            norm_input = None if stream.settings[0] == "none" else h
+            kept += [norm_input, x if needed[2] else None, gate, *others, mean, rstd, *weights]
+            outs += [*products(y, weights, biases, stream.pieces), h]
+        ctx.save_for_backward(*kept)
+        ctx.streams = streams
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given = iter(ctx.saved_tensors), iter(grads), iter(ctx.needs_input_grad[1:])
+        streams = [_Backward(stream, *given) for stream in ctx.streams]
+        found = iter(launch_backward([s.call for s in streams if s.call is not None]))
+        results: list[Tensor | None] = []
+        for s in streams:
+            results += [None] * s.num_inputs if s.call is None else s.gradients(next(found))
+        return None, *results
+
+
+class _Backward:
+    """A stream on the way back; `call` is None where no gradient came in."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        saved: Iterator[Any],
+        grads: Iterator[Tensor | None],
+        needs: Iterator[bool],
+    ) -> None:
+        settings, num_linears, self.pieces = stream
+        (h, x, *operands, mean, rstd), self.weights = _taken(saved, 10, num_linears)
+        self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
+        self.needs, self.needs_parameters = _taken(needs, NUM_OPERANDS, 2 * num_linears)
+        self.num_inputs = NUM_OPERANDS + 2 * num_linears
+        self.h = h = self.grad_h if h is None else h  # without a norm only its shape counts
+        self.dy = (
+            h if h is None else input_gradient(self.grad_outs, self.weights, self.pieces, h.shape)
+        )
+        self.gate, self.shift = operands[0], operands[4]
+        self.call: Call | None = None
+        if self.dy is not None or self.grad_h is not None:
+            norm, _, weight_offset, scale_offset, _, dtype = settings
+            recompute = self.dy is not None and any(self.needs_parameters)
+            tensors = (self.dy, self.grad_h, h, x, *operands, mean, rstd)
+            constants = (norm, weight_offset, scale_offset, dtype)
+            asks = asked(self.needs, self.shift, self.h)
+            self.call = (*tensors, *constants, asks, recompute)
+
+    def gradients(self, found: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Those of the operands, the weights and the biases, by what the op returned."""
+        operands = operand_gradients(
+            found, self.dy, self.grad_h, self.h, self.gate, self.shift, self.needs
+        )
+        parameters = parameter_gradients(
+            self.grad_outs, found[-1], self.weights, self.pieces, self.needs_parameters
+        )
+        return [*operands, *parameters]
+
+
+def _taken(items: Iterator[Any], *counts: int) -> list[tuple[Any, ...]]:
+    """The next items, in groups of these sizes."""
+    return [tuple(itertools.islice(items, count)) for count in counts]
+
+
+def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    operands, settings, (weights, biases, pieces) = args[:8], args[8:14], args[14:]
+    stream = Stream(settings, len(weights), as_pieces(pieces))
+    *outs, h = NormModulateLinears.apply((stream,), *operands, *weights, *biases)
+    return outs, h
+
+
+def _norm_modulate_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    (norm, *constants, h_dtype, dtype), rest = args[8:14], args[14:]
+    weights, biases, counts, pieces, num_pieces = rest
+    weight, bias, piece = iter(weights), iter(biases), iter(as_pieces(pieces))
+    streams: list[Stream] = []
+    tensors: list[Tensor | None] = []
+    each = zip(*args[:8], zip(*constants, strict=True), counts, num_pieces, strict=True)
+    for *operands, numbers, num_linears, num_outs in each:
+        (own,) = _taken(piece, num_outs)
+        streams.append(Stream((norm, *numbers, h_dtype, dtype), num_linears, own))
+        tensors += [*operands, *_taken(weight, num_linears)[0], *_taken(bias, num_linears)[0]]
+    outs: list[Tensor] = []
+    hs: list[Tensor] = []
+    found = iter(NormModulateLinears.apply(tuple(streams), *tensors))
+    for num_outs in num_pieces:
+        own, (h,) = _taken(found, num_outs, 1)
+        outs += own
+        hs.append(h)
+    return outs, hs
+
+
+norm_modulate_linears = register_composite(
+    "norm_modulate_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, Tensor? x_bias, str norm, float eps, float weight_offset, "
+    "float scale_offset, ScalarType h_dtype, ScalarType dtype, Tensor[] weights, Tensor?[] biases, "
+    "int[] pieces) -> (Tensor[] outs, Tensor h)",
+    _norm_modulate_linears,
+)
+# The linears and pieces of all streams follow one another; of each its `num_linears`, `num_pieces`.
+norm_modulate_linears_streams = register_composite(
+    "norm_modulate_linears_streams(Tensor[] x, Tensor?[] residual, Tensor?[] gate, "
+    "Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, Tensor?[] x_bias, "
+    "str norm, float[] eps, float[] weight_offset, float[] scale_offset, ScalarType h_dtype, "
+    "ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] num_linears, int[] pieces, "
+    "int[] num_pieces) -> (Tensor[] outs, Tensor[] h)",
+    _norm_modulate_linears_streams,
+)

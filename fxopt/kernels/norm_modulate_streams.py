@@ -1,0 +1,145 @@
+"""`fxopt::norm_modulate_streams`: several `fxopt::norm_modulate` at once, of text and image say.
+
+What is a tensor or a number there is a list here with one entry per stream. Norm, dtypes and the
+number of features are common to all; rows and operands differ as they like. Autograd is that of
+`norm_modulate_linears_streams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels import native_norm_modulate as native
+from fxopt.kernels.native_norm_modulate import opmath_of, outputs, outputs_backward, wanted
+from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
+from fxopt.kernels.registration import below_autograd, register
+
+Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
+NUM_OPERANDS = 8
+
+
+def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+    """(y, h, mean, rstd) of each call of `norm_modulate`."""
+    if len(calls) == 1:
+        return [below_autograd(norm_modulate, *calls[0])]
+    *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
+    settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
+    return _by_stream(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
+
+
+def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+    """What `norm_modulate_backward` returns for each call."""
+    if len(calls) == 1:
+        return [norm_modulate_backward(*calls[0])]
+    *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
+    settings = (norm[0], weight_offset, scale_offset, dtype[0])
+    every_need = [need for of_stream in needs for need in of_stream]
+    return _by_stream(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
+
+
+def _by_stream(results: Sequence[Tensor], num_results: int) -> list[tuple[Tensor, ...]]:
+    starts = range(0, len(results), num_results)
+    return [tuple(results[i : i + num_results]) for i in starts]
+
+
+def _calls(args: Sequence[Any]) -> list[Call]:
+    """Arguments of `norm_modulate` for each stream, from those of all."""
+    tensors, (norm, *constants, h_dtype, dtype) = args[:NUM_OPERANDS], args[NUM_OPERANDS:]
+    _require_one_width(tensors[0])
+    each = zip(zip(*tensors, strict=True), zip(*constants, strict=True), strict=True)
+    return [(*t, norm, *c, h_dtype, dtype) for t, c in each]
+
+
+def _backward_calls(args: Sequence[Any]) -> list[Call]:
+    """Arguments of `norm_modulate_backward` for each stream, from those of all."""
+    tensors, (norm, *offsets, dtype, needs, recompute) = args[:12], args[12:]
+    _require_one_width(tensors[2])
+    of_stream = [needs[i : i + NUM_OPERANDS] for i in range(0, len(needs), NUM_OPERANDS)]
+    last = zip(of_stream, recompute, strict=True)
+    each = zip(zip(*tensors, strict=True), zip(*offsets, strict=True), last, strict=True)
+    return [(*t, norm, *o, dtype, *needed) for t, o, needed in each]
+
+
+def _require_one_width(inputs: Iterable[Tensor]) -> None:
+    widths = [t.shape[-1] for t in inputs]
+    if any(width != widths[0] for width in widths):
+        raise ValueError(
+            f"norm_modulate_streams takes streams of one width, but theirs are {widths}: "
+            "call norm_modulate for each"
+        )
+
+
+def _fake(*args: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x, residual, *_, norm, _, _, _, h_dtype, dtype in _calls(args):
+        found += outputs(x, residual, norm, h_dtype, dtype)
+    return found
+
+
+def _fake_backward(*args: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for grad_y, _, h, x, *rest in _backward_calls(args):
+        operands, (dtype, needs, recompute) = rest[:6], rest[-3:]
+        wants = wanted(grad_y, operands, needs)
+        found += outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
+    return found
+
+
+def _launches_backward(*args: Any) -> int:
+    """One pass over the rows, and one over the partial sums if there are any."""
+    calls = _backward_calls(args)
+    return 1 + any(any(wanted(call[0], call[4:10], call[-2])) for call in calls)
+
+
+def _native(*args: Any) -> list[Tensor]:
+    return [t for call in _calls(args) for t in native.forward(*call)]
+
+
+def _native_backward(*args: Any) -> list[Tensor]:
+    return [t for call in _backward_calls(args) for t in native.backward(*call)]
+
+
+def _triton(*args: Any) -> list[Tensor]:
+    from fxopt.kernels import triton_norm_modulate
+
+    if any(opmath_of(x, *args[-2:]) == torch.float64 for x in args[0]):
+        return _native(*args)
+    return [t for results in triton_norm_modulate.forward_of(_calls(args)) for t in results]
+
+
+def _triton_backward(*args: Any) -> list[Tensor]:
+    from fxopt.kernels import triton_norm_modulate
+
+    if any(rstd.dtype == torch.float64 for rstd in args[11]):
+        return _native_backward(*args)
+    calls = _backward_calls(args)
+    return [t for results in triton_norm_modulate.backward_of(calls) for t in results]
+
+
+_OPERANDS = (
+    "Tensor?[] gate, Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, "
+    "Tensor?[] x_bias"
+)
+# (y, h, mean, rstd) of each stream
+norm_modulate_streams = register(
+    f"norm_modulate_streams(Tensor[] x, Tensor?[] residual, {_OPERANDS}, str norm, float[] eps, "
+    "float[] weight_offset, float[] scale_offset, ScalarType h_dtype, ScalarType dtype) "
+    "-> Tensor[]",
+    native=_native,
+    fake=_fake,
+    triton=_triton,
+)
+# (dh, dx, dgate, dweight, dbias, dscale, dshift, dx_bias, y) of each stream
+norm_modulate_streams_backward = register(
+    "norm_modulate_streams_backward(Tensor?[] grad_y, Tensor?[] grad_h, Tensor[] h, Tensor?[] x, "
+    f"{_OPERANDS}, Tensor[] mean, Tensor[] rstd, str norm, float[] weight_offset, "
+    "float[] scale_offset, ScalarType dtype, bool[] needs, bool[] recompute) -> Tensor[]",
+    native=_native_backward,
+    fake=_fake_backward,
+    triton=_triton_backward,
+    launches=_launches_backward,
+)
