@@ -3,16 +3,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# An environment that is there already: make test-gpu BIN=/usr/bin
+ifeq ($(origin BIN),command line)
+READY :=
+endif
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test test-full test-gpu lint format bench-cpu bench-gpu clean
 
-$(READY): constraints.txt pyproject.toml
+.venv/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch triton
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
-	touch $(READY)
+	touch $@
 
 demo: $(READY)
 	$(BIN)/python -m fxopt demo
@@ -39,16 +43,16 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench-cpu: $(READY)
+	$(BIN)/python -m bench.static --check
 	$(BIN)/python -m bench.traffic --check
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check
 
-# Records land in out/; a regression, a wrong result or an open verdict fails at its command.
+# Results land in bench/results/, named by the device.
 bench-gpu: $(READY)
-	mkdir -p out
-	$(BIN)/python -m fxopt bench kernels --device cuda --tokens 1024 4096 16384 --out out/kernels.json
-	$(BIN)/python -m fxopt bench preset flux-dev --device cuda --door optimize swap compile --out out/flux-dev.json
-	$(BIN)/python -m fxopt bench preset wan2.1-14b --device cuda --door optimize swap --ac none full --out out/wan.json
+	$(BIN)/python -m bench.kernels --save
+	$(BIN)/python -m bench.attention --save
+	$(BIN)/python -m bench.blocks --save
 
 clean:
 	rm -rf .venv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from fxopt.diagnose.environment import describe
+from fxopt.diagnose.record import write_text
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
 
 
-def publish(args: argparse.Namespace, rows: Sequence[Row]) -> int:
+Samples = Mapping[str, Sequence[Sequence[float]]]
+
+
+def document(
+    rows: Sequence[Row], device: torch.device = CPU, samples: Samples | None = None
+) -> str:
+    """The rows as JSON, with where they come from; `samples` are raw seconds by comparison."""
+    found = {"environment": describe(device), "rows": [row.as_dict() for row in rows]}
+    return json.dumps(found | ({"samples": samples} if samples else {}), indent=1) + "\n"
+
+
+def publish(
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    device: torch.device = CPU,
+    samples: Samples | None = None,
+) -> int:
     """Print the rows, write them as `args.json` asks, and return the exit code of `args.check`."""
-    document = {
-        "environment": describe(torch.device("cpu")),
-        "rows": [row.as_dict() for row in rows],
-    }
-    text = json.dumps(document, indent=1)
+    text = document(rows, device, samples)
     if args.json == "-":
-        print(text)
+        print(text, end="")
     else:
         print(table(rows))
         if args.json:
-            Path(args.json).write_text(text + "\n")
+            write_text(text, Path(args.json))
     missed = [row for row in rows if row.holds is False]
     if missed:
         print(f"{len(missed)} of {len(rows)} rows miss their target", file=sys.stderr)

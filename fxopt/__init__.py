@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from fxopt.backends.exported import optimize
     from fxopt.backends.state import report, restore
     from fxopt.explanation import explain
+    from fxopt.kernels.weight_casts import cast_weights_once
 
 __version__ = "0.1.0"
 __all__ = [
     "FxoptError",
     "Recipe",
     "Report",
+    "cast_weights_once",
     "explain",
     "optimize",
     "report",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "cast_weights_once": "fxopt.kernels.weight_casts",
     "explain": "fxopt.explanation",
     "optimize": "fxopt.backends.exported",
     "report": "fxopt.backends.state",

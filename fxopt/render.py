@@ -152,7 +152,12 @@ def totals_lines(report: Report) -> list[str]:
 
 
 def assumptions(report: Report) -> str:
-    """What the times rest on; "" for a report without times."""
+    """What the times rest on, or what a report without times leaves open; "" if nothing."""
+    if not report.blocks and any(a.provider == "native" for a in report.applied):
+        return (
+            "On this device the fused ops are Python around ATen. They keep less for backward, but "
+            "a small step takes longer than PyTorch's own: time yours with `fxopt bench`."
+        )
     if not report.blocks or report.target not in TARGETS:
         return ""
     target = TARGETS[report.target]

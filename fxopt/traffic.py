@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fxopt.cost import Product, Work
 from fxopt.fakes import faked
-from fxopt.kernels.registration import LAUNCHES
+from fxopt.kernels.registration import LAUNCHES, REREADS
 
 GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
@@ -32,8 +32,6 @@ VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
 }
-# Their input is read once for the scale, once for the values.
-READING_TWICE = {"fxopt::quantize"}
 SCALED = "fxopt::scaled_matmul"
 SCALED_FORMATS = slice(7, 9)  # its arguments a_format and b_format
 ALLOCATIONS = {
@@ -66,7 +64,8 @@ class Traffic:
 
     Args:
         gemms, attentions: its products.
-        glue: bytes read and written by everything else, by op; each operand is read once.
+        glue: bytes read and written by everything else, by op; each operand is read once
+            but for those that an op's registration says are read again.
         launches: kernels by op: one each, or what the op's registration counts.
         saved: bytes kept for backward, by storage, without the parameters.
     """
@@ -135,7 +134,7 @@ class _Counting(TorchDispatchMode):
         operands = args[1:] if name == "copy_" else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))
-        num_bytes += moved(read.values()) if name in READING_TWICE else 0
+        num_bytes += moved(REREADS[name](args, out)) if name in REREADS else 0
         if cost == "glue":
             self.traffic.glue[name] += num_bytes
         elif name == SCALED:

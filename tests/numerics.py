@@ -86,14 +86,20 @@ class Judge:
         assert_as_accurate(found, self.eager, self.exact, what=what, again=again)
 
 
-def redrawn(inputs: Any, seed: int) -> Any:
-    """Other inputs of the same sizes: random signs on whatever holds a feature per token."""
+def holds_features(t: Tensor) -> bool:
+    """Whether `t` may hold a feature per token."""
+    return t.is_floating_point() and t.dim() >= 3
+
+
+def redrawn(inputs: Any, seed: int, changes: Callable[[Tensor], bool] = holds_features) -> Any:
+    """Other inputs of the same sizes: random signs on the tensors that `changes` picks."""
     generator = torch.Generator().manual_seed(seed)
 
     def flip(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 3:
+        if not isinstance(leaf, Tensor) or not changes(leaf):
             return leaf
-        return leaf * (2 * torch.randint(0, 2, leaf.shape, generator=generator) - 1).to(leaf.dtype)
+        signs = 2 * torch.randint(0, 2, leaf.shape, generator=generator) - 1
+        return (leaf.detach() * signs.to(leaf.dtype)).requires_grad_(leaf.requires_grad)
 
     return tree_map(flip, inputs)
 

@@ -10,6 +10,7 @@ from fxopt import demo
 from fxopt.demo import claim, training
 from fxopt.demo.training import Run, Scale
 from fxopt.diagnose import record
+from fxopt.diagnose.memory import Memory
 
 SCALE = Scale(num_steps=4, batch=4, num_double=1, num_single=1, num_heads=2)
 RUNS = ["eager", "reversed", "optimize", "compile", "swap"]
@@ -46,7 +47,10 @@ def test_it_ends_with_a_claim_record(shown):
     assert [found.name for found in made.claims] == ["optimize", "compile", "swap"]
     for found in made.claims:
         assert found.baseline == "eager"
-        assert not found.checks[0].failures
+        gradients, losses = found.checks
+        assert not gradients.failures and not losses.failures
+        assert (gradients.when, gradients.num_outputs, losses.num_outputs) == ("before", 0, 4)
+        assert gradients.num_gradients > 50
         assert found.memory["candidate"].peak > 0
         assert found.manifest["applied"]
 
@@ -65,6 +69,22 @@ def test_losses_that_part_make_the_claim_invalid(found):
     runs = [finished("eager", [1.0, 1.0]), finished("optimize", [1.0, found])]
     check = claim.losses(runs[1], runs[0], demo.LARGEST_GAP)
     assert len(check.failures) == 1
+
+
+def test_wrong_gradients_make_the_claim_invalid_though_the_losses_agree():
+    runs = [finished("eager", [1.0, 1.0]), finished("optimize", [1.0, 1.0])]
+    for run, sign in zip(runs, (1, -1), strict=True):
+        run.first_gradients = {
+            "gradient of a": torch.ones(9),
+            "gradient of b": sign * torch.ones(9),
+        }
+    check = claim.gradients(runs[1], runs[0])
+    (failure,) = check.failures
+    assert failure.startswith("gradient of b: relative error 2.00e+00")
+    memory = dict.fromkeys(("eager", "optimize"), Memory(1, None, 1))
+    report = demo.Report("optimize", "bf16", "cpu")
+    made = claim.claim(runs[1], runs[0], {}, report, memory, demo.LARGEST_GAP)
+    assert made.verdict.label == "INVALID"
 
 
 def test_the_table_counts_rewrites_and_costs(capsys):

@@ -14,7 +14,7 @@ from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
 from fxopt.recipes import Recipe, find
-from fxopt.translation import from_torchao
+from fxopt.torchao_recipes import from_torchao
 
 EXECUTIONS = ("eager", "compile")
 
@@ -61,7 +61,7 @@ def rules_for(
     """
     rules = [rule for rule in CATALOGUE if rule.compiled or not compiled]
     if not recipe.gemms:
-        return tuple(rule for rule in rules if rule is not quantized_linear.RULE)
+        return tuple(rule for rule in rules if rule.tier != "low_precision")
     quantized = quantized_linear.rule(recipe, block, threshold(recipe, target))
     return tuple(quantized if rule is quantized_linear.RULE else rule for rule in rules)
 

@@ -132,7 +132,8 @@ def demonstrate(runs: Sequence[Run], scale: Scale, seed: int, out: Path) -> int:
     record.write(claims, out / "claim.json")
     print(tables.text(record.read(out / "claim.json")))
     print(f"wrote {out}/report.html, {out}/loss.png, {out}/samples.png and {out}/claim.json")
-    return verdict(runs)
+    wrong = any(claim.verdict and claim.verdict.label == "INVALID" for claim in claims.claims)
+    return verdict(runs) or int(wrong)
 
 
 def train(runs: Sequence[Run], scale: Scale, seed: int) -> None:

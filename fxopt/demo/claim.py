@@ -11,7 +11,7 @@ import torch
 
 from fxopt.diagnose import environment, record
 from fxopt.diagnose.memory import Memory
-from fxopt.diagnose.numerics import Check, Difference
+from fxopt.diagnose.numerics import Check, Difference, as_check, compare_all
 from fxopt.diagnose.protocol import Samples, WarmUp
 from fxopt.diagnose.record import Claim, Record
 from fxopt.diagnose.verdict import MARGIN, judge
@@ -58,8 +58,10 @@ def claim(
     bound: float,
 ) -> Claim:
     """What `run` shows next to `eager`."""
-    samples, check = rounds(run, eager), losses(run, eager, bound)
-    timed = bool(samples.rounds or check.failures)
+    samples = rounds(run, eager)
+    checks = gradients(run, eager), losses(run, eager, bound)
+    failures = [failure for check in checks for failure in check.failures]
+    timed = bool(samples.rounds or failures)
     return Claim(
         name=run.name,
         baseline="eager",
@@ -67,9 +69,9 @@ def claim(
         configuration=configuration,
         status="complete" if timed else "interrupted",
         stop=None,
-        verdict=judge(samples, check.failures) if timed else None,
+        verdict=judge(samples, failures) if timed else None,
         samples=samples,
-        checks=(check,),
+        checks=checks,
         memory={"baseline": peaks[eager.name], "candidate": peaks[run.name]},
         manifest=report.to_dict(),
     )
@@ -86,6 +88,12 @@ def rounds(run: Run, eager: Run) -> Samples:
         # Eager's own step stands in for a reference product: the demo times nothing else.
         samples.reference.append((before[0], before[1]))
     return samples
+
+
+def gradients(run: Run, eager: Run) -> Check:
+    """The gradients of the first step, as `fxopt bench` compares those of two steps."""
+    found = compare_all(eager.first_gradients, run.first_gradients, None, None)
+    return as_check("before", "baseline", found)
 
 
 def losses(run: Run, eager: Run, bound: float) -> Check:

@@ -148,6 +148,7 @@ class Run:
         model: what the optimizer holds.
         door: gives the module to call in place of `model`; None for `model` itself.
         backwards: feed every batch last sample first.
+        first_gradients: of the first step, which all runs take from the same weights.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Run:
     backwards: bool = False
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    first_gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
     def open(self) -> None:
         """Open the door."""
@@ -172,6 +174,8 @@ class Run:
         """Train on one batch."""
         start = time.perf_counter()
         loss = self.gradients(batch)
+        if not self.losses:
+            self.first_gradients = self.copied_gradients()
         self.optimizer.step()
         self.seconds.append(time.perf_counter() - start)
         self.schedule.step()
@@ -183,6 +187,13 @@ class Run:
         loss = flow_loss(self.forward, batch.reversed() if self.backwards else batch)
         loss.backward()
         return loss.detach()
+
+    def copied_gradients(self) -> dict[str, Tensor | None]:
+        """Gradients of all parameters by name."""
+        return {
+            f"gradient of {name}": None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in self.model.named_parameters()
+        }
 
     def memory(self, batch: Batch) -> memory.Memory:
         """Of one forward and backward: activations, gradients and temporaries."""

@@ -15,13 +15,16 @@ from fxopt.diagnose import memory, numerics, roofline
 from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.numerics import Check
 from fxopt.diagnose.protocol import Plan, Samples, measure
+from fxopt.diagnose.ranks import RankFailed
 from fxopt.diagnose.record import Claim, Speed, Stop
 from fxopt.diagnose.roofline import Flops, Peaks
 from fxopt.diagnose.subjects import Make, Subject, kept_state
 from fxopt.diagnose.verdict import MARGIN, Verdict, is_decided, judge
 from fxopt.errors import FxoptError, NotReported
+from fxopt.recipes import RECIPES
 
 Progress = Callable[[str], None]
+SIDES = ("baseline", "candidate")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Case:
         configuration: what was chosen to get here; goes into the record.
         truth: builds a subject to cast to float64, or None to compare with the baseline.
         flush: empty the caches before each call: for kernels.
+        tolerance: see `numerics.check`; `Settings` may say otherwise.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Case:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     truth: Make | None = None
     flush: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ class Run:
         self.samples = Samples()
         self.checks: list[Check] = []
         self.memory: dict[str, memory.Memory] = {}
-        self.flops: Flops | None = None
+        self.flops: dict[str, Flops] = {}
         self.peaks: Peaks | None = None
-        self.floor_s = 0.0
+        self.floor_s = dict.fromkeys(SIDES, 0.0)
         self.manifest: dict[str, Any] | None = None
         self.names = ("", "")
 
@@ -77,13 +82,19 @@ class Run:
         """
         try:
             self._measure(progress)
-        except FxoptError:
-            raise
-        except KeyboardInterrupt as error:
-            return self._claim("interrupted", self._stop(error))
-        except Exception as error:
-            return self._claim("failed", self._stop(error))
+        # Steps are anybody's code: whatever ends one early becomes part of the record.
+        except (Exception, KeyboardInterrupt) as error:
+            stop = self._stop(error)
+            self.device.ranks.fail(stop.error, stop.where)
+            if isinstance(error, FxoptError):
+                raise
+            interrupted = isinstance(error, KeyboardInterrupt)
+            return self._claim("interrupted" if interrupted else "failed", stop)
         return self._claim("complete", None)
+
+    @property
+    def _tolerance(self) -> float | None:
+        return self.settings.tolerance or self.case.tolerance
 
     def _measure(self, progress: Progress) -> None:
         def enter(phase: str) -> None:
@@ -119,7 +130,7 @@ class Run:
             candidate,
             self.case.truth,
             self.settings.seed,
-            self.settings.tolerance,
+            self._tolerance,
         )
         (most,) = self.device.agree([float(len(found.failures))])
         if most and not found.failures:
@@ -136,14 +147,21 @@ class Run:
             }
             # A compiled step shows no ops; its FLOPs are those of the code that it came from.
             with torch.compiler.set_stance("force_eager"):
-                self.flops = roofline.count(baseline)
-        dtypes = {*self.flops.trained, *self.flops.frozen}
-        self.peaks = roofline.calibrate(self.device, dtypes)
+                flops = roofline.count(baseline), roofline.count(candidate)
+        self.flops = dict(zip(SIDES, flops, strict=True))
+        first, second = ({*counts.trained, *counts.frozen} for counts in flops)
+        second |= quantized_dtypes(self.manifest)
+        self.peaks = roofline.calibrate(self.device, first | second)
         # Only a flushed case is sure to read its state from memory.
         cold = sum(t.untyped_storage().nbytes() for t in baseline.state()) if self.case.flush else 0
-        self.floor_s = roofline.floor_seconds(self.flops, self.peaks, cold)
+        # Both must do the baseline's work; a candidate may do it in other dtypes.
+        for side, dtypes in zip(SIDES, ((), second - first), strict=True):
+            self.floor_s[side] = roofline.floor_seconds(flops[0], self.peaks, cold, dtypes)
 
     def _stop(self, error: BaseException) -> Stop:
+        elsewhere = error if isinstance(error, RankFailed) else self.device.ranks.failure()
+        if elsewhere is not None:
+            return Stop(self.phase, str(elsewhere), elsewhere.where)
         frames = traceback.extract_tb(error.__traceback__)
         here = str(Path(__file__).parent)
         theirs = [f for f in frames if "site-packages" not in f.filename]
@@ -162,29 +180,33 @@ class Run:
         verdict = judge(self.samples, self._invalid(), margin=self.settings.margin)
         if verdict.steady is None:
             return verdict
-        fastest = min(verdict.steady.candidate_s, verdict.steady.baseline_s)
-        if fastest >= self.floor_s:
+        reasons = []
+        for side, floor in self.floor_s.items():
+            seconds = getattr(verdict.steady, f"{side}_s")
+            if seconds < floor:
+                reasons.append(
+                    f"the {side}'s {seconds:.3e} s are less than the {floor:.3e} s that the FLOPs "
+                    "and bytes of the step take at the peaks of this device: work was left out or "
+                    "not timed"
+                )
+        if not reasons:
             return verdict
-        reason = (
-            f"{fastest:.3e} s is less than the {self.floor_s:.3e} s that the step's FLOPs and "
-            "bytes take at the peaks of this device: work was left out or not timed"
-        )
-        return judge(self.samples, [*self._invalid(), reason], margin=self.settings.margin)
+        return judge(self.samples, [*self._invalid(), *reasons], margin=self.settings.margin)
 
     def _invalid(self) -> list[str]:
         return [f"{c.when} timing, {failure}" for c in self.checks for failure in c.failures]
 
     def _speed(self, verdict: Verdict | None) -> Speed | None:
-        if self.flops is None or self.peaks is None:
+        if not self.flops or self.peaks is None:
             return None
         used = {}
         if verdict is not None and verdict.steady is not None:
-            for side in ("baseline", "candidate"):
+            for side, flops in self.flops.items():
                 seconds = getattr(verdict.steady, f"{side}_s")
-                used[side] = roofline.utilization(self.flops, self.peaks, seconds)
+                used[side] = roofline.utilization(flops, self.peaks, seconds)
         return Speed(
-            self.flops.trained,
-            self.flops.frozen,
+            {side: flops.trained for side, flops in self.flops.items()},
+            self.flops["baseline"].frozen,
             self.peaks.flops,
             self.peaks.bandwidth,
             self.floor_s,
@@ -203,7 +225,7 @@ class Run:
             | {
                 "seed": self.settings.seed,
                 "margin": self.settings.margin,
-                "tolerance": self.settings.tolerance,
+                "tolerance": self._tolerance,
                 "truth": "baseline" if self.case.truth is None else "float64",
                 "flush": self.case.flush,
             },
@@ -228,3 +250,9 @@ def manifest(subject: Subject) -> dict[str, Any] | None:
         return report(subject.model).to_dict()
     except NotReported:
         return None
+
+
+def quantized_dtypes(manifest: Mapping[str, Any] | None) -> set[str]:
+    """What a model's products may have moved to, which counts of compiled code do not show."""
+    recipe = RECIPES.get((manifest or {}).get("recipe", ""))
+    return {roofline.FP8} if recipe is not None and recipe.gemms else set()

@@ -12,10 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from fxopt.cli import positive, quiet
 from fxopt.diagnose import environment, record, tables
@@ -23,6 +20,7 @@ from fxopt.diagnose.case import Case, Run, Settings
 from fxopt.diagnose.devices import TorchDevice, this_device
 from fxopt.diagnose.numerics import FACTOR
 from fxopt.diagnose.protocol import Plan
+from fxopt.diagnose.ranks import PATIENCE, Ranks, joined
 from fxopt.diagnose.record import Claim, Record
 from fxopt.diagnose.suites import Sweep, function_cases, preset_cases
 from fxopt.diagnose.verdict import MARGIN
@@ -48,11 +46,14 @@ def main(argv: Sequence[str]) -> int:
             return _show(options)
         if options.world_size and "RANK" not in os.environ:
             return _launch(options.world_size, options.out, argv)
-        with _processes():
-            return _measure(options, ["fxopt", "bench", *argv])
+        with joined(options.patience) as ranks:
+            return _measure_together(options, ["fxopt", "bench", *argv], ranks)
     except FxoptError as error:
         print(f"fxopt bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fxopt bench: interrupted before anything was measured", file=sys.stderr)
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +110,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "presets and kernels)",
     )
     parser.add_argument("--world-size", type=positive, help="processes, started with torchrun")
+    parser.add_argument(
+        "--patience", type=above_zero, default=PATIENCE, help="seconds to wait for another rank"
+    )
 
 
 def above_zero(text: str) -> float:
@@ -124,30 +128,34 @@ def _launch(world_size: int, out: Path, argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     command += ["--standalone", "-m", "fxopt", "bench", *argv]
     before = out.stat().st_mtime_ns if out.exists() else None
-    done = subprocess.run(command, check=False)
+    interrupted = False
+    with subprocess.Popen(command) as torchrun:
+        try:
+            torchrun.wait()
+        except KeyboardInterrupt:  # reaches torchrun as well; the ranks write what they have
+            interrupted = True
+            torchrun.wait()
     # torchrun's own code is 1 whenever a worker's is not 0.
-    if done.returncode or not out.exists() or out.stat().st_mtime_ns == before:
+    failed = torchrun.returncode and not interrupted
+    if failed or not out.exists() or out.stat().st_mtime_ns == before:
         return 2
     return _worst(record.read(out).claims)
 
 
-@contextmanager
-def _processes() -> Iterator[None]:
-    """The process group, under torchrun."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def _measure_together(options: argparse.Namespace, command: Sequence[str], ranks: Ranks) -> int:
+    """Rank 0 alone decides the exit code: torchrun stops it as soon as another rank fails."""
     try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+        code = _measure(options, command, ranks)
+    except FxoptError as error:
+        ranks.fail(str(error), "")
+        if not ranks.rank:
+            raise
+        print(f"fxopt bench, rank {ranks.rank}: {error}", file=sys.stderr)
+    return 0 if ranks.rank or options.world_size else code
 
 
-def _measure(options: argparse.Namespace, command: Sequence[str]) -> int:
-    device = this_device(options.device)
+def _measure(options: argparse.Namespace, command: Sequence[str], ranks: Ranks) -> int:
+    device = this_device(options.device, ranks)
     settings = Settings(
         Plan(seconds=options.seconds), options.seed, options.margin, options.tolerance
     )
@@ -167,14 +175,16 @@ def _measure(options: argparse.Namespace, command: Sequence[str]) -> int:
                 claims.append(Run(case, device, settings)(progress))
         except FxoptError as raised:
             error = raised
-        if error is not None or claims[-1].status == "interrupted":
+        stopped = error is not None or claims[-1].status == "interrupted"
+        # After a failure the ranks are no longer at the same collective.
+        if stopped or (claims[-1].status == "failed" and ranks.world_size > 1):
             break
     made = Record(record.VERSION, started, tuple(command), place, tuple(claims))
-    if claims and int(os.environ.get("RANK", "0")) == 0:
+    if claims and not ranks.rank:
         _publish(made, options.out)
     if error is not None:
         raise error
-    return 0 if options.world_size else _worst(claims)
+    return _worst(claims)
 
 
 def _worst(claims: Sequence[Claim]) -> int:

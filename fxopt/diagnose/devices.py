@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxopt.diagnose.errors import NoSuchDevice
 from fxopt.diagnose.protocol import Step
+from fxopt.diagnose.ranks import ALONE, Ranks
 
 # Elements per side of the reference product: some milliseconds on a CPU core.
 REFERENCE_SIDE = {"cpu": 320, "cuda": 4096}
@@ -29,10 +30,11 @@ class TorchDevice:
 
     Args:
         device: "cpu" or a CUDA device.
+        ranks: with whom to decide.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.device, self.ranks = device, ranks
         side, dtype = REFERENCE_SIDE[device.type], REFERENCE_DTYPE[device.type]
         generator = torch.Generator(device).manual_seed(0)
         self._operands = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
@@ -112,14 +114,10 @@ class TorchDevice:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def agree(self, values: list[float]) -> list[float]:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return values
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return largest.tolist()
+        return self.ranks.agree(values)
 
 
-def this_device(name: str | None = None) -> TorchDevice:
+def this_device(name: str | None = None, ranks: Ranks = ALONE) -> TorchDevice:
     """`name`, or the CUDA device of this process, or else the CPU.
 
     Raises:
@@ -132,4 +130,4 @@ def this_device(name: str | None = None) -> TorchDevice:
     device = torch.device(name or default)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return TorchDevice(device)
+    return TorchDevice(device, ranks)

@@ -18,7 +18,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Everything about this machine and this checkout that a figure may depend on."""
     return {
         "device": device_name(device),
-        "driver": _driver(device),
+        **_gpu(device),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -43,11 +43,26 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _driver(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query, Path.cwd()).splitlines()[0] if _output(query, Path.cwd()) else None
+# By the name that nvidia-smi has for it.
+OF_GPU = {
+    "driver": "driver_version",
+    "power_limit": "power.limit",
+    "largest_clock": "clocks.max.sm",
+    "application_clock": "clocks.applications.graphics",
+}
+
+
+def _gpu(device: torch.device) -> dict[str, str | None]:
+    """What decides the speed of a GPU besides its model; None on a CPU or without nvidia-smi."""
+    found: dict[str, str | None] = dict.fromkeys(OF_GPU)
+    if device.type == "cuda":
+        uuid = torch.cuda.get_device_properties(device).uuid
+        query = f"--query-gpu={','.join(OF_GPU.values())}"
+        command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
+        values = _output(command, Path.cwd()).split(", ")
+        if len(values) == len(OF_GPU):
+            found |= dict(zip(OF_GPU, values, strict=True))
+    return found
 
 
 def version(package: str) -> str | None:

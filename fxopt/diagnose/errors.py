@@ -90,6 +90,19 @@ class TooFewSteps(FxoptError):
 
 
 @dataclass(eq=False)
+class EmptyWindow(FxoptError):
+    """A part of a profile has no steps."""
+
+    num_skipped: int
+    num_plain: int
+    num_profiled: int
+    template = (
+        "a profile of {num_skipped} skipped, {num_plain} plain and {num_profiled} profiled steps "
+        "has nothing to compare; each must be at least 1"
+    )
+
+
+@dataclass(eq=False)
 class NoSuchDevice(FxoptError):
     """`--device` names what this machine does not have."""
 
@@ -109,6 +122,18 @@ class NotAScript(FxoptError):
 
 
 @dataclass(eq=False)
+class NotAReport(FxoptError):
+    """`fxopt profile --report` was given something else."""
+
+    path: str
+    problem: str
+    template = (
+        "{path} is no report of fxopt's: {problem}; write one with "
+        "json.dump(fxopt.report(model).to_dict(), file)"
+    )
+
+
+@dataclass(eq=False)
 class RankMissing(FxoptError):
     """A rank has left no result."""
 
@@ -118,3 +143,12 @@ class RankMissing(FxoptError):
         "rank {rank} has left no profile within {seconds:.0f} s; look at its own output, and give "
         "all ranks one --out folder"
     )
+
+
+@dataclass(eq=False)
+class RankEnded(FxoptError):
+    """A rank has failed while it was profiled."""
+
+    rank: int
+    error: str
+    template = "rank {rank} has no profile, because it ended with {error}; its output says where"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED
-from fxopt.diagnose.profiling import Profiled
+from fxopt.diagnose.compiles import Compile
+from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED, Step
+from fxopt.diagnose.profiling import COUNTED, Profiled
 from fxopt.render import quantity
-from fxopt.report import Report
+from fxopt.report import Declined, Report
 
-# Growth is a leak if at least this share of the steps grow, by at least so much on average.
-GROWING_STEPS, LEAST_GROWTH = 0.8, 1 << 20
+# Growth is a leak if at least this share of the steps grow, by at least so much on average; fewer
+# steps than these grow by chance.
+GROWING_STEPS, LEAST_GROWTH, FEWEST_STEPS = 0.8, 1 << 20, 4
 # A rank is a straggler if its own work takes this much longer than the median rank's.
 LAG = 0.05
 # Below this share of a step a cost is not worth a line.
@@ -27,7 +30,7 @@ REMEDIES = {
     "checkpointing": "checkpoint less often, or torch.distributed.checkpoint.async_save",
     "garbage collection": "gc.freeze() after set-up and gc.collect() at chosen steps",
     "logging": "log less often, and read losses off the device once in many steps",
-    "compilation": "find what changes between steps with TORCH_LOGS=recompiles and mark it dynamic",
+    "compilation": "keep what that guard looks at equal between steps, or mark it dynamic",
     EXPOSED: "overlap: larger buckets, prefetching all-gathers, or fewer bytes",
 }
 
@@ -72,6 +75,7 @@ def findings(ranks: Sequence[Profiled], report: Report | None = None) -> list[Fi
             evidence = f"{name}: {walls[name] / seconds:.0%} of the step{_detail(name, ranks)}"
             found.append(Finding(name, walls[name], evidence, remedy))
     found += _launch_gaps(ranks, seconds)
+    found += _allocator(ranks, seconds)
     found += _glue(ranks, report)
     return sorted(found, key=lambda finding: -finding.seconds)
 
@@ -79,20 +83,31 @@ def findings(ranks: Sequence[Profiled], report: Report | None = None) -> list[Fi
 def _detail(name: str, ranks: Sequence[Profiled]) -> str:
     found = [step.phases[name].wall for rank in ranks for step in rank.steps]
     detail = f", at most {quantity(max(found), 's')} in one of {len(found)} steps"
-    if name == "compilation":
-        detail += f", {sum(rank.num_compiled for rank in ranks)} graphs compiled"
+    compiles = [compile for rank in ranks for compile in rank.compiles]
+    if name == "compilation" and compiles:
+        (function, reason), times = most_compiled(compiles)
+        guard = f"its guard failed: {reason}" if reason else "for the first time"
+        detail += f"; {len(compiles)} compilations, {times} of them of {function}, {guard}"
     return detail
+
+
+def most_compiled(compiles: Sequence[Compile]) -> tuple[tuple[str, str], int]:
+    """The function compiled most often with the last guard that failed, and how often."""
+    times = Counter(compile.function for compile in compiles)
+    function, count = times.most_common(1)[0]
+    reason = next(c.reason for c in reversed(compiles) if c.function == function)
+    return (function, reason), count
 
 
 def _leaks(ranks: Sequence[Profiled]) -> Iterator[Finding]:
     for rank in ranks:
         growth = np.diff(np.asarray(rank.held_bytes, dtype=float))
-        if not len(growth) or np.mean(growth > 0) < GROWING_STEPS:
+        if len(growth) < FEWEST_STEPS or np.mean(growth > 0) < GROWING_STEPS:
             continue
         per_step = float(np.median(growth))
         # A graph compiled in every step stays in memory: that is the cost of compilation.
-        compiles = rank.num_compiled >= len(growth)
-        if per_step >= LEAST_GROWTH and not compiles:
+        always_compiles = len(rank.compiles) >= len(growth)
+        if per_step >= LEAST_GROWTH and not always_compiles:
             evidence = (
                 f"memory of rank {rank.rank} grows by {quantity(per_step, 'B')} per step, in "
                 f"{np.mean(growth > 0):.0%} of {len(growth)} steps"
@@ -153,37 +168,77 @@ def _launch_gaps(ranks: Sequence[Profiled], seconds: float) -> Iterator[Finding]
         yield Finding("launch gaps", idle, evidence, "torch.compile, or CUDA graphs")
 
 
+def _allocator(ranks: Sequence[Profiled], seconds: float) -> Iterator[Finding]:
+    spent = statistics.fmean(step.allocating for rank in ranks for step in rank.steps)
+    if spent > NEGLIGIBLE * seconds:
+        counts = {k: statistics.fmean(r.allocator.get(k, 0) for r in ranks) for k in COUNTED}
+        listed = ", ".join(f"{name} {count:g}" for name, count in counts.items() if count)
+        evidence = (
+            f"the host spends {spent / seconds:.0%} of the step in cudaMalloc and cudaFree, which "
+            f"wait for the device; per step without the profiler: {listed or 'none of either'}"
+        )
+        remedy = (
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, equal shapes, or less memory in use"
+        )
+        yield Finding("allocator", spent, evidence, remedy)
+
+
 def _glue(ranks: Sequence[Profiled], report: Report | None) -> Iterator[Finding]:
     """What fxopt's report says about kernels that only move memory."""
     if report is None:
         return
     steps = [step for rank in ranks for step in rank.steps]
     glue = statistics.fmean(step.kinds.get("glue", 0.0) for step in steps)
-    share = glue / statistics.fmean(step.seconds for step in steps)
+    mean = statistics.fmean(step.seconds for step in steps)
     before = report.totals.get("glue_bytes_before", 0)
     saved = 1 - report.totals.get("glue_bytes_after", 0) / before if before else 0.0
-    declined: Mapping[tuple[str, str], list[str]] = _declined(report)
-    for (rule, reason), blocks in declined.items():
-        evidence = (
-            f"glue: {share:.0%} of the step; rule {rule} declined at {len(blocks)} blocks "
-            f"({blocks[0]} to {blocks[-1]}): {reason}"
+    for blocks, entries in _declined(report).items():
+        own, num_kernels = _glue_within(steps, blocks)
+        measured = (
+            f"glue in the forward of these blocks: {own / mean:.0%} of the step, {num_kernels:.0f} "
+            "kernels or ops per block; "
+            if own
+            else f"glue: {glue / mean:.0%} of the step; "
         )
-        remedy = next((d.remedy for d in report.declined if d.rule == rule and d.remedy), "")
-        yield Finding(f"declined {rule}", 0.0, evidence, remedy or "see fxopt.report(model)")
+        rules = list(dict.fromkeys(entry.rule for entry in entries))
+        reasons = dict.fromkeys(reason for entry in entries for reason in entry.reasons[:1])
+        remedies = dict.fromkeys(entry.remedy for entry in entries if entry.remedy)
+        where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+        evidence = (
+            f"{measured}rule{'s' * (len(rules) > 1)} {', '.join(rules)} declined at {len(blocks)} "
+            f"blocks ({where}): {'; '.join(reasons)}"
+        )
+        yield Finding("declined", own, evidence, "; ".join(remedies) or "see fxopt.report(model)")
     if saved > 0 and not report.applied:
         yield Finding(
             "glue",
             saved * glue,
-            f"glue: {share:.0%} of the step, of whose bytes fxopt would leave {1 - saved:.0%}",
+            f"glue: {glue / mean:.0%} of the step; fxopt would leave {1 - saved:.0%} of its bytes",
             "fxopt.optimize(model)",
         )
 
 
-def _declined(report: Report) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
+def _glue_within(steps: Sequence[Step], blocks: Sequence[str]) -> tuple[float, float]:
+    """Seconds of glue per step in the forward of these blocks, and kernels per block."""
+    found = [
+        spent
+        for step in steps
+        for part, spent in step.glue.items()
+        if any(f"{block}.".startswith(f"{part}.") for block in blocks)
+    ]
+    if not found:
+        return 0.0, 0.0
+    return sum(s for s, _ in found) / len(steps), statistics.fmean(number for _, number in found)
+
+
+def _declined(report: Report) -> dict[tuple[str, ...], list[Declined]]:
+    """What was declined, together where it was at the same blocks: they have one cost."""
+    where: dict[tuple[str, tuple[str, ...]], dict[str, Declined]] = {}
     for entry in report.declined:
-        reason = entry.reasons[0] if entry.reasons else "no reason given"
-        found.setdefault((entry.rule, reason), []).append(entry.fqn)
+        where.setdefault((entry.rule, entry.reasons), {})[entry.fqn] = entry
+    found: dict[tuple[str, ...], list[Declined]] = {}
+    for blocks in where.values():
+        found.setdefault(tuple(blocks), []).append(next(iter(blocks.values())))
     return found
 
 

@@ -58,3 +58,22 @@ def difference(a: Intervals, b: Intervals) -> Intervals:
 def seconds(intervals: Intervals) -> float:
     """Length of a set."""
     return 1e-9 * float((intervals[:, 1] - intervals[:, 0]).sum())
+
+
+def contains(a: Intervals, moments: np.ndarray) -> np.ndarray:
+    """Which moments [N] lie in a set; an interval holds its start and not its end."""
+    if not len(a):
+        return np.zeros(len(moments), dtype=bool)
+    at = np.searchsorted(a[:, 0], moments, side="right") - 1
+    inside: np.ndarray = (at >= 0) & (moments < a[np.maximum(at, 0), 1])
+    return inside
+
+
+def lengths_within(a: Intervals, edges: np.ndarray) -> np.ndarray:
+    """Length of a set between each edge [N + 1] and the next."""
+    if not len(a):
+        return np.zeros(len(edges) - 1)
+    ends = np.cumsum(a[:, 1] - a[:, 0])
+    up_to = np.column_stack([np.r_[0, ends[:-1]], ends]).ravel()
+    inside: np.ndarray = np.diff(np.interp(edges, a.ravel(), up_to))
+    return inside

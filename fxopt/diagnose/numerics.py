@@ -201,7 +201,7 @@ def check(
     ):
         draws = [found, *(draw(number) for number in range(1, NUM_DRAWS))]
         found = {name: _pooled([each[name] for each in draws]) for name in found}
-    return _as_check(when, "baseline" if exact is None else "float64", found)
+    return as_check(when, "baseline" if exact is None else "float64", found)
 
 
 def compare_all(
@@ -238,7 +238,8 @@ def _pooled(draws: Sequence[Difference | str | None]) -> Difference | str | None
     return dataclasses.replace(found[0], error=error, own=own, bound=FACTOR * own + roundoff)
 
 
-def _as_check(when: str, against: str, found: Differences) -> Check:
+def as_check(when: str, against: str, found: Differences) -> Check:
+    """The differences of all tensors as one check."""
     failures = [d for d in found.values() if isinstance(d, str)]
     differences = [d for d in found.values() if isinstance(d, Difference)]
     for difference in differences:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fxopt.diagnose import intervals
 from fxopt.diagnose.intervals import EMPTY, Intervals
-from fxopt.diagnose.kinds import COMMUNICATION, kind
-from fxopt.diagnose.trace import COMPILING, STEP, Columns, Trace
+from fxopt.diagnose.kinds import COMMUNICATION, GLUE, kind
+from fxopt.diagnose.trace import COMPILING, MODULE, STEP, Columns, Trace
+from fxopt.diagnose.work import by_kind, self_time, top
 
 # Annotations of these names, behind PREFIX, mark the phases.
 PREFIX = "fxopt."
@@ -40,12 +41,15 @@ class Phase:
         host: time the main thread spent in it.
         device: time in which kernels that it launched ran.
         idle: time the main thread spent in it while the device did nothing; 0 without a device.
+        kinds: seconds of the kernels that it launched, by kind; without a device of host ops
+            that began in it, without what they call.
     """
 
     wall: float
     host: float
     device: float
     idle: float
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Step:
         communication: seconds in which any communication ran.
         overlapped: part of it in which compute ran too.
         gaps: seconds of each stretch of the step in which the device was idle, longest first.
+        allocating: seconds of the host in cudaMalloc and cudaFree, which wait for the device.
+        timeline: (phase, part of the step) in order; each of `NUM_BINS` equal parts of the step
+            counts as the phase that has most of it.
+        glue: seconds and number of glue kernels (without a device: ops) that the forward of each
+            marked module launched.
     """
 
     seconds: float
@@ -69,19 +78,27 @@ class Step:
     communication: float
     overlapped: float
     gaps: Sequence[float]
+    allocating: float = 0.0
+    timeline: Sequence[tuple[str, float]] = ()
+    glue: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
-NUM_TOP = 10
+NUM_GAPS = 10
+NUM_BINS = 400
+ALLOCATING = ("cudaMalloc", "cudaFree", "cuMem")
 # While the main thread is in these, it does not wait for a collective.
 OCCUPIED = ("data wait", "checkpointing", "garbage collection", "logging", COMPILATION)
 
 
 def steps(trace: Trace) -> list[Step]:
     """Every marked step, in order."""
-    numbers = [i for i, name in enumerate(trace.names) if name.startswith(STEP)]
-    marked = trace.annotations.where(np.isin(trace.annotations.names, numbers))
-    spans = marked.spans[np.argsort(marked.spans[:, 0])]
-    return [analyse(trace, int(start), int(end)) for start, end in spans]
+    return [analyse(trace, start, end) for start, end in step_spans(trace)]
+
+
+def step_spans(trace: Trace) -> list[tuple[int, int]]:
+    """Start and end of every marked step, in order."""
+    marked = trace.annotations.where(_starting(trace.annotations, trace.names, STEP))
+    return [(int(start), int(end)) for start, end in sorted(marked.spans.tolist())]
 
 
 def analyse(trace: Trace, start: int, end: int) -> Step:
@@ -90,14 +107,13 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
     hosts = host_phases(trace, window)
     device = _within(trace.kernels, start, end)
     is_communication = _of_kind(device, trace.names, COMMUNICATION)
-    is_copy = np.isin(
-        device.names, [i for i, name in enumerate(trace.names) if name.startswith(TO_DEVICE)]
-    )
+    is_copy = _starting(device, trace.names, TO_DEVICE)
 
     def covered(mask: np.ndarray) -> Intervals:
         return intervals.intersection(intervals.union(device.spans[mask]), window)
 
-    owners = _owners(device, trace.launches, hosts)
+    moments = _launch_moments(device, trace.launches)
+    owners = _owners(moments, hosts)
     is_compute = ~is_communication & ~is_copy
     launched = {name: covered(is_compute & (owners == i)) for i, name in enumerate(hosts)}
     launched[COPYING] = covered(is_copy)
@@ -116,20 +132,65 @@ def analyse(trace: Trace, start: int, end: int) -> Step:
         )
         for name in PHASES
     }
-    spent, calls = _spent(trace, device, start, end)
+    # Without a device, its work is the host's.
+    work, seconds = device, 1e-9 * (device.spans[:, 1] - device.spans[:, 0])
+    if not has_device:
+        work = _within(trace.host_ops, start, end)
+        seconds, moments = 1e-9 * self_time(work), work.spans[:, 0]
+        owners = _owners(moments, hosts)
+    for index, name in enumerate(hosts):
+        own = owners == index
+        done = by_kind(work.where(own), seconds[own], trace.names)
+        if name == COMPILATION and done:  # a compiler's own events say nothing of the step's work
+            done = {COMPILATION: sum(done.values())}
+        phases[name] = replace(phases[name], kinds=done)
     kinds: Counter[str] = Counter()
-    for name, seconds in spent.items():
-        kinds[kind(name)] += seconds
+    for phase in phases.values():
+        kinds.update(phase.kinds)
     idle = intervals.difference(window, busy)
     return Step(
         1e-9 * (end - start),
         phases,
         dict(kinds.most_common()),
-        [(name, seconds, calls[name]) for name, seconds in spent.most_common(NUM_TOP)],
+        top(work, seconds, trace.names),
         intervals.seconds(communicating),
         intervals.seconds(intervals.intersection(communicating, covered(is_compute))),
-        sorted((1e-9 * float(b - a) for a, b in idle), reverse=True)[:NUM_TOP],
+        sorted((1e-9 * float(b - a) for a, b in idle), reverse=True)[:NUM_GAPS],
+        intervals.seconds(intervals.intersection(_allocating(trace), window)),
+        timeline(walls, start, end),
+        _glue(trace, work, seconds, moments),
     )
+
+
+def _glue(
+    trace: Trace, work: Columns, seconds: np.ndarray, moments: np.ndarray
+) -> dict[str, tuple[float, int]]:
+    """Seconds and number of glue events by the marked module whose forward launched them."""
+    is_glue, notes = _of_kind(work, trace.names, GLUE), trace.annotations
+    found = {}
+    for number in np.unique(notes.names):
+        if trace.names[number].startswith(MODULE):
+            spans = intervals.union(notes.spans[notes.names == number])
+            own = is_glue & intervals.contains(spans, moments)
+            name = trace.names[number].removeprefix(MODULE)
+            found[name] = (float(seconds[own].sum()), int(own.sum()))
+    return found
+
+
+def _allocating(trace: Trace) -> Intervals:
+    return intervals.union(
+        trace.launches.where(_starting(trace.launches, trace.names, *ALLOCATING)).spans
+    )
+
+
+def timeline(walls: Mapping[str, Intervals], start: int, end: int) -> list[tuple[str, float]]:
+    """Phases in order with their parts of [start, end], as far as `NUM_BINS` equal parts show."""
+    edges = np.linspace(start, end, NUM_BINS + 1)
+    names = list(walls)
+    most = np.argmax([intervals.lengths_within(walls[name], edges) for name in names], axis=0)
+    first = np.flatnonzero(np.r_[True, np.diff(most) != 0])
+    parts = np.diff(np.r_[first, NUM_BINS]) / NUM_BINS
+    return [(names[most[at]], float(part)) for at, part in zip(first, parts, strict=True)]
 
 
 def partition(window: Intervals, claims: Sequence[tuple[str, Intervals]]) -> dict[str, Intervals]:
@@ -180,6 +241,11 @@ def _within(columns: Columns, start: int, end: int) -> Columns:
     return columns.where((columns.spans[:, 1] > start) & (columns.spans[:, 0] < end))
 
 
+def _starting(columns: Columns, names: Sequence[str], *starts: str) -> np.ndarray:
+    numbers = [number for number, name in enumerate(names) if name.startswith(starts)]
+    return np.isin(columns.names, numbers)
+
+
 def _of_kind(columns: Columns, names: Sequence[str], wanted: str) -> np.ndarray:
     numbers = [n for n in np.unique(columns.names) if kind(names[n]) == wanted]
     return np.isin(columns.names, numbers)
@@ -206,11 +272,8 @@ def _host_communication(
     return intervals.intersection(waiting, window)
 
 
-def _owners(kernels: Columns, launches: Columns, hosts: Mapping[str, Intervals]) -> np.ndarray:
-    """For each kernel the number of the phase in which the host launched it.
-
-    A kernel whose launch is not in the trace belongs to the phase in which it starts.
-    """
+def _launch_moments(kernels: Columns, launches: Columns) -> np.ndarray:
+    """When the host launched each kernel; where that is not in the trace, when it starts."""
     order = np.argsort(launches.links)
     links, times = launches.links[order], launches.spans[order, 0]
     moments = kernels.spans[:, 0].copy()
@@ -218,48 +281,12 @@ def _owners(kernels: Columns, launches: Columns, hosts: Mapping[str, Intervals])
         at = np.minimum(np.searchsorted(links, kernels.links), len(links) - 1)
         known = (links[at] == kernels.links) & (kernels.links != 0)
         moments[known] = times[at[known]]
-    owners = np.full(len(kernels), list(hosts).index(UNACCOUNTED))
+    return moments
+
+
+def _owners(moments: np.ndarray, hosts: Mapping[str, Intervals]) -> np.ndarray:
+    """For each moment the number of the phase that the host was in."""
+    owners = np.full(len(moments), list(hosts).index(UNACCOUNTED))
     for index, own in enumerate(hosts.values()):
-        if not len(own):
-            continue
-        at = np.searchsorted(own[:, 0], moments, side="right") - 1
-        owners[(at >= 0) & (moments < own[np.maximum(at, 0), 1])] = index
+        owners[intervals.contains(own, moments)] = index
     return owners
-
-
-def _spent(
-    trace: Trace, device: Columns, start: int, end: int
-) -> tuple[Counter[str], Counter[str]]:
-    """Seconds and calls by name: of kernels, or of host ops without what they call."""
-    columns = device
-    seconds = 1e-9 * (device.spans[:, 1] - device.spans[:, 0])
-    if not len(trace.kernels):
-        columns = _within(trace.host_ops, start, end)
-        seconds = 1e-9 * self_time(columns)
-    spent: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    totals = np.bincount(columns.names, seconds, len(trace.names)).tolist()
-    counts = np.bincount(columns.names, minlength=len(trace.names)).tolist()
-    for number in np.unique(columns.names):
-        spent[trace.names[number]] = totals[number]
-        calls[trace.names[number]] = counts[number]
-    return spent, calls
-
-
-def self_time(columns: Columns) -> np.ndarray:
-    """Nanoseconds of each event without the events inside it on the same thread."""
-    spans = columns.spans
-    lasting = spans[:, 1] - spans[:, 0]
-    own = lasting.copy()
-    order = np.lexsort((-spans[:, 1], spans[:, 0], columns.places))
-    stack: list[int] = []
-    for index in order:
-        while stack and (
-            columns.places[stack[-1]] != columns.places[index]
-            or spans[stack[-1], 1] <= spans[index, 0]
-        ):
-            stack.pop()
-        if stack:
-            own[stack[-1]] -= lasting[index]
-        stack.append(index)
-    return own

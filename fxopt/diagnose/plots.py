@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.diagnose.record import Record
+from fxopt.diagnose.record import Record, write_bytes
 from fxopt.diagnose.verdict import Label
 from fxopt.errors import MissingPackage
 
@@ -28,7 +28,9 @@ def save(record: Record, stem: Path) -> list[Path]:
     for name, figure in figures(record).items():
         for kind in ("png", "svg"):
             path = stem.with_name(f"{stem.name}-{name}.{kind}")
-            figure.savefig(path, dpi=150)
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, dpi=150)
+            write_bytes(file.getvalue(), path)
             written.append(path)
     return written
 
@@ -100,9 +102,9 @@ def roofline(record: Record) -> Figure | None:
     peaks: dict[str, float] = {}
     for row, claim in enumerate(timed):
         assert claim.speed and claim.verdict and claim.verdict.steady
-        total = sum(claim.speed.flops.values())
         peaks |= claim.speed.peak_flops
         for side, offset, colour in (("baseline", -0.15, "#57606a"), ("candidate", 0.15, "C0")):
+            total = sum(claim.speed.flops[side].values())
             rate = total / getattr(claim.verdict.steady, f"{side}_s")
             axes.barh(row + offset, rate, 0.28, color=colour, label=side if row == 0 else None)
     for dtype, peak in peaks.items():

@@ -18,7 +18,7 @@ from typing import Any
 from torch.optim import optimizer
 
 from fxopt.cli import positive
-from fxopt.diagnose.errors import NotAScript
+from fxopt.diagnose.errors import NotAReport, NotAScript
 from fxopt.diagnose.profiling import Profile, Window
 from fxopt.errors import FxoptError
 from fxopt.report import Report
@@ -29,13 +29,16 @@ class WindowOver(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 0, or 2 after a mistake."""
+    """Run the command; 0, or 2 after a mistake, or 3 if it was interrupted."""
     options = _parser().parse_args(argv)
     try:
         return _profile(options)
     except FxoptError as error:
         print(f"fxopt profile: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fxopt profile: interrupted, there is no profile", file=sys.stderr)
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("out/profile"), help="folder")
     parser.add_argument("--steps", type=positive, default=Window.num_profiled, help="to profile")
     parser.add_argument("--skip", type=positive, default=Window.num_skipped, help="first steps")
-    parser.add_argument("--report", type=Path, help="fxopt's report on the model, as JSON")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="fxopt's report on the model, as JSON (default: what the script's model has)",
+    )
     parser.add_argument("script", help="train.py")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="of the script")
     return parser
@@ -53,12 +60,19 @@ def _profile(options: argparse.Namespace) -> int:
     if not Path(options.script).is_file():
         raise NotAScript(options.script)
     window = Window(options.skip, options.steps, options.steps)
-    report = None
-    if options.report:
-        report = Report.from_dict(json.loads(options.report.read_text()))
+    report = _report(options.report) if options.report else None
     with Profile(options.out, window, report) as profile:
         _run(options.script, options.args, profile)
     return 0 if profile.is_complete else 2
+
+
+def _report(path: Path) -> Report:
+    try:
+        return Report.from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise NotAReport(str(path), error.strerror or str(error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotAReport(str(path), f"{type(error).__name__}: {error}") from error
 
 
 def _run(script: str, arguments: Sequence[str], profile: Profile) -> None:

@@ -12,22 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxopt.diagnose.findings import Finding, mean_walls, spreads
-from fxopt.diagnose.phases import PHASES, Step
+from fxopt.diagnose.holding import Peak
+from fxopt.diagnose.phases import PHASES
+from fxopt.diagnose.profile_timeline import STYLE as TIMELINE_STYLE
+from fxopt.diagnose.profile_timeline import timeline
 from fxopt.diagnose.profiling import Profiled
 from fxopt.render import quantity
 
 NUM_NAMED = 3
-COLOURS = (
-    *("#b35900", "#8250df", "#0a7ea4", "#1a7f37", "#0969da", "#cf222e", "#bf8700", "#a40e72"),
-    *("#57606a", "#6e4c13", "#9a3412", "#d0d7de"),
-)
+NUM_COMPILES = 15
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
 table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: left }
 th { border-bottom: 2px solid #888 } .scroll { overflow-x: auto } td + td { text-align: right }
-td.name { overflow-wrap: anywhere; text-align: left } .bar { display: flex; height: 1.6rem }
-.row { display: grid; grid-template-columns: 9rem 1fr; align-items: center; margin: .2rem 0 }
-.legend i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .9rem }
+td { white-space: nowrap }
+td.name { overflow-wrap: anywhere; text-align: left; white-space: normal; min-width: 8rem }
 li { margin: .5rem 0 }
 """
 
@@ -69,9 +68,35 @@ def text(ranks: Sequence[Profiled], found: Sequence[Finding]) -> str:
         if wall:
             bar = "#" * round(40 * wall / seconds)
             lines.append(f"  {name:22} {wall / seconds:6.1%}  {quantity(wall, 's'):>8}  {bar}")
+    lines += _memory_lines(ranks)
     lines += ["", "largest avoidable costs"]
     lines += [f"  {i}. {line}" for i, line in enumerate(named(found), start=1)] or ["  none found"]
     return "\n".join([*lines, "", overhead(ranks), *(f"trace: {r.trace}" for r in ranks)])
+
+
+def _memory_lines(ranks: Sequence[Profiled]) -> list[str]:
+    largest = largest_peak(ranks)
+    if largest is None:
+        return []
+    rank, peak = largest
+    held = [f"{quantity(size, 'B')} {name} ({phase})" for phase, name, size in peak.owners[:3]]
+    return ["", memory_peak(rank, peak), f"  held by {', '.join(held)}"]
+
+
+def largest_peak(ranks: Sequence[Profiled]) -> tuple[int, Peak] | None:
+    """The rank whose memory grows the most within a step, and how."""
+    peaks = [(rank.rank, rank.peak) for rank in ranks if rank.peak is not None]
+    return max(peaks, key=lambda found: found[1].num_bytes, default=None)
+
+
+def memory_peak(rank: int, peak: Peak) -> str:
+    """A peak in a sentence."""
+    pool = f", of {quantity(peak.reserved, 'B')} reserved" if peak.reserved else ""
+    return (
+        f"memory: at most {quantity(peak.num_bytes, 'B')} more than at the start of the step{pool} "
+        f"(rank {rank}, {peak.at:.0%} into the step, in {peak.phase}); "
+        f"{peak.num_allocations} allocations"
+    )
 
 
 def named(found: Sequence[Finding]) -> list[str]:
@@ -93,39 +118,18 @@ def html(ranks: Sequence[Profiled], found: Sequence[Finding]) -> str:
     """One page without scripts or anything from elsewhere."""
     walls = mean_walls(ranks)
     seconds = sum(walls.values())
-    longest = max(step.seconds for rank in ranks for step in rank.steps)
     items = "".join(f"<li>{markup.escape(line)}</li>" for line in named(found)) or "<li>none found"
-    legend = "".join(
-        f'<i style="background:{colour}"></i>{name}'
-        for name, colour in zip(PHASES, COLOURS, strict=True)
-        if walls[name]
-    )
-    bars = "".join(
-        f'<div class="row"><span>rank {rank.rank}, step {index}</span>{_bar(step, longest)}</div>'
-        for rank in ranks
-        for index, step in enumerate(rank.steps, start=1)
-    )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fxopt profile</title><style>{STYLE}</style>"
+        f"<title>fxopt profile</title><style>{STYLE}{TIMELINE_STYLE}</style>"
         f"<h1>A step takes {quantity(seconds, 's')}</h1>"
         f"<p>{markup.escape(overhead(ranks))}</p>"
         f"<h2>Largest avoidable costs</h2><ol>{items}</ol>"
-        f'<h2>Steps</h2><p class="legend">{legend}</p>{bars}'
-        f"<h2>Phases</h2>{_phases(ranks)}<h2>Kernels by kind</h2>{_kinds(ranks)}"
-        f"<h2>Longest kernels and ops</h2>{_top(ranks)}</html>\n"
+        f"<h2>Timeline</h2>{timeline(ranks)}"
+        f"<h2>Phases</h2>{_phases(ranks)}<h2>Kernels by kind and phase</h2>{_kinds(ranks)}"
+        f"<h2>Longest kernels and ops</h2>{_top(ranks)}{_memory(ranks)}{_compiles(ranks)}</html>\n"
     )
-
-
-def _bar(step: Step, longest: float) -> str:
-    parts = "".join(
-        f'<span title="{name} {quantity(phase.wall, "s")}" '
-        f'style="background:{colour};width:{100 * phase.wall / longest:.3f}%"></span>'
-        for (name, phase), colour in zip(step.phases.items(), COLOURS, strict=True)
-        if phase.wall
-    )
-    return f'<div class="bar">{parts}</div>'
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -158,17 +162,49 @@ def _phases(ranks: Sequence[Profiled]) -> str:
 
 
 def _kinds(ranks: Sequence[Profiled]) -> str:
+    steps = [step for rank in ranks for step in rank.steps]
+    spent: Counter[tuple[str, str]] = Counter()
     total: Counter[str] = Counter()
-    num_steps = sum(len(rank.steps) for rank in ranks)
-    for rank in ranks:
-        for step in rank.steps:
-            total.update(step.kinds)
-    rows = [(kind, quantity(spent / num_steps, "s")) for kind, spent in total.most_common()]
-    communication = sum(step.communication for rank in ranks for step in rank.steps)
+    for step in steps:
+        total.update(step.kinds)
+        for name, phase in step.phases.items():
+            spent.update({(kind, name): seconds for kind, seconds in phase.kinds.items()})
+    phases = [name for name in PHASES if any(found == name for _, found in spent)]
+
+    def cell(seconds: float) -> str:
+        return quantity(seconds / len(steps), "s") if seconds else ""
+
+    rows = [
+        (kind, cell(seconds), *(cell(spent[kind, name]) for name in phases))
+        for kind, seconds in total.most_common()
+    ]
+    communication = sum(step.communication for step in steps)
     if communication:
-        hidden = sum(step.overlapped for rank in ranks for step in rank.steps) / communication
-        rows.append(("communication behind compute", f"{hidden:.0%}"))
-    return _table(("kind", "per step"), rows)
+        hidden = sum(step.overlapped for step in steps) / communication
+        rows.append(("communication behind compute", f"{hidden:.0%}", *("" for _ in phases)))
+    return _table(("kind", "per step", *phases), rows)
+
+
+def _memory(ranks: Sequence[Profiled]) -> str:
+    largest = largest_peak(ranks)
+    if largest is None:
+        return ""
+    rank, peak = largest
+    rows = [(name, phase, quantity(size, "B")) for phase, name, size in peak.owners]
+    table = _table(("taken in this step by", "in", "held at the peak"), rows)
+    return f"<h2>Memory</h2><p>{markup.escape(memory_peak(rank, peak))}</p>{table}"
+
+
+def _compiles(ranks: Sequence[Profiled]) -> str:
+    found = [compile for rank in ranks for compile in rank.compiles]
+    if not found:
+        return ""
+    times = Counter((compile.function, compile.reason) for compile in found)
+    rows = [
+        (function, reason or "first time", str(count))
+        for (function, reason), count in times.most_common(NUM_COMPILES)
+    ]
+    return f"<h2>Compilations</h2>{_table(('function', 'guard that failed', 'times'), rows)}"
 
 
 def _top(ranks: Sequence[Profiled]) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fxopt.diagnose import profile_page
-from fxopt.diagnose.errors import RankMissing
+from fxopt.diagnose.compiles import Compile
+from fxopt.diagnose.errors import CannotWrite, RankEnded, RankMissing
 from fxopt.diagnose.findings import findings
+from fxopt.diagnose.holding import Peak
 from fxopt.diagnose.phases import Phase, Step
 from fxopt.diagnose.profiling import Profiled
 from fxopt.diagnose.record import write_text
@@ -32,11 +36,24 @@ def leave(result: Profiled, out: Path, report: Report | None) -> None:
 
     Raises:
         RankMissing: if one does not come.
+        RankEnded: if one failed.
         CannotWrite: if a file cannot be written.
     """
     write_text(json.dumps(dataclasses.asdict(result)), path_of(result.rank, out))
     if result.rank == 0:
         publish(list(_gather(out, int(os.environ.get("WORLD_SIZE", "1")))), out, report)
+
+
+def fail(rank: int, error: str, out: Path) -> None:
+    """Leave word for rank 0 that this rank has no result; on rank 0 say what the others left."""
+    with contextlib.suppress(CannotWrite):  # the error itself matters more
+        write_text(json.dumps({"error": error}), path_of(rank, out))
+    if rank == 0:
+        for other in range(1, int(os.environ.get("WORLD_SIZE", "1"))):
+            with contextlib.suppress(OSError):
+                data = json.loads(path_of(other, out).read_text())
+                if "error" in data:
+                    print(f"fxopt profile: {RankEnded(other, data['error'])}", file=sys.stderr)
 
 
 def publish(ranks: Sequence[Profiled], out: Path, report: Report | None = None) -> None:
@@ -49,7 +66,11 @@ def publish(ranks: Sequence[Profiled], out: Path, report: Report | None = None) 
 
 
 def _gather(out: Path, world_size: int) -> Iterator[Profiled]:
-    """The results of all ranks, as they arrive."""
+    """The results of all ranks, as they arrive.
+
+    Files that are looked for again and again need neither a process group, which the script may
+    have destroyed, nor a launcher of some kind.
+    """
     deadline = time.monotonic() + PATIENCE
     for rank in range(world_size):
         path = path_of(rank, out)
@@ -57,7 +78,10 @@ def _gather(out: Path, world_size: int) -> Iterator[Profiled]:
             if time.monotonic() > deadline:
                 raise RankMissing(rank, PATIENCE)
             time.sleep(0.1)
-        yield load(json.loads(path.read_text()))
+        data = json.loads(path.read_text())
+        if "error" in data:
+            raise RankEnded(rank, data["error"])
+        yield load(data)
 
 
 def load(data: dict[str, Any]) -> Profiled:
@@ -66,4 +90,6 @@ def load(data: dict[str, Any]) -> Profiled:
         Step(**step | {"phases": {name: Phase(**p) for name, p in step["phases"].items()}})
         for step in data["steps"]
     ]
-    return Profiled(**data | {"steps": steps})
+    compiles = [Compile(**compile) for compile in data["compiles"]]
+    peak = Peak(**data["peak"]) if data["peak"] else None
+    return Profiled(**data | {"steps": steps, "compiles": compiles, "peak": peak})

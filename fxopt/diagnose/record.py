@@ -46,19 +46,21 @@ class Speed:
     """What bounds the time of a case.
 
     Args:
-        flops: of one baseline call, by dtype of the operands; encoders excluded.
-        frozen_flops: the same of frozen modules, encoders for one.
+        flops: of one call of "baseline" and "candidate", by dtype of the operands; encoders
+            excluded. Of compiled code, those of the code that it came from.
+        frozen_flops: of frozen modules of the baseline, encoders for one.
         peak_flops: FLOP/s by dtype that the device reached in a calibration.
         bandwidth: bytes/s that it reached.
-        floor_s: least seconds that are plausible; what is faster is INVALID.
+        floor_s: least seconds that are plausible, of "baseline" and "candidate"; what is faster is
+            INVALID.
         utilization: MFU by dtype, of "baseline" and "candidate".
     """
 
-    flops: Mapping[str, int]
+    flops: Mapping[str, Mapping[str, int]]
     frozen_flops: Mapping[str, int]
     peak_flops: Mapping[str, float]
     bandwidth: float
-    floor_s: float
+    floor_s: Mapping[str, float]
     utilization: Mapping[str, Mapping[str, float]]
 
 
@@ -153,21 +155,26 @@ def write(record: Record, path: Path) -> None:
 
     Raises:
         InvalidRecord: as `to_text`.
-        CannotWrite: as `write_text`.
+        CannotWrite: as `write_bytes`.
     """
     write_text(to_text(record), path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Put `text` at `path`, whole or not at all.
+    """Put `text` at `path`; see `write_bytes`."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Put `data` at `path`, whole or not at all.
 
     Raises:
         CannotWrite: on a full disk, a missing folder or missing rights; what was there stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

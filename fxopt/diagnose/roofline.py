@@ -7,7 +7,7 @@ never from a table of data sheets.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,18 @@ NUM_RUNS = 7
 SIDES = {"cpu": (256, 512, 1024), "cuda": (4096, 8192)}
 # A peak that was measured for milliseconds may be passed by this factor; what is faster is INVALID.
 ALLOWANCE = 1.25
+# All 8-bit formats, mixed ones too, run on the same units: this one stands for them.
+FP8 = "float8_e4m3fn"
+# Ops without a formula in PyTorch that take their operands in the order of one that has it.
+ATen = torch.ops.aten
+ALIASES = {
+    ATen.addmm_: ATen.addmm,
+    ATen.baddbmm_: ATen.baddbmm,
+    ATen._scaled_dot_product_flash_attention_for_cpu: ATen._scaled_dot_product_flash_attention,
+    ATen._scaled_dot_product_flash_attention_for_cpu_backward: (
+        ATen._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -61,17 +73,24 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        packet = ALIASES.get(func.overloadpacket, func.overloadpacket)
+        formula = flop_registry.get(packet)
         if formula is not None:
-            operands = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
             count = formula(*args, **(kwargs or {}), out_val=out)
-            if count and operands:
-                self.counts[dtype_name(operands[-1].dtype)] += count
+            if count:
+                self.counts[operand_dtype(args)] += count
         return out
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def operand_dtype(args: tuple) -> str:
+    """What an op multiplies: the narrowest of its operands, as statistics and scales are wider."""
+    operands = [t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)]
+    if torch.uint8 in operands:  # fxopt keeps two e2m1 codes in one byte
+        return "float4_e2m1fn_x2"
+    numbers = [d for d in operands if d.is_floating_point or d.is_complex]
+    narrowest = min(numbers or operands, key=lambda dtype: dtype.itemsize)
+    is_fp8 = narrowest.is_floating_point and narrowest.itemsize == 1
+    return FP8 if is_fp8 else str(narrowest).removeprefix("torch.")
 
 
 def count(subject: Subject) -> Flops:
@@ -135,14 +154,29 @@ def calibrate(device: TorchDevice, dtypes: set[str]) -> Peaks:
     peaks = {}
     for name in sorted(dtypes):
         dtype = getattr(torch, name)
-        rates = [_product_rate(device, dtype, side) for side in SIDES[device.device.type]]
-        peaks[name] = max(rates)
+        if dtype.itemsize > 1 or _has_fp8(device, dtype):
+            rates = [_product_rate(device, dtype, side) for side in SIDES[device.device.type]]
+            peaks[name] = max(rates)
     return Peaks(peaks, _bandwidth(device))
+
+
+def _has_fp8(device: TorchDevice, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies 8-bit floats; fxopt emulates what is narrower everywhere."""
+    if device.device.type != "cuda" or dtype is not torch.float8_e4m3fn:
+        return False
+    return torch.cuda.get_device_capability(device.device) >= (8, 9)
 
 
 def _product_rate(device: TorchDevice, dtype: torch.dtype, side: int) -> float:
     a, b = torch.randn(2, side, side, device=device.device).to(dtype)
-    return 2 * side**3 / _best(device, lambda: a @ b)
+    scale = torch.ones((), device=device.device)
+
+    def product() -> Tensor:
+        if dtype.itemsize > 1:
+            return a @ b
+        return torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16)
+
+    return 2 * side**3 / _best(device, product)
 
 
 def _bandwidth(device: TorchDevice) -> float:
@@ -155,12 +189,19 @@ def _best(device: TorchDevice, function: Callable[[], object]) -> float:
     return min(device.seconds(function, 1, False) for _ in range(NUM_RUNS))
 
 
-def floor_seconds(flops: Flops, peaks: Peaks, cold_bytes: int = 0) -> float:
+def floor_seconds(
+    flops: Flops, peaks: Peaks, cold_bytes: int = 0, dtypes: Iterable[str] = ()
+) -> float:
     """Least time of a step: its products at the peaks, or `cold_bytes` at the bandwidth.
 
     t = max(sum_dtype flops / peak, cold_bytes / bandwidth) / ALLOWANCE
+
+    Args:
+        dtypes: into which the products may have moved; then the fastest of them counts.
     """
-    return max(flops.seconds(peaks.flops), cold_bytes / peaks.bandwidth) / ALLOWANCE
+    fastest = max((peaks.flops.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    rates = {dtype: max(rate, fastest) for dtype, rate in peaks.flops.items()}
+    return max(flops.seconds(rates), cold_bytes / peaks.bandwidth) / ALLOWANCE
 
 
 def utilization(flops: Flops, peaks: Peaks, seconds: float) -> dict[str, float]:

@@ -117,6 +117,7 @@ def function_at(spec: str) -> Callable[..., Any]:
     sys.modules[found.name] = module
     try:
         found.loader.exec_module(module)
+    # Running a file of the user's may raise anything.
     except Exception as error:
         raise NotAStep(spec, f"running {path} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)

@@ -55,9 +55,12 @@ def numerics(claim: Claim) -> str:
     failures = sum(len(check.failures) for check in claim.checks)
     if failures:
         return f"{failures} tensors differ"
-    last = claim.checks[-1]
-    compared = f"{last.num_outputs} outputs, {last.num_gradients} gradients"
-    return f"pass against {last.against}: {compared}"
+    num_outputs, num_gradients = (
+        max(getattr(check, number) for check in claim.checks)
+        for number in ("num_outputs", "num_gradients")
+    )
+    against = claim.checks[-1].against
+    return f"pass against {against}: {num_outputs} outputs, {num_gradients} gradients"
 
 
 def _change(before: int | None, after: int | None) -> str:
@@ -82,7 +85,7 @@ def details(claim: Claim) -> list[str]:
             f"warm-up: {warmup.num_rounds} calls of each in {warmup.seconds:.1f} s, ended on "
             f"{warmup.ended}, {warmup.num_recompiles} graphs compiled"
         )
-    if claim.checks and not claim.checks[-1].num_gradients:
+    if claim.checks and not any(check.num_gradients for check in claim.checks):
         lines.append("only outputs were compared, no gradients")
     for check in claim.checks:
         for difference in check.worst[:1]:
@@ -109,15 +112,15 @@ def _speed(claim: Claim) -> list[str]:
     if speed is None or not speed.utilization:
         return []
     lines = []
-    for dtype, count in speed.flops.items():
-        shares = [f"{side} {used[dtype]:.1%}" for side, used in speed.utilization.items()]
-        peak = quantity(speed.peak_flops[dtype], "FLOP/s")
-        lines.append(
-            f"{dtype}: {quantity(count, 'FLOP')} per call, of {peak} measured here: "
-            + ", ".join(shares)
-        )
+    for side, counts in speed.flops.items():
+        for dtype, count in counts.items():
+            line = f"{side}, {dtype}: {quantity(count, 'FLOP')} per call"
+            if dtype in speed.utilization[side]:
+                peak = quantity(speed.peak_flops[dtype], "FLOP/s")
+                line += f", {speed.utilization[side][dtype]:.1%} of the {peak} measured here"
+            lines.append(line)
     lines += [
-        f"{dtype}: {quantity(count, 'FLOP')} per call in frozen modules, not in the shares above"
+        f"{dtype}: {quantity(count, 'FLOP')} per call in frozen modules, not in the above"
         for dtype, count in speed.frozen_flops.items()
     ]
     return lines

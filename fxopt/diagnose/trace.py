@@ -6,6 +6,7 @@ name once. A file of 1 GB holds some five million events.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from array import array
@@ -27,6 +28,8 @@ ANNOTATIONS = ("user_annotation", "gpu_user_annotation")
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 CATEGORIES = ("cpu_op", "user_annotation", *DEVICE, *LAUNCHES)
+# Name of the allocator's events.
+MEMORY = "[memory]"
 
 
 def events(path: Path) -> Iterator[dict[str, Any]]:
@@ -114,11 +117,40 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Allocations:
+    """Events of the allocators; there are none unless the profiler was told to record memory.
+
+    Args:
+        moments: [N] nanoseconds.
+        sizes: [N] bytes; negative where they are given back.
+        addresses: [N].
+        places: [N] thread.
+        reserved: [N] bytes of the allocator's own pool.
+        on_device: [N] whether the memory is a GPU's.
+    """
+
+    moments: np.ndarray
+    sizes: np.ndarray
+    addresses: np.ndarray
+    places: np.ndarray
+    reserved: np.ndarray
+    on_device: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def where(self, mask: np.ndarray) -> Allocations:
+        columns = (getattr(self, field.name)[mask] for field in dataclasses.fields(self))
+        return Allocations(*columns)
+
+
+@dataclass(frozen=True)
 class Trace:
     """One rank's trace.
 
     Args:
         host_ops, annotations, kernels, launches: events by kind; copies and fills are kernels.
+        allocations: of memory.
         names: texts of the numbers; of a kernel with metadata, "name|dtype" or "name|collective".
         main: place of the thread that holds the step annotations.
     """
@@ -127,6 +159,7 @@ class Trace:
     annotations: Columns
     kernels: Columns
     launches: Columns
+    allocations: Allocations
     names: list[str]
     main: int
 
@@ -150,6 +183,8 @@ class _Collected:
 
 
 STEP = "ProfilerStep#"
+# In front of the name of the module that is running.
+MODULE = "fxopt.in "
 # Dynamo marks what it times with this ending, as host ops.
 COMPILING = "(dynamo_timed)"
 
@@ -168,12 +203,15 @@ def read(path: Path) -> Trace:
     }
     names, places = Names(), Names()
     main: int | None = None
+    memory = array("q")
     for event in events(path):
         category = event.get("cat")
+        if event.get("ph") == "i" and event.get("name") == MEMORY:
+            memory.extend(_allocation(event, places))
         if event.get("ph") != "X" or category not in CATEGORIES:
             continue
         name, arguments = event["name"], event.get("args", {})
-        place = places.number(f"{event.get('pid')}/{event.get('tid')}")
+        place = _place(event, places)
         if category == "user_annotation" and name.startswith(STEP):
             main = place
         kind = "note" if name.endswith(COMPILING) else _kind(category)
@@ -187,7 +225,33 @@ def read(path: Path) -> Trace:
     if main is None:
         raise InvalidTrace(str(path), f"no step is marked by {STEP}N; call profiler.step()")
     found = {kind: collected.columns() for kind, collected in kinds.items()}
-    return Trace(found["host"], found["note"], found["device"], found["launch"], names.texts, main)
+    rows = np.array(memory).reshape(-1, 6).T
+    return Trace(
+        found["host"],
+        found["note"],
+        found["device"],
+        found["launch"],
+        Allocations(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5] != 0),
+        names.texts,
+        main,
+    )
+
+
+def _allocation(event: dict[str, Any], places: Names) -> tuple[int, ...]:
+    """A row of `Allocations`."""
+    arguments = event["args"]
+    return (
+        round(1e3 * event["ts"]),
+        int(arguments["Bytes"]),
+        int(arguments["Addr"]),
+        _place(event, places),
+        int(arguments.get("Total Reserved", 0)),
+        int(arguments.get("Device Type", 0)),
+    )
+
+
+def _place(event: dict[str, Any], places: Names) -> int:
+    return places.number(f"{event.get('pid')}/{event.get('tid')}")
 
 
 def _kind(category: str) -> str:

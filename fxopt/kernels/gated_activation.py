@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import Arguments, rows
 
 aten = torch.ops.aten
 
@@ -43,14 +44,14 @@ def reference(gate: Tensor, up: Tensor | None, activation: str, packing: str) ->
 
     Returns y [..., F] in gate's dtype, rounded once from fp32 (fp64 for fp64).
     """
-    gate, up = _unpack(gate, up, packing)
+    gate, up = halves(gate, up, packing)
     opmath = _opmath(gate)
     y = _REFERENCES[activation](gate.to(opmath))
     return (y if up is None else y * up.to(opmath)).to(gate.dtype)
 
 
 def native(gate: Tensor, up: Tensor | None, activation: str, packing: str) -> Tensor:
-    gate, up = _unpack(gate, up, packing)
+    gate, up = halves(gate, up, packing)
     value = _ACTIVATIONS[activation].forward(gate)
     return (value if up is None else value * up).contiguous()
 
@@ -163,7 +164,8 @@ def _opmath(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _unpack(gate: Tensor, up: Tensor | None, packing: str) -> tuple[Tensor, Tensor | None]:
+def halves(gate: Tensor, up: Tensor | None, packing: str) -> tuple[Tensor, Tensor | None]:
+    """What is activated and what it is multiplied by, unpacked."""
     if packing == "none":
         return gate, up
     first, second = gate.chunk(2, dim=-1)
@@ -179,8 +181,8 @@ def _split_backward(
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None], Tensor | None]:
     dgate, dup, y = outputs
     return (
-        _unpack(gate, up, packing),
-        _unpack(dgate, None if up is None else dup, packing),
+        halves(gate, up, packing),
+        halves(dgate, None if up is None else dup, packing),
         y if recompute else None,
     )
 
@@ -232,7 +234,7 @@ def triton_forward_of(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
 
     outs = [output(*call) for call in calls]
     streams = [
-        (*_unpack(gate, up, packing), y)
+        (*halves(gate, up, packing), y)
         for (gate, up, _, packing), y in zip(calls, outs, strict=True)
     ]
     triton_gated_activation.forward(streams, calls[0][2])
@@ -277,12 +279,18 @@ class GatedActivation(torch.autograd.Function):
         return dgate if needs_gate else None, dup if needs_up else None, None, None
 
 
+def _is_elementwise(arguments: Arguments) -> bool:
+    """Whether features stand alone: a shard of packed halves is not two halves."""
+    return arguments["packing"] == "none"
+
+
 gated_activation = register(
     "gated_activation(Tensor gate, Tensor? up, str activation, str packing) -> Tensor",
     native=native,
     fake=output,
     triton=triton_forward,
     function=GatedActivation,
+    sharding=rows("gate", "up", outputs=[None], is_elementwise=_is_elementwise),
 )
 gated_activation_backward = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor? up, str activation, str packing,"
@@ -290,4 +298,5 @@ gated_activation_backward = register(
     native=native_backward,
     fake=outputs_backward,
     triton=triton_backward,
+    sharding=rows("gate", "up", "grad", outputs=[None] * 3, is_elementwise=_is_elementwise),
 )

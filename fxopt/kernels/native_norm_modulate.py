@@ -160,7 +160,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     affine_operands, opmath = (weight, bias, scale, shift), rstd.dtype
     operands = (gate, *affine_operands, x_bias)
-    wants = wanted(grad_y, h, operands, needs)
+    wants = wanted(grad_y, operands, needs)
     if h.numel() == 0:
         empty = outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
         return tuple(t.zero_() for t in empty)
@@ -269,13 +269,12 @@ def outputs(
 
 
 def wanted(
-    grad_y: Tensor | None, h: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
+    grad_y: Tensor | None, operands: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[bool]:
     """Which of gate, weight, bias, scale, shift and x_bias the backward computes a gradient of."""
     gate, *affine, x_bias = (
         t is not None and need for t, need in zip(operands, needs[2:], strict=True)
     )
-    affine[3] = affine[3] and not passes_through(operands[4], h)
     return [gate, *(want and grad_y is not None for want in affine), x_bias]
 
 

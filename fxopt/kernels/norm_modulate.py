@@ -29,6 +29,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import rows
 
 
 def reference(
@@ -95,7 +96,7 @@ def _fake_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     operands, (dtype, needs, recompute) = args[:6], args[-3:]
-    wants = wanted(grad_y, h, operands, needs)
+    wants = wanted(grad_y, operands, needs)
     return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
 
 
@@ -128,17 +129,25 @@ class NormModulate(torch.autograd.Function):
             return (None,) * 8 + no_grads
         kept, branch, gate, *others, mean, rstd = ctx.saved_tensors
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
-        needs = ctx.needs_input_grad[:8]
+        needs, shift = ctx.needs_input_grad[:8], others[3]
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
         constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype
+        asks = asked(needs, shift, h)
         found = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *others, mean, rstd, *constants, needs, False
+            grad_y, grad_h, h, x, gate, *others, mean, rstd, *constants, asks, False
         )
-        shift = others[3]
         dx, dresidual, *rest = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
         dx = None if dx is None else dx.to(ctx.x_dtype)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return dx, dresidual, *rest, *no_grads
+
+
+def asked(needs: Sequence[bool], shift: Tensor | None, h: Tensor) -> list[bool]:
+    """What the backward op is to compute of `needs`: not the gradient of a shift of full size.
+
+    Asked here and not there, as what one process has of a DTensor's shift may look like that.
+    """
+    return [*needs[:6], needs[6] and not passes_through(shift, h), *needs[7:]]
 
 
 def operand_gradients(
@@ -183,7 +192,7 @@ def _launches_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> int:
     """One pass over the rows, and one over the partial sums if there are any."""
-    return 1 + any(wanted(grad_y, h, args[:6], args[-2]))
+    return 1 + any(wanted(grad_y, args[:6], args[-2]))
 
 
 def _triton(*args: Any) -> Any:
@@ -200,8 +209,15 @@ def _triton_backward(*args: Any) -> Any:
     return native.backward(*args) if in_fp64 else triton_norm_modulate.backward(*args)
 
 
+_OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
+
 norm_modulate = register(
-    SCHEMA, native=native.forward, fake=_fake, triton=_triton, function=NormModulate
+    SCHEMA,
+    native=native.forward,
+    fake=_fake,
+    triton=_triton,
+    function=NormModulate,
+    sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
 )
 norm_modulate_backward = register(
     BACKWARD_SCHEMA,
@@ -209,4 +225,7 @@ norm_modulate_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+    sharding=rows(
+        "h", "grad_h", "grad_y", operands=_OPERANDS, outputs=[None, None, *_OPERANDS, None]
+    ),
 )

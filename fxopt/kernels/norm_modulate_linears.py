@@ -22,7 +22,7 @@ from fxopt.kernels.linears import (
     products,
     without_autocast,
 )
-from fxopt.kernels.norm_modulate import operand_gradients
+from fxopt.kernels.norm_modulate import asked, operand_gradients
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call, launch, launch_backward
 from fxopt.kernels.registration import register_composite
 
@@ -105,7 +105,8 @@ class _Backward:
             recompute = self.dy is not None and any(self.needs_parameters)
             tensors = (self.dy, self.grad_h, h, x, *operands, mean, rstd)
             constants = (norm, weight_offset, scale_offset, dtype)
-            self.call = (*tensors, *constants, self.needs, recompute)
+            asks = asked(self.needs, self.shift, self.h)
+            self.call = (*tensors, *constants, asks, recompute)
 
     def gradients(self, found: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Those of the operands, the weights and the biases, by what the op returned."""

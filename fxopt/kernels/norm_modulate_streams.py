@@ -84,7 +84,7 @@ def _fake_backward(*args: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for grad_y, _, h, x, *rest in _backward_calls(args):
         operands, (dtype, needs, recompute) = rest[:6], rest[-3:]
-        wants = wanted(grad_y, h, operands, needs)
+        wants = wanted(grad_y, operands, needs)
         found += outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
     return found
 
@@ -92,7 +92,7 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 def _launches_backward(*args: Any) -> int:
     """One pass over the rows, and one over the partial sums if there are any."""
     calls = _backward_calls(args)
-    return 1 + any(any(wanted(call[0], call[2], call[4:10], call[-2])) for call in calls)
+    return 1 + any(any(wanted(call[0], call[4:10], call[-2])) for call in calls)
 
 
 def _native(*args: Any) -> list[Tensor]:

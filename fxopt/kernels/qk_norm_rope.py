@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
 Optional = Sequence[Tensor | None]
 
@@ -304,6 +305,7 @@ qk_norm_rope_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+    sharding=sections(of_section_gradients),
 )
 # (outs..., mean, rstd)
 qk_norm_rope = register(
@@ -312,4 +314,5 @@ qk_norm_rope = register(
     fake=_fake,
     triton=_triton,
     function=QKNormRope,
+    sharding=sections(of_sections),
 )

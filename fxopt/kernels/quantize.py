@@ -26,26 +26,38 @@ SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
 # Draws of the two copies do not repeat each other.
 ROWS, COLUMNS = 0, 1
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Pair(NamedTuple):
-    """The two copies that `quantize` makes; one that was not asked for is empty."""
+    """The two copies that `quantize` makes and the sum of x; what was not asked for is empty."""
 
     rows: Quantized
     columns: Quantized
+    sum: Tensor
 
 
 def quantize_pair(
-    x: Tensor, rows: Operand | None, columns: Operand | None, seed: Tensor | None = None
+    x: Tensor,
+    rows: Operand | None,
+    columns: Operand | None,
+    seed: Tensor | None = None,
+    wants_sum: bool = False,
 ) -> Pair:
     """`fxopt::quantize` with its operands and results by name."""
     names = [None if o is None else str(o) for o in (rows, columns)]
-    found = torch.ops.fxopt.quantize(x, *names, seed)
-    return Pair(Quantized(*found[:3]), Quantized(*found[3:]))
+    found = torch.ops.fxopt.quantize(x, *names, seed, wants_sum)
+    return Pair(Quantized(*found[:3]), Quantized(*found[3:6]), found[6])
 
 
-def native(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+def covers(operand: Operand | None) -> bool:
+    """Whether the Triton kernels quantize like this: one scale for a tensor or for a row."""
+    return operand is None or (operand.block in ("tensor", "row") and not operand.stochastic)
+
+
+def native(
+    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+) -> Outputs:
     """codes = round(x * factor), scale = 1 / factor by block, of x [R, C] and of its transpose.
 
     Args:
@@ -53,6 +65,8 @@ def native(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None
         rows, columns: how the copy and the transposed copy are quantized, as `Operand` is
             written; None for no copy.
         seed: int64, one element, where an operand rounds stochastically.
+        wants_sum: also return sum [C], that of x's rows in x's dtype: a bias's gradient, where x
+            is that of the output.
 
     Numerics: exact emulation: codes and scales are those of the hardware's formats, rounded once
     from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN.
@@ -71,25 +85,34 @@ def native(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None
             uniform = random_uniform(seed, shape, stream)
         quantized = quantize_matrix(matrix, operand, uniform)
         found += [t.contiguous() for t in quantized]
+    found.append(x_RC.sum(0) if wants_sum else x.new_empty(0))
     return tuple(found)  # type: ignore[return-value]
 
 
-def triton(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+def triton(
+    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+) -> Outputs:
     from fxopt.kernels import triton_quantize
 
     operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
-    if x.numel() and all(o is None or triton_quantize.covers(o) for o in operands):
+    # The first units that cast to e4m3; Triton refuses to compile the cast for others.
+    can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if x.numel() and can_cast and all(map(covers, operands)):
         x_RC = x.reshape(-1, x.shape[-1])
-        return tuple(triton_quantize.quantize(x_RC, *operands))  # type: ignore[return-value]
-    return native(x, rows, columns, seed)
+        found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum)
+        return tuple(found)  # type: ignore[return-value]
+    return native(x, rows, columns, seed, wants_sum)
 
 
-def fake(x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None) -> Outputs:
+def fake(
+    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+) -> Outputs:
     num_features = x.shape[-1]
     num_rows = x.numel() // num_features
     found: list[Tensor] = []
     for size, name in (((num_rows, num_features), rows), ((num_features, num_rows), columns)):
         found += fake_matrix(x, *size, name)
+    found.append(x.new_empty(num_features if wants_sum else 0))
     return tuple(found)  # type: ignore[return-value]
 
 
@@ -112,11 +135,12 @@ def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) ->
 
 
 quantize = register(
-    "quantize(Tensor x, str? rows, str? columns, Tensor? seed) "
+    "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum) "
     "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
-    "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t)",
+    "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t, Tensor sum)",
     native=native,
     fake=fake,
     triton=triton,
     launches=lambda *_: 2,
+    rereads=lambda args, _: args[:1],  # for the scale, then for the values
 )

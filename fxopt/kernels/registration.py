@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from fxopt.kernels import sharding as shardings
+
 LIBRARY = torch.library.Library("fxopt", "DEF")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
+REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 
 
 @functools.cache
@@ -42,6 +45,8 @@ def register(
     function: type[torch.autograd.Function] | None = None,
     flops: Callable[..., int] | None = None,
     launches: Callable[..., int] | None = None,
+    sharding: shardings.Rule | None = None,
+    rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -54,12 +59,16 @@ def register(
             `below_autograd(op, *args)`; None for ops that are not differentiable (backward ops).
         flops: FLOPs from the arguments' shapes; None for ops that do no matrix product.
         launches: kernels that a call with these arguments launches on a GPU; None for always one.
+        sharding: how it runs on DTensors; None to refuse them.
+        rereads: from arguments and outputs, those that a second of these kernels reads again.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.fxopt, name).default
     if launches is not None:
         LAUNCHES[f"fxopt::{name}"] = launches
+    if rereads is not None:
+        REREADS[f"fxopt::{name}"] = rereads
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")
@@ -69,6 +78,8 @@ def register(
     if function is not None:
         LIBRARY.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
     register_flop_formula(getattr(torch.ops.fxopt, name))(flops or _no_flops)
+    if sharding is not None:
+        shardings.register(op, sharding)
     return op
 
 

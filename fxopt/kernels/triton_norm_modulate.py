@@ -115,7 +115,7 @@ class _Stream:
 
     def __init__(self, a: _Arguments) -> None:
         self.arguments, self.operands = a, a[4:10]
-        self.wants = op.wanted(a.grad_y, a.h, self.operands, a.needs)
+        self.wants = op.wanted(a.grad_y, self.operands, a.needs)
         self.results = op.outputs_backward(
             a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
         )
@@ -131,8 +131,9 @@ class _Stream:
         empty = a.rstd.new_empty
         self.dgate = empty(a.h.shape) if wants[0] and per_row[0] else None
         self.dscale = empty(a.h.shape) if wants[3] and per_row[3] else None
-        affine = any(wants[1:5])
-        summed = [wants[0] and not per_row[0], affine, affine, wants[5]]
+        shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
+        affine = any(shared[1:5])
+        summed = [shared[0], affine, affine, shared[5]]
         shape = groups.num_groups, self.num_programs, a.h.shape[-1]
         each = iter(empty(sum(summed), *shape))
         self.sums = [next(each) if want else None for want in summed] if any(summed) else []

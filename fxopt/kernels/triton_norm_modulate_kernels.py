@@ -16,6 +16,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_rows import (
+    affine_of,
+    gated_residual,
+    load,
+    mean_of,
+    modulate,
+    modulation_of,
+    store,
+)
 from fxopt.kernels.triton_sizes import size
 
 
@@ -83,59 +92,28 @@ class Backward(NamedTuple):
 
 
 @triton.jit
-def load(t, group, row, cols, mask):
-    """Row of an operand given as (pointer, group stride, row stride), in fp32."""
-    return tl.load(t[0] + group * t[1] + row * t[2] + cols, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(t, offsets, value, mask):
-    """Store where there is something to store to."""
-    if t is not None:
-        tl.store(t + offsets, value.to(t.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _affine(n, weight, bias, weight_offset, cols, mask):
-    if weight[0] is not None:
-        n = n * (weight_offset + load(weight, 0, 0, cols, mask))
-    if bias[0] is not None:
-        n = n + load(bias, 0, 0, cols, mask)
-    return n
-
-
-@triton.jit
-def _modulate(n, scale, shift, scale_offset, group, row, cols, mask):
-    if scale[0] is not None:
-        n = n * (scale_offset + load(scale, group, row, cols, mask))
-    if shift[0] is not None:
-        n = n + load(shift, group, row, cols, mask)
-    return n
-
-
-@triton.jit
 def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
-    value = load(s.x, group, row, cols, mask)
     if s.residual[0] is not None:
-        if s.x_bias[0] is not None:
-            value += load(s.x_bias, 0, 0, cols, mask)
-        if s.gate[0] is not None:
-            value = value * load(s.gate, group, row, cols, mask)
-        rounded = (value + load(s.residual, group, row, cols, mask)).to(s.h.dtype.element_ty)
+        value = gated_residual(s.x, s.residual, s.gate, s.x_bias, group, row, cols, mask)
+        rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
+    else:
+        value = load(s.x, group, row, cols, mask)
     if NORM != "none":
         if NORM == "layer":
-            row_mean = tl.sum(value, 0) / num_features
+            kept = s.x[0] if s.residual[0] is None else s.h
+            row_mean = mean_of(value, kept, num_features, mask)
             tl.store(s.mean + token, row_mean)
             value = tl.where(mask, value - row_mean, 0.0)
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + s.eps)
         tl.store(s.rstd + token, row_rstd)
-        n = _affine(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
-        out = _modulate(n, s.scale, s.shift, s.scale_offset, group, row, cols, mask)
+        n = affine_of(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
+        factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
+        out = modulate(n, factor, s.shift, group, row, cols, mask)
         tl.store(s.y + token * num_features + cols, out.to(s.y.dtype.element_ty), mask=mask)
 
 
@@ -167,18 +145,18 @@ def _normed(s, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num
     offsets = token * num_features + cols
     _, a_sum, c_sum, _ = sums
     n = tl.where(mask, load(s.h, group, row, cols, mask) - row_mean, 0.0) * row_rstd
+    factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
     if s.y is not None:
-        out = _affine(n, s.weight, s.bias, s.weight_offset, cols, mask)
-        out = _modulate(out, s.scale, s.shift, s.scale_offset, group, row, cols, mask)
-        store(s.y, offsets, out, mask)
+        out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
+        store(s.y, offsets, modulate(out, factor, s.shift, group, row, cols, mask), mask)
     dn = tl.zeros([BLOCKS[i]], tl.float32)
     if s.grad_y[0] is not None:
         dn = load(s.grad_y, group, row, cols, mask)
         if s.dscale is not None:
-            affine = _affine(n, s.weight, s.bias, s.weight_offset, cols, mask)
+            affine = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
             store(s.dscale, offsets, dn * affine, mask)
         if s.SCALE_PER_ROW:
-            dn = dn * (s.scale_offset + load(s.scale, group, row, cols, mask))
+            dn = dn * factor
         if s.a_sums is not None:
             a_sum += dn * n
             c_sum += dn

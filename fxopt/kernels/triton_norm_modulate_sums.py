@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fxopt.kernels.triton_norm_modulate_kernels import load, store
+from fxopt.kernels.triton_rows import load, store
 from fxopt.kernels.triton_sizes import size
 
 

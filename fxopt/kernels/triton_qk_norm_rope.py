@@ -46,8 +46,8 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward` in one launch, and one that adds up partial sums."""
     a, mean, rstd, needs = split_backward_arguments(args)
     plans = [_plan(a, s) for s in a.sections]
-    # The gradient sums double the registers of a tile: half as many elements per thread.
-    num_warps = min(16, 2 * max(p.num_warps for p in plans))
+    # The norm and its sums double the registers of a tile: half as many elements per thread.
+    num_warps = min(16, (1 if a.norm == "none" else 2) * max(p.num_warps for p in plans))
     num_rows, num_tokens = _sizes(a)
     num_walkers = _share_out(_num_resident(a.x[0].device, num_warps), num_rows, plans)
     found: list[Tensor | None] = [
@@ -112,7 +112,7 @@ def _plan(a: Arguments, s: Section) -> Plan:
     per_head = tables is not None and any(t.dim() > 1 and t.shape[-2] > 1 for t in tables)
     compiled = (
         *(num_heads, dim, 1 if a.across_heads else num_heads, num_blocks, heads, pairs),
-        *(a.norm, a.across_heads, a.rotation == "interleaved", a.weight_offset, MATH[a.math]),
+        *(a.norm, a.across_heads, a.rotation != "half", a.weight_offset, MATH[a.math]),
         *(s.eps, width, per_head),
     )
     # 16 elements per thread.

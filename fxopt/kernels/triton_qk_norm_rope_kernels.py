@@ -110,6 +110,10 @@ def _forward_token(s, mean_ptr, rstd_ptr, row, block, num_tokens, c):
     if c.NORM == "layer":
         mean = group_mean(p, q, c)
         inside = (heads_H1 < c.NUM_HEADS) & (tl.arange(0, c.P)[None, :] < c.D // 2)
+        if s.x.dtype.element_ty == tl.float32:
+            # What the sum rounded off, or heads of one value have a variance. Sums of 16-bit values
+            # round nothing off there.
+            mean += group_mean(tl.where(inside, p - mean, 0.0), tl.where(inside, q - mean, 0.0), c)
         p = tl.where(inside, p - mean, 0.0)
         q = tl.where(inside, q - mean, 0.0)
         tl.store(mean_ptr + stat, mean, mask=stat_mask)

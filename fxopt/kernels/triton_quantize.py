@@ -1,244 +1,212 @@
 """Triton provider of `fxopt::quantize` for FP8 with one scale for a tensor or a row: two launches.
 
 The first leaves the largest magnitudes of tiles, the second takes the scales from them and writes
-both copies from one read. Magnitudes are compared as integers: the bits of a NaN are larger than
-those of any number, so that it comes through.
+both copies from one read. Producers of the matrix have kernels of their own for the same two steps.
 """
 
-# Kernel parameters have no Python types.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels.formats import FORMATS, SMALLEST_SCALE, Quantized, padded_columns
+from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
+from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel
 from fxopt.recipes import Operand
 
 BLOCK_R, BLOCK_C = 64, 128
 CHUNK = 32  # partial magnitudes that are reduced at a time
 NUM_WARPS = 8
-
-INF_BITS = tl.constexpr(0x7F800000)
-NAN_CODE = tl.constexpr(0x7F)  # of e4m3 and of e5m2
-MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-LARGEST_FACTOR = tl.constexpr(1 / SMALLEST_SCALE)
+BLOCKS = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
 
 
-def covers(operand: Operand) -> bool:
-    """Whether these kernels quantize like this."""
-    return operand.block in ("tensor", "row") and not operand.stochastic
+class Amax(NamedTuple):
+    """Bits of largest magnitudes, int32, or None where not needed.
 
-
-@triton.jit
-def load_tile(
-    x, stride_R, stride_C, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """fp32 values, zero outside, and the indices r [BLOCK_R], c [BLOCK_C] of the program's tile."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
-    offsets = r[:, None] * stride_R + c[None, :] * stride_C
-    return tl.load(x + offsets, mask, other=0.0).to(tl.float32), r, c
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def amax_kernel(
-    x,
-    stride_R,
-    stride_C,
-    num_rows,
-    num_columns,
-    row_amax,
-    column_amax,
-    tile_amax,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Bits of the largest magnitudes: row_amax [column tile, R], column_amax [row tile, C],
-    tile_amax [row tile, column tile]; None for those that are not needed."""
-    value, r, c = load_tile(x, stride_R, stride_C, num_rows, num_columns, BLOCK_R, BLOCK_C)
-    bits = value.to(tl.int32, bitcast=True) & MAGNITUDE
-    if row_amax is not None:
-        row = row_amax + tl.program_id(1).to(tl.int64) * num_rows + r
-        tl.store(row, tl.max(bits, 1), r < num_rows)
-    if column_amax is not None:
-        column = column_amax + tl.program_id(0).to(tl.int64) * num_columns + c
-        tl.store(column, tl.max(bits, 0), c < num_columns)
-    if tile_amax is not None:
-        tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(tile_amax + tile, tl.max(tl.max(bits, 1), 0))
-
-
-@triton.jit
-def reduce(partial, num_partials, index, size, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Largest of partial [num_partials, size] at `index` [BLOCK]."""
-    largest = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, num_partials, CHUNK):
-        p = first + tl.arange(0, CHUNK).to(tl.int64)
-        mask = (p < num_partials)[:, None] & (index < size)[None, :]
-        bits = tl.load(partial + p[:, None] * size + index[None, :], mask, other=0)
-        largest = tl.maximum(largest, tl.max(bits, 0))
-    return largest
-
-
-@triton.jit
-def factor_of(bits, LARGEST: tl.constexpr, POW2: tl.constexpr):
-    """What x is multiplied by, from the bits of its largest magnitude."""
-    amax = tl.where(bits == 0, 1.0, bits.to(tl.float32, bitcast=True))
-    factor = tl.div_rn(tl.zeros_like(amax) + LARGEST, amax)
-    factor = tl.minimum(factor, LARGEST_FACTOR)
-    if POW2:
-        factor = (factor.to(tl.int32, bitcast=True) & INF_BITS).to(tl.float32, bitcast=True)
-    factor = tl.where(bits == 0, 1.0, factor)
-    return tl.where(bits >= INF_BITS, float("nan"), factor)
-
-
-@triton.jit
-def code_of(value, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
-    """Bytes of the FP8 values nearest to `value`, saturating; NaN stays.
-
-    As bytes, since transposed stores of FP8 values were miscompiled.
-    Source: https://github.com/triton-lang/triton/issues/11111
+    rows [., R], columns [., C] and tensor [.]: of parts, for the reader to reduce.
     """
-    clamped = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
-    code = clamped.to(FORMAT).to(tl.uint8, bitcast=True)
-    return tl.where(value != value, NAN_CODE, code)
+
+    rows: Tensor | None
+    columns: Tensor | None
+    tensor: Tensor | None
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many parts each has."""
+        rows, columns, tensor = self
+        lengths = [0 if t is None else t.shape[0] for t in (rows, columns)]
+        return lengths[0], lengths[1], 0 if tensor is None else tensor.numel()
+
+    def of(self, columns: Operand) -> Tensor:
+        """One fp32 magnitude for each column or for the tensor, as the operand has scales."""
+        parts = self.columns if columns.block == "row" else self.tensor
+        assert parts is not None
+        return parts.amax(0, keepdim=parts.dim() == 1).view(torch.float32)
+
+    @staticmethod
+    def known(columns: Operand, amax_t: Tensor) -> Amax:
+        """The magnitudes for the transposed copy, as an earlier pass has found them."""
+        bits = amax_t.view(torch.int32)
+        of_row = columns.block == "row"
+        return Amax(None, bits.view(1, -1) if of_row else None, None if of_row else bits)
 
 
-@triton.jit
-def scaled_codes(
-    value,
-    of_tensor,
-    partials,
-    num_partials,
-    line,
-    num_lines,
-    is_first,
-    scales,
-    AXIS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    LARGEST: tl.constexpr,
-    POW2: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Codes of a tile, by a scale for each line across AXIS if there are partials of lines, else
-    by that of the tensor; the first program along AXIS stores the scales."""
-    if partials is not None:
-        bits = reduce(partials, num_partials, line, num_lines, BLOCK, CHUNK)
-        factor = factor_of(bits, LARGEST, POW2)
-        scale = tl.div_rn(tl.zeros_like(factor) + 1.0, factor)
-        tl.store(scales + line, scale, (line < num_lines) & is_first)
-        factor = tl.expand_dims(factor, AXIS)
-    else:
-        factor = factor_of(of_tensor, LARGEST, POW2)
-        scale = tl.div_rn(tl.zeros_like(factor) + 1.0, factor)
-        tl.store(scales, scale, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
-    return code_of(value * factor, LARGEST, FORMAT)
+class Matrix(NamedTuple):
+    """What is quantized: a kernel's arguments that make its tiles, and its size."""
+
+    arguments: Sequence[Any]
+    num_rows: int
+    num_columns: int
+    like: Tensor
+    constants: dict[str, Any]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_row_tiles"])
-def cast_kernel(
-    x,
-    stride_R,
-    stride_C,
-    num_rows,
-    num_columns,
-    num_row_tiles,
-    row_amax,
-    column_amax,
-    tile_amax,
-    codes,
-    scales,
-    codes_t,
-    scales_t,
-    padded_rows,
-    padded_columns,
-    FORMAT: tl.constexpr,
-    FORMAT_T: tl.constexpr,
-    LARGEST: tl.constexpr,
-    LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr,
-    POW2_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """codes [R, padded C] and codes_t [C, padded R] with their scales; None for no copy."""
-    value, r, c = load_tile(x, stride_R, stride_C, num_rows, num_columns, BLOCK_R, BLOCK_C)
-    num_column_tiles = tl.num_programs(1)
-    of_tensor = tl.full([], 0, tl.int32)
-    if tile_amax is not None:
-        num_tiles = num_row_tiles * num_column_tiles
-        of_tensor = tl.max(reduce(tile_amax, num_tiles, tl.zeros([1], tl.int64), 1, 1, 1024), 0)
-    if codes is not None:
-        is_first = tl.program_id(1) == 0
-        code = scaled_codes(
-            value, of_tensor, row_amax, num_column_tiles, r, num_rows, is_first, scales,
-            1, FORMAT, LARGEST, POW2, BLOCK_R, CHUNK,
-        )  # fmt: skip
-        mask = (r < num_rows)[:, None] & (c < padded_columns)[None, :]
-        tl.store(codes + r[:, None] * padded_columns + c[None, :], code, mask)
-    if codes_t is not None:
-        is_first = tl.program_id(0) == 0
-        code = scaled_codes(
-            value, of_tensor, column_amax, num_row_tiles, c, num_columns, is_first, scales_t,
-            0, FORMAT_T, LARGEST_T, POW2_T, BLOCK_C, CHUNK,
-        )  # fmt: skip
-        mask = (c < num_columns)[:, None] & (r < padded_rows)[None, :]
-        tl.store(codes_t + c[:, None] * padded_rows + r[None, :], tl.trans(code), mask)
+def of_tensor(x_RC: Tensor) -> Matrix:
+    num_rows, num_columns = x_RC.shape
+    return Matrix((x_RC, *x_RC.stride()), num_rows, num_columns, x_RC, {})
 
 
-def quantize(x_RC: Tensor, rows: Operand | None, columns: Operand | None) -> list[Tensor]:
-    """Codes, scales and an empty tensor scale of x and then of its transpose.
+def quantize(
+    x_RC: Tensor, rows: Operand | None, columns: Operand | None, wants_sum: bool = False
+) -> list[Tensor]:
+    """Codes, scales and an empty tensor scale of x and then of its transpose; the sum of the rows.
 
     Args:
         x_RC: any strides, not empty.
         rows, columns: operands that `covers` holds for, or None.
     """
-    num_rows, num_columns = x_RC.shape
-    grid = (
-        triton.cdiv(padded_size(columns, num_rows), BLOCK_R),
-        triton.cdiv(padded_size(rows, num_columns), BLOCK_C),
-    )
+    matrix = of_tensor(x_RC)
+    num_tiles = grid(matrix, rows, columns)[0]
+    sums = column_sum = None
+    if wants_sum:
+        sums = x_RC.new_empty((num_tiles, x_RC.shape[1]), dtype=torch.float32)
+        column_sum = x_RC.new_empty(x_RC.shape[1])
+    amax = measure(amax_kernel, matrix, rows, columns, (sums,))
+    pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum))
+    return [*pair[0], *pair[1], x_RC.new_empty(0) if column_sum is None else column_sum]
+
+
+def measure(
+    kernel: Any,
+    matrix: Matrix,
+    rows: Operand | None,
+    columns: Operand | None,
+    more: Sequence[Tensor | None] = (),
+) -> Amax:
+    """The first pass: largest magnitudes of tiles, as far as the operands need them."""
+    amax = amax_buffers(matrix, rows, columns)
+    sizes = matrix.num_rows, matrix.num_columns
+    with torch.cuda.device_of(matrix.like):
+        kernel[grid(matrix, rows, columns)](
+            *matrix.arguments, *sizes, *amax, *more, **matrix.constants, **BLOCKS
+        )
+    return amax
+
+
+def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Amax:
+    """Room for the largest magnitudes of tiles, as far as the operands need them."""
+    num_tiles = grid(matrix, rows, columns)
     operands = [o for o in (rows, columns) if o is not None]
     is_row, is_column = (o is not None and o.block == "row" for o in (rows, columns))
-    amax = [
-        x_RC.new_empty(shape, dtype=torch.int32) if needed else None
-        for shape, needed in (
-            ((grid[1], num_rows), is_row),
-            ((grid[0], num_columns), is_column),
-            (grid, any(o.block == "tensor" for o in operands)),
-        )
-    ]
-    of_rows = _copy(x_RC, rows, num_rows, num_columns)
-    of_columns = _copy(x_RC, columns, num_columns, num_rows)
-    source = (x_RC, *x_RC.stride(), num_rows, num_columns)
-    blocks = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
-    with torch.cuda.device_of(x_RC):
-        amax_kernel[grid](*source, *amax, **blocks)
-        cast_kernel[grid](
-            *source,
-            grid[0],
-            *amax,
-            *_pointers(of_rows),
-            *_pointers(of_columns),
-            padded_size(columns, num_rows),
-            padded_size(rows, num_columns),
+    has_tensor = any(o.block == "tensor" for o in operands)
+    shapes = (
+        ((num_tiles[1], matrix.num_rows), is_row),
+        ((num_tiles[0], matrix.num_columns), is_column),
+        ((num_tiles[0] * num_tiles[1],), has_tensor),
+    )
+    return Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
+
+
+def cast(
+    kernel: Any,
+    matrix: Matrix,
+    amax: Amax,
+    rows: Operand | None,
+    columns: Operand | None,
+    amax_out: Tensor | None = None,
+    more: Sequence[Tensor | None] = (),
+) -> tuple[Quantized, Quantized]:
+    """The second pass: codes and scales of the copies, empty where there is no operand.
+
+    Args:
+        amax_out: fp32, where to put what later scales of the columns come from, or None.
+    """
+    copies = copies_for(matrix, rows, columns)
+    with torch.cuda.device_of(matrix.like):
+        kernel[grid(matrix, rows, columns)](
+            *matrix.arguments,
+            *cast_arguments(matrix, amax, rows, columns, copies, amax_out),
+            *more,
             **settings(rows, columns),
+            **matrix.constants,
             CHUNK=CHUNK,
-            **blocks,
+            **BLOCKS,
         )
-    empty = x_RC.new_empty(0, dtype=torch.float32)
-    return [t for q in (of_rows, of_columns) for t in (q or (empty, empty.clone(), empty.clone()))]
+    of_rows, of_columns = copies
+    return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
+
+
+Copies = tuple[Quantized | None, Quantized | None]
+
+
+def copies_for(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Copies:
+    """Room for both copies."""
+    num_rows, num_columns = matrix.num_rows, matrix.num_columns
+    return (
+        copy_for(matrix.like, rows, num_rows, num_columns),
+        copy_for(matrix.like, columns, num_columns, num_rows),
+    )
+
+
+def cast_arguments(
+    matrix: Matrix,
+    amax: Amax,
+    rows: Operand | None,
+    columns: Operand | None,
+    copies: Copies,
+    amax_out: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of `store_codes`, from num_rows on."""
+    num_rows, num_columns = matrix.num_rows, matrix.num_columns
+    return (
+        num_rows,
+        num_columns,
+        *amax.counts,
+        *amax,
+        *pointers(copies[0]),
+        *pointers(copies[1]),
+        None if amax_out is None else amax_out.view(torch.int32),
+        padded_size(columns, num_rows),
+        padded_size(rows, num_columns),
+    )
+
+
+def amax_for(matrix: Matrix, columns: Operand | None) -> Tensor | None:
+    """Where a cast is to put the magnitudes for a later transposed copy."""
+    if columns is None:
+        return None
+    size = matrix.num_columns if columns.block == "row" else 1
+    return matrix.like.new_empty(size, dtype=torch.float32)
+
+
+def present(amax_t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if amax_t is None else amax_t
+
+
+def grid(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> tuple[int, int]:
+    """Tiles of the padded matrix."""
+    return (
+        triton.cdiv(padded_size(columns, matrix.num_rows), BLOCK_R),
+        triton.cdiv(padded_size(rows, matrix.num_columns), BLOCK_C),
+    )
 
 
 def settings(rows: Operand | None, columns: Operand | None) -> dict[str, object]:
-    """Compile-time constants of `cast_kernel`."""
+    """Compile-time constants of the casts."""
     found: dict[str, object] = {}
     for operand, suffix in ((rows, ""), (columns, "_T")):
         format = FORMATS["e4m3" if operand is None else operand.format]
@@ -253,7 +221,8 @@ def padded_size(operand: Operand | None, size: int) -> int:
     return size if operand is None else padded_columns(operand, size)
 
 
-def _copy(x: Tensor, operand: Operand | None, num_rows: int, size: int) -> Quantized | None:
+def copy_for(x: Tensor, operand: Operand | None, num_rows: int, size: int) -> Quantized | None:
+    """An uninitialized copy of a matrix of this size."""
     if operand is None:
         return None
     dtype = FORMATS[operand.format].dtype
@@ -264,5 +233,13 @@ def _copy(x: Tensor, operand: Operand | None, num_rows: int, size: int) -> Quant
     )
 
 
-def _pointers(copy: Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+def nothing(x: Tensor) -> Quantized:
+    return Quantized(*(x.new_empty(0, dtype=torch.float32) for _ in range(3)))
+
+
+def pointers(copy: Quantized | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if copy is None else (copy.codes.view(torch.uint8), copy.scales)
+
+
+def _bits(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.new_empty(shape, dtype=torch.int32)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import errors
-from fxopt.kernels.quantized_linears import QuantizedLinears
+from fxopt.kernels import quantized_composites, quantized_linears
 from fxopt.passes.rules import quantized_linear as rule
 from fxopt.recipes import RECIPES, gemm
 from tests.families import FAMILIES, Inputs, outputs
@@ -42,18 +42,17 @@ def recorded(model: nn.Module) -> Iterator[set[str]]:
     """Collect the names of the parameters whose products run in low precision."""
     names = {p.data_ptr(): name for name, p in model.named_parameters()}
     found: set[str] = set()
-    forward = QuantizedLinears.forward
+    products = quantized_linears.products
 
-    def record(ctx: Any, recipe: Any, x: Tensor, *parameters: Any) -> Any:
-        if type(x) is Tensor:  # a capture has fake ones
-            found.update(names[p.data_ptr()] for p in parameters[: len(parameters) // 2])
-        return forward(ctx, recipe, x, *parameters)
+    def record(x: Any, weights: Any, *args: Any) -> Any:
+        if type(x[0]) is Tensor:  # a capture has fake ones
+            found.update(names[w.data_ptr()] for w in weights)
+        return products(x, weights, *args)
 
-    QuantizedLinears.forward = staticmethod(record)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (quantized_linears, quantized_composites):
+            patch.setattr(module, "products", record)
         yield found
-    finally:
-        QuantizedLinears.forward = staticmethod(forward)
 
 
 def opened(door: str, model: nn.Module, recipe: Any = "fp8_tensorwise") -> nn.Module:

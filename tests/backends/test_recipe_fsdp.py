@@ -48,6 +48,14 @@ def check(rank: int) -> None:
     for name, gradient in expected.items():
         error = (gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-4)
         assert error < 2e-2, f"{name} {error}"
+    with fxopt.cast_weights_once():
+        once, in_scope = step(model, x.chunk(WORLD_SIZE)[rank])
+        assert torch.equal(in_scope[name], gradients[name])
+        # The next gather brings other values to the same tensor, of which PyTorch has no record.
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        inside, _ = step(model, x.chunk(WORLD_SIZE)[rank])
+    outside, _ = step(model, x.chunk(WORLD_SIZE)[rank])
+    assert torch.equal(inside, outside) and not torch.equal(inside, once)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 

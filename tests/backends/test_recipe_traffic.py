@@ -23,17 +23,48 @@ def single(recipe: str) -> Traffic:
     return bench.count(block, inputs, rewrite_block(block, (), inputs, recipe))
 
 
-def test_bytes_of_quantization() -> None:
-    tokens, width = 4608, 3072
-    sizes = [(width, width)] * 3 + [(4 * width, width), (width, 5 * width)]  # out, features
-    inputs = tokens * (width + 5 * width)  # q, k, v and the MLP share one
-    elements = inputs + sum(out * features + tokens * out for out, features in sizes)
-    found = single("fp8_tensorwise")
-    per_element = found.glue["fxopt::quantize"] / elements
-    # Values are read for the scale and again for the codes, two bytes each; the two copies are one
-    # byte each: 6. A weight makes one copy forward and the other backward: 5 each time.
-    assert 6 < per_element < 8
-    assert found.launches["fxopt::quantize"] / 5 <= 7  # per linear, two for each use
+RECIPES = ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"]
+TOKENS, WIDTH = 4608, 3072
+INPUT = TOKENS * WIDTH  # elements
+SIZES = [(WIDTH, WIDTH)] * 3 + [(4 * WIDTH, WIDTH), (WIDTH, 5 * WIDTH)]  # out, features
+WEIGHTS = sum(out * features for out, features in SIZES)
+GRADIENTS = sum(TOKENS * out for out, _ in SIZES)
+
+
+def test_bytes_of_quantization_by_op() -> None:
+    """Every element's way, as the design says; statistics and scales are the slack."""
+    found = single("fp8_tensorwise").glue
+    expected = {
+        # Of a gradient: read for the scale and for the codes, two copies and the bias's sum.
+        "quantize": (2 + 2 + 1 + 1) * GRADIENTS,
+        # Of a weight: the same for one copy, and in backward once more without the scale.
+        "quantize_rows": (2 + 2 + 1) * WEIGHTS,
+        "quantize_columns": (2 + 1) * WEIGHTS,
+        # Of an input: twice what the producer reads, and codes in place of 16 bits.
+        "norm_modulate_quantize": (2 + 2 + 1) * INPUT,
+        "norm_modulate_quantize_columns": (2 + 1) * INPUT,
+        "gated_activation_quantize": (2 + 2 + 1) * 5 * INPUT,
+        # Gradients of the activation, and the other copy from the same read.
+        "gated_activation_quantize_backward": (3 * 2 * 4 + 2 + 5) * INPUT,
+    }
+    for op, num_bytes in expected.items():
+        assert num_bytes <= found[f"fxopt::{op}"] <= 1.01 * num_bytes, op
+    names = {op.removeprefix("fxopt::") for op in found if "quantize" in op}
+    assert names == expected.keys()
+
+
+def test_rows_of_a_norm_are_quantized_in_one_pass() -> None:
+    found = single("fp8_rowwise").glue
+    assert 3 * INPUT <= found["fxopt::norm_modulate_quantize"] <= 1.01 * 3 * INPUT
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gates(recipe: str) -> None:
+    """What `python -m bench.traffic --recipe` holds, on one block."""
+    found, plain = single(recipe), single("bf16")
+    assert 4 < bench.per_element(found, plain, recipe) < bench.QUANTIZATION_BYTES
+    assert bench.per_linear(found, plain, recipe) <= bench.ASKED["launches"]
+    assert found.glue.total() <= 2.1 * plain.glue.total()
 
 
 def test_products_are_those_of_bf16() -> None:
@@ -45,12 +76,22 @@ def test_products_are_those_of_bf16() -> None:
     assert flops[8] > 0.99 * sum(flops.values())
 
 
-def test_what_is_kept() -> None:
-    plain, low = single("bf16"), single("fp8_tensorwise")
-    # bf16 makes the linears' inputs again in backward and keeps none of them; here their codes are
-    # kept: a byte for each of 4608 x (3072 + 15360).
-    codes = 4608 * (3072 + 15360)
-    assert low.saved <= plain.saved + codes * 1.01
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_kept(recipe: str) -> None:
+    """What bf16 keeps: no codes beside it, only magnitudes for each feature."""
+    plain, low = single("bf16").saved, single(recipe).saved
+    assert plain <= low <= plain + 4 * sum(features for _, features in SIZES) + 4 * 6 * WIDTH
+
+
+def test_weights_are_cast_once_for_all_micro_batches() -> None:
+    ((_, preset),) = bench.cases("flux-dev single")
+    with torch.device("meta"):
+        block, inputs = preset.build(), preset.inputs()
+    rewritten = rewrite_block(block, (), inputs, "fp8_tensorwise")
+    further = bench.count_further(block, inputs, rewritten)
+    assert not further.glue["fxopt::quantize_rows"] + further.glue["fxopt::quantize_columns"]
+    assert further.glue["fxopt::quantize"] <= 1.01 * 6 * GRADIENTS
+    assert further.glue.total() <= 1.55 * single("bf16").glue.total()
 
 
 @pytest.mark.slow

@@ -148,7 +148,11 @@ def test_bytes_of_quantization_by_element():
     found = Traffic(
         [*gemms, Product(1, 1, (9, 9, 9))], glue=Counter({"fxopt::quantize": 88, "x": 1})
     )
-    assert traffic.per_element(found) == 88 / (m * n + n * k + m * k)
+    assert traffic.per_element(found, Traffic(), "fp8") == 88 / (m * n + n * k + m * k)
+    # A producer that quantizes counts with what it does beyond its work in bf16.
+    found.glue["fxopt::norm_modulate_quantize"] = 50
+    plain = Traffic(glue=Counter({"fxopt::norm_modulate": 40}))
+    assert traffic.per_element(found, plain, "fp8") == 98 / (m * n + n * k + m * k)
 
 
 def test_a_recipe_is_compared_with_bf16(monkeypatch):
@@ -156,9 +160,12 @@ def test_a_recipe_is_compared_with_bf16(monkeypatch):
         assert recipe in ("bf16", "fp8")
         return block
 
-    monkeypatch.setattr(traffic, "per_element", lambda found: 7.0)
+    monkeypatch.setattr(traffic, "per_element", lambda *_: 7.0)
+    monkeypatch.setattr(traffic, "per_linear", lambda *_: 7.0)
     ((case, preset),) = traffic.cases("flux-dev single")
     table = {row.metric: row for row in traffic.measure_recipe(case, preset, rewrite, "fp8", False)}
-    assert table["glue, recipe / bf16"].value == 1 and table["glue, recipe / bf16"].holds
-    assert table["saved, recipe / bf16"].holds is False  # 1 is above 0.75
+    glue = table["glue, recipe / bf16 (asked: 1.25)"]
+    assert glue.value == 1 and glue.holds
+    assert table["quantization launches / linear (asked: 5)"].holds is False  # 7 is above the gate
+    assert table["saved, recipe / bf16 (asked: 0.75)"].value == 1
     assert table["quantization [B / element]"].target == "<= 8"

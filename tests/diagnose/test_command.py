@@ -1,12 +1,16 @@
 """`fxopt bench` from the command line: real steps, cheats, mistakes, interruptions."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fxopt.cli import main
 from fxopt.diagnose import record
@@ -54,6 +58,11 @@ def fails(error=RuntimeError("device lost")):
 
 def interrupted():
     return fails(KeyboardInterrupt())
+
+def named(batch=32, recipe="", ac="", door="", tokens=0, height=0, width=0):
+    step, model, inputs = training(batch)
+    print("called", batch, recipe, ac, door, tokens, height, width)
+    return step, model, inputs
 """
 
 
@@ -80,7 +89,8 @@ def test_a_slower_step_is_exit_code_one_and_a_full_record(bench, capsys):
     assert claim.status == "complete"
     assert [check.when for check in claim.checks] == ["before", "after"]
     assert not any(check.failures for check in claim.checks)
-    assert claim.speed.flops == {"float32": 5 * 2 * 32 * 128 * 128}
+    counted = {"float32": 5 * 2 * 32 * 128 * 128}
+    assert claim.speed.flops == {"baseline": counted, "candidate": counted}
     assert claim.memory["baseline"].peak > 0
     assert len(claim.samples.rounds) == len(claim.samples.reference)
     assert {"torch", "device", "commit", "num_threads"} <= made.environment.keys()
@@ -159,6 +169,96 @@ def test_what_was_measured_stays_and_is_marked(bench, capsys, monkeypatch, candi
     assert f"({status})" in capsys.readouterr().out
 
 
+def test_a_device_that_disappears_fails_the_claim_and_keeps_its_rounds(bench, capsys, monkeypatch):
+    seconds, readings = TorchDevice.seconds, TorchDevice.readings
+    rounds = []
+
+    def counting(device):
+        rounds.append(device)
+        return readings(device)
+
+    def gone(device, step, num_calls, flush):
+        if len(rounds) >= 3:
+            raise torch.AcceleratorError("CUDA error: device unavailable")
+        return seconds(device, step, num_calls, flush)
+
+    monkeypatch.setattr(TorchDevice, "readings", counting)
+    monkeypatch.setattr(TorchDevice, "seconds", gone)
+    code, made = bench("slower")
+    (claim,) = made.claims
+    assert (code, claim.status, claim.stop.phase) == (2, "failed", "timing")
+    assert claim.stop.error == "AcceleratorError: CUDA error: device unavailable"
+    assert len(claim.samples.rounds) == 3
+    assert [check.when for check in claim.checks] == ["before"]
+    assert claim.memory.keys() == {"baseline", "candidate"}
+    assert "stopped while timing: AcceleratorError" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_exit_code_two_after_the_table_and_leaves_the_good_record(
+    bench, capsys, monkeypatch
+):
+    good = Path("claim.json")
+    good.write_text("good")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record.os, "fsync", full)
+    assert main(["bench", "steps.py:baseline", "--candidate", "steps.py:zeros"]) == 2
+    captured = capsys.readouterr()
+    assert "INVALID" in captured.out
+    assert "cannot write claim.json: No space left on device; nothing was replaced" in captured.err
+    assert good.read_text() == "good"
+    assert sorted(path.name for path in Path().iterdir()) == ["claim.json", "steps.py"]
+
+
+def test_control_c_leaves_a_partial_record_and_exit_code_three(tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fxopt", "bench", "steps.py:baseline"),
+            *("--candidate", "steps.py:slower", "--seconds", "60", "--margin", "1e-9"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr:
+            if line.endswith("timing\n") and "check" not in line:
+                break
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    (claim,) = record.read(tmp_path / "claim.json").claims
+    assert (claim.status, claim.stop.error) == ("interrupted", "KeyboardInterrupt")
+    assert claim.stop.phase == "timing"
+    assert "(interrupted)" in out
+
+
+def test_control_c_before_anything_was_measured_leaves_no_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("early.py").write_text("raise KeyboardInterrupt")
+    assert main(["bench", "early.py:f", "--candidate", "early.py:f"]) == 3
+    assert "interrupted before anything was measured" in capsys.readouterr().err
+    assert not Path("claim.json").exists()
+
+
+def test_every_swept_option_reaches_the_function(bench, capsys):
+    options = {"batch": "4", "recipe": "fp8", "ac": "full", "door": "swap"}
+    options |= {"tokens": "8", "height": "16", "width": "32"}
+    listed = [word for name, value in options.items() for word in (f"--{name}", value)]
+    code, made = bench("named", *listed, baseline="named")
+    assert code in (0, 3)
+    assert "called 4 fp8 full swap 8 16 32" in capsys.readouterr().out
+    assert made.claims[0].name == (
+        "step batch=4 tokens=8 height=16 width=32 recipe=fp8 ac=full door=swap"
+    )
+
+
 def test_a_sweep_is_one_record_with_a_claim_each(bench, tmp_path, capsys):
     code, made = bench("baseline", "--batch", "4", "8")
     assert code in (0, 3)  # a second is short: SAME, or not yet known
@@ -179,6 +279,11 @@ def test_a_sweep_is_one_record_with_a_claim_each(bench, tmp_path, capsys):
     assert lines[0].startswith("| case | verdict | speedup")
     assert lines[2].startswith("| step batch=4 |")
     assert main(["bench", "compare", "claim.json", "claim.json"]) in (0, 3)
+    for claim in made.claims:
+        claim.configuration["seed"] = 7
+    record.write(made, Path("seeded.json"))
+    assert main(["bench", "compare", "claim.json", "seeded.json"]) == 2
+    assert "configuration.seed is 0 in the old one and 7 in the new" in capsys.readouterr().err
     made.environment["torch"] = "2.0"
     record.write(made, Path("other.json"))
     assert main(["bench", "compare", "claim.json", "other.json"]) == 2

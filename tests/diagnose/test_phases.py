@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.diagnose import intervals, kinds
-from fxopt.diagnose.phases import PHASES, Step, self_time, steps
+from fxopt.diagnose.phases import NUM_BINS, PHASES, Step, steps
 from fxopt.diagnose.trace import Columns, read
+from fxopt.diagnose.work import self_time
 from tests.diagnose.traces import AUTOGRAD, COMM_STREAM, Written
 
 MS = 1e-3
@@ -88,7 +89,17 @@ def test_kernels_belong_to_the_phase_that_launched_them(analysed):
     assert step.kinds == pytest.approx(
         {"GEMM bf16": 35 * MS, "glue": 30 * MS, "communication": 30 * MS}
     )
+    assert step.phases["forward"].kinds == pytest.approx({"GEMM bf16": 35 * MS})
+    assert step.phases["backward"].kinds == pytest.approx(
+        {"glue": 30 * MS, "communication": 30 * MS}
+    )
     assert step.top[0] == ("sm90_xmma_gemm_bf16bf16", pytest.approx(35 * MS), 1)
+    assert step.timeline == [
+        ("forward", pytest.approx(0.4)),
+        ("backward", pytest.approx(0.3)),
+        ("exposed communication", pytest.approx(0.2)),
+        ("data wait", pytest.approx(0.1)),
+    ]
 
 
 def test_streams_that_compute_at_once_count_once(analysed):
@@ -134,6 +145,49 @@ def test_compilation_is_apart_from_the_phase_it_interrupts(analysed):
         .add("user_annotation", "_compile.compile_inner (dynamo_timed)", 5, 15)
     )
     assert walls(step) == {"forward": 10, "compilation": 10, "unaccounted": 10}
+
+
+def test_glue_of_a_part_is_what_its_forward_launched(analysed):
+    written = Written().step(0, 100).phase("forward", 0, 30).phase("backward", 30, 60)
+    written.add("user_annotation", "fxopt.in blocks.0", 0, 10)
+    written.add("user_annotation", "fxopt.in blocks.1", 10, 30)
+    written.kernel("elementwise", 2, 40, 47).kernel("gemm_bf16", 3, 47, 50)
+    written.kernel("norm", 9, 50, 55).kernel("norm", 12, 55, 60).kernel("norm", 35, 60, 70)
+    assert analysed(written).glue == {
+        "blocks.0": (pytest.approx(12 * MS), 2),
+        "blocks.1": (pytest.approx(5 * MS), 1),
+    }
+
+
+def test_without_a_device_ops_belong_to_the_phase_they_began_in(analysed):
+    step = analysed(
+        Written()
+        .step(0, 30)
+        .phase("forward", 0, 10)
+        .phase("backward", 10, 30)
+        .op("aten::linear", 0, 10)
+        .op("aten::addmm|float", 2, 8)
+        .op("aten::mm|float", 12, 20, place=AUTOGRAD)
+    )
+    assert step.phases["forward"].kinds == pytest.approx({"GEMM fp32": 6 * MS, "glue": 4 * MS})
+    assert step.phases["backward"].kinds == pytest.approx({"GEMM fp32": 8 * MS})
+
+
+def test_time_in_which_the_allocator_asks_the_device(analysed):
+    written = Written().step(0, 50).phase("forward", 0, 50).kernel("k", 1, 10, 30)
+    written.add("cuda_runtime", "cudaMalloc", 5, 8).add("cuda_runtime", "cudaFree", 7, 12)
+    written.add("cuda_runtime", "cudaMallocAsync", 48, 60)
+    assert analysed(written).allocating == pytest.approx(9 * MS)
+
+
+def test_a_timeline_shows_what_takes_most_of_each_part(analysed):
+    written = Written().step(0, NUM_BINS).phase("forward", 0, NUM_BINS)
+    written.phase("logging", 10, 10.4).phase("logging", 20, 20.6).phase("data wait", 100, 200)
+    parts = [(name, round(NUM_BINS * part)) for name, part in analysed(written).timeline]
+    assert parts == [
+        *(("forward", 20), ("logging", 1), ("forward", 79)),
+        *(("data wait", 100), ("forward", NUM_BINS - 200)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,26 @@
 """The cases that fxopt brings: which ones a command line means, and that they compute the same."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from fxopt.diagnose import numerics
+from fxopt.cli import main
+from fxopt.diagnose import numerics, record
 from fxopt.diagnose.case import Case, Run, Settings
 from fxopt.diagnose.devices import this_device
 from fxopt.diagnose.kernel_suite import KERNELS, kernel_cases
 from fxopt.diagnose.protocol import Plan
-from fxopt.diagnose.suites import Sweep, preset_cases
+from fxopt.diagnose.record import Claim
+from fxopt.diagnose.suites import Sweep, envelope, preset_cases
 from fxopt.errors import UnknownOption, UnknownPreset, UnknownRecipe
 from fxopt.presets import PRESETS, Preset, PresetBlock, activation, block, cos_sin, image_tokens
+from fxopt.recipes import RECIPES
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 2, 32
 
@@ -70,7 +79,8 @@ def test_the_manifest_is_what_the_door_did(small):
     rules = {applied["rule"] for applied in claim.manifest["applied"]}
     assert {"norm_modulate", "qk_norm_rope", "gated_activation"} <= rules
     # The products of the rewritten block are those of the block.
-    assert claim.speed.flops["float32"] > 0
+    assert claim.speed.flops["candidate"] == claim.speed.flops["baseline"]
+    assert claim.speed.flops["baseline"]["float32"] > 0
     assert claim.memory["candidate"].saved < claim.memory["baseline"].saved
 
 
@@ -115,3 +125,83 @@ def test_a_kernel_is_as_accurate_as_the_eager_ops(name, dtype):
 def test_a_kernel_that_is_none_is_refused():
     with pytest.raises(UnknownOption, match="norm_modulate"):
         list(kernel_cases("softmax", Sweep(), CPU, 0, True))
+
+
+def bench(*options: str) -> tuple[int, list[Claim]]:
+    """Exit code and claims of `fxopt bench preset small-block`."""
+    out = Path("claim.json")
+    short = "--seconds", "0.5", "--device", "cpu", "--out", str(out)
+    code = main(["bench", "preset", "small-block", *short, *options])
+    return code, list(record.read(out).claims)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (
+            ["--door", "swap", "optimize", "--tokens", "8", "--dtype", "float32"],
+            ["tokens=8 door=swap", "tokens=8 door=optimize"],
+        ),
+        (
+            ["--height", "64", "--width", "32", "--batch", "2", "--ac", "selective", "full"],
+            [f"batch=2 height=64 width=32 ac={ac}" for ac in ("selective", "full")],
+        ),
+        (
+            ["--recipe", "fp8", "mxfp8", "nvfp4", "--tokens", "64"],
+            [f"tokens=64 recipe={recipe}" for recipe in ("fp8", "mxfp8", "nvfp4")],
+        ),
+    ],
+)
+def test_a_swept_preset_from_the_command_line(small, tmp_path, monkeypatch, options, names):
+    monkeypatch.chdir(tmp_path)
+    code, claims = bench(*options)
+    assert code in (0, 1, 3)  # small blocks may be slower; what is wrong is INVALID
+    for claim, name in zip(claims, names, strict=True):
+        assert set(name.split()) <= set(claim.name.split())
+        assert claim.status == "complete", claim.stop
+        assert claim.verdict.label != "INVALID", claim.verdict.reasons
+        assert claim.manifest["applied"]
+        assert claim.speed.utilization["candidate"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_compiled_door_from_the_command_line(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, claims = bench("--door", "compile", "--tokens", "64", "--recipe", "bf16", "fp8")
+    for claim in claims:
+        assert claim.status == "complete", claim.stop
+        assert claim.verdict.label != "INVALID", claim.verdict.reasons
+        assert claim.samples.num_recompiles == 0
+    quantized = [
+        any(applied["rule"] == "quantized_linear" for applied in claim.manifest["applied"])
+        for claim in claims
+    ]
+    assert quantized == [False, True]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_kernel_case(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fxopt", "bench", "kernels", "--only", "gated_activation"),
+            *("--tokens", "16", "--seconds", "1", "--world-size", "2"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    made = record.read(tmp_path / "claim.json")
+    assert made.environment["world_size"] == 2
+    assert made.claims[0].status == "complete", done.stderr
+    assert done.returncode in (0, 1, 3)
+
+
+def test_envelopes_of_recipes():
+    assert envelope(RECIPES["bf16"]) is None
+    assert envelope(RECIPES["fp8"]) == envelope(RECIPES["mxfp8"]) == 0.06
+    # A gradient of zeros is off by 1.
+    assert numerics.OF_GRADIENTS * envelope(RECIPES["nvfp4"]) < 1

@@ -52,6 +52,22 @@ class Written:
         self.add("cuda_runtime", "cudaLaunchKernel", launched, launched + 0.01, thread, **link)
         return self.add("kernel", name, start, end, stream, **link, **args)
 
+    def memory(
+        self, moment: float, size: int, address: int, place: int = MAIN, device: int = 0
+    ) -> Written:
+        """An event of the allocator."""
+        self.events.append(
+            {
+                **{"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "pid": 100},
+                **{"tid": place, "ts": 1e3 * moment},
+                "args": {
+                    **{"Bytes": size, "Addr": address, "Device Type": device},
+                    "Total Reserved": 4096 * device,
+                },
+            }
+        )
+        return self
+
     def to(self, path: Path) -> Path:
         # What Kineto writes around the events, and entries that are no durations.
         others = [{"ph": "M", "name": "process_name", "pid": 100, "args": {"name": "python"}}]

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -247,84 +239,3 @@ def test_one_graph_serves_every_number_of_rows():
         function(gate).sum().backward()
         torch.testing.assert_close(function(gate), reference(gate, None, "silu", "gate_up"))
     assert len(compiles) == 1
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability):
-    # Its own process: here Triton interprets.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    result = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-class Target:
-    """Stands in for Triton's CUDA driver, so that a launch specialises and compiles as on a GPU."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compile_kernels(capability: int) -> None:
-    """Compile every kernel in bf16 for one and two streams and look at what came out."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    launch = JITFunction.run
-    binaries: dict[str, dict[str, Any]] = {}
-
-    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any):
-        binary = launch(kernel, *args, grid=grid, warmup=True, **options)
-        binaries.setdefault(kernel.__name__, {})[binary.hash] = binary
-
-    triton.runtime.driver.set_active(Target(capability))
-    for activation, has_up, num_streams in (
-        *itertools.product(ACTIVATIONS, (False, True), (1,)),
-        ("gelu_tanh", False, 2),
-    ):
-        binaries.clear()
-        with mock.patch.object(JITFunction, "run", compile_only), torch.device("meta"):
-            for num_rows in (1, 77, 4608):
-                rows = [torch.empty(num_rows + i, 12288).bfloat16() for i in range(num_streams)]
-                calls = [(x, x if has_up else None, activation, "none") for x in rows]
-                op_module.triton_forward_of(calls)
-                op_module.triton_backward_of([(call[0], *call, True) for call in calls])
-        for found in binaries.values():
-            (compiled,) = found.values()  # one for all row counts
-            ptx = compiled.asm["ptx"]
-            assert not re.search(r"\b(red|atom)\.", ptx), "atomics"
-            assert ".f64" not in ptx, "a double slipped into the arithmetic"
-            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, "narrow access"
-            assert spilled_bytes(compiled.asm["cubin"]) == 0, "register spills"
-
-
-def spilled_bytes(cubin: bytes) -> int:
-    """Stack bytes a thread of the kernel uses, where cuobjdump is there to tell."""
-    import tempfile
-
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True
-        ).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-
-
-if __name__ == "__main__":
-    compile_kernels(int(sys.argv[1]))

@@ -1,17 +1,6 @@
-"""norm_modulate: values and gradients against fp64, for both providers."""
+"""norm_modulate: values and gradients against fp64; the Triton provider in test_accuracy.py."""
 
 from __future__ import annotations
-
-import itertools
-import os
-import random
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,41 +9,29 @@ from torch import Tensor
 
 from fxopt.kernels import norm_modulate as op_module
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, reference
+from tests.pairwise import pairwise
 
 EPS = 1e-6
 OPERANDS = ("x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def pairwise(*axes: tuple) -> list[tuple]:
-    """A small set of combinations that holds every pair of values of two axes."""
-
-    def pairs(case: tuple) -> set:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    candidates, chosen, seen = list(itertools.product(*axes)), [], set()
-    random.Random(0).shuffle(candidates)
-    for threshold in (len(pairs(candidates[0])) // 2, 1):
-        for case in candidates:
-            if len(pairs(case) - seen) >= threshold:
-                chosen.append(case)
-                seen |= pairs(case)
-    return chosen
-
-
 # Norm, form of the gate, affine (weight, bias), forms of scale and shift, offset, what is used, and
 # whether x has a bias.
 MODULATION = (None, "sample", "shared", "token", "scalar per token", "feature")
-NORMED = pairwise(
-    ("layer", "rms"),
-    ("no residual", None, "sample", "token", "scalar per token"),
-    ((False, False), (True, False), (False, True), (True, True)),
-    MODULATION,
-    MODULATION,
-    (0.0, 1.0),
-    ("y", "h", "y and h"),
-    (False, True),
-)
+NORMED = [
+    tuple(row.values())
+    for row in pairwise(
+        norm=("layer", "rms"),
+        gate=("no residual", None, "sample", "token", "scalar per token"),
+        affine=((False, False), (True, False), (False, True), (True, True)),
+        scale=MODULATION,
+        shift=MODULATION,
+        offset=(0.0, 1.0),
+        used=("y", "h", "y and h"),
+        biased=(False, True),
+    )
+]
 
 
 def operands(
@@ -148,40 +125,6 @@ def test_native_is_as_accurate_as_eager(dtype):
             bound = 2 * error(theirs[name], value) + chance * value.square().mean().sqrt().item()
             case = (name, norm, gate, affine, scale, shift, offset, used, biased)
             assert error(ours[name], value) <= bound, case
-
-
-PROVIDER_CASES = [
-    *NORMED,
-    *(
-        ("none", gate, (False, False), None, None, 0.0, "h", biased)
-        for gate in (None, "sample", "token")
-        for biased in (False, True)
-    ),
-]
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((2, 3, 24), (1, 1, 100), (3, 1, 8)), ids=str)
-def test_triton_matches_native(dtype, shape):
-    # One ulp of the largest values, about 16, in fp16; a few ulp of sums of a few terms in fp32.
-    tolerance = (
-        {"atol": 1.6e-2, "rtol": 1e-3} if dtype == torch.float16 else {"atol": 2e-5, "rtol": 1e-5}
-    )
-    for norm, gate, affine, scale, shift, offset, used, biased in PROVIDER_CASES[shape[0] % 2 :: 2]:
-        inputs = operands(gate, affine, scale, shift, dtype, shape, biased)
-        constants = (norm, EPS, offset, 1.0, dtype, dtype)
-        native = run("native", inputs, *constants)
-        torch.testing.assert_close(run("triton", inputs, *constants), native, **tolerance)
-        _, h, mean, rstd = native
-        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grad_y = grad if "y" in used or gate == "no residual" else None
-        grad_h = grad.flip(0) if "h" in used and gate != "no residual" else None
-        h = inputs[0] if gate == "no residual" else h
-        saved = (h, inputs[0], *inputs[2:], mean, rstd, norm, offset, 1.0, dtype)
-        backward = (grad_y, grad_h, *saved, [True] * 8, norm != "none")
-        torch.testing.assert_close(
-            run_backward("triton", *backward), run_backward("native", *backward), **tolerance
-        )
 
 
 @pytest.mark.parametrize("num_features", (4104, 5120))
@@ -337,112 +280,3 @@ def test_saves_neither_the_output_nor_the_normalized_value():
         y, h, _, _ = norm_modulate(*leaves, "layer", EPS, 0.0, 1.0, torch.float32, torch.float32)
     large = {t.data_ptr() for t in saved if t.numel() == h.numel()}
     assert large == {h.data_ptr()} and y.data_ptr() not in large
-
-
-@pytest.mark.parametrize("capability", (80, 90))
-def test_triton_compiles_without_a_gpu(capability):
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-class Target:
-    """Stands in for Triton's CUDA driver, so that a launch specialises and compiles as on a GPU."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def call(present: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Arguments of norm_modulate in bf16; a weight and a bias come with an RMSNorm."""
-    B, _, D = shape
-    shapes = dict.fromkeys(OPERANDS, (D,)) | {"x": shape, "residual": shape}
-    shapes |= dict.fromkeys(("gate", "scale", "shift"), (B, 1, D))
-    given = (
-        torch.empty(shapes[name], dtype=torch.bfloat16) if name in present.split() else None
-        for name in OPERANDS
-    )
-    norm = "rms" if "weight" in present else "layer"
-    return (*given, norm, EPS, 0.0, 1.0, torch.bfloat16, torch.bfloat16)
-
-
-def compile_kernels(capability: int) -> None:
-    """Compile for the widths of models in bf16, modulated and affine; check what came out."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    from fxopt.kernels import triton_norm_modulate as provider
-
-    launch = JITFunction.run
-    binaries: dict[str, dict[str, Any]] = {}
-
-    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any):
-        binary = launch(kernel, *args, grid=grid, warmup=True, **options)
-        binaries.setdefault(kernel.__name__, {})[binary.hash] = binary
-
-    triton.runtime.driver.set_active(Target(capability))
-    modulated = "x residual gate scale shift"
-    for num_features, streams in (
-        (1536, [f"{modulated} x_bias"]),
-        (3072, ["x scale shift"]),
-        (3072, [f"{modulated} x_bias", f"{modulated} x_bias"]),
-        (3072, ["x residual gate weight bias"]),
-        (5120, [f"{modulated} x_bias"]),
-        (5120, [modulated, modulated]),
-        (5120, ["x residual gate weight bias"]),
-    ):
-        binaries.clear()
-        with mock.patch.object(JITFunction, "run", compile_only), torch.device("meta"):
-            for batch, num_rows in ((2, 64), (3, 77), (3, 2)):
-                shapes = [(batch, num_rows + i, num_features) for i in range(len(streams))]
-                calls = [call(s, shape) for s, shape in zip(streams, shapes, strict=True)]
-                back = []
-                for c, (y, h, mean, rstd) in zip(calls, provider.forward_of(calls), strict=True):
-                    x, residual, *others, norm, _, weight_offset, scale_offset, _, dtype = c
-                    saved = (x if residual is None else h, x, *others, mean, rstd)
-                    constants = (norm, weight_offset, scale_offset, dtype)
-                    back.append((y, h if h.numel() else None, *saved, *constants, [True] * 8, True))
-                provider.backward_of(back)
-        for kernel, found in binaries.items():
-            (binary,) = found.values()  # one for all batches and token counts
-            check_compiled(binary, sums=kernel == "reduce_kernel")
-
-
-def check_compiled(compiled: Any, sums: bool) -> None:
-    ptx = compiled.asm["ptx"]
-    assert not re.search(r"\b(red|atom)\.", ptx), "atomics"
-    assert ".f64" not in ptx, "a double slipped into the arithmetic"
-    # ptxas gives up two registers where it fits more programs by that.
-    assert spilled_bytes(compiled.asm["cubin"]) <= 8, "register spills"
-    if not sums:
-        assert "ld.global.v4.b32" in ptx, "narrow loads"
-        assert "st.global.v4.b32" in ptx, "narrow stores"
-
-
-def spilled_bytes(cubin: bytes) -> int:
-    """Stack and local bytes a thread of the kernel uses."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-
-
-if __name__ == "__main__":
-    compile_kernels(int(sys.argv[1]))

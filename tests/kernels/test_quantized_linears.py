@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels.formats import dequantize_matrix, quantize_matrix
 from fxopt.kernels.quantize import quantize, quantize_pair
+from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.quantized_linears import high_precision, quantized_linears
 from fxopt.kernels.scaled_matmul import multiply, native_capability, on_units, scaled_matmul
 from fxopt.recipes import RECIPES, Gemm, Operand, Recipe, gemm
@@ -57,7 +58,7 @@ class Case:
     def run(self, recipe: str | Recipe, call: Callable[..., Any] | None = None) -> list[Tensor]:
         """Outputs, then gradients of x, weights and bias."""
         key = recipe if isinstance(recipe, str) else recipe.key
-        outs = (call or quantized_linears)(self.x, self.weights, self.biases, key)
+        outs = (call or quantized_linears)(self.x, self.weights, self.biases, key, False)
         leaves = [self.x, *self.weights, self.biases[0]]
         return [o.detach() for o in outs] + list(torch.autograd.grad(outs, leaves, self.grads))
 
@@ -124,7 +125,7 @@ def test_signal_to_noise_of_every_recipe(name: str, floors: tuple[int, ...]) -> 
 def test_high_precision_is_the_plain_linear() -> None:
     case = Case()
 
-    def linears(x: Tensor, weights: Any, biases: Any, key: str) -> list[Tensor]:
+    def linears(x: Tensor, weights: Any, biases: Any, key: str, keeps_x: bool) -> list[Tensor]:
         return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
     with high_precision():
@@ -146,7 +147,7 @@ def test_what_is_kept_for_backward() -> None:
     for name, num_bytes in expected.items():
         case = Case(torch.bfloat16)
         with saving() as kept:
-            quantized_linears(case.x, case.weights, case.biases, name)
+            quantized_linears(case.x, case.weights, case.biases, name, False)
         parameters = {w.data_ptr() for w in case.weights}
         codes = [t for t in kept if t.data_ptr() not in parameters and t.dim() and t.numel() > 2000]
         assert sum(t.numel() * t.element_size() for t in codes) == pytest.approx(
@@ -158,26 +159,29 @@ def test_nothing_is_kept_for_frozen_weights() -> None:
     case = Case()
     frozen = [w.detach() for w in case.weights]
     with saving() as kept:
-        outs = quantized_linears(case.x, frozen, [None, None], "mxfp8")
+        outs = quantized_linears(case.x, frozen, [None, None], "mxfp8", False)
     assert all(t.numel() == 0 or any(t is w for w in frozen) for t in kept)
     (dx,) = torch.autograd.grad(outs, [case.x], case.grads)
     assert torch.equal(dx, case.run("mxfp8")[2])
 
 
 def test_the_input_is_quantized_once_and_gradients_once_each() -> None:
-    case, calls = Case(), []
+    case, calls, weights = Case(), [], []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             if func is quantize:
                 calls.append(tuple(args[0].shape))
+            if func in (quantize_rows, quantize_columns):
+                weights.append([tuple(w.shape) for w in args[0]])
             return func(*args, **(kwargs or {}))
 
     with Record():
         case.run("fp8_tensorwise")
     assert calls.count((*TOKENS, WIDTH)) == 1  # rows for the products, columns for the gradients
     assert calls.count((74, 96)) == calls.count((74, 48)) == 1
-    assert len(calls) == 1 + 2 + 2 + 2  # and each weight once forward, once backward
+    assert len(calls) == 1 + 2
+    assert weights == [[(96, WIDTH), (48, WIDTH)]] * 2  # all together, once each way
 
 
 def test_a_missing_gradient_and_strided_operands() -> None:
@@ -185,7 +189,7 @@ def test_a_missing_gradient_and_strided_operands() -> None:
     reference = case.run("fp8_rowwise")
     x = case.x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     weights = [w.detach().T.contiguous().T.requires_grad_() for w in case.weights]
-    outs = quantized_linears(x, weights, case.biases, "fp8_rowwise")
+    outs = quantized_linears(x, weights, case.biases, "fp8_rowwise", False)
     expanded = torch.ones(1, 1, 1).expand_as(outs[0])
     dx, dw, other = torch.autograd.grad(
         outs[0], [x, *weights], expanded, allow_unused=True, retain_graph=True
@@ -203,7 +207,7 @@ def test_few_tokens_and_none(name: str, num_tokens: int) -> None:
     for shape in ((1, num_tokens, 48), (0, num_tokens, 48)):
         x = torch.randn(shape, requires_grad=True)
         weight = torch.randn(32, 48, requires_grad=True)
-        (y,) = quantized_linears(x, [weight], [None], name)
+        (y,) = quantized_linears(x, [weight], [None], name, False)
         y.sum().backward()
         assert x.grad is not None and x.grad.shape == shape
         assert weight.grad is not None and weight.grad.isfinite().all()
@@ -280,9 +284,9 @@ OPERANDS = sorted({str(o) for r in RECIPES.values() for _, g in r.gemms for o in
 @pytest.mark.parametrize("shape", [(2, 37, 64), (5, 24), (0, 16)])
 def test_fakes_have_the_shapes_of_the_real(name: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    real = quantize(x, name, name, SEED)
+    real = quantize(x, name, name, SEED, True)
     with FakeTensorMode() as mode:
-        fake = quantize(mode.from_tensor(x), name, name, mode.from_tensor(SEED))
+        fake = quantize(mode.from_tensor(x), name, name, mode.from_tensor(SEED), True)
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.dtype) == (f.shape, f.dtype)
         assert r.stride() == f.stride() or not r.numel()
@@ -293,7 +297,7 @@ def test_opcheck() -> None:
     for name in ("e4m3/row/pow2", "e2m1/1x16/two_level"):
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(quantize, (x, name, None, None), test_utils=checks)
+        torch.library.opcheck(quantize, (x, name, None, None, True), test_utils=checks)
         a = quantize_pair(x, Operand.parse(name), None).rows
         args = (*a, *a, None, name, name, False, torch.float32)
         torch.library.opcheck(scaled_matmul, args, test_utils=checks)
@@ -303,7 +307,7 @@ def test_flops_are_those_of_the_product() -> None:
     case = Case()
     for name in ("mxfp8", "nvfp4"):
         with FlopCounterMode(display=False) as counter:
-            quantized_linears(case.x.detach(), case.weights[:1], [None], name)
+            quantized_linears(case.x.detach(), case.weights[:1], [None], name, False)
         padded = 64
         assert counter.get_total_flops() == 2 * 74 * 96 * padded
 

@@ -81,7 +81,8 @@ class Rewritten:
         call = partial(checkpoint, self, use_reentrant=False) if recomputed else self
 
         def draw(number: int) -> numerics.Draw:
-            drawn = inputs if number == 0 else _redrawn(inputs, number)
+            # Masks and tables stay.
+            drawn = inputs if number == 0 else numerics.redrawn(inputs, number, _requires_grad)
             called = _Called(self.module, self.module, drawn)
             exact = numerics.truth(copy.deepcopy(called).requires_grad_(), called.constants)
             called.context = context
@@ -96,17 +97,8 @@ class Rewritten:
         numerics.assert_as_accurate(*draw(0), again=draw)
 
 
-def _redrawn(inputs: Sequence[Any], seed: int) -> list[Any]:
-    """Other values for what is differentiable; masks and tables stay."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def flip(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            return value
-        signs = 2 * torch.randint(0, 2, value.shape, generator=generator) - 1
-        return (value.detach() * signs.to(value.dtype)).requires_grad_()
-
-    return [flip(value) for value in inputs]
+def _requires_grad(t: Tensor) -> bool:
+    return t.requires_grad
 
 
 class _Called(nn.Module):

@@ -40,12 +40,13 @@ def fused_layer(
     cos, sin = (t.unsqueeze(2) for t in position_embeddings)
     rotation = Rotation("half", cos, sin)
     linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-    (q, k, v), _ = Normed(layer.input_layernorm, x).into(*linears)
+    (q, k, v), x = Normed(layer.input_layernorm, x).into(*linears)
     norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     queries, keys = ([Section(t, n, rotation)] for t, n in zip((q, k), norms, strict=True))
     q, k = queries_keys(queries, keys, attn.head_dim)
     q, k, v = (t.transpose(1, 2) for t in (q, k, heads(v, attn.head_dim)))
-    (branch,) = project(attend(attn, q, k, v, attention_mask, passed_on), attn.o_proj)
+    attended = attend(attn, q, k, v, attention_mask, passed_on)
+    (branch,) = project(attended, attn.o_proj, keeps_x=True)
 
     parts = layer.mlp
     name = activation(parts.act_fn)

@@ -82,7 +82,7 @@ def single(
     shift, scale, gate = modulation(temb, block.norm.linear)[0].chunk(3, -1)
     mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out)
     linears = (block.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
-    (hidden, *qkv), _ = Normed(block.norm.norm, x, scale, shift).into(*linears)
+    (hidden, *qkv), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
     x = clip_half(gated_residual(x, gate, mlp([hidden], beside=attended)))

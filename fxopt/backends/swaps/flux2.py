@@ -71,7 +71,7 @@ def single(
     shift, scale, gate = split(temb_mod, 3)
     linear, width = attn.to_qkv_mlp_proj, attn.inner_dim
     sizes = [width, width, width, linear.out_features - 3 * width]
-    (*qkv, hidden), _ = Normed(block.norm, x, scale, shift).into(linear, sizes=sizes)
+    (*qkv, hidden), x = Normed(block.norm, x, scale, shift).into(linear, sizes=sizes)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
     mlp = Mlp((), "silu", "gate_up", attn.to_out)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.quantized import is_plain as is_plain
+from fxopt.kernels.quantized_composites import op_of
 from fxopt.recipes import Recipe
 
 ops = torch.ops.fxopt
@@ -96,7 +97,11 @@ class Normed(NamedTuple):
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
-        low = [m.weight.dtype for m in linears if quantized.quantizes(self.x, m)]
+        recipes = [quantized.quantizes(self.x, m) for m in linears]
+        if recipes[0] is not None and None not in recipes and n.kind != "none":
+            outs, h = self._into_low(n, linears, recipes[0])
+            return list(outs[0].split(sizes, -1)) if sizes else outs, h
+        low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
         if low or n.kind == "none" or not all(map(is_plain, linears)):
             dtype: Any = low[0] if low else None
             y, h = self.value(dtype)
@@ -108,6 +113,16 @@ class Normed(NamedTuple):
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, pieces(weights, sizes))
         return ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
+
+    def _into_low(
+        self, n: NormConstants, linears: Sequence[nn.Module], recipe: Recipe
+    ) -> tuple[list[Tensor], Tensor]:
+        """`into` for linears that all run by a recipe."""
+        self._fire(n)
+        fire_low("norm_modulate", len(linears), recipe)
+        settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
+        parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
+        return ops.norm_modulate_quantized_linears(*self._operands(n), *settings, *parameters)
 
     def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
         affine = (n.weight, n.bias, self.scale, self.shift)
@@ -121,6 +136,13 @@ class Normed(NamedTuple):
             fire("norm_modulate", "norm_modulate")
         elif n.kind == "rms":
             fire("rms_norm", "norm_modulate")
+
+
+def fire_low(op: str, num_linears: int, recipe: Recipe) -> None:
+    """Note that quantized linears run together with the op that makes their input."""
+    for _ in range(num_linears):
+        fire("quantized_linear", "scaled_matmul")
+    fire("merge_quantized", op_of(op, recipe))
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
@@ -145,12 +167,12 @@ def gated_residual(
     return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
 
 
-def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Several linears of one input, as one autograd node."""
+def project(x: Tensor, *linears: nn.Module, keeps_x: bool = False) -> list[Tensor]:
+    """Several linears of one input, as one autograd node; `keeps_x` as in `quantized.multiply`."""
     recipes = [quantized.quantizes(x, linear) for linear in linears]
     recipe = next(filter(None, recipes), None)
     if recipe is not None:
-        return _project_by(recipe, x, linears, [r is not None for r in recipes])
+        return _project_by(recipe, x, linears, [r is not None for r in recipes], keeps_x)
     if len(linears) == 1 or not all(map(is_plain, linears)):
         return [linear(x) for linear in linears]
     fire("merge_linears", "linears")
@@ -159,13 +181,17 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 def _project_by(
-    recipe: Recipe, x: Tensor, linears: Sequence[nn.Module], is_low: Sequence[bool]
+    recipe: Recipe,
+    x: Tensor,
+    linears: Sequence[nn.Module],
+    is_low: Sequence[bool],
+    keeps_x: bool,
 ) -> list[Tensor]:
     """Those of `linears` that are low in precision by `recipe`, the others as they are."""
     low = [m for m, yes in zip(linears, is_low, strict=True) if yes]
     for _ in low:
         fire("quantized_linear", "scaled_matmul")
-    products = iter(quantized.multiply(x, low, recipe))
+    products = iter(quantized.multiply(x, low, recipe, keeps_x=keeps_x))
     return [next(products) if yes else m(x) for m, yes in zip(linears, is_low, strict=True)]
 
 
@@ -194,13 +220,15 @@ class Mlp(NamedTuple):
         gate, up = (*hidden, None)[:2]
         assert gate is not None
         fire("gated_activation", "gated_activation")
-        low = quantized.quantizes(gate, self.out) is not None
-        if not low and is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
+        recipe = quantized.quantizes(gate, self.out)
+        if is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
+            operands = (gate, up, self.activation, self.packing, beside)
+            parameters = (self.out.weight, self.out.bias)
+            if recipe is not None:
+                fire_low("gated_activation", 1, recipe)
+                return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
             fire("merge_linears", "gated_activation")
-            weight, bias = self.out.weight, self.out.bias
-            return ops.gated_activation_linear(
-                gate, up, self.activation, self.packing, beside, weight, bias
-            )
+            return ops.gated_activation_linear(*operands, *parameters)
         y = ops.gated_activation(gate, up, self.activation, self.packing)
         if self.dropout is not None:
             y = self.dropout(y)

@@ -29,7 +29,7 @@ def fused_block(
     rotation = tables(image_rotary_emb, block.attn1.head_dim)
 
     attn = block.attn1
-    qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
     x = gated_residual(x, gate, attention(attn, qkv, rotation))
 
     attn = block.attn2

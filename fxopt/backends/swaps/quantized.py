@@ -114,8 +114,14 @@ def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear, is_swapped: bool)
 _pays = cache(lambda m, n, k, theta: bool(cost.fp8_pays(m, n, k, theta)))
 
 
-def multiply(x: Tensor, linears: list[nn.Module], recipe: Recipe) -> list[Tensor]:
-    """What `linears` make of `x`, quantized once for all."""
+def multiply(
+    x: Tensor, linears: list[nn.Module], recipe: Recipe, *, keeps_x: bool = False
+) -> list[Tensor]:
+    """What `linears` make of `x`, quantized once for all.
+
+    keeps_x: whether x itself is kept for backward, because what made it keeps it anyway.
+    """
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-    outs: list[Tensor] = torch.ops.fxopt.quantized_linears(x, weights, biases, recipe.key)
+    parameters = (weights, biases, recipe.key)
+    outs: list[Tensor] = torch.ops.fxopt.quantized_linears(x, *parameters, keeps_x)
     return outs

@@ -37,10 +37,9 @@ def joint_block(
         text_shift, text_scale, *of_text_branch = of_text.chunk(6, -1)
     qkv, qkv_text = image_and_text(attn)
     norm, norm_text = block.norm1.norm, block.norm1_context.norm
-    projections = (
-        Normed(norm, x, scale, shift).into(*qkv)[0],
-        Normed(norm_text, text, text_scale, text_shift).into(*qkv_text)[0],
-    )
+    projected, x = Normed(norm, x, scale, shift).into(*qkv)
+    projected_text, text = Normed(norm_text, text, text_scale, text_shift).into(*qkv_text)
+    projections = (projected, projected_text)
     parts = (
         Part((attn.norm_q, attn.norm_k)),
         Part((attn.norm_added_q, attn.norm_added_k)),

@@ -44,10 +44,11 @@ class Stream(NamedTuple):
     mlp: Mlp
     rotation: Rotation | None = None
 
-    def projected(self) -> list[Tensor]:
-        """Queries, keys and values [B, S, H * d]."""
+    def projected(self) -> tuple[list[Tensor], Stream]:
+        """Queries, keys and values [B, S, H * d], and the stream that goes on."""
         shift, scale = self.modulation[:2]
-        return Normed(self.norms[0], self.x, scale, shift).into(*self.qkv)[0]
+        qkv, x = Normed(self.norms[0], self.x, scale, shift).into(*self.qkv)
+        return qkv, self._replace(x=x)
 
     def finish(self, attended: Tensor) -> Tensor:
         """The stream behind the block, from its part of the attention's result [B, S, H * d]."""
@@ -75,7 +76,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
     """The text and the image stream behind the block; attention sees them in this order."""
-    attended = joint_attention([s.projected() for s in streams], streams, head_dim, attend)
+    projections, streams = zip(*(s.projected() for s in streams), strict=True)
+    attended = joint_attention(projections, streams, head_dim, attend)
     pairs = list(zip(streams, attended, strict=True))
     # Image first, as the blocks do it: dropouts draw random numbers in their order.
     return [stream.finish(part) for stream, part in reversed(pairs)][::-1]
@@ -122,11 +124,11 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
 
 
 def through(modules: Iterable[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """Call several modules one after the other: diffusers' `to_out`."""
+    """Call several modules on attention's result, one after the other: diffusers' `to_out`."""
 
     def call(x: Tensor) -> Tensor:
-        for module in modules:
-            (x,) = project(x, module)
+        for i, module in enumerate(modules):
+            (x,) = project(x, module, keeps_x=i == 0)  # attention keeps its result
         return x
 
     return call

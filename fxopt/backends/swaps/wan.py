@@ -43,7 +43,7 @@ def fused_block(
     )
 
     attn = block.attn1
-    qkv, _ = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
     branch = attention(attn, qkv, tables(rotary_emb))
 
     attn = block.attn2

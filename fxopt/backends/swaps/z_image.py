@@ -28,7 +28,7 @@ def fused_block(
         gate, gate_mlp = gate.tanh(), gate_mlp.tanh()
     mask = attn_mask[:, None, None] if attn_mask is not None and attn_mask.dim() == 2 else attn_mask
 
-    qkv, _ = Normed(block.attention_norm1, x, scale).into(attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.attention_norm1, x, scale).into(attn.to_q, attn.to_k, attn.to_v)
     part = Part((attn.norm_q, attn.norm_k), of_complex(freqs_cis))
     head_dim = qkv[0].shape[-1] // attn.heads
     (attended,) = joint_attention([qkv], [part], head_dim, dispatch(attn, mask))
@@ -37,7 +37,7 @@ def fused_block(
     x, _ = Normed(block.attention_norm2, branch, gate, x, scale_offset=0.0).value()
 
     mlp = Mlp((ff.w1, ff.w3), "silu", "none", ff.w2)
-    hidden, _ = Normed(block.ffn_norm1, x, scale_mlp).into(*mlp.inputs)
+    hidden, x = Normed(block.ffn_norm1, x, scale_mlp).into(*mlp.inputs)
     x, _ = Normed(block.ffn_norm2, mlp(hidden), gate_mlp, x, scale_offset=0.0).value()
     return x
 

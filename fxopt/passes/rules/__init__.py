@@ -8,6 +8,7 @@ from fxopt.passes.rules import (
     gated_activation,
     merge_linears,
     merge_qk,
+    merge_quantized,
     merge_streams,
     norm_modulate,
     qk_norm_rope,
@@ -25,6 +26,7 @@ CATALOGUE: tuple[Rule, ...] = (
     quantized_linear.RULE,  # before rules that make linears anew, at the place of another module
     merge_qk.RULE,
     fuse_bias.RULE,
+    merge_quantized.RULE,
     merge_linears.RULE,
-    merge_streams.RULE,
+    merge_streams.RULE,  # last: its `finish` sees the nodes of all norms
 )

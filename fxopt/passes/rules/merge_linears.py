@@ -30,7 +30,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
         return
     others = [u for u in shared.users if u not in group]
-    producer = _norm_operands(shared)
+    producer = norm_operands(shared)
     if producer is not None and not others:
         yield _bind_norm(shared, producer, group)
         return
@@ -46,7 +46,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         yield _bind_linears(shared, group)
 
 
-def _norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
+def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate that makes `y`, if one does or could."""
     if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):
         return y.args[0].args
@@ -133,7 +133,8 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
     return Binding(group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries)
 
 
-def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
+def activation_operands(shared: fx.Node) -> tuple[Any, Any] | None:
+    """The gated_activation that makes `shared`, and what is joined before it, if one does."""
     activation, beside = shared, None
     if ir.is_call(shared, aten.cat.default) and len(shared.args[0]) == 2:
         dim = ir.arguments(shared)["dim"] % len(ir.shape(shared))
@@ -142,9 +143,17 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
         beside, activation = shared.args[0]
     if not ir.is_call(activation, gated_activation) or len(activation.users) != 1:
         return None
-    gate, up, name, packing = activation.args
     if beside is not None and ir.dtype(beside) != ir.dtype(activation):
         return None
+    return activation, beside
+
+
+def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
+    found = activation_operands(shared)
+    if found is None:
+        return None
+    activation, beside = found
+    gate, up, name, packing = activation.args
     (weight,), (bias,) = _parameters([linear])
     listed = (gate, up, beside, weight, bias)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))

@@ -25,6 +25,7 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears_streams,
 )
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
+from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
@@ -177,9 +178,9 @@ def _binding(
 def share_residual(graph: fx.Graph) -> None:
     """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
     for node in list(graph.nodes):
-        if not ir.is_call(node, norm_modulate_linears, norm_modulate_linears_streams):
+        if not ir.is_call(node, *NODES_OF_NORMS):
             continue
-        is_one = ir.is_call(node, norm_modulate_linears)
+        is_one = not ir.is_call(node, norm_modulate_linears_streams)
         xs, residuals = ([a] if is_one else a for a in node.args[:2])
         for i, (x, residual) in enumerate(zip(xs, residuals, strict=True)):
             readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
@@ -194,7 +195,12 @@ def share_residual(graph: fx.Graph) -> None:
                     reader.replace_input_with(x, h)
 
 
-FUSED_NORMS = (norm_modulate, norm_modulate_linears, norm_modulate_linears_streams)
+NODES_OF_NORMS = (
+    norm_modulate_linears,
+    norm_modulate_linears_streams,
+    norm_modulate_quantized_linears,
+)
+FUSED_NORMS = (norm_modulate, *NODES_OF_NORMS)
 
 RULE = Rule(
     name="merge_streams",

@@ -158,12 +158,15 @@ def _items(path: str) -> list[str]:
 def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
     named = [ir.arguments(n) for n in group]
     weights, biases = [a["weight"] for a in named], [a["bias"] for a in named]
+    is_attended = _is_attended(x)
+    if is_attended and ir.is_call(x, aten.contiguous.default) and set(x.users) <= set(group):
+        x = x.args[0]
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         w, b = [given[w] for w in weights], [given[b] for b in biases]
-        outs = call(quantized_linears, given[x], w, b, recipe.key)
+        outs = call(quantized_linears, given[x], w, b, recipe.key, is_attended)
         return tuple(call(operator.getitem, outs, i) for i in range(len(group)))
 
     # The same products in another format: there is no other meaning that a proof could find.
@@ -176,6 +179,13 @@ def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
         regroups=True,
         count=len(group),
     )
+
+
+def _is_attended(x: fx.Node) -> bool:
+    """Whether `x` is in the memory of an attention's result, which attention keeps for backward."""
+    while ir.is_call(x, aten.contiguous.default, *ir.VIEWS):
+        x = x.args[0]
+    return ir.is_call(x, ir.SDPA)
 
 
 def _nothing(anchor: fx.Node) -> Iterator[Binding | Reason]:

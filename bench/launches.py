@@ -1,0 +1,232 @@
+"""The launches of every Triton kernel: what `bench.static` compiles and the tests count.
+
+A case is one way in which the blocks of the presets call an op. It runs the op's Triton provider
+forward and backward, so that the provider itself says how its kernels are launched. Under
+`torch.device("meta")` nothing but the launches happens; `recorded` keeps them.
+
+Shapes: B batch, S tokens, D features (the width of a case), H heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+BF16, FP32 = torch.bfloat16, torch.float32
+EPS = 1e-6
+HEAD_DIM = 128
+NUM_TEXT = 5  # tokens of a first section; odd, as a row count must not matter
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of an op.
+
+    Args:
+        name: op and variant.
+        run: calls the Triton provider for a batch, a number of tokens and a width.
+        widths: at which it is compiled.
+        capability: the least that has the instructions.
+    """
+
+    name: str
+    run: Callable[[int, int, int], None]
+    widths: tuple[int, ...]
+    capability: int = 80
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def norm_modulate(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    operands: str,
+    norm: str = "layer",
+    dtype: torch.dtype = BF16,
+    per_token: str = "",
+    num_streams: int = 1,
+) -> None:
+    """`operands` are the names of those that are there; gate, scale and shift are in `dtype`.
+
+    Every stream has a token more than the one before it.
+    """
+    from fxopt.kernels import triton_norm_modulate as provider
+
+    def operand(name: str, num_tokens: int) -> Tensor | None:
+        if name not in operands.split():
+            return None
+        if name in ("weight", "bias", "x_bias"):
+            return randn(width)
+        if name == "residual":
+            return randn(batch, num_tokens, width)
+        rows = num_tokens if name in per_token.split() else 1
+        return randn(batch, rows, width, dtype=dtype)
+
+    names = ("residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
+    forwards, backwards = [], []
+    for num in range(num_tokens, num_tokens + num_streams):
+        x, residual, *affine = randn(batch, num, width), *(operand(name, num) for name in names)
+        forwards.append((x, residual, *affine, norm, EPS, 0.0, 1.0, BF16, BF16))
+    for call, (_, h, mean, rstd) in zip(forwards, provider.forward_of(forwards), strict=True):
+        x, residual, *affine = call[:8]
+        grad_y = torch.randn_like(x) if norm != "none" else None
+        grad_h = None if residual is None else torch.randn_like(x)
+        needs = [t is not None for t in call[:8]]
+        saved = x if residual is None else h, x, *affine, mean, rstd
+        constants = norm, 0.0, 1.0, BF16, needs, norm != "none"
+        backwards.append((grad_y, grad_h, *saved, *constants))
+    provider.backward_of(backwards)
+
+
+def qk_norm_rope(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    norm: str = "rms",
+    rotation: str = "interleaved",
+    tables: str = "full",
+    across_heads: bool = False,
+    joint: bool = False,
+    biased: bool = False,
+    merged: bool = False,
+) -> None:
+    """Queries and keys of width / HEAD_DIM heads.
+
+    Args:
+        tables: "full", or "complex" for the two parts of [S, d/2] complex numbers.
+        joint: a section of text and one of image for each.
+        biased: x_bias is there.
+        merged: x is a view of one projection to q, k and v.
+    """
+    from fxopt.kernels import triton_qk_norm_rope as provider
+
+    num_heads = width // HEAD_DIM
+    lengths = [NUM_TEXT, num_tokens] if joint else [num_tokens]
+
+    def make_x(length: int) -> Tensor:
+        if merged:
+            return randn(batch, length, 3, num_heads, HEAD_DIM)[:, :, 1]
+        return randn(batch, length, num_heads, HEAD_DIM)
+
+    def make_tables(length: int) -> tuple[Tensor | None, ...]:
+        if rotation == "none":
+            return None, None
+        if tables == "complex":
+            return randn(1, length, 1, HEAD_DIM // 2, 2, dtype=FP32).unbind(-1)
+        cos_sin = randn(2, 1, length, 1, HEAD_DIM, dtype=FP32)
+        return cos_sin.unbind(0)
+
+    x = [make_x(length) for _ in range(2) for length in lengths]
+    num_sections = len(x)
+    size = width if across_heads else HEAD_DIM
+    x_bias = [randn(width) if biased else None for _ in x]
+    weight = [randn(size) if norm != "none" else None for _ in x]
+    cos, sin = zip(*[make_tables(length) for length in lengths] * 2, strict=True)
+    fields = (x, x_bias, weight, [None] * num_sections, cos, sin)
+    settings = (
+        [len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads, rotation, BF16,
+    )  # fmt: skip
+    *outs, mean, rstd = provider.forward(*fields, *settings)
+    needs = [t is not None for field in fields[:4] for t in field]
+    grads = [randn(*out.shape) for out in outs]
+    provider.backward(grads, *fields, mean, rstd, *settings, needs)
+
+
+def gated_activation(
+    batch: int, num_tokens: int, width: int, activation: str, form: str = "none"
+) -> None:
+    """`form`: "none", "up" for a second tensor, a packing, or "streams" for two calls in one."""
+    from fxopt.kernels.gated_activation import triton_backward_of, triton_forward_of
+
+    is_packed = form == "gate_up"
+    calls, grads = [], []
+    for num in (num_tokens, num_tokens + 1) if form == "streams" else (num_tokens,):
+        gate = randn(batch, num, 2 * width if is_packed else width)
+        up = randn(batch, num, width) if form == "up" else None
+        calls.append((gate, up, activation, "gate_up" if is_packed else "none"))
+        grads.append(randn(batch, num, width))
+    triton_forward_of(calls)
+    triton_backward_of([(grad, *call, True) for grad, call in zip(grads, calls, strict=True)])
+
+
+def quantize(
+    batch: int, num_tokens: int, width: int, rows: str | None, columns: str | None
+) -> None:
+    from fxopt.kernels import quantize as provider
+
+    provider.triton(randn(batch, num_tokens, width), rows, columns, None, False)
+
+
+def _cases() -> Iterator[Case]:
+    all_widths, wide = (1536, 3072, 5120), (3072, 5120)
+    modulated = "residual gate scale shift"
+    for variant, widths, options in (
+        ("scale shift", all_widths, {}),
+        (modulated, all_widths, {}),
+        (f"{modulated} x_bias", (*all_widths, 6144), {}),  # the widest that `fuse_bias` makes
+        ("residual scale shift x_bias", wide, {"dtype": FP32}),
+        ("residual gate weight bias", all_widths, {"dtype": FP32}),
+        (modulated, (3072,), {"per_token": "gate scale shift"}),
+        (f"{modulated} x_bias", (3072,), {"num_streams": 2}),
+        ("residual gate x_bias", wide, {"norm": "none"}),
+        ("weight scale", wide, {"norm": "rms"}),
+        ("weight scale shift", (3072,), {"norm": "rms", "per_token": "shift"}),
+        ("residual weight", wide, {"norm": "rms"}),
+    ):
+        name = " ".join(["norm_modulate", options.get("norm", "layer"), variant])
+        name += ", fp32 operands" if "dtype" in options else ""
+        name += f", {options['per_token']} per token" if "per_token" in options else ""
+        name += ", two streams" if "num_streams" in options else ""
+        yield Case(name, partial(norm_modulate, operands=variant, **options), widths)
+    for variant, widths, options in (
+        ("joint, x_bias", (3072,), {"joint": True, "biased": True}),
+        ("views of one projection", wide, {"merged": True}),
+        ("complex tables", wide, {"tables": "complex"}),
+        ("joint, no rotation", (3072,), {"joint": True, "rotation": "none"}),
+        (
+            "across heads, complex tables, x_bias",
+            (1536, 5120),
+            {"across_heads": True, "tables": "complex", "biased": True},
+        ),
+        ("across heads, no rotation", (5120,), {"across_heads": True, "rotation": "none"}),
+        ("layer norm", (3072,), {"norm": "layer"}),
+        ("half", wide, {"rotation": "half"}),
+        ("no norm, half", (3072,), {"norm": "none", "rotation": "half"}),
+    ):
+        yield Case(f"qk_norm_rope {variant}", partial(qk_norm_rope, **options), widths)
+    for activation, form in (
+        ("gelu_tanh", "none"), ("gelu_erf", "none"), ("sigmoid", "none"), ("relu", "none"),
+        ("silu", "up"), ("silu", "gate_up"), ("gelu_tanh", "gate_up"), ("gelu_tanh", "streams"),
+    ):  # fmt: skip
+        name = f"gated_activation {activation}" + (f" {form}" if form != "none" else "")
+        run = partial(gated_activation, activation=activation, form=form)
+        yield Case(name, run, (12288,))
+    for rows, columns in (
+        ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
+        ("e5m2/row/fp32", "e5m2/row/fp32"),
+        ("e4m3/row/pow2", "e4m3/row/pow2"),
+        ("e4m3/row/fp32", None),
+        (None, "e4m3/tensor/pow2"),
+    ):
+        run = partial(quantize, rows=rows, columns=columns)
+        yield Case(f"quantize {rows} {columns}", run, (3072,), capability=89)
+
+
+CASES = tuple(_cases())
+
+
+@contextlib.contextmanager
+def recorded(launch: Callable[..., Any], kernel_type: type) -> Iterator[None]:
+    """Have `launch(kernel, *args, grid, warmup, **options)` in place of launches."""
+    with mock.patch.object(kernel_type, "run", launch):
+        yield

@@ -1,0 +1,272 @@
+"""norm_modulate and gated_activation whose result is FP8 codes: the 16-bit tensor is never written.
+
+The result is rounded to the model's dtype and then quantized, so that codes and scales are, bit for
+bit, those of `fxopt::quantize` on the result. A forward writes the copy that the products read, and
+what the transposed copy's scales are taken from; the backward makes that copy from what the
+producer keeps anyway.
+
+For operands with one scale for a tensor or a row (`quantize.covers`).
+
+Shapes: K features, M tokens (all leading dims).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels import gated_activation, native_norm_modulate, quantize
+from fxopt.kernels.registration import register
+from fxopt.recipes import Operand
+
+NORM_ARGUMENTS = (
+    "Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, "
+    "Tensor? shift, Tensor? x_bias, str norm, float eps, float weight_offset, float scale_offset, "
+    "ScalarType h_dtype, ScalarType dtype"
+)
+
+
+def amax_for(y: Tensor, columns: str | None) -> Tensor:
+    """What scales of the transposed copy come from: fp32 [1] or [K], NaN if not finite; or empty.
+
+    Args:
+        y: [..., K].
+        columns: the operand of the transposed copy, or None.
+    """
+    if columns is None:
+        return y.new_empty(0, dtype=torch.float32)
+    y_MK = y.reshape(-1, y.shape[-1]).float()
+    per_column = Operand.parse(columns).block == "row"
+    if not y.numel():
+        return y_MK.new_zeros(y.shape[-1] if per_column else 1)
+    amax = y_MK.abs().amax(0 if per_column else (0, 1)).reshape(-1)
+    return amax.masked_fill(~amax.isfinite(), float("nan"))
+
+
+def fake_amax(x: Tensor, num_features: int, columns: str | None) -> Tensor:
+    size = 0
+    if columns is not None:
+        size = num_features if Operand.parse(columns).block == "row" else 1
+    return x.new_empty(size, dtype=torch.float32)
+
+
+def native_norm(*args: Any) -> tuple[Tensor, ...]:
+    """Codes [M, K padded], scales [M or 1, 1] and amax_t of the y that `norm_modulate` makes.
+
+    Args:
+        args: those of `fxopt::norm_modulate`, then rows and columns: how y is quantized for the
+            products (as `Operand` is written), and its transpose for weights' gradients or None.
+
+    Returns codes, scales, amax_t (see `amax_for`), and h, mean, rstd as norm_modulate does.
+    """
+    *operands, rows, columns = args
+    y, h, mean, rstd = native_norm_modulate.forward(*operands)
+    codes, scales = quantize.native(y, rows, None, None, False)[:2]
+    return codes, scales, amax_for(y, columns), h, mean, rstd
+
+
+def native_norm_columns(
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    scale_offset: float,
+    dtype: torch.dtype,
+    columns: str,
+    amax_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
+
+    Args:
+        h: the norm's input, the x where there was no residual; the others as they were.
+        mean, rstd, amax_t: as the forward returned them.
+    """
+    affine, settings = (weight, bias, scale, shift), (norm, eps, weight_offset, scale_offset)
+    y = native_norm_modulate.forward(h, None, None, *affine, None, *settings, h.dtype, dtype)[0]
+    return quantize.native(y, None, columns, None, False)[3:5]
+
+
+def native_activation(
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    rows: str,
+    columns: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [M, K padded], scales [M or 1, 1] and amax_t of y = [beside | act(gate) * up].
+
+    Args:
+        gate, up, activation, packing: those of `fxopt::gated_activation`.
+        beside: [..., K - F], what a linear takes beside F features of the activation, or None.
+        rows, columns: as in `native_norm`.
+    """
+    y = _joined(gate, up, beside, activation, packing)
+    return *quantize.native(y, rows, None, None, False)[:2], amax_for(y, columns)
+
+
+def native_activation_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    columns: str,
+    amax_t: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate and up (empty without one), as `gated_activation_backward` makes them, and
+    the transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
+
+    Args:
+        grad: [..., F], of the activation; the others as they were.
+        amax_t: as the forward returned it.
+    """
+    dgate, dup, y = gated_activation.native_backward(grad, gate, up, activation, packing, True)
+    y = y if beside is None else torch.cat([beside, y], -1)
+    return dgate, dup, *quantize.native(y, None, columns, None, False)[3:5]
+
+
+def _joined(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, activation: str, packing: str
+) -> Tensor:
+    y = gated_activation.native(gate, up, activation, packing)
+    return y if beside is None else torch.cat([beside, y], -1)
+
+
+def _fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    norm, (h_dtype, dtype, rows, columns) = args[6], args[10:]
+    _, h, mean, rstd = native_norm_modulate.outputs(x, residual, norm, h_dtype, dtype)
+    num_features = x.shape[-1]
+    codes, scales, _ = quantize.fake_matrix(x, x.numel() // num_features, num_features, rows)
+    return codes, scales, fake_amax(x, num_features, columns), h, mean, rstd
+
+
+def _fake_norm_columns(h: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    num_features = h.shape[-1]
+    codes, scales, _ = quantize.fake_matrix(h, num_features, h.numel() // num_features, args[-2])
+    return codes, scales
+
+
+def _size(gate: Tensor, beside: Tensor | None, packing: str) -> tuple[int, int]:
+    """M and K of [beside | activation]."""
+    width = gate.shape[-1] // (1 if packing == "none" else 2)
+    num_tokens = gate.numel() // gate.shape[-1]
+    return num_tokens, width if beside is None else width + beside.shape[-1]
+
+
+def _fake_activation(
+    gate: Tensor, up: Any, beside: Any, name: str, packing: str, rows: str, columns: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_features = _size(gate, beside, packing)
+    codes, scales, _ = quantize.fake_matrix(gate, num_tokens, num_features, rows)
+    return codes, scales, fake_amax(gate, num_features, columns)
+
+
+def _fake_activation_backward(
+    grad: Tensor, gate: Tensor, up: Any, beside: Any, name: str, packing: str, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_features = _size(gate, beside, packing)
+    codes, scales, _ = quantize.fake_matrix(gate, num_features, num_tokens, args[0])
+    return *_activation_gradients(gate, up), codes, scales
+
+
+def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+
+
+def triton_norm(*args: Any) -> tuple[Tensor, ...]:
+    from fxopt.kernels import triton_norm_modulate_quantize as kernels
+
+    in_fp64 = native_norm_modulate.opmath_of(args[0], *args[12:14]) == torch.float64
+    return native_norm(*args) if in_fp64 or not args[0].numel() else kernels.forward(*args)
+
+
+def triton_norm_columns(*args: Any) -> tuple[Tensor, Tensor]:
+    from fxopt.kernels import triton_norm_modulate_quantize as kernels
+
+    h, rstd = args[0], args[6]
+    in_fp64 = rstd.dtype == torch.float64
+    return native_norm_columns(*args) if in_fp64 or not h.numel() else kernels.columns(*args)
+
+
+def triton_activation(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fxopt.kernels import triton_gated_activation_quantize as kernels
+
+    unfit = gate.dtype == torch.float64 or not gate.numel()
+    return native_activation(gate, *args) if unfit else kernels.forward(gate, *args)
+
+
+def triton_activation_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    from fxopt.kernels import triton_gated_activation_quantize as kernels
+
+    if gate.dtype == torch.float64 or not gate.numel():
+        return native_activation_backward(grad, gate, up, *args)
+    dgate, dup = _activation_gradients(gate, up)
+    copy = kernels.backward((dgate, None if up is None else dup), grad, gate, up, *args)
+    return dgate, dup, *copy
+
+
+def _is_of_tensor(operand: str | None) -> bool:
+    return operand is not None and Operand.parse(operand).block == "tensor"
+
+
+def _norm_launches(*args: Any) -> int:
+    """Rows are cast where they are normed, unless they share one scale; else the magnitudes for
+    the transposed copy, which programs leave in parts, take a reduction."""
+    rows, columns = args[-2:]
+    return 2 if _is_of_tensor(rows) or columns is not None else 1
+
+
+def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
+    """What is normed, where its cast waits for the scale."""
+    x, residual, h = args[0], args[1], out[3]
+    return [x if residual is None else h] if _is_of_tensor(args[-2]) else []
+
+
+norm_modulate_quantize = register(
+    f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns) -> "
+    "(Tensor codes, Tensor scales, Tensor amax_t, Tensor h, Tensor mean, Tensor rstd)",
+    native=native_norm,
+    fake=_fake_norm,
+    triton=triton_norm,
+    launches=_norm_launches,
+    rereads=_norm_rereads,
+)
+norm_modulate_quantize_columns = register(
+    "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
+    "Tensor? shift, Tensor mean, Tensor rstd, str norm, float eps, float weight_offset, "
+    "float scale_offset, ScalarType dtype, str columns, Tensor amax_t) "
+    "-> (Tensor codes_t, Tensor scales_t)",
+    native=native_norm_columns,
+    fake=_fake_norm_columns,
+    triton=triton_norm_columns,
+)
+gated_activation_quantize = register(
+    "gated_activation_quantize(Tensor gate, Tensor? up, Tensor? beside, str activation, "
+    "str packing, str rows, str? columns) -> (Tensor codes, Tensor scales, Tensor amax_t)",
+    native=native_activation,
+    fake=_fake_activation,
+    triton=triton_activation,
+    launches=lambda *_: 2,
+    rereads=lambda args, _: [t for t in args[:3] if t is not None],
+)
+gated_activation_quantize_backward = register(
+    "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
+    "str activation, str packing, str columns, Tensor amax_t) "
+    "-> (Tensor dgate, Tensor dup, Tensor codes_t, Tensor scales_t)",
+    native=native_activation_backward,
+    fake=_fake_activation_backward,
+    triton=triton_activation_backward,
+)

@@ -1,0 +1,188 @@
+"""Triton provider of `fxopt::gated_activation_quantize` and of its backward.
+
+The activation, and what the linear takes beside it, is made tile by tile where it is measured, and
+again where it is cast. The backward casts the transposed copy in the pass that makes gradients.
+
+Shapes: M tokens, K features, of which the last F are the activation's.
+"""
+
+# Kernel parameters have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels.gated_activation import halves
+from fxopt.kernels.triton_gated_activation import value_and_gradient
+from fxopt.kernels.triton_quantize_kernels import (
+    load_tile,
+    store_amax,
+    store_codes,
+    tile_indices,
+)
+from fxopt.recipes import Operand
+
+
+@triton.jit
+def activation_tile(
+    gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
+
+    gate, up and beside are (pointer, row stride, column stride); beside has `width` columns.
+    """
+    inner = tl.where(c >= width, c - width, num_columns)
+    x = load_tile(gate[0], gate[1], gate[2], r, inner, num_rows, num_columns - width)
+    value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
+    if up[0] is not None:
+        value *= load_tile(up[0], up[1], up[2], r, inner, num_rows, num_columns - width)
+    inside = (r < num_rows)[:, None] & (inner < num_columns - width)[None, :]
+    value = tl.where(inside, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
+    if beside[0] is not None:
+        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
+        value = tl.where((c < width)[None, :], other, value)
+    return value
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def amax_kernel(
+    gate, up, beside, width, num_rows, num_columns, row_amax, column_amax, tile_amax,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`store_amax` of [beside | activation]."""
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    value = activation_tile(gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION)
+    store_amax(value, r, c, num_rows, num_columns, row_amax, column_amax, tile_amax, None)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_row_partials", "num_column_partials", "num_tiles"])
+def cast_kernel(
+    gate, up, beside, width,
+    num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+    padded_rows, padded_columns,
+    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
+    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`store_codes` of [beside | activation]."""
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    value = activation_tile(gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION)
+    store_codes(
+        value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+        padded_rows, padded_columns,
+        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_tile(t, r, c, mask, value):
+    """Store to a matrix (pointer, row stride, column stride)."""
+    pointers = t[0] + r[:, None] * t[1] + c[None, :] * t[2]
+    tl.store(pointers, value.to(t[0].dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def backward_kernel(
+    grad, gate, up, beside, dgate, dup, width,
+    num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+    padded_rows, padded_columns,
+    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
+    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
+
+    Matrices are (pointer, row stride, column stride); all but beside belong to the activation.
+    """
+    r, c = tile_indices(BLOCK_R, BLOCK_C)
+    num_features = num_columns - width
+    f = tl.where(c >= width, c - width, num_features)
+    mask = (r < num_rows)[:, None] & (f < num_features)[None, :]
+    dy = load_tile(grad[0], grad[1], grad[2], r, f, num_rows, num_features)
+    x = load_tile(gate[0], gate[1], gate[2], r, f, num_rows, num_features)
+    if up[0] is None:
+        value, dx = value_and_gradient(dy, x, ACTIVATION)
+    else:
+        u = load_tile(up[0], up[1], up[2], r, f, num_rows, num_features)
+        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
+        store_tile(dup, r, f, mask, dy * value)
+        value *= u
+    store_tile(dgate, r, f, mask, dx)
+    value = tl.where(mask, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
+    if beside[0] is not None:
+        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
+        value = tl.where((c < width)[None, :], other, value)
+    store_codes(
+        value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
+        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
+        padded_rows, padded_columns,
+        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
+    )  # fmt: skip
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    rows: str,
+    columns: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and amax_t; gate is not empty and not fp64."""
+    by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
+    matrix = _matrix(gate, up, beside, activation, packing)
+    amax = launch.measure(amax_kernel, matrix, by_row, by_column)
+    amax_t = launch.amax_for(matrix, by_column)
+    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, amax_t)[0]
+    return copy.codes, copy.scales, launch.present(amax_t, gate)
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    activation: str,
+    packing: str,
+    columns: str,
+    amax_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write `grads`, dgate and dup; codes and scales of the transposed copy, in the same pass."""
+    by_column = Operand.parse(columns)
+    matrix = _matrix(gate, up, beside, activation, packing)
+    dgate, dup = halves(*grads, packing)
+    *given, width = matrix.arguments
+    arguments = (_strided(grad), *given, _strided(dgate), _strided(dup), width)
+    amax = launch.Amax.known(by_column, amax_t)
+    matrix = matrix._replace(arguments=arguments)
+    copy = launch.cast(backward_kernel, matrix, amax, None, by_column)[1]
+    return copy.codes, copy.scales
+
+
+def _matrix(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, activation: str, packing: str
+) -> launch.Matrix:
+    gate, up = halves(gate, up, packing)
+    width = 0 if beside is None else beside.shape[-1]
+    num_features = gate.shape[-1]
+    arguments = (*(_strided(t) for t in (gate, up, beside)), width)
+    constants = {"ACTIVATION": activation}
+    num_tokens = gate.numel() // num_features
+    return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)
+
+
+def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A tensor as [M, K]: its pointer and strides."""
+    if t is None:
+        return None, 0, 0
+    t_MK = t.reshape(-1, t.shape[-1])
+    return t_MK, t_MK.stride(0), t_MK.stride(1)

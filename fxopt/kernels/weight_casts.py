@@ -1,0 +1,126 @@
+"""Weights as operands: cast where they are used, or once for all micro-batches of a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxopt.kernels.formats import Quantized
+from fxopt.kernels.quantize import Pair, covers, quantize_pair
+from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.recipes import Recipe
+
+
+class _Entry(NamedTuple):
+    weight: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    pair: Pair
+
+
+class WeightCasts:
+    """Both copies of the weights met so far, for the products of forward and backward."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[int, str, str], _Entry] = {}
+
+    def forget(self, *_: object) -> None:
+        """Cast again what comes: an optimizer has stepped, and wrote as it likes."""
+        self._entries.clear()
+
+    def of(self, weight: Tensor, recipe: Recipe) -> Pair | None:
+        """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
+        traced = get_proxy_mode() is not None or is_traceable_wrapper_subclass(weight)
+        if traced or recipe.fprop is None or recipe.dgrad is None:
+            return None
+        rows, columns = recipe.fprop.b, recipe.dgrad.b
+        key = id(weight), str(rows), str(columns)
+        state = weight._version, weight.untyped_storage()._cdata, weight.storage_offset()
+        entry = self._entries.get(key)
+        if entry is None or entry.weight() is not weight or entry.state != state:
+            pair = quantize_pair(weight.detach(), rows, columns)
+            entry = self._entries[key] = _Entry(weakref.ref(weight), state, pair)
+        return entry.pair
+
+
+_active: ContextVar[WeightCasts | None] = ContextVar("active", default=None)
+
+
+@contextmanager
+def cast_weights_once() -> Iterator[None]:
+    """Cast each weight once, for the forward and backward of all micro-batches inside.
+
+        with fxopt.cast_weights_once():
+            for batch in micro_batches:
+                loss(model, batch).backward()
+        optimizer.step()
+
+    A weight is cast again if PyTorch has recorded a write to it, or after a step of any optimizer.
+    Other writes through `.data`, or by a kernel that PyTorch knows nothing of, leave no record:
+    keep them outside. The copies take two bytes per element (FP8) until the end; where FSDP frees
+    the gathered weights after use, that is memory it meant to save. Graphs of a compiler cast
+    where they stand.
+    """
+    casts = WeightCasts()
+    token, hook = _active.set(casts), register_optimizer_step_post_hook(casts.forget)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _active.reset(token)
+
+
+class Copies(NamedTuple):
+    """Of several weights: what fprop reads, and for dgrad the transposed copies or amax_t.
+
+    columns: where they were made already, else empty.
+    amax_t: what the transposed copies' scales come from, where they are to be made by it.
+    """
+
+    rows: list[Quantized]
+    columns: list[Quantized]
+    amax_t: list[Tensor]
+
+
+def for_products(weights: Sequence[Tensor], recipe: Recipe, comes_back: bool) -> Copies:
+    """Cast the weights of linears on one input.
+
+    Args:
+        recipe: one with an fprop.
+        comes_back: whether dgrad will want the transposed copies.
+    """
+    assert recipe.fprop is not None
+    rows = recipe.fprop.b
+    columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
+    casts = _active.get()
+    pairs = [] if casts is None else [casts.of(w, recipe) for w in weights]
+    known = [pair for pair in pairs if pair is not None]
+    if known and len(known) == len(weights):
+        return Copies([p.rows for p in known], [p.columns for p in known], [])
+    if not covers(rows) or not covers(columns):
+        return Copies([quantize_pair(w, rows, None).rows for w in weights], [], [])
+    formats = str(rows), None if columns is None else str(columns)
+    codes, scales, amax_t = quantize_rows(list(weights), *formats)
+    return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
+
+
+def for_gradients(
+    weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe
+) -> list[Quantized]:
+    """The transposed copies, which dgrad reads; `recipe` has one."""
+    assert recipe.dgrad is not None
+    columns = recipe.dgrad.b
+    if not amax_t:
+        return [quantize_pair(w, None, columns).columns for w in weights]
+    return _joined(*quantize_columns(list(weights), str(columns), list(amax_t)))
+
+
+def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:
+    return [Quantized(c, s, s.new_empty(0)) for c, s in zip(codes, scales, strict=True)]

@@ -1,0 +1,118 @@
+"""Quantized linears become one autograd node with the op that makes their input.
+
+The op then writes codes, and neither its result nor the codes are kept for backward. As for
+`merge_linears`, a compiler does without.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.kernels.quantized_composites import (
+    gated_activation_quantized_linear,
+    norm_modulate_quantized_linears,
+    op_of,
+)
+from fxopt.kernels.quantized_linears import quantized_linears
+from fxopt.passes import ir
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.passes.rules.merge_linears import activation_operands, norm_operands
+from fxopt.recipes import find
+
+
+def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
+    shared = anchor.args[0]
+    assert isinstance(shared, fx.Node)
+    norm, activation = norm_operands(shared), activation_operands(shared)
+    if norm is None and activation is None:
+        return
+    others = [u for u in shared.users if u is not anchor]
+    if others:
+        why = f"what is quantized is also used by {others[0].name} and is kept for it"
+        yield Reason(why, shared)
+    elif norm is not None:
+        yield _bind_norm(anchor, shared, norm)
+    elif activation is not None and len(_list(anchor.args[1])) == 1:
+        yield _bind_activation(anchor, shared, *activation)
+
+
+def _list(argument: Any) -> list[Any]:
+    assert isinstance(argument, Sequence)
+    return list(argument)
+
+
+def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Binding:
+    weights, biases, recipe = _list(anchor.args[1]), _list(anchor.args[2]), anchor.args[3]
+    tensors, settings = operands[:8], operands[8:]
+    products = _products(anchor)
+    h = None
+    if ir.is_call(y, operator.getitem):
+        h = next((u for u in y.args[0].users if u.args[1] == 1), None)
+    inputs = _inputs(*tensors, *weights, *biases)
+
+    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        x, w, b = ([given[n] for n in listed] for listed in (tensors, weights, biases))
+        op = call(norm_modulate_quantized_linears, *x, *settings, w, b, recipe)
+        outs = call(operator.getitem, op, 0)
+        results = [call(operator.getitem, outs, p.args[1]) for p in products]
+        return (*results, *([] if h is None else [call(operator.getitem, op, 1)]))
+
+    made = [y] if h is None else [y, h]
+    outputs = (*products, *made[1:])
+    return _binding(anchor, "norm_modulate", inputs, outputs, emit, (*made, *products))
+
+
+def _bind_activation(
+    anchor: fx.Node, shared: fx.Node, activation: fx.Node, beside: fx.Node | None
+) -> Binding:
+    gate, up, name, packing = _list(activation.args)
+    (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
+    listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]
+    products, inputs = _products(anchor), _inputs(*listed)
+
+    def emit(call: Call, *nodes: fx.Node) -> fx.Node:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        gate, up, beside, weight, bias = (given[n] for n in listed)
+        operands = (gate, up, name, packing, beside, weight, bias)
+        return call(gated_activation_quantized_linear, *operands, recipe)
+
+    carries = (activation, *products)
+    return _binding(anchor, "gated_activation", inputs, tuple(products), emit, carries)
+
+
+def _products(anchor: fx.Node) -> list[fx.Node]:
+    """The outputs of quantized linears that are used."""
+    return sorted(anchor.users, key=lambda u: u.args[1])  # type: ignore[arg-type, return-value]
+
+
+def _inputs(*nodes: Any) -> tuple[fx.Node, ...]:
+    return tuple(dict.fromkeys(n for n in nodes if n is not None))
+
+
+def _binding(
+    anchor: fx.Node,
+    op: str,
+    inputs: tuple[fx.Node, ...],
+    outputs: tuple[fx.Node, ...],
+    emit: Any,
+    carries: tuple[fx.Node, ...],
+) -> Binding:
+    recipe = anchor.args[3]
+    assert isinstance(recipe, str)
+    name = op_of(op, find(recipe))
+    return Binding(anchor, inputs, outputs, emit, name, regroups=True, carries=carries)
+
+
+RULE = Rule(
+    name="merge_quantized",
+    version=1,
+    anchors=(quantized_linears,),
+    propose=propose,
+    tier="low_precision",
+    compiled=False,
+)

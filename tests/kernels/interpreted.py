@@ -1,0 +1,65 @@
+"""The ops by their Triton kernels on CPU tensors, and awkward tensors to give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope, quantize
+
+TRITON = {
+    torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
+    torch.ops.fxopt.norm_modulate_backward.default: norm_modulate._triton_backward,
+    torch.ops.fxopt.qk_norm_rope.default: qk_norm_rope._triton,
+    torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,
+    torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
+    torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
+    torch.ops.fxopt.quantize.default: quantize.triton,
+}
+
+
+class Interpreted(TorchDispatchMode):
+    """Inside, the ops of fxopt run by their Triton providers, also in a backward; or, if not
+    `is_on`, as everywhere on a CPU."""
+
+    def __init__(self, is_on: bool = True) -> None:
+        super().__init__()
+        self.is_on = is_on
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = TRITON.get(op, op) if self.is_on else op
+        return run(*args, **(kwargs or {}))
+
+
+LAYOUTS = ("contiguous", "transposed", "piece", "every other")
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The values of `t` [B, ..., D] in other memory: of a transposed tensor, of a piece of a wider
+    projection, or of every other element of one."""
+    if layout == "transposed" and t.dim() > 2:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "piece":
+        return torch.cat([t, t], -1)[..., t.shape[-1] :]
+    if layout == "every other":
+        return torch.stack([t, t], -1)[..., 0]
+    return t
+
+
+# Factors of normal values, by dtype. Squares of the huge ones stay finite in fp32; the last are
+# denormal.
+SIZES = {
+    torch.float32: {"normal": 1.0, "huge": 1e15, "tiny": 1e-15, "denormal": 1e-40},
+    torch.float16: {"normal": 1.0, "huge": 100.0, "tiny": 1e-3, "denormal": 1e-6},
+}
+VALUES = ("normal", "huge", "tiny", "denormal", "constant")
+
+
+def valued(t: Tensor, values: str, dtype: torch.dtype) -> Tensor:
+    """`t` [..., D] with values of another size, or the same in all of a row."""
+    if values == "constant":
+        t = t[..., :1].expand(t.shape)
+    return (t * SIZES[dtype].get(values, 1.0)).to(dtype)

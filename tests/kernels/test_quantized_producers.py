@@ -1,0 +1,347 @@
+"""Fused ops that write codes: bit for bit what quantize makes of their result, per provider."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxopt.kernels import gated_activation, native_norm_modulate, quantize
+from fxopt.kernels import quantized_producers as op
+from fxopt.kernels.registration import LAUNCHES, REREADS
+
+FORMATS = [
+    ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
+    ("e4m3/row/pow2", "e4m3/row/pow2"),
+    ("e4m3/row/pow2", None),
+    ("e5m2/tensor/pow2", "e4m3/row/fp32"),
+    ("e4m3/row/fp32", "e5m2/tensor/fp32"),
+]
+PROVIDERS = ["native", "triton"]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def norm_arguments(case: str, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Arguments of norm_modulate: per sample, per token, with a residual; widths that pad."""
+    B, S, K = 2, 21, 40
+    x, absent = draw(B, S, K).to(dtype), None
+    if case == "modulated":
+        operands = [absent, absent, absent, absent, draw(B, 1, K, seed=1), draw(B, 1, K, seed=2)]
+    elif case == "residual":
+        residual, gate = draw(B, S, K, seed=1), draw(B, 1, K, seed=2)
+        operands = [residual, gate, draw(K, seed=3), draw(K, seed=4), absent, absent]
+    else:  # per token, strided
+        x = draw(S, B, K).to(dtype).transpose(0, 1)
+        operands = [absent] * 4 + [draw(B, S, K, seed=1), draw(1, 1, K, seed=2)]
+    x_bias = draw(K, seed=5) if case == "residual" else absent
+    norm = "rms" if case == "tokens" else "layer"
+    return [x, *operands, x_bias, norm, 1e-5, 1.0, 1.0, dtype, dtype]
+
+
+def quantized(y: Tensor, rows: str, columns: str | None) -> tuple[Tensor, ...]:
+    """Codes and scales of y and of its transpose."""
+    found = quantize.triton(y, rows, columns, None, False)
+    return found[0], found[1], found[3], found[4]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    if a.element_size() == 1:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows, columns", FORMATS)
+@pytest.mark.parametrize("case", ["modulated", "residual", "tokens"])
+def test_codes_of_a_norm(case: str, rows: str, columns: str | None) -> None:
+    """Against the Triton kernels on the Triton norm's result: one cast, one rounding, the same."""
+    from fxopt.kernels import triton_norm_modulate
+
+    args = norm_arguments(case)
+    y, *kept = triton_norm_modulate.forward(*args)
+    codes, scales, codes_t, scales_t = quantized(y, rows, columns)
+    found = op.triton_norm(*args, rows, columns)
+    assert same(found[0], codes) and same(found[1], scales)
+    for f, k in zip(found[3:], kept, strict=True):
+        assert torch.equal(f, k)
+    if columns is None:
+        assert not found[2].numel()
+        return
+    assert torch.equal(found[2], op.amax_for(y, columns))
+    h = found[3] if found[3].numel() else args[0]
+    backward = (h, *args[3:7], *found[4:], *args[8:12], args[13], columns, found[2])
+    transposed = op.triton_norm_columns(*backward)
+    assert same(transposed[0], codes_t) and same(transposed[1], scales_t)
+
+
+ACTIVATIONS = [("silu", "none", True, False), ("gelu_tanh", "none", False, True)]
+ACTIVATIONS += [("gelu_erf", "gate_up", False, True), ("relu", "up_gate", False, False)]
+
+
+def activation_arguments(name: str, packing: str, has_up: bool, has_beside: bool) -> list[Any]:
+    width = 24
+    gate = draw(3, 15, width * (1 if packing == "none" else 2))
+    up = draw(3, 15, width, seed=1) if has_up else None
+    beside = draw(15, 3, 20, seed=2).transpose(0, 1) if has_beside else None
+    return [gate, up, beside, name, packing]
+
+
+@pytest.mark.parametrize("rows, columns", FORMATS)
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_codes_of_an_activation(case: Any, rows: str, columns: str | None) -> None:
+    args = activation_arguments(*case)
+    gate, up, beside, *names = args
+    y = gated_activation.triton_forward(gate, up, *names)
+    y = y if beside is None else torch.cat([beside, y], -1)
+    codes, scales, codes_t, scales_t = quantized(y, rows, columns)
+    found = op.triton_activation(*args, rows, columns)
+    assert same(found[0], codes) and same(found[1], scales)
+    if columns is None:
+        assert not found[2].numel()
+        return
+    assert torch.equal(found[2], op.amax_for(y, columns))
+    width = y.shape[-1] - (0 if beside is None else beside.shape[-1])
+    grad = draw(3, 15, y.shape[-1], seed=3)[..., -width:]
+    *grads, _ = gated_activation.triton_backward(grad, gate, up, *names, False)
+    *found_grads, codes, scales = op.triton_activation_backward(grad, *args, columns, found[2])
+    assert same(codes, codes_t) and same(scales, scales_t)
+    for f, g in zip(found_grads, grads, strict=True):
+        assert torch.equal(f, g)
+
+
+@pytest.mark.parametrize("rows, columns", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_native_provider_is_the_two_ops(
+    dtype: torch.dtype, rows: str, columns: str | None
+) -> None:
+    args = norm_arguments("residual", dtype)
+    y = native_norm_modulate.forward(*args)[0]
+    expected = quantize.native(y, rows, columns, None, False)
+    codes, scales, amax_t, h, mean, rstd = op.native_norm(*args, rows, columns)
+    assert same(codes, expected[0]) and same(scales, expected[1])
+    if columns is not None:
+        # From h alone, as the backward has it.
+        args = (h, *args[3:7], mean, rstd, *args[8:12], dtype, columns, amax_t)
+        found = op.native_norm_columns(*args)
+        assert same(found[0], expected[3]) and same(found[1], expected[4])
+
+
+def test_what_is_not_finite_becomes_nan() -> None:
+    args = activation_arguments("relu", "none", False, False)
+    args[0] = args[0].clamp(min=0)
+    args[0][1, 2, 3] = float("inf")
+    for provider in (op.native_activation, op.triton_activation):
+        codes, scales, amax_t = provider(*args, "e4m3/row/pow2", "e4m3/tensor/fp32")
+        assert codes.float()[17].isnan().all() and scales[17].isnan().all()
+        assert not codes.float()[:17].isnan().any()
+        backward = (
+            op.native_activation_backward
+            if provider is op.native_activation
+            else op.triton_activation_backward
+        )
+        found = backward(args[0], *args, "e4m3/tensor/fp32", amax_t)
+        assert found[2].float()[:, :45].isnan().all()
+
+
+@pytest.mark.parametrize("rows, columns", FORMATS[:3])
+def test_opcheck(rows: str, columns: str | None) -> None:
+    # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
+    checks = ("test_faketensor", "test_autograd_registration")
+    norm, activation = norm_arguments("residual"), activation_arguments(*ACTIVATIONS[1])
+    found = op.native_norm(*norm, rows, columns)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (op.norm_modulate_quantize, (*norm, rows, columns)),
+        (op.gated_activation_quantize, (*activation, rows, columns)),
+    ]
+    if columns is not None:
+        after = (found[3], *norm[3:7], *found[4:], *norm[8:12], norm[13], columns, found[2])
+        amax_t = op.native_activation(*activation, rows, columns)[2]
+        calls.append((op.norm_modulate_quantize_columns, after))
+        grad = draw(3, 15, 24)
+        after = (grad, *activation, columns, amax_t)
+        calls.append((op.gated_activation_quantize_backward, after))
+    for overload, args in calls:
+        torch.library.opcheck(overload, args, test_utils=checks)
+
+
+def test_launches_and_second_reads_are_those_of_the_providers() -> None:
+    """Counted in the interpreter: kernels, and reductions that ATen runs between them."""
+    from fxopt.kernels import triton_gated_activation_quantize as activation
+    from fxopt.kernels import triton_norm_modulate_quantize as norm
+
+    counted: list[str] = []
+
+    class Counting:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            counted.append("kernel")
+            return self.kernel[grid]
+
+    class Reductions(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.aten.amax.default:
+                counted.append("amax")
+            return func(*args, **(kwargs or {}))
+
+    kernels = [(norm, "rows_kernel"), (norm, "tiles_kernel")]
+    kernels += [(activation, "amax_kernel"), (activation, "cast_kernel")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in kernels:
+            patch.setattr(module, name, Counting(getattr(module, name)))
+        for rows, columns in FORMATS:
+            for name, function, args in (
+                ("norm_modulate_quantize", norm.forward, norm_arguments("modulated")),
+                (
+                    "gated_activation_quantize",
+                    activation.forward,
+                    activation_arguments(*ACTIVATIONS[0]),
+                ),
+            ):
+                counted.clear()
+                with Reductions():
+                    out = function(*args, rows, columns)
+                given = (*args, rows, columns)
+                assert LAUNCHES[f"fxopt::{name}"](*given) == len(counted)
+                casts_later = "tensor" in rows or name.startswith("gated")
+                assert bool(REREADS[f"fxopt::{name}"](given, out)) == casts_later
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_kernels_compile_without_a_gpu(capability: int) -> None:
+    # Its own process: here Triton interprets.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def compile_kernels(capability: int) -> None:
+    """Compile for bf16 features of 3072 and look at what came out."""
+    from fxopt.kernels import triton_gated_activation_quantize as activation
+    from fxopt.kernels import triton_norm_modulate_quantize as norm
+
+    of_tensor = {"row_amax", "column_amax", "codes_t", "scales_t"}
+    of_row = {"tile_amax", "amax", "codes", "scales", "row_amax"}
+    kernels: list[tuple[Any, set[str]]] = [
+        (norm.rows_kernel, {"codes", "scales", "column_amax", "residual", "gate", "h"}),
+        (norm.rows_kernel, {"tensor_amax"}),
+        (norm.tiles_kernel, of_tensor),
+        (norm.tiles_kernel, of_row),
+        (activation.amax_kernel, {"row_amax", "column_amax"}),
+        (activation.cast_kernel, of_tensor),
+        (activation.backward_kernel, of_row | {"dup"}),
+        (activation.backward_kernel, (of_tensor | {"codes", "scales"}) - {"codes_t", "scales_t"}),
+    ]
+    for kernel, absent in kernels:
+        compiled = compile_kernel(kernel, absent | {"weight", "bias", "x_bias", "up"}, capability)
+        ptx = compiled.asm["ptx"]
+        assert not re.search(r"\b(red|atom)\.", ptx), "atomics"
+        assert ".f64" not in ptx, "a double slipped into the arithmetic"
+        assert spilled_bytes(compiled.asm["cubin"]) == 0, "register spills"
+        assert "ld.global.v" in ptx, "narrow access"
+        if {"codes", "codes_t"} & set(kernel.arg_names) - absent:
+            assert "cvt.rn.satfinite.e" in ptx, "no cast by the hardware"
+
+
+STRIDED = {"x", "residual", "gate", "weight", "bias", "scale", "shift", "x_bias", "up", "beside"}
+STRIDED |= {"grad", "dgate", "dup"}
+POINTERS = {
+    "mean": "*fp32",
+    "rstd": "*fp32",
+    "scales": "*fp32",
+    "scales_t": "*fp32",
+    "codes": "*u8",
+    "codes_t": "*u8",
+    "h": "*bf16",
+    "column_amax": "*i32",
+    "tensor_amax": "*i32",
+    "row_amax": "*i32",
+    "tile_amax": "*i32",
+    "amax": "*i32",
+}
+
+
+def compile_kernel(kernel: Any, absent: set[str], capability: int) -> Any:
+    """What a contiguous bf16 matrix of 3072 columns compiles to, beside it one of 1024."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fxopt.kernels import triton_norm_modulate_quantize as norm
+    from fxopt.kernels import triton_quantize as launch
+    from fxopt.recipes import Operand
+
+    operand = Operand.parse("e4m3/row/pow2")
+    block = norm.block(3072)
+    constants = launch.settings(operand, operand) | {
+        "BLOCK_R": launch.BLOCK_R,
+        "BLOCK_C": launch.BLOCK_C,
+        "CHUNK": launch.CHUNK,
+        "BLOCK_K": block["BLOCK_K"],
+        "NORM": "layer",
+        "DTYPE": tl.bfloat16,
+        "ACTIVATION": "gelu_tanh",
+    }
+    strided = STRIDED | ({"h"} if kernel is norm.tiles_kernel else set())
+    aligned = [["tt.divisibility", 16]]
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[i,] = "constexpr", constants[name]
+        elif name in strided and name in absent:
+            signature[name] = ("constexpr", "constexpr", "constexpr")
+            constexprs |= {(i, 0): None, (i, 1): 0, (i, 2): 0}
+        elif name in strided:
+            is_tile = "ACTIVATION" in kernel.arg_names
+            signature[name] = ("*bf16", "i32", "constexpr" if is_tile else "i32")
+            attributes |= {(i, j): aligned for j in range(2 if is_tile else 3)}
+            constexprs |= {(i, 2): 1} if is_tile else {}
+        elif name in absent:
+            signature[name], constexprs[i,] = "constexpr", None
+        elif name in POINTERS:
+            signature[name], attributes[i,] = POINTERS[name], aligned
+        elif name in ("eps", "weight_offset", "scale_offset"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name not in kernel.do_not_specialize:
+                attributes[i,] = aligned
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": block["num_warps"] if "BLOCK_K" in kernel.arg_names else 8}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    """Stack and local bytes a thread of the kernel uses."""
+    import tempfile
+    from pathlib import Path
+
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
+        usage = subprocess.run(command, capture_output=True, text=True).stdout
+    stack, local = re.search(r"STACK:(\d+)", usage), re.search(r"LOCAL:(\d+)", usage)
+    assert stack is not None and local is not None
+    return int(stack[1]) + int(local[1])
+
+
+if __name__ == "__main__":
+    compile_kernels(int(sys.argv[1]))
