@@ -61,6 +61,7 @@ def norm_modulate(
     Every stream has a token more than the one before it.
     """
     from fxopt.kernels import triton_norm_modulate as provider
+    from fxopt.kernels.norm_modulate import asked
 
     def operand(name: str, num_tokens: int) -> Tensor | None:
         if name not in operands.split():
@@ -81,7 +82,7 @@ def norm_modulate(
         x, residual, *affine = call[:8]
         grad_y = torch.randn_like(x) if norm != "none" else None
         grad_h = None if residual is None else torch.randn_like(x)
-        needs = [t is not None for t in call[:8]]
+        needs = asked([t is not None for t in call[:8]], call[6], x)
         saved = x if residual is None else h, x, *affine, mean, rstd
         constants = norm, 0.0, 1.0, BF16, needs, norm != "none"
         backwards.append((grad_y, grad_h, *saved, *constants))

@@ -148,7 +148,8 @@ def _normed(s, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num
     factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
     if s.y is not None:
         out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
-        store(s.y, offsets, modulate(out, factor, s.shift, group, row, cols, mask), mask)
+        out = modulate(out, factor, s.shift, group, row, cols, mask)
+        store(s.y, offsets, out, mask)
     dn = tl.zeros([BLOCKS[i]], tl.float32)
     if s.grad_y[0] is not None:
         dn = load(s.grad_y, group, row, cols, mask)
