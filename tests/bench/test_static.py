@@ -12,6 +12,7 @@ import pytest
 
 from bench import static
 from bench.rows import Row
+from fxopt.passes.rules import fuse_bias
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,25 +42,26 @@ def test_kernels_are_as_committed_and_within_limits(argv):
 
 
 def test_a_missed_limit_names_the_row_and_both_values():
-    # The limit that its spills miss is left out for this kernel, and put back here.
+    # The limit that its few warps miss is left out for this kernel, and put back here.
     code = """if True:
         import sys
         from bench import static
-        static.SPILLING.clear()
+        static.FEW_WARPS.clear()
         only = "norm_modulate layer residual gate scale shift x_bias D=5120"
         sys.exit(static.main(["--check", "--capability", "90", "--only", only]))"""
     result = outside_of_the_interpreter("-c", code)
     assert result.returncode == 1
     row = "norm_modulate layer residual gate scale shift x_bias D=5120 backward_kernel sm_90"
-    assert f"{row}, spills [B]: 96, limit <= 8" in result.stderr
+    assert f"{row}, occupancy [%]: 12.5, limit >= 25" in result.stderr
 
 
-def test_all_sums_at_5120_features_spill():
-    # Why `fuse_bias` keeps the bias with its linear there.
-    case = "norm_modulate layer residual gate scale shift x_bias D={} backward_kernel sm_90"
+def test_all_sums_fit_the_registers():
+    # Why `fuse_bias` takes the bias out of its linear up to this width.
+    case = "norm_modulate layer residual gate scale shift x_bias D={} backward_kernel sm_{}"
     committed = json.loads(static.COMMITTED.read_text())
-    assert committed[case.format(5120)]["spills [B]"] > static.SPILLS
-    assert committed[case.format(3072)]["spills [B]"] == 0
+    for capability in static.SMS:
+        row = case.format(fuse_bias.MAX_FEATURES_WITH_ALL_SUMS, capability)
+        assert committed[row]["spills [B]"] == 0
 
 
 def test_a_change_names_the_row_and_both_values(tmp_path, monkeypatch):
