@@ -174,7 +174,7 @@ def _cases() -> Iterator[Case]:
     for variant, widths, options in (
         ("scale shift", all_widths, {}),
         (modulated, all_widths, {}),
-        (f"{modulated} x_bias", (*all_widths, 6144), {}),  # the widest that `fuse_bias` makes
+        (f"{modulated} x_bias", (*all_widths, 6144, 8192), {}),
         ("residual scale shift x_bias", wide, {"dtype": FP32}),
         ("residual gate weight bias", all_widths, {"dtype": FP32}),
         (modulated, (3072,), {"per_token": "gate scale shift"}),
