@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
-from fxopt.kernels.gated_activation_linear import GatedActivationLinear
+from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
-from fxopt.kernels.norm_modulate_linears import NormModulateLinears
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.quantized_linears import (
     fuses,
     gradients,
@@ -201,12 +201,14 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
 
 
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases, recipe) = args[:8], args[8:14], args[14:]
-    tensors = (*operands, *weights, *biases)
+    *operands, weights, biases, recipe = args
     if is_high_precision():
-        *outs, h = NormModulateLinears.apply(settings, whole(weights), *tensors)
-    else:
-        *outs, h = NormModulateQuantizedLinears.apply(find(recipe), settings, *tensors)
+        pieces = [i for piece in whole(weights) for i in piece]
+        outs, h = norm_modulate_linears(*operands, weights, biases, pieces)
+        return outs, h
+    tensors, settings = operands[:8], tuple(operands[8:])
+    recipe = find(recipe)
+    *outs, h = NormModulateQuantizedLinears.apply(recipe, settings, *tensors, *weights, *biases)
     return outs, h
 
 
@@ -220,9 +222,11 @@ def _gated_activation_quantized_linear(
     bias: Tensor | None,
     recipe: str,
 ) -> Tensor:
-    settings, tensors = (activation, packing), (gate, up, beside, weight, bias)
+    settings, parameters = (activation, packing), (beside, weight, bias)
     if is_high_precision():
-        return GatedActivationLinear.apply(settings, *tensors)
+        out: Tensor = gated_activation_linear(gate, up, *settings, *parameters)
+        return out
+    tensors = (gate, up, *parameters)
     return GatedActivationQuantizedLinear.apply(find(recipe), settings, *tensors)
 
 

@@ -42,7 +42,7 @@ def test_kernels_are_as_committed_and_within_limits(argv):
 
 
 def test_a_missed_limit_names_the_row_and_both_values():
-    # The limit that its spills miss is left out for this kernel, and put back here.
+    # The limit that its few warps miss is left out for this kernel, and put back here.
     code = """if True:
         import sys
         from bench import static

@@ -127,6 +127,24 @@ def test_native_is_as_accurate_as_eager(dtype):
             assert error(ours[name], value) <= bound, case
 
 
+@pytest.mark.parametrize("num_features", (4104, 5120))
+@pytest.mark.parametrize("norm", ("layer", "rms", "none"))
+def test_rows_in_two_pieces(norm: str, num_features: int):
+    """The Triton backward of rows above 4,096 features; their second piece may be short."""
+    is_normed = norm != "none"
+    form = "sample" if is_normed else None
+    shape = (2, 3, num_features)
+    inputs = operands("sample", (is_normed, is_normed), form, form, torch.float32, shape, True)
+    native = run("native", inputs, norm, EPS, 1.0, 1.0, torch.float32, torch.float32)
+    _, h, mean, rstd = native
+    saved = (h, inputs[0], *inputs[2:], mean, rstd, norm, 1.0, 1.0, torch.float32)
+    backward = (h.neg() if is_normed else None, h.flip(1), *saved, [True] * 8, is_normed)
+    # fp32 sums of thousands of terms in another order; values reach some tens.
+    torch.testing.assert_close(
+        run_backward("triton", *backward), run_backward("native", *backward), atol=2e-4, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_long_reductions_are_as_accurate_as_eager(dtype):
     # 1,000 rows of nonzero mean: many blocks, the last one ragged, and cancellation in the norm.

@@ -7,6 +7,7 @@ import torch
 
 import fxopt
 from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
+from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
 from tests.families import FAMILIES
 from tests.numerics import Judge, assert_as_accurate
 
@@ -79,6 +80,38 @@ def test_norm_modulate(norm, width, dtype):
             return (y, h) if gated else (y,)
 
         check(op, reference, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1536, 5120])
+def test_norm_modulate_streams(width, dtype):
+    """Two streams of other lengths, gated and not, in the node that their linears share."""
+    per_stream = [None, None, (2, 1, width), (2, 1, width), None]
+    inputs = leaves(
+        *((2, n, width) for n in (37, 5)), (2, 37, width), None, (2, 1, width), None,
+        *(shape for shape in per_stream for _ in range(2)), (8, width), (8, width),
+        dtype=dtype,
+    )  # fmt: skip
+
+    def op(*tensors):
+        fields = [list(tensors[i : i + 2]) for i in range(0, 16, 2)]
+        numbers = [1e-6, 1e-5], [0.0, 0.0], [1.0, 0.0]
+        outs, hs = norm_modulate_linears_streams(
+            *fields, "layer", *numbers, dtype, dtype,
+            list(tensors[16:]), [None, None], [1, 1], [0, 0, 8, 0, 0, 8], [1, 1],
+        )  # fmt: skip
+        return (*outs, hs[0])
+
+    def reference(to, *tensors):
+        outs, hs = [], []
+        for i, (eps, offset) in enumerate(((1e-6, 1.0), (1e-5, 0.0))):
+            operands, weight = tensors[i:16:2], tensors[16 + i]
+            y, h = norm_modulate.reference(*operands, "layer", eps, 0.0, offset, to, to)
+            outs.append(torch.nn.functional.linear(y, weight))
+            hs.append(h)
+        return (*outs, hs[0])
+
+    check(op, reference, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
