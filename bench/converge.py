@@ -44,8 +44,9 @@ GROUPS = {
     "rest": "",
 }
 # By the bits of a recipe's narrowest operand: how far the norm of a group's gradient may be from
-# that in the model's dtype, and how small their cosine may be. Three seeds of 40 steps gave 0.003
-# and 0.998 at worst in 8 bits, 0.012 and 0.980 in 4; these are four to five times as far.
+# that in the model's dtype, and how small their cosine may be. Five seeds of 200 steps gave
+# 0.006 and 0.998 at worst in 8 bits, 0.023 and 0.976 in 4 (bench/results/converge.json); these are
+# two to five times as far.
 NORM_BOUNDS = {8: 0.015, 4: 0.05}
 COSINE_BOUNDS = {8: 0.99, 4: 0.9}
 

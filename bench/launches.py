@@ -168,6 +168,24 @@ def quantize(
     provider.triton(randn(batch, num_tokens, width), rows, columns, None, False)
 
 
+def quantized_producers(
+    batch: int, num_tokens: int, width: int, name: str, has_beside: bool = False
+) -> None:
+    """A modulated norm and a gated activation that write codes quantized as `name` says."""
+    from fxopt.kernels import quantized_producers as provider
+
+    x, gate, up = (randn(batch, num_tokens, width) for _ in range(3))
+    operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
+    constants = ("layer", EPS, 0.0, 1.0, BF16)
+    given = x, None, None, *operands, None, *constants, BF16, name, name
+    _, _, amax_t, _, mean, rstd = provider.triton_norm(*given)
+    provider.triton_norm_columns(x, *operands, mean, rstd, *constants[:4], BF16, name, amax_t)
+    arguments = gate, up, x if has_beside else None, "silu", "none"
+    *_, amax_t = provider.triton_activation(*arguments, name, name)
+    grad = randn(batch, num_tokens, 2 * width if has_beside else width)[..., -width:]
+    provider.triton_activation_backward(grad, *arguments, name, amax_t)
+
+
 def _cases() -> Iterator[Case]:
     all_widths, wide = (1536, 3072, 5120), (3072, 5120)
     modulated = "residual gate scale shift"
@@ -221,6 +239,11 @@ def _cases() -> Iterator[Case]:
     ):
         run = partial(quantize, rows=rows, columns=columns)
         yield Case(f"quantize {rows} {columns}", run, (3072,), capability=89)
+    for name in ("e4m3/tensor/fp32", "e4m3/row/pow2"):
+        run = partial(quantized_producers, name=name)
+        yield Case(f"quantized producers {name}", run, (3072,), capability=89)
+    run = partial(quantized_producers, name="e4m3/row/pow2", has_beside=True)
+    yield Case("quantized producers, joined, e4m3/row/pow2", run, (3072,), capability=89)
 
 
 CASES = tuple(_cases())

@@ -26,6 +26,23 @@ from fxopt.kernels.triton_quantize_kernels import (
 )
 from fxopt.recipes import Operand
 
+# Twice the usual: a thread holds elements of up to four tensors; with 8 warps the backward spilled.
+NUM_WARPS = 16
+
+
+@triton.jit
+def features(r, c, width, num_rows, num_columns):
+    """The activation's features in columns `c`, and which of the tile's elements are such."""
+    f = c - width
+    return f, (r < num_rows)[:, None] & ((f >= 0) & (c < num_columns))[None, :]
+
+
+@triton.jit
+def load_features(t, r, f, mask):
+    """fp32 tile of a matrix (pointer, row stride, column stride), zero outside."""
+    offsets = r[:, None] * t[1] + f[None, :] * t[2]
+    return tl.load(t[0] + offsets, mask, other=0.0).to(tl.float32)
+
 
 @triton.jit
 def activation_tile(
@@ -35,13 +52,12 @@ def activation_tile(
 
     gate, up and beside are (pointer, row stride, column stride); beside has `width` columns.
     """
-    inner = tl.where(c >= width, c - width, num_columns)
-    x = load_tile(gate[0], gate[1], gate[2], r, inner, num_rows, num_columns - width)
+    f, mask = features(r, c, width, num_rows, num_columns)
+    x = load_features(gate, r, f, mask)
     value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
     if up[0] is not None:
-        value *= load_tile(up[0], up[1], up[2], r, inner, num_rows, num_columns - width)
-    inside = (r < num_rows)[:, None] & (inner < num_columns - width)[None, :]
-    value = tl.where(inside, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
+        value *= load_features(up, r, f, mask)
+    value = tl.where(mask, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
     if beside[0] is not None:
         other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
         value = tl.where((c < width)[None, :], other, value)
@@ -102,15 +118,12 @@ def backward_kernel(
     Matrices are (pointer, row stride, column stride); all but beside belong to the activation.
     """
     r, c = tile_indices(BLOCK_R, BLOCK_C)
-    num_features = num_columns - width
-    f = tl.where(c >= width, c - width, num_features)
-    mask = (r < num_rows)[:, None] & (f < num_features)[None, :]
-    dy = load_tile(grad[0], grad[1], grad[2], r, f, num_rows, num_features)
-    x = load_tile(gate[0], gate[1], gate[2], r, f, num_rows, num_features)
+    f, mask = features(r, c, width, num_rows, num_columns)
+    dy, x = load_features(grad, r, f, mask), load_features(gate, r, f, mask)
     if up[0] is None:
         value, dx = value_and_gradient(dy, x, ACTIVATION)
     else:
-        u = load_tile(up[0], up[1], up[2], r, f, num_rows, num_features)
+        u = load_features(up, r, f, mask)
         value, dx = value_and_gradient(dy * u, x, ACTIVATION)
         store_tile(dup, r, f, mask, dy * value)
         value *= u
@@ -175,7 +188,7 @@ def _matrix(
     width = 0 if beside is None else beside.shape[-1]
     num_features = gate.shape[-1]
     arguments = (*(_strided(t) for t in (gate, up, beside)), width)
-    constants = {"ACTIVATION": activation}
+    constants = {"ACTIVATION": activation, "num_warps": NUM_WARPS}
     num_tokens = gate.numel() // num_features
     return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)
 

@@ -56,7 +56,10 @@ class Amax(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """What is quantized: a kernel's arguments that make its tiles, and its size."""
+    """What is quantized: a kernel's arguments that make its tiles, and its size.
+
+    `constants` are compile-time constants, and launch options other than BLOCKS.
+    """
 
     arguments: Sequence[Any]
     num_rows: int
@@ -102,7 +105,7 @@ def measure(
     sizes = matrix.num_rows, matrix.num_columns
     with torch.cuda.device_of(matrix.like):
         kernel[grid(matrix, rows, columns)](
-            *matrix.arguments, *sizes, *amax, *more, **matrix.constants, **BLOCKS
+            *matrix.arguments, *sizes, *amax, *more, **BLOCKS | matrix.constants
         )
     return amax
 
@@ -142,9 +145,8 @@ def cast(
             *cast_arguments(matrix, amax, rows, columns, copies, amax_out),
             *more,
             **settings(rows, columns),
-            **matrix.constants,
+            **BLOCKS | matrix.constants,
             CHUNK=CHUNK,
-            **BLOCKS,
         )
     of_rows, of_columns = copies
     return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
