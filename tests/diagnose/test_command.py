@@ -218,7 +218,7 @@ def test_control_c_leaves_a_partial_record_and_exit_code_three(tmp_path):
     with subprocess.Popen(
         [
             *(sys.executable, "-m", "fxopt", "bench", "steps.py:baseline"),
-            # The step against itself: nothing to decide before the signal, however late it comes.
+            # The step against itself: there is nothing to decide.
             *("--candidate", "steps.py:baseline", "--seconds", "60", "--margin", "1e-9"),
         ],
         cwd=tmp_path,
@@ -226,6 +226,8 @@ def test_control_c_leaves_a_partial_record_and_exit_code_three(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would this process if the tests are one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stderr:
             if line.endswith("timing\n") and "check" not in line:
