@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxopt.kernels.counters import count
 from fxopt.recipes import Operand
 
 
@@ -205,13 +206,19 @@ def hadamard(x_RC: Tensor) -> Tensor:
     return mixed.flatten(-2)
 
 
-def quantize_matrix(x_RC: Tensor, operand: Operand, uniform: Tensor | None = None) -> Quantized:
+def quantize_matrix(
+    x_RC: Tensor,
+    operand: Operand,
+    uniform: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> Quantized:
     """Quantize a matrix for a contraction over its columns, which are padded to whole blocks.
 
     Args:
         x_RC: any floating-point dtype; taken as fp32.
         uniform: random numbers as `round_to` takes them, of the padded shape; None for rounding
             to nearest.
+        counters: a line as in `counters`, which is added to, or None.
     """
     format, num_rows = FORMATS[operand.format], x_RC.shape[0]
     x = _pad(x_RC.float(), 1, alignment(operand.block))
@@ -226,7 +233,11 @@ def quantize_matrix(x_RC: Tensor, operand: Operand, uniform: Tensor | None = Non
     )
     scales, factor, tensor_scale = scale_blocks(amax, operand.scale, format)
     scaled = (x * spread(factor, rows, columns))[:num_rows]
-    codes = encode(round_to(scaled, format, uniform), format)
+    rounded = round_to(scaled, format, uniform)
+    if counters is not None:
+        of_blocks = decode_scales(scales) * (1 if tensor_scale is None else tensor_scale)
+        count(counters, x[:num_rows], scaled, rounded, amax, of_blocks, format.largest)
+    codes = encode(rounded, format)
     return Quantized(codes, scales, x.new_empty(0) if tensor_scale is None else tensor_scale)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import (
     FORMATS,
     Quantized,
@@ -43,10 +44,11 @@ def quantize_pair(
     columns: Operand | None,
     seed: Tensor | None = None,
     wants_sum: bool = False,
+    slot: Slot = UNWATCHED,
 ) -> Pair:
     """`fxopt::quantize` with its operands and results by name."""
     names = [None if o is None else str(o) for o in (rows, columns)]
-    found = torch.ops.fxopt.quantize(x, *names, seed, wants_sum)
+    found = torch.ops.fxopt.quantize(x, *names, seed, wants_sum, *slot)
     return Pair(Quantized(*found[:3]), Quantized(*found[3:6]), found[6])
 
 
@@ -56,7 +58,13 @@ def covers(operand: Operand | None) -> bool:
 
 
 def native(
-    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+    x: Tensor,
+    rows: str | None,
+    columns: str | None,
+    seed: Tensor | None,
+    wants_sum: bool,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> Outputs:
     """codes = round(x * factor), scale = 1 / factor by block, of x [R, C] and of its transpose.
 
@@ -67,6 +75,7 @@ def native(
         seed: int64, one element, where an operand rounds stochastically.
         wants_sum: also return sum [C], that of x's rows in x's dtype: a bias's gradient, where x
             is that of the output.
+        counters, counters_t: lines of the two copies as in `counters`, added to, or None.
 
     Numerics: exact emulation: codes and scales are those of the hardware's formats, rounded once
     from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN.
@@ -74,7 +83,10 @@ def native(
     x_RC = x.reshape(-1, x.shape[-1])
     empty = x.new_empty(0, dtype=torch.float32)
     found: list[Tensor] = []
-    for matrix, name, stream in ((x_RC, rows, ROWS), (x_RC.t(), columns, COLUMNS)):
+    for matrix, name, stream, line in (
+        (x_RC, rows, ROWS, counters),
+        (x_RC.t(), columns, COLUMNS, counters_t),
+    ):
         if name is None:
             found += [empty.clone() for _ in range(3)]
             continue
@@ -83,14 +95,20 @@ def native(
             assert seed is not None, "stochastic rounding takes a seed"
             shape = torch.Size((matrix.shape[0], padded_columns(operand, matrix.shape[1])))
             uniform = random_uniform(seed, shape, stream)
-        quantized = quantize_matrix(matrix, operand, uniform)
+        quantized = quantize_matrix(matrix, operand, uniform, line)
         found += [t.contiguous() for t in quantized]
     found.append(x_RC.sum(0) if wants_sum else x.new_empty(0))
     return tuple(found)  # type: ignore[return-value]
 
 
 def triton(
-    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+    x: Tensor,
+    rows: str | None,
+    columns: str | None,
+    seed: Tensor | None,
+    wants_sum: bool,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> Outputs:
     from fxopt.kernels import triton_quantize
 
@@ -99,13 +117,20 @@ def triton(
     can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
     if x.numel() and can_cast and all(map(covers, operands)):
         x_RC = x.reshape(-1, x.shape[-1])
-        found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum)
+        slot = Slot(counters, counters_t)
+        found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum, slot)
         return tuple(found)  # type: ignore[return-value]
-    return native(x, rows, columns, seed, wants_sum)
+    return native(x, rows, columns, seed, wants_sum, counters, counters_t)
 
 
 def fake(
-    x: Tensor, rows: str | None, columns: str | None, seed: Tensor | None, wants_sum: bool
+    x: Tensor,
+    rows: str | None,
+    columns: str | None,
+    seed: Tensor | None,
+    wants_sum: bool,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> Outputs:
     num_features = x.shape[-1]
     num_rows = x.numel() // num_features
@@ -135,7 +160,8 @@ def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) ->
 
 
 quantize = register(
-    "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum) "
+    "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum, "
+    "Tensor(a!)? counters=None, Tensor(b!)? counters_t=None) "
     "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
     "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t, Tensor sum)",
     native=native,

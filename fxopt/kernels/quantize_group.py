@@ -9,6 +9,8 @@ For operands with one scale for a tensor or a row (`quantize.covers`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fxopt.kernels import quantize
@@ -18,29 +20,45 @@ from fxopt.kernels.registration import register
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def native_rows(xs: list[Tensor], rows: str, columns: str | None) -> Lists:
+def native_rows(
+    xs: list[Tensor], rows: str, columns: str | None, counters: list[Tensor] | None = None
+) -> Lists:
     """Codes, scales and amax_t of each x [..., C].
 
     Args:
         xs: any strides, one dtype.
         rows: how each is quantized, as `Operand` is written.
         columns: how `quantize_columns` will quantize the transposed; None for never.
+        counters: a line for each x, as in `counters`, added to, or None.
 
     Returns codes [R, C padded], scales [R or 1, 1] and amax_t (see `amax_for`) of each.
     """
-    pairs = [quantize.native(x, rows, None, None, False)[:2] for x in xs]
+    pairs = [
+        quantize.native(x, rows, None, None, False, line)[:2]
+        for x, line in zip(xs, lines(xs, counters), strict=True)
+    ]
     return [p[0] for p in pairs], [p[1] for p in pairs], [amax_for(x, columns) for x in xs]
 
 
 def native_columns(
-    xs: list[Tensor], columns: str, amax_t: list[Tensor]
+    xs: list[Tensor], columns: str, amax_t: list[Tensor], counters: list[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """codes_t [C, R padded] and scales_t [C or 1, 1] of each x, by the magnitudes found before."""
-    pairs = [quantize.native(x, None, columns, None, False)[3:5] for x in xs]
+    pairs = [
+        quantize.native(x, None, columns, None, False, None, line)[3:5]
+        for x, line in zip(xs, lines(xs, counters), strict=True)
+    ]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
-def _fake_rows(xs: list[Tensor], rows: str, columns: str | None) -> Lists:
+def lines(xs: Sequence[Tensor], counters: list[Tensor] | None) -> Sequence[Tensor | None]:
+    """The counters of each x."""
+    return counters or [None] * len(xs)
+
+
+def _fake_rows(
+    xs: list[Tensor], rows: str, columns: str | None, counters: list[Tensor] | None = None
+) -> Lists:
     sizes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in xs]
     fakes = [quantize.fake_matrix(x, *s, rows) for x, s in zip(xs, sizes, strict=True)]
     amax_t = [fake_amax(x, x.shape[-1], columns) for x in xs]
@@ -48,33 +66,35 @@ def _fake_rows(xs: list[Tensor], rows: str, columns: str | None) -> Lists:
 
 
 def _fake_columns(
-    xs: list[Tensor], columns: str, amax_t: list[Tensor]
+    xs: list[Tensor], columns: str, amax_t: list[Tensor], counters: list[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     sizes = [(x.shape[-1], x.numel() // x.shape[-1]) for x in xs]
     fakes = [quantize.fake_matrix(x, *s, columns) for x, s in zip(xs, sizes, strict=True)]
     return [f[0] for f in fakes], [f[1] for f in fakes]
 
 
-def triton_rows(xs: list[Tensor], rows: str, columns: str | None) -> Lists:
+def triton_rows(
+    xs: list[Tensor], rows: str, columns: str | None, counters: list[Tensor] | None = None
+) -> Lists:
     from fxopt.kernels import triton_quantize_group
 
     if any(not x.numel() for x in xs):
-        return native_rows(xs, rows, columns)
-    return triton_quantize_group.rows(xs, rows, columns)
+        return native_rows(xs, rows, columns, counters)
+    return triton_quantize_group.rows(xs, rows, columns, lines(xs, counters))
 
 
 def triton_columns(
-    xs: list[Tensor], columns: str, amax_t: list[Tensor]
+    xs: list[Tensor], columns: str, amax_t: list[Tensor], counters: list[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     from fxopt.kernels import triton_quantize_group
 
     if any(not x.numel() for x in xs):
-        return native_columns(xs, columns, amax_t)
-    return triton_quantize_group.columns(xs, columns, amax_t)
+        return native_columns(xs, columns, amax_t, counters)
+    return triton_quantize_group.columns(xs, columns, amax_t, lines(xs, counters))
 
 
 quantize_rows = register(
-    "quantize_rows(Tensor[] xs, str rows, str? columns) "
+    "quantize_rows(Tensor[] xs, str rows, str? columns, Tensor(a!)[]? counters=None) "
     "-> (Tensor[] codes, Tensor[] scales, Tensor[] amax_t)",
     native=native_rows,
     fake=_fake_rows,
@@ -83,7 +103,8 @@ quantize_rows = register(
     rereads=lambda args, _: args[0],  # for the scale, then for the values
 )
 quantize_columns = register(
-    "quantize_columns(Tensor[] xs, str columns, Tensor[] amax_t) "
+    "quantize_columns(Tensor[] xs, str columns, Tensor[] amax_t, "
+    "Tensor(a!)[]? counters=None) "
     "-> (Tensor[] codes_t, Tensor[] scales_t)",
     native=native_columns,
     fake=_fake_columns,

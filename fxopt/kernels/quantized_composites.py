@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxopt.kernels.counters import Slot, slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
@@ -52,9 +53,9 @@ def _formats(recipe: Recipe, trains: bool) -> tuple[str, str | None]:
     return str(recipe.fprop.a), None if columns is None else str(columns)
 
 
-def _operand(x: Tensor, recipe: Recipe) -> Tensor | Quantized:
+def _operand(x: Tensor, recipe: Recipe, slot: Slot) -> Tensor | Quantized:
     """What the products read of x."""
-    return x if recipe.fprop is None else quantized(x, recipe.fprop.a, None).rows
+    return x if recipe.fprop is None else quantized(x, recipe.fprop.a, None, slot=slot).rows
 
 
 def _joined(beside: Tensor | None, activation: Tensor) -> Tensor:
@@ -75,18 +76,19 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         x, residual, gate, *others = operands
         assert x is not None
         y: Tensor | Quantized
+        slot = (slots := slots_for(weights)).x
         if fuses(recipe):
-            formats = _formats(recipe, trains)
+            formats = (*_formats(recipe, trains), slot.rows)
             found = below_autograd(norm_modulate_quantize, *operands, *settings, *formats)
             codes, scales, amax_t, h, mean, rstd = found
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
             normed, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings)
             amax_t = x.new_empty(0)
-            y = _operand(normed, recipe)
+            y = _operand(normed, recipe, slot)
         h = x if residual is None else h
         branch = x if gate is not None else None
-        ctx.recipe, ctx.settings, ctx.shape = recipe, settings, x.shape
+        ctx.recipe, ctx.settings, ctx.shape, ctx.slots = recipe, settings, x.shape, slots
         ctx.set_materialize_grads(False)
         outs, amax = products(y, weights, biases, ctx, settings[-1], True)
         kept = (h, branch, gate, *others, mean, rstd, amax_t)
@@ -118,12 +120,13 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
             columns = recipe.wgrad.b
             if has_columns:
                 affine, offsets = others[:4], (weight_offset, scale_offset)
+                formats = dtype, str(columns), amax_t, ctx.slots.x.columns
                 codes_t, scales_t = norm_modulate_quantize_columns(
-                    h, *affine, mean, rstd, norm, eps, *offsets, dtype, str(columns), amax_t
+                    h, *affine, mean, rstd, norm, eps, *offsets, *formats
                 )
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
-                y = quantized(found[-1], None, columns).columns
+                y = quantized(found[-1], None, columns, slot=ctx.slots.x).columns
         return None, None, *operand_grads, *weight_gradients(operands, y, weights, recipe), *dbiases
 
 
@@ -143,15 +146,17 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
         y: Tensor | Quantized
+        slot = (slots := slots_for([weight])).x
         if fuses(recipe):
+            formats = (*_formats(recipe, trains), slot.rows)
             codes, scales, amax_t = below_autograd(
-                gated_activation_quantize, gate, up, beside, *settings, *_formats(recipe, trains)
+                gated_activation_quantize, gate, up, beside, *settings, *formats
             )
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)
-            y = _operand(_joined(beside, activation), recipe)
-        ctx.recipe, ctx.settings = recipe, settings
+            y = _operand(_joined(beside, activation), recipe, slot)
+        ctx.recipe, ctx.settings, ctx.slots = recipe, settings, slots
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
         ctx.save_for_backward(gate, up, beside, amax_t, weight, *amax)
@@ -170,7 +175,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
-            formats = str(recipe.wgrad.b), amax_t
+            formats = str(recipe.wgrad.b), amax_t, ctx.slots.x.columns
             dgate, dup, codes_t, scales_t = gated_activation_quantize_backward(
                 dactivation, gate, up, beside, *ctx.settings, *formats
             )
@@ -181,7 +186,8 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
             )
             y = activation
             if trains and recipe.wgrad is not None:
-                y = quantized(_joined(beside, activation), None, recipe.wgrad.b).columns
+                joined, columns = _joined(beside, activation), recipe.wgrad.b
+                y = quantized(joined, None, columns, slot=ctx.slots.x).columns
         if trains and recipe.wgrad is None and beside is not None:
             (g,) = operands
             dweights: Any = [_weight_gradient(g, beside, activation, weight)]

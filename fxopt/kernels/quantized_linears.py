@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels import weight_casts
+from fxopt.kernels import counters, weight_casts
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.linears import Linears, without_autocast
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
@@ -64,17 +65,18 @@ class QuantizedLinears(torch.autograd.Function):
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
         fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
-        ctx.recipe, ctx.shape = recipe, x.shape
+        ctx.recipe, ctx.shape, ctx.slots = recipe, x.shape, counters.slots_for(weights)
         ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
         x = x.contiguous() if keeps_x else x
         ctx.set_materialize_grads(False)
         operand: Tensor | Quantized
         if ctx.keeps_x:
             formats = str(fprop and fprop.a), None if wgrad is None else str(wgrad.b)
-            (codes,), (scales,), (amax_t,) = quantize_rows([x], *formats)
+            lines = counters.present([ctx.slots.x.rows])
+            (codes,), (scales,), (amax_t,) = quantize_rows([x], *formats, lines)
             operand, kept = Quantized(codes, scales, scales.new_empty(0)), [x, amax_t]
         else:
-            pair = quantized(x, fprop and fprop.a, wgrad and wgrad.b)
+            pair = quantized(x, fprop and fprop.a, wgrad and wgrad.b, slot=ctx.slots.x)
             operand, kept = x if fprop is None else pair.rows, list(pair.columns)
             kept = [x] if trains and wgrad is None else kept
         outs, amax = products(operand, weights, biases, ctx, x.dtype, ctx.needs_input_grad[2])
@@ -92,7 +94,9 @@ class QuantizedLinears(torch.autograd.Function):
         dx_MK, operands, dbiases = gradients(ctx, grads, weights, amax, needs_x, needs)
         x: Tensor | Quantized = kept[0]
         if recipe.wgrad is not None and ctx.keeps_x and any(o is not None for o in operands):
-            (codes_t,), (scales_t,) = quantize_columns([kept[0]], str(recipe.wgrad.b), [kept[1]])
+            lines = counters.present([ctx.slots.x.columns])
+            matrix = [kept[0]], str(recipe.wgrad.b), [kept[1]]
+            (codes_t,), (scales_t,) = quantize_columns(*matrix, lines)
             x = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         elif recipe.wgrad is not None:
             x = Quantized(*kept[:3])
@@ -130,7 +134,7 @@ def products(
     present = [w for w in weights if w is not None]
     if not isinstance(x, Quantized):
         return tuple(F.linear(x, w, b) for w, b in zip(present, biases, strict=True)), []
-    copies = weight_casts.for_products(present, ctx.recipe, comes_back)
+    copies = weight_casts.for_products(present, ctx.recipe, comes_back, ctx.slots.weights)
     ctx.columns, outs = copies.columns, []
     for copy, weight, bias in zip(copies.rows, present, biases, strict=True):
         y_MN = multiply(x, copy, ctx.recipe.fprop, dtype, bias)
@@ -160,13 +164,15 @@ def gradients(
             factors = [ctx.columns[i] for i in present]
         else:
             found = [amax[i] for i in present] if amax else []
-            factors = weight_casts.for_gradients(used, found, recipe)
+            slots = [ctx.slots.weights[i] for i in present]
+            factors = weight_casts.for_gradients(used, found, recipe, slots)
     for i, factor in zip(present, factors, strict=True):
         needs_weight, needs_bias = needs[i], needs[len(grads) + i]
         grad = grads[i]
         assert grad is not None
         g_MN = grad.reshape(-1, grad.shape[-1])
-        pair = _quantize_gradient(g_MN, recipe, needs_x, needs_weight, needs_bias)
+        needed = needs_x, needs_weight, needs_bias
+        pair = _quantize_gradient(g_MN, recipe, *needed, ctx.slots.gradients[i])
         if needs_x:
             parts.append(_input_gradient(g_MN, pair.rows, factor, recipe))
         if needs_weight:
@@ -178,23 +184,28 @@ def gradients(
 
 
 def quantized(
-    x: Tensor, rows: Any, columns: Any, seed: Tensor | None = None, wants_sum: bool = False
+    x: Tensor,
+    rows: Any,
+    columns: Any,
+    seed: Tensor | None = None,
+    wants_sum: bool = False,
+    slot: Slot = UNWATCHED,
 ) -> Pair:
     if rows is None and columns is None:
         nothing = Quantized(*[x.new_empty(0) for _ in range(3)])
         return Pair(nothing, nothing, x.sum(0) if wants_sum else x.new_empty(0))
-    return quantize_pair(x, rows, columns, seed, wants_sum)
+    return quantize_pair(x, rows, columns, seed, wants_sum, slot)
 
 
 def _quantize_gradient(
-    g_MN: Tensor, recipe: Recipe, for_input: bool, for_weight: bool, for_bias: bool
+    g_MN: Tensor, recipe: Recipe, for_input: bool, for_weight: bool, for_bias: bool, slot: Slot
 ) -> Pair:
     rows = recipe.dgrad.a if recipe.dgrad and for_input else None
     columns = recipe.wgrad.a if recipe.wgrad and for_weight else None
     seed = None
     if any(operand is not None and operand.stochastic for operand in (rows, columns)):
         seed = torch.randint(2**62, (1,), device=g_MN.device)
-    return quantized(g_MN, rows, columns, seed, for_bias)
+    return quantized(g_MN, rows, columns, seed, for_bias, slot)
 
 
 def _input_gradient(

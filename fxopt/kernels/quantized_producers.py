@@ -57,13 +57,14 @@ def native_norm(*args: Any) -> tuple[Tensor, ...]:
 
     Args:
         args: those of `fxopt::norm_modulate`, then rows and columns: how y is quantized for the
-            products (as `Operand` is written), and its transpose for weights' gradients or None.
+            products (as `Operand` is written), and its transpose for weights' gradients or None;
+            last, where they are given, the counters of the copy (a line as in `counters`).
 
     Returns codes, scales, amax_t (see `amax_for`), and h, mean, rstd as norm_modulate does.
     """
-    *operands, rows, columns = args
+    operands, (rows, columns, *counters) = args[:14], args[14:]
     y, h, mean, rstd = native_norm_modulate.forward(*operands)
-    codes, scales = quantize.native(y, rows, None, None, False)[:2]
+    codes, scales = quantize.native(y, rows, None, None, False, *counters)[:2]
     return codes, scales, amax_for(y, columns), h, mean, rstd
 
 
@@ -82,16 +83,18 @@ def native_norm_columns(
     dtype: torch.dtype,
     columns: str,
     amax_t: Tensor,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
 
     Args:
         h: the norm's input, the x where there was no residual; the others as they were.
         mean, rstd, amax_t: as the forward returned them.
+        counters: of this copy, or None.
     """
     affine, settings = (weight, bias, scale, shift), (norm, eps, weight_offset, scale_offset)
     y = native_norm_modulate.forward(h, None, None, *affine, None, *settings, h.dtype, dtype)[0]
-    return quantize.native(y, None, columns, None, False)[3:5]
+    return quantize.native(y, None, columns, None, False, None, counters)[3:5]
 
 
 def native_activation(
@@ -102,16 +105,18 @@ def native_activation(
     packing: str,
     rows: str,
     columns: str | None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [M, K padded], scales [M or 1, 1] and amax_t of y = [beside | act(gate) * up].
 
     Args:
         gate, up, activation, packing: those of `fxopt::gated_activation`.
         beside: [..., K - F], what a linear takes beside F features of the activation, or None.
-        rows, columns: as in `native_norm`.
+        rows, columns, counters: as in `native_norm`.
     """
     y = _joined(gate, up, beside, activation, packing)
-    return *quantize.native(y, rows, None, None, False)[:2], amax_for(y, columns)
+    codes, scales = quantize.native(y, rows, None, None, False, counters)[:2]
+    return codes, scales, amax_for(y, columns)
 
 
 def native_activation_backward(
@@ -123,6 +128,7 @@ def native_activation_backward(
     packing: str,
     columns: str,
     amax_t: Tensor,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gate and up (empty without one), as `gated_activation_backward` makes them, and
     the transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
@@ -130,10 +136,12 @@ def native_activation_backward(
     Args:
         grad: [..., F], of the activation; the others as they were.
         amax_t: as the forward returned it.
+        counters: of this copy, or None.
     """
     dgate, dup, y = gated_activation.native_backward(grad, gate, up, activation, packing, True)
     y = y if beside is None else torch.cat([beside, y], -1)
-    return dgate, dup, *quantize.native(y, None, columns, None, False)[3:5]
+    copy = quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    return dgate, dup, *copy
 
 
 def _joined(
@@ -144,7 +152,7 @@ def _joined(
 
 
 def _fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    norm, (h_dtype, dtype, rows, columns) = args[6], args[10:]
+    norm, (h_dtype, dtype, rows, columns) = args[6], args[10:14]
     _, h, mean, rstd = native_norm_modulate.outputs(x, residual, norm, h_dtype, dtype)
     num_features = x.shape[-1]
     codes, scales, _ = quantize.fake_matrix(x, x.numel() // num_features, num_features, rows)
@@ -153,7 +161,7 @@ def _fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, 
 
 def _fake_norm_columns(h: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     num_features = h.shape[-1]
-    codes, scales, _ = quantize.fake_matrix(h, num_features, h.numel() // num_features, args[-2])
+    codes, scales, _ = quantize.fake_matrix(h, num_features, h.numel() // num_features, args[11])
     return codes, scales
 
 
@@ -165,7 +173,14 @@ def _size(gate: Tensor, beside: Tensor | None, packing: str) -> tuple[int, int]:
 
 
 def _fake_activation(
-    gate: Tensor, up: Any, beside: Any, name: str, packing: str, rows: str, columns: str | None
+    gate: Tensor,
+    up: Any,
+    beside: Any,
+    name: str,
+    packing: str,
+    rows: str,
+    columns: str | None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, num_features = _size(gate, beside, packing)
     codes, scales, _ = quantize.fake_matrix(gate, num_tokens, num_features, rows)
@@ -225,18 +240,19 @@ def _is_of_tensor(operand: str | None) -> bool:
 def _norm_launches(*args: Any) -> int:
     """Rows are cast where they are normed, unless they share one scale; else the magnitudes for
     the transposed copy, which programs leave in parts, take a reduction."""
-    rows, columns = args[-2:]
+    rows, columns = args[14:16]
     return 2 if _is_of_tensor(rows) or columns is not None else 1
 
 
 def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
     """What is normed, where its cast waits for the scale."""
     x, residual, h = args[0], args[1], out[3]
-    return [x if residual is None else h] if _is_of_tensor(args[-2]) else []
+    return [x if residual is None else h] if _is_of_tensor(args[14]) else []
 
 
 norm_modulate_quantize = register(
-    f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns) -> "
+    f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns, "
+    "Tensor(a!)? counters=None) -> "
     "(Tensor codes, Tensor scales, Tensor amax_t, Tensor h, Tensor mean, Tensor rstd)",
     native=native_norm,
     fake=_fake_norm,
@@ -247,7 +263,8 @@ norm_modulate_quantize = register(
 norm_modulate_quantize_columns = register(
     "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
     "Tensor? shift, Tensor mean, Tensor rstd, str norm, float eps, float weight_offset, "
-    "float scale_offset, ScalarType dtype, str columns, Tensor amax_t) "
+    "float scale_offset, ScalarType dtype, str columns, Tensor amax_t, "
+    "Tensor(a!)? counters=None) "
     "-> (Tensor codes_t, Tensor scales_t)",
     native=native_norm_columns,
     fake=_fake_norm_columns,
@@ -255,7 +272,8 @@ norm_modulate_quantize_columns = register(
 )
 gated_activation_quantize = register(
     "gated_activation_quantize(Tensor gate, Tensor? up, Tensor? beside, str activation, "
-    "str packing, str rows, str? columns) -> (Tensor codes, Tensor scales, Tensor amax_t)",
+    "str packing, str rows, str? columns, Tensor(a!)? counters=None) -> "
+    "(Tensor codes, Tensor scales, Tensor amax_t)",
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
@@ -264,7 +282,7 @@ gated_activation_quantize = register(
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
-    "str activation, str packing, str columns, Tensor amax_t) "
+    "str activation, str packing, str columns, Tensor amax_t, Tensor(a!)? counters=None) "
     "-> (Tensor dgate, Tensor dup, Tensor codes_t, Tensor scales_t)",
     native=native_activation_backward,
     fake=_fake_activation_backward,

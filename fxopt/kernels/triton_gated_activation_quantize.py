@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.gated_activation import halves
 from fxopt.kernels.triton_gated_activation import value_and_gradient
 from fxopt.kernels.triton_quantize_kernels import (
@@ -80,7 +81,7 @@ def cast_kernel(
     gate, up, beside, width,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns,
+    padded_rows, padded_columns, counters, counters_t,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -91,7 +92,7 @@ def cast_kernel(
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns,
+        padded_rows, padded_columns, counters, counters_t,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -108,7 +109,7 @@ def backward_kernel(
     grad, gate, up, beside, dgate, dup, width,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns,
+    padded_rows, padded_columns, counters, counters_t,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -135,7 +136,7 @@ def backward_kernel(
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns,
+        padded_rows, padded_columns, counters, counters_t,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -148,13 +149,15 @@ def forward(
     packing: str,
     rows: str,
     columns: str | None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and amax_t; gate is not empty and not fp64."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrix = _matrix(gate, up, beside, activation, packing)
     amax = launch.measure(amax_kernel, matrix, by_row, by_column)
     amax_t = launch.amax_for(matrix, by_column)
-    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, amax_t)[0]
+    slot = Slot(rows=counters)
+    copy = launch.cast(cast_kernel, matrix, amax, by_row, None, amax_t, (), slot)[0]
     return copy.codes, copy.scales, launch.present(amax_t, gate)
 
 
@@ -168,6 +171,7 @@ def backward(
     packing: str,
     columns: str,
     amax_t: Tensor,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write `grads`, dgate and dup; codes and scales of the transposed copy, in the same pass."""
     by_column = Operand.parse(columns)
@@ -177,7 +181,8 @@ def backward(
     arguments = (_strided(grad), *given, _strided(dgate), _strided(dup), width)
     amax = launch.Amax.known(by_column, amax_t)
     matrix = matrix._replace(arguments=arguments)
-    copy = launch.cast(backward_kernel, matrix, amax, None, by_column)[1]
+    slot = Slot(columns=counters)
+    copy = launch.cast(backward_kernel, matrix, amax, None, by_column, None, (), slot)[1]
     return copy.codes, copy.scales
 
 

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
+    count,
     factor_of,
     magnitude,
     scale_of,
@@ -54,7 +56,7 @@ TRITON_DTYPES = {
 def rows_kernel(
     x, residual, gate, weight, bias, scale, shift, x_bias, h, mean, rstd, codes, scales,
     column_amax, tensor_amax,
-    num_tokens, num_rows, num_features, padded_columns, eps, weight_offset, scale_offset,
+    num_tokens, num_rows, num_features, padded_columns, eps, weight_offset, scale_offset, counters,
     NORM: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
     POW2: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +94,10 @@ def rows_kernel(
         if codes is not None:
             factor = factor_of(tl.max(bits, 0), LARGEST, POW2)
             tl.store(scales + token, scale_of(factor))
-            code = code_of(tl.where(mask, y * factor, 0.0), LARGEST, FORMAT)
+            scaled = tl.where(mask, y * factor, 0.0)
+            code = code_of(scaled, LARGEST, FORMAT)
+            if counters is not None:
+                count(counters, y, scaled, code, factor, token == 0, LARGEST)
             tl.store(codes + token * padded_columns + cols, code, mask=cols < padded_columns)
     if column_amax is not None:
         tl.store(column_amax + program * num_features + cols, largest, mask=mask)
@@ -116,7 +121,7 @@ def tiles_kernel(
     h, weight, bias, scale, shift, mean, rstd, group_rows, weight_offset, scale_offset,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns,
+    padded_rows, padded_columns, counters, counters_t,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -144,7 +149,7 @@ def tiles_kernel(
     store_codes(
         y, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns,
+        padded_rows, padded_columns, counters, counters_t,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -166,6 +171,7 @@ def forward(
     dtype: torch.dtype,
     rows: str,
     columns: str | None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Codes, scales, amax_t, h, mean and rstd; x is not empty and nothing is fp64."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
@@ -193,14 +199,17 @@ def forward(
             *(_rows(t, x, groups) for t in given), h, mean, rstd,
             *launch.pointers(copy), amax.columns, amax.tensor,
             num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats), **block(padded),
+            counters, NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
+            **block(padded),
         )  # fmt: skip
     source = x if residual is None else h
     affine, constants = (weight, bias, scale, shift), (norm, weight_offset, scale_offset, dtype)
     matrix = _matrix(source, affine, mean, rstd, groups, constants)
     if copy is None:
         amax_t = launch.amax_for(matrix, by_column)
-        copy = launch.cast(tiles_kernel, matrix, amax, by_row, None, amax_t)[0]
+        copy = launch.cast(
+            tiles_kernel, matrix, amax, by_row, None, amax_t, (), Slot(rows=counters)
+        )[0]
     else:
         amax_t = None if by_column is None else amax.of(by_column)
     return copy.codes, copy.scales, launch.present(amax_t, x), h, mean, rstd
@@ -221,6 +230,7 @@ def columns(
     dtype: torch.dtype,
     columns: str,
     amax_t: Tensor,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of the transposed copy, in one pass."""
     by_column = Operand.parse(columns)
@@ -228,7 +238,8 @@ def columns(
     settings = (norm, weight_offset, scale_offset, dtype)
     matrix = _matrix(h, (weight, bias, scale, shift), mean, rstd, groups, settings)
     amax = launch.Amax.known(by_column, amax_t)
-    copy = launch.cast(tiles_kernel, matrix, amax, None, by_column)[1]
+    slot = Slot(columns=counters)
+    copy = launch.cast(tiles_kernel, matrix, amax, None, by_column, None, (), slot)[1]
     return copy.codes, copy.scales
 
 

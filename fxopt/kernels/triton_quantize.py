@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
 from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel
 from fxopt.recipes import Operand
@@ -74,13 +75,18 @@ def of_tensor(x_RC: Tensor) -> Matrix:
 
 
 def quantize(
-    x_RC: Tensor, rows: Operand | None, columns: Operand | None, wants_sum: bool = False
+    x_RC: Tensor,
+    rows: Operand | None,
+    columns: Operand | None,
+    wants_sum: bool = False,
+    slot: Slot = UNWATCHED,
 ) -> list[Tensor]:
     """Codes, scales and an empty tensor scale of x and then of its transpose; the sum of the rows.
 
     Args:
         x_RC: any strides, not empty.
         rows, columns: operands that `covers` holds for, or None.
+        slot: counters of both copies.
     """
     matrix = of_tensor(x_RC)
     num_tiles = grid(matrix, rows, columns)[0]
@@ -89,7 +95,7 @@ def quantize(
         sums = x_RC.new_empty((num_tiles, x_RC.shape[1]), dtype=torch.float32)
         column_sum = x_RC.new_empty(x_RC.shape[1])
     amax = measure(amax_kernel, matrix, rows, columns, (sums,))
-    pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum))
+    pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum), slot)
     return [*pair[0], *pair[1], x_RC.new_empty(0) if column_sum is None else column_sum]
 
 
@@ -132,17 +138,19 @@ def cast(
     columns: Operand | None,
     amax_out: Tensor | None = None,
     more: Sequence[Tensor | None] = (),
+    slot: Slot = UNWATCHED,
 ) -> tuple[Quantized, Quantized]:
     """The second pass: codes and scales of the copies, empty where there is no operand.
 
     Args:
         amax_out: fp32, where to put what later scales of the columns come from, or None.
+        slot: counters of both copies.
     """
     copies = copies_for(matrix, rows, columns)
     with torch.cuda.device_of(matrix.like):
         kernel[grid(matrix, rows, columns)](
             *matrix.arguments,
-            *cast_arguments(matrix, amax, rows, columns, copies, amax_out),
+            *cast_arguments(matrix, amax, rows, columns, copies, amax_out, slot),
             *more,
             **settings(rows, columns),
             **BLOCKS | matrix.constants,
@@ -171,6 +179,7 @@ def cast_arguments(
     columns: Operand | None,
     copies: Copies,
     amax_out: Tensor | None,
+    slot: Slot,
 ) -> tuple[Any, ...]:
     """The arguments of `store_codes`, from num_rows on."""
     num_rows, num_columns = matrix.num_rows, matrix.num_columns
@@ -184,6 +193,7 @@ def cast_arguments(
         None if amax_out is None else amax_out.view(torch.int32),
         padded_size(columns, num_rows),
         padded_size(rows, num_columns),
+        *slot,
     )
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.triton_quantize_kernels import (
     load_tile,
@@ -60,13 +61,13 @@ def cast_kernel(
             value = load_tile(m[0], m[1], m[2], r, c, m[3], m[4])
             store_codes(
                 value, r, c, m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11], m[12],
-                m[13], m[14], m[15], m[16], m[17],
+                m[13], m[14], m[15], m[16], m[17], m[18], m[19],
                 FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
             )  # fmt: skip
 
 
 def rows(
-    xs: Sequence[Tensor], rows: str, columns: str | None
+    xs: Sequence[Tensor], rows: str, columns: str | None, counters: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Codes, scales and amax_t; no x is empty."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
@@ -76,19 +77,23 @@ def rows(
     arguments = [(*m.arguments, m.num_rows, m.num_columns, *amax) for m, amax in pairs]
     _launch(amax_kernel, matrices, arguments, {})
     amax_t = [launch.amax_for(m, by_column) for m in matrices]
-    copies = _cast(matrices, amaxes, by_row, None, amax_t)
+    copies = _cast(matrices, amaxes, by_row, None, amax_t, [Slot(rows=c) for c in counters])
     kept = [launch.present(a, x) for a, x in zip(amax_t, xs, strict=True)]
     return [c.codes for c in copies], [c.scales for c in copies], kept
 
 
 def columns(
-    xs: Sequence[Tensor], columns: str, amax_t: Sequence[Tensor]
+    xs: Sequence[Tensor],
+    columns: str,
+    amax_t: Sequence[Tensor],
+    counters: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Codes and scales of the transposed copies, in one pass."""
     by_column = Operand.parse(columns)
     matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
     amaxes = [launch.Amax.known(by_column, a) for a in amax_t]
-    copies = _cast(matrices, amaxes, None, by_column, [None] * len(xs))
+    slots = [Slot(columns=c) for c in counters]
+    copies = _cast(matrices, amaxes, None, by_column, [None] * len(xs), slots)
     return [c.codes for c in copies], [c.scales for c in copies]
 
 
@@ -98,15 +103,15 @@ def _cast(
     by_row: Operand | None,
     by_column: Operand | None,
     amax_t: Sequence[Tensor | None],
+    slots: Sequence[Slot],
 ) -> list[Quantized]:
     """The one copy of each matrix that there is an operand for."""
     arguments, copies = [], []
-    for matrix, amax, out in zip(matrices, amaxes, amax_t, strict=True):
+    for matrix, amax, out, slot in zip(matrices, amaxes, amax_t, slots, strict=True):
         pair = launch.copies_for(matrix, by_row, by_column)
         copies += [copy for copy in pair if copy is not None]
-        arguments.append(
-            (*matrix.arguments, *launch.cast_arguments(matrix, amax, by_row, by_column, pair, out))
-        )
+        cast = launch.cast_arguments(matrix, amax, by_row, by_column, pair, out, slot)
+        arguments.append((*matrix.arguments, *cast))
     _launch(
         cast_kernel,
         matrices,

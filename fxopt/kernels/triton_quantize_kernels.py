@@ -15,11 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxopt.kernels import counters as line_of
 from fxopt.kernels.formats import SMALLEST_SCALE
 
 INF_BITS = tl.constexpr(0x7F800000)
 NAN_CODE = tl.constexpr(0x7F)  # of e4m3 and of e5m2
-MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+MAGNITUDE = tl.constexpr(line_of.MAGNITUDE)
+SLACK = tl.constexpr(line_of.SLACK)
 LARGEST_FACTOR = tl.constexpr(1 / SMALLEST_SCALE)
 
 
@@ -120,13 +122,47 @@ def code_of(value, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def add(counter, amount):
+    tl.atomic_add(counter, amount.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def raise_to(counter, value):
+    tl.atomic_max(counter, value.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def count(counters, value, scaled, code, factor, is_first, LARGEST: tl.constexpr):
+    """Add values and their codes to the counters [8] of `kernels/counters.py`.
+
+    value, scaled: before and after the multiplication by `factor`, which is broadcast to them.
+    is_first: whether these are the first of all values.
+    """
+    magnitudes = magnitude(value)
+    nonzero = magnitudes != 0
+    underflowed = nonzero & ((code & 0x7F) == 0)
+    saturated = tl.abs(scaled) > LARGEST * SLACK
+    scale_bits = tl.zeros_like(magnitudes) + magnitude(scale_of(factor))
+    add(counters, is_first)
+    add(counters + 1, tl.sum(nonzero.to(tl.int32)))
+    add(counters + 2, tl.sum(underflowed.to(tl.int32)))
+    add(counters + 3, tl.sum(saturated.to(tl.int32)))
+    add(counters + 4, tl.sum((magnitudes >= INF_BITS).to(tl.int32)))
+    raise_to(counters + 5, tl.max(magnitudes))
+    raise_to(counters + 6, tl.max(tl.where(nonzero, scale_bits, 0)))
+    raise_to(counters + 7, tl.max(tl.where(nonzero, MAGNITUDE - scale_bits, 0)))
+
+
+@triton.jit
 def scaled_codes(
-    value, of_tensor, partials, num_partials, line, num_lines, is_first, scales,
+    value, of_tensor, partials, num_partials, line, num_lines, is_first, scales, counters,
     AXIS: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, POW2: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Codes of a tile, by a scale for each line across AXIS if there are partials of lines, else
-    by that of the tensor; the first program along AXIS stores the scales."""
+    by that of the tensor; the first program along AXIS stores the scales. `count` if there are
+    counters."""
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if partials is not None:
         bits = reduce(partials, num_partials, line, num_lines, BLOCK, CHUNK)
         factor = factor_of(bits, LARGEST, POW2)
@@ -134,16 +170,19 @@ def scaled_codes(
         factor = tl.expand_dims(factor, AXIS)
     else:
         factor = factor_of(of_tensor, LARGEST, POW2)
-        first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
         tl.store(scales, scale_of(factor), first)
-    return code_of(value * factor, LARGEST, FORMAT)
+    scaled = value * factor
+    code = code_of(scaled, LARGEST, FORMAT)
+    if counters is not None:
+        count(counters, value, scaled, code, factor, first, LARGEST)
+    return code
 
 
 @triton.jit
 def store_codes(
     value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns,
+    padded_rows, padded_columns, counters, counters_t,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -164,7 +203,7 @@ def store_codes(
         is_first = tl.program_id(1) == 0
         code = scaled_codes(
             value, of_tensor, row_amax, num_row_partials, r, num_rows, is_first, scales,
-            1, FORMAT, LARGEST, POW2, BLOCK_R, CHUNK,
+            counters, 1, FORMAT, LARGEST, POW2, BLOCK_R, CHUNK,
         )  # fmt: skip
         mask = (r < num_rows)[:, None] & (c < padded_columns)[None, :]
         tl.store(codes + r[:, None] * padded_columns + c[None, :], code, mask)
@@ -172,7 +211,7 @@ def store_codes(
         is_first = tl.program_id(0) == 0
         code = scaled_codes(
             value, of_tensor, column_amax, num_column_partials, c, num_columns, is_first, scales_t,
-            0, FORMAT_T, LARGEST_T, POW2_T, BLOCK_C, CHUNK,
+            counters_t, 0, FORMAT_T, LARGEST_T, POW2_T, BLOCK_C, CHUNK,
         )  # fmt: skip
         mask = (c < num_columns)[:, None] & (r < padded_rows)[None, :]
         tl.store(codes_t + c[:, None] * padded_rows + r[None, :], tl.trans(code), mask)
@@ -197,7 +236,7 @@ def store_sum(
 def cast_kernel(
     x, stride_R, stride_C, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, column_sums, column_sum,
+    padded_rows, padded_columns, counters, counters_t, column_sums, column_sum,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -208,7 +247,7 @@ def cast_kernel(
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns,
+        padded_rows, padded_columns, counters, counters_t,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
     if column_sum is not None:

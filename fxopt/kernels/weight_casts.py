@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.kernels.counters import Slot, present
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
@@ -35,7 +36,7 @@ class WeightCasts:
         """Cast again what comes: an optimizer has stepped, and wrote as it likes."""
         self._entries.clear()
 
-    def of(self, weight: Tensor, recipe: Recipe) -> Pair | None:
+    def of(self, weight: Tensor, recipe: Recipe, slot: Slot) -> Pair | None:
         """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
         traced = get_proxy_mode() is not None or is_traceable_wrapper_subclass(weight)
         if traced or recipe.fprop is None or recipe.dgrad is None:
@@ -45,7 +46,7 @@ class WeightCasts:
         state = weight._version, weight.untyped_storage()._cdata, weight.storage_offset()
         entry = self._entries.get(key)
         if entry is None or entry.weight() is not weight or entry.state != state:
-            pair = quantize_pair(weight.detach(), rows, columns)
+            pair = quantize_pair(weight.detach(), rows, columns, slot=slot)
             entry = self._entries[key] = _Entry(weakref.ref(weight), state, pair)
         return entry.pair
 
@@ -89,37 +90,46 @@ class Copies(NamedTuple):
     amax_t: list[Tensor]
 
 
-def for_products(weights: Sequence[Tensor], recipe: Recipe, comes_back: bool) -> Copies:
+def for_products(
+    weights: Sequence[Tensor], recipe: Recipe, comes_back: bool, slots: Sequence[Slot]
+) -> Copies:
     """Cast the weights of linears on one input.
 
     Args:
         recipe: one with an fprop.
         comes_back: whether dgrad will want the transposed copies.
+        slots: counters of each weight's copies.
     """
     assert recipe.fprop is not None
     rows = recipe.fprop.b
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
     casts = _active.get()
-    pairs = [] if casts is None else [casts.of(w, recipe) for w in weights]
+    pairs = []
+    if casts is not None:
+        pairs = [casts.of(w, recipe, slot) for w, slot in zip(weights, slots, strict=True)]
     known = [pair for pair in pairs if pair is not None]
     if known and len(known) == len(weights):
         return Copies([p.rows for p in known], [p.columns for p in known], [])
     if not covers(rows) or not covers(columns):
-        return Copies([quantize_pair(w, rows, None).rows for w in weights], [], [])
+        apart = zip(weights, slots, strict=True)
+        return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
     formats = str(rows), None if columns is None else str(columns)
-    codes, scales, amax_t = quantize_rows(list(weights), *formats)
+    lines = present(slot.rows for slot in slots)
+    codes, scales, amax_t = quantize_rows(list(weights), *formats, lines)
     return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
 
 
 def for_gradients(
-    weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe
+    weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe, slots: Sequence[Slot]
 ) -> list[Quantized]:
     """The transposed copies, which dgrad reads; `recipe` has one."""
     assert recipe.dgrad is not None
     columns = recipe.dgrad.b
     if not amax_t:
-        return [quantize_pair(w, None, columns).columns for w in weights]
-    return _joined(*quantize_columns(list(weights), str(columns), list(amax_t)))
+        apart = zip(weights, slots, strict=True)
+        return [quantize_pair(w, None, columns, slot=slot).columns for w, slot in apart]
+    lines = present(slot.columns for slot in slots)
+    return _joined(*quantize_columns(list(weights), str(columns), list(amax_t), lines))
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:

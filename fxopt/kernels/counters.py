@@ -1,0 +1,120 @@
+"""Counters: what a quantization leaves about the values that it met, where somebody watches it.
+
+A line of counters is int64 [8], in the order of FIELDS, on the device of the values. The first
+ADDED are sums. The others are largest values, of the bits of fp32 magnitudes: those are ordered as
+the magnitudes are, and the bits of a NaN are larger than those of any number. `least_scale` is
+stored as its distance from MAGNITUDE, so that a line of zeros is one that has met nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+FIELDS = (
+    *("samples", "nonzero", "underflowed", "saturated", "nonfinite"),
+    *("amax", "largest_scale", "least_scale"),
+)
+ADDED = 5
+MAGNITUDE = 0x7FFFFFFF
+# Factors are rounded: the largest value of a block may end up this far beyond the format's.
+SLACK = 1 + 2.0**-20
+
+
+class Slot(NamedTuple):
+    """The lines of a tensor's copies, as `quantize` makes them; None for what is not watched."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+UNWATCHED = Slot()
+
+
+class Slots(NamedTuple):
+    """Where the quantizations of one autograd node are counted: of its x, and for each linear."""
+
+    x: Slot
+    weights: Sequence[Slot]
+    gradients: Sequence[Slot]
+
+
+class Recorder(Protocol):
+    """Who watches, and which linears."""
+
+    def slots(self, weights: Sequence[Tensor]) -> Slots | None: ...
+
+
+# Of the process and not of a context: autograd runs backwards, and the forwards of checkpoints in
+# them, on threads of its own.
+_recorder: Recorder | None = None
+
+
+def record_to(recorder: Recorder | None) -> None:
+    """Count the quantizations of nodes whose forward runs from now on, for `recorder`."""
+    global _recorder
+    _recorder = recorder
+
+
+def slots_for(weights: Sequence[Tensor | None]) -> Slots:
+    """The slots of a node with these weights; nothing is counted unless somebody records."""
+    found = None if _recorder is None else _recorder.slots([w for w in weights if w is not None])
+    unwatched = [UNWATCHED] * len(weights)
+    return found or Slots(UNWATCHED, unwatched, unwatched)
+
+
+def present(counters: Iterable[Tensor | None]) -> list[Tensor] | None:
+    """Lines as the ops that take several matrices want them: one for each, or None."""
+    return [c for c in counters if c is not None] or None
+
+
+def count(
+    counters: Tensor,
+    x: Tensor,
+    scaled: Tensor,
+    rounded: Tensor,
+    amax_rc: Tensor,
+    scales_rc: Tensor,
+    largest: float,
+) -> None:
+    """Add one quantization to a line.
+
+    Args:
+        counters: int64 [8].
+        x, scaled, rounded: the values; times their block's factor; and what the codes stand for.
+        amax_rc, scales_rc: fp32 largest magnitude and scale of each block, without stored offsets.
+        largest: finite value of the format.
+    """
+    if not x.numel():
+        return
+    nonzero, of_values = x != 0, amax_rc != 0
+    counters[0] += 1
+    counters[1] += nonzero.sum()
+    counters[2] += (nonzero & (rounded == 0)).sum()
+    counters[3] += (scaled.abs() > largest * SLACK).sum()
+    counters[4] += (~x.isfinite()).sum()
+    scale_bits = _bits(scales_rc)
+    found = (
+        _bits(amax_rc).amax(),
+        scale_bits.masked_fill(~of_values, 0).amax(),
+        (MAGNITUDE - scale_bits).masked_fill(~of_values, 0).amax(),
+    )
+    merge_largest(counters[ADDED:], torch.stack(found))
+
+
+def merge(total: Tensor, more: Tensor) -> None:
+    """Add the lines `more` [..., 8] to those of `total`."""
+    total[..., :ADDED] += more[..., :ADDED]
+    merge_largest(total[..., ADDED:], more[..., ADDED:])
+
+
+def merge_largest(total: Tensor, more: Tensor) -> None:
+    torch.maximum(total, more, out=total)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of fp32 magnitudes as int64."""
+    return (x.contiguous().view(torch.int32) & MAGNITUDE).long()
