@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxopt.backends.eager import swap
     from fxopt.backends.exported import optimize
     from fxopt.backends.state import report, restore
+    from fxopt.backends.telemetry import telemetry
     from fxopt.explanation import explain
     from fxopt.kernels.weight_casts import cast_weights_once
 
@@ -31,6 +32,7 @@ __all__ = [
     "report",
     "restore",
     "swap",
+    "telemetry",
 ]
 
 _LAZY = {
@@ -40,6 +42,7 @@ _LAZY = {
     "report": "fxopt.backends.state",
     "restore": "fxopt.backends.state",
     "swap": "fxopt.backends.eager",
+    "telemetry": "fxopt.backends.telemetry",
 }
 # The import above has bound the submodule to the name of the function.
 globals().pop("report")

@@ -295,6 +295,15 @@ class NotReported(FxoptError):
 
 
 @dataclass(eq=False)
+class NoTelemetry(FxoptError):
+    """`telemetry` was given a model, or arguments, that it cannot record."""
+
+    problem: str
+    remedy: str
+    template = "telemetry cannot be had: {problem}; {remedy}"
+
+
+@dataclass(eq=False)
 class MissingPackage(FxoptError):
     """An optional package that a command needs is not installed."""
 

@@ -62,7 +62,7 @@ def report(model: nn.Module | None = None) -> Report:
     else:
         require_module(model)
         found = [door.report() for door in doors(model)]
-        if not found and _is_compiled(model):
+        if not found and is_compiled(model):
             found = list(compile_reports)
     if not found:
         raise NotReported(type(model).__name__)
@@ -72,7 +72,7 @@ def report(model: nn.Module | None = None) -> Report:
     return merged
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 

@@ -59,6 +59,10 @@ def record_to(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
+def is_recording() -> bool:
+    return _recorder is not None
+
+
 def slots_for(weights: Sequence[Tensor | None]) -> Slots:
     """The slots of a node with these weights; nothing is counted unless somebody records."""
     found = None if _recorder is None else _recorder.slots([w for w in weights if w is not None])

@@ -1,0 +1,251 @@
+"""Telemetry: what quantization does to the operands of each GEMM, sampled, by timestep.
+
+Kernels count while they quantize (`kernels/counters.py`); nothing is read before `report`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.backends import state
+from fxopt.backends.compiled import CompiledBlocks
+from fxopt.errors import NoTelemetry
+from fxopt.kernels import counters
+from fxopt.kernels.counters import FIELDS, MAGNITUDE, Slot, Slots
+from fxopt.telemetry_report import OperandRecord, TelemetryReport
+
+OPERANDS = ("x", "weight", "gradient")
+# By operand: the GEMMs that read its row-wise and its transposed copy.
+GEMMS = (("fprop", "wgrad"), ("fprop", "dgrad"), ("dgrad", "wgrad"))
+REMEDY = "use fxopt.optimize or fxopt.swap, executed eagerly"
+MIXED = "mixed"
+
+
+@contextmanager
+def telemetry(
+    model: nn.Module, *, every: int = 100, buckets: Sequence[float] = ()
+) -> Iterator[Telemetry]:
+    """Count what quantization does to the operands of `model`'s GEMMs, in one batch of `every`.
+
+        with fxopt.telemetry(model, every=100, buckets=(250, 500, 750)) as telemetry:
+            for batch, timesteps in batches:
+                telemetry.batch(timesteps)
+                loss(model, batch, timesteps).backward()
+        print(telemetry.report())
+
+    Of each operand: largest magnitude, scales, the share of nonzero values that became zero, the
+    share that saturated, and values that are not finite. The kernels that quantize count, on their
+    device; a step never waits for it. Batches that are not sampled launch nothing more.
+
+    Args:
+        model: what was given to `optimize` or `swap` with a low-precision recipe.
+        every: batches from one sample to the next; the first is sampled.
+        buckets: ascending timesteps that part one bucket from the next, in the loop's unit. A
+            batch whose timesteps lie in several is counted as "mixed": a tensor is quantized
+            whole, and its counters cannot be told apart by sample.
+
+    Raises:
+        NoTelemetry: the model has no quantized linear that runs eagerly, another model is being
+            recorded, or `every` or `buckets` make no sense.
+    """
+    found = Telemetry(model, every, buckets)
+    counters.record_to(found)
+    try:
+        yield found
+    finally:
+        counters.record_to(None)
+
+
+class Telemetry:
+    """The recording of one model: told of each batch by the loop, read by `report`."""
+
+    def __init__(self, model: nn.Module, every: int, buckets: Sequence[float]) -> None:
+        state.require_module(model)
+        if every < 1:
+            raise NoTelemetry(f"every is {every}", "give a number of batches, 1 or more")
+        if any(a >= b for a, b in pairwise(buckets)):
+            raise NoTelemetry(f"buckets are {tuple(buckets)}", "give ascending timesteps")
+        _require_counting(model)
+        self.model, self.every, self.buckets = model, every, tuple(buckets)
+        matrices = [name for name, p in model.named_parameters() if p.dim() == 2]
+        self.indices = {name: i for i, name in enumerate(matrices)}
+        self.is_sampling = False
+        self.num_batches = self.num_sampled = self.num_unnamed = 0
+        self.sharing: dict[int, dict[int, None]] = {}  # linears on one input, by the first
+        self.parameters: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
+        self.tables: dict[torch.device, _Table] = {}
+        self.bucket: Tensor | None = None  # of the batch that is being sampled
+
+    def batch(self, timesteps: Tensor | Sequence[float] | float | None = None) -> None:
+        """Say that the next batch comes, before its forward.
+
+        Args:
+            timesteps: those of the batch, on any device; None without buckets.
+        """
+        if self.buckets and timesteps is None:
+            raise NoTelemetry(
+                "there are buckets and no timesteps", "give those of the batch to batch(timesteps)"
+            )
+        self.is_sampling = self.num_batches % self.every == 0
+        self.num_batches += 1
+        if self.is_sampling:
+            self._gather()
+            self.num_sampled += 1
+            self.bucket = bucket_of(timesteps, self.buckets)
+
+    def slots(self, weights: Sequence[Tensor]) -> Slots | None:
+        """Where a node with these weights is to count, or None for nowhere."""
+        if not self.is_sampling:
+            return None
+        found = [self._index(weight) for weight in weights]
+        indices = [i for i in found if i is not None]
+        if not indices or len(indices) < len(found):
+            self.num_unnamed += 1
+            return None
+        self.sharing.setdefault(indices[0], {}).update(dict.fromkeys(indices))
+        device = weights[0].device
+        if device not in self.tables:
+            self.tables[device] = _Table(len(self.indices), len(self.buckets) + 2, device)
+        x, weight, gradient = self.tables[device].current.unbind(1)
+        return Slots(
+            Slot(*x[indices[0]]),
+            [Slot(*weight[i]) for i in indices],
+            [Slot(*gradient[i]) for i in indices],
+        )
+
+    def _index(self, weight: Tensor) -> int | None:
+        """Which parameter a weight is, or is a cast of."""
+        weight = _leaf(weight)
+        known = self.parameters.get(id(weight))
+        if known is None or known[0]() is not weight:
+            # Looked up when met: FSDP2 puts other tensors in place of the parameters.
+            for name, parameter in self.model.named_parameters():
+                index = self.indices.get(name)
+                self.parameters[id(parameter)] = weakref.ref(parameter), index
+            known = self.parameters.get(id(weight))
+            if known is None or known[0]() is not weight:
+                self.parameters[id(weight)] = weakref.ref(weight), None
+                return None
+        return known[1]
+
+    def _gather(self) -> None:
+        """Add what was counted since the last sample to its bucket."""
+        if self.bucket is not None:
+            for table in self.tables.values():
+                table.gather(self.bucket)
+
+    def report(self) -> TelemetryReport:
+        """All that was counted so far; waits for the device, and copies once from it."""
+        self._gather()
+        records = [r for table in self.tables.values() for r in self._records(table)]
+        return TelemetryReport(self.every, self.num_sampled, self.num_unnamed, tuple(records))
+
+    def _records(self, table: _Table) -> Iterator[OperandRecord]:
+        labels, names = bucket_labels(self.buckets), list(self.indices)
+        totals = table.totals.cpu()
+        for bucket, index, operand, copy in (totals[..., 0] > 0).nonzero().tolist():
+            linears = self.sharing[index] if operand == 0 else (index,)
+            yield _record(
+                tuple(names[i].removesuffix(".weight") for i in linears),
+                GEMMS[operand][copy],
+                OPERANDS[operand],
+                labels[bucket],
+                totals[bucket, index, operand, copy],
+            )
+
+
+class _Table:
+    """Counters on one device: [linear, operand, copy, field], of this sample and by bucket."""
+
+    def __init__(self, num_linears: int, num_buckets: int, device: torch.device) -> None:
+        shape = num_linears, len(OPERANDS), 2, len(FIELDS)
+        with torch.inference_mode(False):  # the first to quantize may be an evaluation
+            self.current = torch.zeros(shape, dtype=torch.int64, device=device)
+            self.totals = torch.zeros((num_buckets, *shape), dtype=torch.int64, device=device)
+
+    def gather(self, bucket: Tensor) -> None:
+        device = self.totals.device
+        here = torch.arange(len(self.totals), device=device) == bucket.to(device, non_blocking=True)
+        counters.merge(self.totals, self.current * here.view(-1, 1, 1, 1, 1))
+        self.current.zero_()
+
+
+def bucket_of(
+    timesteps: Tensor | Sequence[float] | float | None, buckets: Sequence[float]
+) -> Tensor:
+    """The bucket that all timesteps lie in, or the one behind the last if they lie in several.
+
+    int64 []; on the device of the timesteps, as to look at it would wait for them.
+    """
+    if timesteps is None or not buckets:
+        return torch.zeros((), dtype=torch.int64)
+    t = torch.as_tensor(timesteps).detach().double().reshape(-1)
+    index = torch.zeros_like(t, dtype=torch.int64)
+    for edge in buckets:
+        index += t >= edge
+    least = index.amin()
+    return torch.where(least == index.amax(), least, len(buckets) + 1)
+
+
+def bucket_labels(buckets: Sequence[float]) -> list[str]:
+    """A name for each bucket, "mixed" the last."""
+    if not buckets:
+        return ["all", MIXED]
+    between = [f"{a:g} <= t < {b:g}" for a, b in pairwise(buckets)]
+    return [f"t < {buckets[0]:g}", *between, f"t >= {buckets[-1]:g}", MIXED]
+
+
+def _record(
+    linears: tuple[str, ...], gemm: str, operand: str, timesteps: str, line: Tensor
+) -> OperandRecord:
+    found = dict(zip(FIELDS, line.tolist(), strict=True))
+    nonzero = found["nonzero"]
+    scales = MAGNITUDE - found["least_scale"], found["largest_scale"]
+    least, largest = (_magnitude(bits) if nonzero else None for bits in scales)
+    return OperandRecord(
+        linears,
+        gemm,
+        operand,
+        timesteps,
+        found["samples"],
+        nonzero,
+        _magnitude(found["amax"]),
+        least,
+        largest,
+        found["underflowed"] / max(nonzero, 1),
+        found["saturated"] / max(nonzero, 1),
+        found["nonfinite"],
+    )
+
+
+def _magnitude(bits: int) -> float | None:
+    """The fp32 number of these bits, None if it is not finite."""
+    value = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+    return value if math.isfinite(value) else None
+
+
+def _leaf(weight: Tensor) -> Tensor:
+    """What a weight that autocast has cast was cast from; else the weight."""
+    node = weight.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    found = getattr(node, "variable", None)
+    return weight if found is None else found
+
+
+def _require_counting(model: nn.Module) -> None:
+    name, opened = type(model).__name__, state.doors(model)
+    if counters.is_recording():
+        raise NoTelemetry("another one is on", "leave its `with` first")
+    if state.is_compiled(model) or any(isinstance(door, CompiledBlocks) for door in opened):
+        raise NoTelemetry(f"{name} goes through torch.compile, whose graphs do not count", REMEDY)
+    if not any(door.recipe.gemms for door in opened):
+        remedy = 'call fxopt.optimize(model, recipe="fp8") first, and pass the same object'
+        raise NoTelemetry(f"no door has quantized {name}", remedy)
