@@ -143,7 +143,7 @@ def count(counters, value, scaled, code, factor, is_first, LARGEST: tl.constexpr
     underflowed = nonzero & ((code & 0x7F) == 0)
     saturated = tl.abs(scaled) > LARGEST * SLACK
     scale_bits = tl.zeros_like(magnitudes) + magnitude(scale_of(factor))
-    add(counters, is_first)
+    add(counters, tl.where(is_first, 1, 0))
     add(counters + 1, tl.sum(nonzero.to(tl.int32)))
     add(counters + 2, tl.sum(underflowed.to(tl.int32)))
     add(counters + 3, tl.sum(saturated.to(tl.int32)))
