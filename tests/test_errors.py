@@ -35,6 +35,7 @@ CASES = [
     (errors.NothingToRestore("Flux"), ["Flux", "nothing to restore", "fxopt.optimize"]),
     (errors.StillRewritten("blocks.0"), ["'blocks.0'", "pickled", "fxopt.restore"]),
     (errors.NotReported("Flux"), ["Flux", "no report", "fxopt.explain"]),
+    (errors.NoTelemetry("every is 0", "give 1"), ["every is 0", "give 1"]),
     (errors.MissingPackage("diffusers", "preset 'x'", "models"), ["diffusers", "fxopt[models]"]),
     (errors.NotAnExample("a.py:f", "no file"), ["'a.py:f'", "no file", "FILE.py:FUNCTION"]),
     (

@@ -94,29 +94,25 @@ def count(
     """
     if not x.numel():
         return
-    nonzero, of_values = x != 0, amax_rc != 0
-    counters[0] += 1
-    counters[1] += nonzero.sum()
-    counters[2] += (nonzero & (rounded == 0)).sum()
-    counters[3] += (scaled.abs() > largest * SLACK).sum()
-    counters[4] += (~x.isfinite()).sum()
-    scale_bits = _bits(scales_rc)
+    nonzero, of_zeros, scale_bits = x != 0, amax_rc == 0, _bits(scales_rc)
     found = (
+        x.new_ones((), dtype=torch.int64),
+        nonzero.sum(),
+        (nonzero & (rounded == 0)).sum(),
+        (scaled.abs() > largest * SLACK).sum(),
+        (~x.isfinite()).sum(),
         _bits(amax_rc).amax(),
-        scale_bits.masked_fill(~of_values, 0).amax(),
-        (MAGNITUDE - scale_bits).masked_fill(~of_values, 0).amax(),
+        scale_bits.masked_fill(of_zeros, 0).amax(),
+        (MAGNITUDE - scale_bits).masked_fill(of_zeros, 0).amax(),
     )
-    merge_largest(counters[ADDED:], torch.stack(found))
+    merge(counters, torch.stack(found))
 
 
 def merge(total: Tensor, more: Tensor) -> None:
     """Add the lines `more` [..., 8] to those of `total`."""
-    total[..., :ADDED] += more[..., :ADDED]
-    merge_largest(total[..., ADDED:], more[..., ADDED:])
-
-
-def merge_largest(total: Tensor, more: Tensor) -> None:
-    torch.maximum(total, more, out=total)
+    total.narrow(-1, 0, ADDED).add_(more.narrow(-1, 0, ADDED))
+    largest = total.narrow(-1, ADDED, len(FIELDS) - ADDED)
+    torch.maximum(largest, more.narrow(-1, ADDED, len(FIELDS) - ADDED), out=largest)
 
 
 def _bits(x: Tensor) -> Tensor:
