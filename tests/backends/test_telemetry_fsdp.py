@@ -1,0 +1,49 @@
+"""Telemetry under FSDP2 on two processes: gathered parameters keep their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import fxopt
+from tests.backends.test_fsdp import WORLD_SIZE, shard, step
+from tests.backends.toys import stack, tokens
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    try:
+        for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
+            names_are_those_of_the_linears(rank, policy)
+    finally:
+        dist.destroy_process_group()
+
+
+def names_are_those_of_the_linears(rank: int, policy: MixedPrecisionPolicy) -> None:
+    model, x = stack(num_blocks=3), tokens(batch=4).chunk(WORLD_SIZE)[rank]
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    fxopt.optimize(model, recipe="fp8")
+    shard(model, policy)
+    step(model, x)
+    with fxopt.telemetry(model, every=2) as telemetry:
+        for _ in range(3):
+            telemetry.batch()
+            step(model, x)
+    report = telemetry.report()
+    assert not report.unnamed
+    for operand in ("x", "weight", "gradient"):
+        found = [r for r in report.operands if r.operand == operand]
+        assert {name for r in found for name in r.linears} == linears
+        assert {r.samples for r in found} == {2}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_on_two_processes(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
