@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +28,7 @@ from tests.kernels.test_quantized_producers import (
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs ml_dtypes, an independent oracle")
 CODES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
+SPILLS = 8  # as `bench.static` allows
 PAIRS = [
     ("e4m3/tensor/fp32", "e5m2/tensor/fp32"),
     ("e4m3/row/pow2", "e4m3/tensor/pow2"),
@@ -221,6 +226,50 @@ def test_producers_count_what_quantize_counts_of_their_result(
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_kernels_that_count_compile_to_integer_atomics(is_watched: bool) -> None:
+    # Its own process: here Triton interprets.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, __file__, *(["watched"] if is_watched else [])]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def compile_kernels(is_watched: bool) -> None:
+    """Compile the kernels that cast as for a GPU and look at their atomics."""
+    from bench.launches import Case, randn
+    from bench.static import compiled, resources
+
+    name, norm = "e4m3/row/pow2", ("layer", 1e-6, 0.0, 1.0, torch.bfloat16)
+
+    def run(batch: int, num_tokens: int, width: int) -> None:
+        def mine() -> Tensor | None:
+            return line() if is_watched else None
+
+        x, row = randn(batch, num_tokens, width), randn(batch, 1, width)
+        quantize.triton(x, name, "e4m3/tensor/fp32", None, False, mine(), mine())
+        quantize_group.triton_rows([row, row], name, name, [line(), line()] if is_watched else None)
+        given = x, None, None, None, None, row, row, None, *norm, torch.bfloat16
+        *_, mean, rstd = producers.triton_norm(*given, name, None, mine())
+        after = (x, None, None, row, row, mean, rstd, *norm[:4], torch.bfloat16)
+        producers.triton_norm_columns(*after, "e4m3/tensor/fp32", randn(1).float(), mine())
+        case, amax_t = (x, None, None, "silu", "none"), randn(1).float()
+        producers.triton_activation(*case, name, None, mine())
+        producers.triton_activation_backward(x, *case, "e4m3/tensor/fp32", amax_t, mine())
+
+    found = compiled(Case("counters", run, (3072,)), 3072, 90)
+    casts = {"cast_kernel", "rows_kernel", "tiles_kernel", "backward_kernel"}
+    assert casts <= found.keys()
+    for kernel, binaries in found.items():
+        for binary in binaries.values():
+            atomics = set(re.findall(r"\b(?:red|atom)\.\S*\.(\w+) ", binary.asm["ptx"]))
+            counts = is_watched and kernel in casts
+            assert atomics == ({"u64", "s64"} if counts else set()), (kernel, atomics)
+            assert ".f64" not in binary.asm["ptx"], "a double slipped into the arithmetic"
+            assert resources(binary.asm["cubin"])[1] <= SPILLS, kernel
+
+
 def test_codes_are_the_same_and_the_schema_says_what_is_written() -> None:
     x, op = planted(), torch.ops.fxopt.quantize.default
     plain = op(x, *PAIRS[1], None, True)
@@ -236,3 +285,17 @@ def test_codes_are_the_same_and_the_schema_says_what_is_written() -> None:
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")
         torch.library.opcheck(getattr(torch.ops.fxopt, name), args, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows, columns", PAIRS)
+def test_on_a_gpu(rows: str, columns: str) -> None:
+    x, lines = planted(700, 1500), (line().cuda(), line().cuda())
+    quantize.triton(x.cuda(), rows, columns, None, False, *lines)
+    agree(lines[0].cpu(), x, rows)
+    agree(lines[1].cpu(), x.t().contiguous(), columns)
+
+
+if __name__ == "__main__":
+    compile_kernels("watched" in sys.argv)
