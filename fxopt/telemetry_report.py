@@ -56,12 +56,14 @@ class TelemetryReport:
     every: one batch in so many was sampled. sampled: how many were.
     unnamed: nodes of linears that were not recorded, as their weights are no parameters of the
         model: another model's, or computed from something frozen.
+    demoted: (linear, GEMM) that run in the model's own dtype now.
     """
 
     every: int
     sampled: int
     unnamed: int
     operands: tuple[OperandRecord, ...]
+    demoted: tuple[tuple[str, str], ...] = ()
 
     def worst(self) -> list[OperandRecord]:
         """The records, first those that are not finite, then by the share of values lost."""
@@ -97,6 +99,8 @@ def _remarks(report: TelemetryReport, num_left_out: int) -> Iterator[str]:
     yield f"{report.sampled} batches sampled, one in {report.every}"
     if num_left_out:
         yield f"{num_left_out} records that lost less are not shown"
+    for linear, gemm in report.demoted:
+        yield f"demoted to the model's dtype: {gemm} of {linear}"
     if report.unnamed:
         yield (
             f"{report.unnamed} calls of quantized linears were not recorded: their weights are no "

@@ -10,12 +10,15 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxopt.backends import state
 from fxopt.backends.compiled import CompiledBlocks
+from fxopt.backends.demotion import Demotions, Hysteresis
+from fxopt.backends.timesteps import bucket_labels, bucket_of
 from fxopt.errors import NoTelemetry
 from fxopt.kernels import counters
 from fxopt.kernels.counters import FIELDS, MAGNITUDE, Slot, Slots
@@ -25,12 +28,18 @@ OPERANDS = ("x", "weight", "gradient")
 # By operand: the GEMMs that read its row-wise and its transposed copy.
 GEMMS = (("fprop", "wgrad"), ("fprop", "dgrad"), ("dgrad", "wgrad"))
 REMEDY = "use fxopt.optimize or fxopt.swap, executed eagerly"
-MIXED = "mixed"
 
 
 @contextmanager
 def telemetry(
-    model: nn.Module, *, every: int = 100, buckets: Sequence[float] = ()
+    model: nn.Module,
+    *,
+    every: int = 100,
+    buckets: Sequence[float] = (),
+    demote_above: float | None = None,
+    promote_below: float = 0.01,
+    patience: int = 3,
+    group: Any = None,
 ) -> Iterator[Telemetry]:
     """Count what quantization does to the operands of `model`'s GEMMs, in one batch of `every`.
 
@@ -50,12 +59,22 @@ def telemetry(
         buckets: ascending timesteps that part one bucket from the next, in the loop's unit. A
             batch whose timesteps lie in several is counted as "mixed": a tensor is quantized
             whole, and its counters cannot be told apart by sample.
+        demote_above: a GEMM of which an operand loses more than this share of its nonzero values,
+            to zero or beyond the largest, is multiplied in the model's own dtype; None for never.
+            Linears that share their input are demoted together. In sampled batches all GEMMs run
+            as the recipe says, to be measured.
+        promote_below: one that loses less runs in low precision again.
+        patience: samples in a row that either takes.
+        group: process group of the ranks that decide together; None for all.
 
     Raises:
         NoTelemetry: the model has no quantized linear that runs eagerly, another model is being
-            recorded, or `every` or `buckets` make no sense.
+            recorded, or an argument makes no sense.
     """
-    found = Telemetry(model, every, buckets)
+    rule = None
+    if demote_above is not None:
+        rule = Hysteresis(demote_above, promote_below, patience, group)
+    found = Telemetry(model, every, buckets, rule)
     counters.record_to(found)
     try:
         yield found
@@ -66,16 +85,24 @@ def telemetry(
 class Telemetry:
     """The recording of one model: told of each batch by the loop, read by `report`."""
 
-    def __init__(self, model: nn.Module, every: int, buckets: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        buckets: Sequence[float],
+        rule: Hysteresis | None = None,
+    ) -> None:
         state.require_module(model)
-        if every < 1:
-            raise NoTelemetry(f"every is {every}", "give a number of batches, 1 or more")
+        least = 1 if rule is None else 2  # what is demoted runs as the recipe says in samples
+        if every < least:
+            raise NoTelemetry(f"every is {every}", f"give a number of batches, {least} or more")
         if any(a >= b for a, b in pairwise(buckets)):
             raise NoTelemetry(f"buckets are {tuple(buckets)}", "give ascending timesteps")
         _require_counting(model)
         self.model, self.every, self.buckets = model, every, tuple(buckets)
         matrices = [name for name, p in model.named_parameters() if p.dim() == 2]
         self.indices = {name: i for i, name in enumerate(matrices)}
+        self.demotions = None if rule is None else Demotions(rule, len(matrices))
         self.is_sampling = False
         self.num_batches = self.num_sampled = self.num_unnamed = 0
         self.sharing: dict[int, dict[int, None]] = {}  # linears on one input, by the first
@@ -97,6 +124,8 @@ class Telemetry:
         self.num_batches += 1
         if self.is_sampling:
             self._gather()
+            if self.demotions is not None:
+                self.demotions.end_sample()
             self.num_sampled += 1
             self.bucket = bucket_of(timesteps, self.buckets)
 
@@ -120,6 +149,13 @@ class Telemetry:
             [Slot(*gradient[i]) for i in indices],
         )
 
+    def demoted(self, weights: Sequence[Tensor]) -> set[str]:
+        """The GEMMs that a node with these weights is to run in the model's dtype."""
+        if self.demotions is None or self.is_sampling or not self.demotions.names:
+            return set()
+        found = [self._index(weight) for weight in weights]
+        return self.demotions.of(i for i in found if i is not None)
+
     def _index(self, weight: Tensor) -> int | None:
         """Which parameter a weight is, or is a cast of."""
         weight = _leaf(weight)
@@ -139,13 +175,22 @@ class Telemetry:
         """Add what was counted since the last sample to its bucket."""
         if self.bucket is not None:
             for table in self.tables.values():
+                if self.demotions is not None:
+                    self.demotions.add(table.current)
                 table.gather(self.bucket)
 
     def report(self) -> TelemetryReport:
         """All that was counted so far; waits for the device, and copies once from it."""
         self._gather()
         records = [r for table in self.tables.values() for r in self._records(table)]
-        return TelemetryReport(self.every, self.num_sampled, self.num_unnamed, tuple(records))
+        sampled = self.every, self.num_sampled, self.num_unnamed
+        return TelemetryReport(*sampled, tuple(records), tuple(self._demoted()))
+
+    def _demoted(self) -> Iterator[tuple[str, str]]:
+        if self.demotions is not None:
+            names = list(self.indices)
+            for index, gemms in sorted(self.demotions.names.items()):
+                yield from ((names[index].removesuffix(".weight"), gemm) for gemm in sorted(gemms))
 
     def _records(self, table: _Table) -> Iterator[OperandRecord]:
         labels, names = bucket_labels(self.buckets), list(self.indices)
@@ -175,31 +220,6 @@ class _Table:
         here = torch.arange(len(self.totals), device=device) == bucket.to(device, non_blocking=True)
         counters.merge(self.totals, self.current * here.view(-1, 1, 1, 1, 1))
         self.current.zero_()
-
-
-def bucket_of(
-    timesteps: Tensor | Sequence[float] | float | None, buckets: Sequence[float]
-) -> Tensor:
-    """The bucket that all timesteps lie in, or the one behind the last if they lie in several.
-
-    int64 []; on the device of the timesteps, as to look at it would wait for them.
-    """
-    if timesteps is None or not buckets:
-        return torch.zeros((), dtype=torch.int64)
-    t = torch.as_tensor(timesteps).detach().double().reshape(-1)
-    index = torch.zeros_like(t, dtype=torch.int64)
-    for edge in buckets:
-        index += t >= edge
-    least = index.amin()
-    return torch.where(least == index.amax(), least, len(buckets) + 1)
-
-
-def bucket_labels(buckets: Sequence[float]) -> list[str]:
-    """A name for each bucket, "mixed" the last."""
-    if not buckets:
-        return ["all", MIXED]
-    between = [f"{a:g} <= t < {b:g}" for a, b in pairwise(buckets)]
-    return [f"t < {buckets[0]:g}", *between, f"t >= {buckets[-1]:g}", MIXED]
 
 
 def _record(

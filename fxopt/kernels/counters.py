@@ -9,10 +9,13 @@ stored as its distance from MAGNITUDE, so that a line of zeros is one that has m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fxopt.recipes import Recipe
 
 FIELDS = (
     *("samples", "nonzero", "underflowed", "saturated", "nonfinite"),
@@ -47,6 +50,8 @@ class Recorder(Protocol):
 
     def slots(self, weights: Sequence[Tensor]) -> Slots | None: ...
 
+    def demoted(self, weights: Sequence[Tensor]) -> set[str]: ...
+
 
 # Of the process and not of a context: autograd runs backwards, and the forwards of checkpoints in
 # them, on threads of its own.
@@ -68,6 +73,13 @@ def slots_for(weights: Sequence[Tensor | None]) -> Slots:
     found = None if _recorder is None else _recorder.slots([w for w in weights if w is not None])
     unwatched = [UNWATCHED] * len(weights)
     return found or Slots(UNWATCHED, unwatched, unwatched)
+
+
+def in_force(recipe: Recipe, weights: Sequence[Tensor]) -> Recipe:
+    """`recipe` without the GEMMs that are demoted for a node with these weights."""
+    names = set() if _recorder is None else _recorder.demoted(weights)
+    changes: dict[str, Any] = dict.fromkeys(names)
+    return replace(recipe, **changes) if changes else recipe
 
 
 def present(counters: Iterable[Tensor | None]) -> list[Tensor] | None:

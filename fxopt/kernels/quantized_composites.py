@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.counters import Slot, slots_for
+from fxopt.kernels.counters import Slot, in_force, slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
@@ -213,7 +213,7 @@ def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
         outs, h = norm_modulate_linears(*operands, weights, biases, pieces)
         return outs, h
     tensors, settings = operands[:8], tuple(operands[8:])
-    recipe = find(recipe)
+    recipe = in_force(find(recipe), weights)
     *outs, h = NormModulateQuantizedLinears.apply(recipe, settings, *tensors, *weights, *biases)
     return outs, h
 
@@ -233,7 +233,8 @@ def _gated_activation_quantized_linear(
         out: Tensor = gated_activation_linear(gate, up, *settings, *parameters)
         return out
     tensors = (gate, up, *parameters)
-    return GatedActivationQuantizedLinear.apply(find(recipe), settings, *tensors)
+    used = in_force(find(recipe), [weight])
+    return GatedActivationQuantizedLinear.apply(used, settings, *tensors)
 
 
 norm_modulate_quantized_linears = register_composite(

@@ -250,7 +250,8 @@ def _quantized_linears(
 ) -> list[Tensor]:
     if is_high_precision():
         return list(Linears.apply(whole(weights), x, *weights, *biases))
-    return list(QuantizedLinears.apply(find(recipe), keeps_x, x, *weights, *biases))
+    used = counters.in_force(find(recipe), weights)
+    return list(QuantizedLinears.apply(used, keeps_x, x, *weights, *biases))
 
 
 quantized_linears = register_composite(

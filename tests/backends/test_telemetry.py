@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fxopt.backends.timesteps import bucket_labels, bucket_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
-from fxopt.backends.telemetry import Telemetry, _Table, bucket_labels, bucket_of
+from fxopt.backends.telemetry import Telemetry, _Table
 from fxopt.errors import NoTelemetry
 from fxopt.kernels import counters
 from fxopt.recipes import Recipe, gemm

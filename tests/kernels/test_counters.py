@@ -226,17 +226,16 @@ def test_producers_count_what_quantize_counts_of_their_result(
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
-@pytest.mark.parametrize("is_watched", [False, True])
-def test_kernels_that_count_compile_to_integer_atomics(is_watched: bool) -> None:
-    # Its own process: here Triton interprets.
+def test_kernels_that_count_compile_to_integer_atomics() -> None:
+    # Those that do not count are in `bench.static`, and have none.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, __file__, *(["watched"] if is_watched else [])]
+    command = [sys.executable, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def compile_kernels(is_watched: bool) -> None:
+def compile_kernels() -> None:
     """Compile the kernels that cast as for a GPU and look at their atomics."""
     from bench.launches import Case, randn
     from bench.static import compiled, resources
@@ -244,19 +243,17 @@ def compile_kernels(is_watched: bool) -> None:
     name, norm = "e4m3/row/pow2", ("layer", 1e-6, 0.0, 1.0, torch.bfloat16)
 
     def run(batch: int, num_tokens: int, width: int) -> None:
-        def mine() -> Tensor | None:
-            return line() if is_watched else None
-
         x, row = randn(batch, num_tokens, width), randn(batch, 1, width)
-        quantize.triton(x, name, "e4m3/tensor/fp32", None, False, mine(), mine())
-        quantize_group.triton_rows([row, row], name, name, [line(), line()] if is_watched else None)
+        quantize.triton(x, name, "e4m3/tensor/fp32", None, False, line(), line())
+        quantize_group.triton_rows([row, row], name, name, [line(), line()])
         given = x, None, None, None, None, row, row, None, *norm, torch.bfloat16
-        *_, mean, rstd = producers.triton_norm(*given, name, None, mine())
+        *_, mean, rstd = producers.triton_norm(*given, name, None, line())
+        amax_t = randn(1).float()
         after = (x, None, None, row, row, mean, rstd, *norm[:4], torch.bfloat16)
-        producers.triton_norm_columns(*after, "e4m3/tensor/fp32", randn(1).float(), mine())
-        case, amax_t = (x, None, None, "silu", "none"), randn(1).float()
-        producers.triton_activation(*case, name, None, mine())
-        producers.triton_activation_backward(x, *case, "e4m3/tensor/fp32", amax_t, mine())
+        producers.triton_norm_columns(*after, "e4m3/tensor/fp32", amax_t, line())
+        case = x, None, None, "silu", "none"
+        producers.triton_activation(*case, name, None, line())
+        producers.triton_activation_backward(x, *case, "e4m3/tensor/fp32", amax_t, line())
 
     found = compiled(Case("counters", run, (3072,)), 3072, 90)
     casts = {"cast_kernel", "rows_kernel", "tiles_kernel", "backward_kernel"}
@@ -264,8 +261,7 @@ def compile_kernels(is_watched: bool) -> None:
     for kernel, binaries in found.items():
         for binary in binaries.values():
             atomics = set(re.findall(r"\b(?:red|atom)\.\S*\.(\w+) ", binary.asm["ptx"]))
-            counts = is_watched and kernel in casts
-            assert atomics == ({"u64", "s64"} if counts else set()), (kernel, atomics)
+            assert atomics == ({"u64", "s64"} if kernel in casts else set()), (kernel, atomics)
             assert ".f64" not in binary.asm["ptx"], "a double slipped into the arithmetic"
             assert resources(binary.asm["cubin"])[1] <= SPILLS, kernel
 
@@ -298,4 +294,4 @@ def test_on_a_gpu(rows: str, columns: str) -> None:
 
 
 if __name__ == "__main__":
-    compile_kernels("watched" in sys.argv)
+    compile_kernels()

@@ -1,4 +1,4 @@
-"""Telemetry under FSDP2 on two processes: gathered parameters keep their names."""
+"""Telemetry on two processes: gathered parameters keep their names, ranks decide alike."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fxopt
+from fxopt.recipes import Recipe, gemm
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
+
+TENSOR = "e4m3/tensor/fp32"
+WGRAD = Recipe("wgrad", wgrad=gemm(TENSOR, TENSOR))
 
 
 def worker(rank: int, folder: str) -> None:
@@ -22,6 +26,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
             names_are_those_of_the_linears(rank, policy)
+        ranks_decide_alike(rank)
     finally:
         dist.destroy_process_group()
 
@@ -44,6 +49,27 @@ def names_are_those_of_the_linears(rank: int, policy: MixedPrecisionPolicy) -> N
         assert {r.samples for r in found} == {2}
 
 
+def demoted(rank: int) -> list[tuple[str, str]]:
+    """What is demoted after batches of which the second half underflows."""
+    model, x = fxopt.optimize(stack(num_blocks=1), recipe=WGRAD), tokens(batch=4)
+    weight = torch.ones(4, x.shape[1], 1)
+    weight[2:, 1:] = 1e-9
+    x, weight = (t.chunk(WORLD_SIZE)[rank] for t in (x, weight))
+    with fxopt.telemetry(model, every=2, demote_above=0.3, patience=1) as telemetry:
+        for _ in range(5):
+            telemetry.batch()
+            (model(x) * weight).sum().backward()
+    return sorted(telemetry.report().demoted)
+
+
+def ranks_decide_alike(rank: int) -> None:
+    found: list[list[tuple[str, str]]] = [[]] * WORLD_SIZE
+    dist.all_gather_object(found, demoted(rank))
+    assert found[0] == found[1] and ("blocks.0.down", "wgrad") in found[0]
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_on_two_processes(tmp_path: Path) -> None:
+    # The rank whose values do not underflow would demote nothing, alone.
+    assert not demoted(0) and demoted(1)
     mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
