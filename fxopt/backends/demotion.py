@@ -72,6 +72,7 @@ class Demotions:
             if event is not None:
                 event.synchronize()
             self.decide(shares(sums))
+            self.sums = None
         if self.sample is None:
             return
         if dist.is_initialized():
@@ -85,8 +86,8 @@ class Demotions:
     def decide(self, lost: Tensor) -> None:
         """Count samples in a row by lost [P, GEMM], NaN for what was not measured."""
         below, above = lost < self.rule.promote_below, lost > self.rule.demote_above
-        wrong = torch.where(self.demoted, below, above)
-        streaks = torch.where(wrong, self.streaks + 1, 0)
+        turns = torch.where(self.demoted, below, above)
+        streaks = torch.where(turns, self.streaks + 1, 0)
         self.streaks = torch.where(lost.isnan(), self.streaks, streaks)
         turned = self.streaks >= self.rule.patience
         self.demoted ^= turned

@@ -20,7 +20,7 @@ from fxopt.kernels.formats import (
     quantize_matrix,
     random_uniform,
 )
-from fxopt.kernels.registration import register
+from fxopt.kernels.registration import call_counting, register
 from fxopt.recipes import Operand
 
 SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
@@ -48,7 +48,7 @@ def quantize_pair(
 ) -> Pair:
     """`fxopt::quantize` with its operands and results by name."""
     names = [None if o is None else str(o) for o in (rows, columns)]
-    found = torch.ops.fxopt.quantize(x, *names, seed, wants_sum, *slot)
+    found = call_counting(quantize, slot, x, *names, seed, wants_sum)
     return Pair(Quantized(*found[:3]), Quantized(*found[3:6]), found[6])
 
 
@@ -160,8 +160,7 @@ def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) ->
 
 
 quantize = register(
-    "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum, "
-    "Tensor(a!)? counters=None, Tensor(b!)? counters_t=None) "
+    "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum) "
     "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
     "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t, Tensor sum)",
     native=native,
@@ -169,4 +168,5 @@ quantize = register(
     triton=triton,
     launches=lambda *_: 2,
     rereads=lambda args, _: args[:1],  # for the scale, then for the values
+    counters="Tensor(a!)? counters, Tensor(b!)? counters_t",
 )

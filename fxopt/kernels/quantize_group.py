@@ -94,19 +94,20 @@ def triton_columns(
 
 
 quantize_rows = register(
-    "quantize_rows(Tensor[] xs, str rows, str? columns, Tensor(a!)[]? counters=None) "
+    "quantize_rows(Tensor[] xs, str rows, str? columns) "
     "-> (Tensor[] codes, Tensor[] scales, Tensor[] amax_t)",
     native=native_rows,
     fake=_fake_rows,
     triton=triton_rows,
     launches=lambda *_: 2,
     rereads=lambda args, _: args[0],  # for the scale, then for the values
+    counters="Tensor(a!)[]? counters",
 )
 quantize_columns = register(
-    "quantize_columns(Tensor[] xs, str columns, Tensor[] amax_t, "
-    "Tensor(a!)[]? counters=None) "
+    "quantize_columns(Tensor[] xs, str columns, Tensor[] amax_t) "
     "-> (Tensor[] codes_t, Tensor[] scales_t)",
     native=native_columns,
     fake=_fake_columns,
     triton=triton_columns,
+    counters="Tensor(a!)[]? counters",
 )

@@ -37,7 +37,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize,
     norm_modulate_quantize_columns,
 )
-from fxopt.kernels.registration import below_autograd, register_composite
+from fxopt.kernels.registration import below_autograd, call_counting, register_composite
 from fxopt.recipes import Recipe, find
 
 
@@ -78,8 +78,8 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         y: Tensor | Quantized
         slot = (slots := slots_for(weights)).x
         if fuses(recipe):
-            formats = (*_formats(recipe, trains), slot.rows)
-            found = below_autograd(norm_modulate_quantize, *operands, *settings, *formats)
+            call = norm_modulate_quantize, [slot.rows], *operands, *settings
+            found = below_autograd(call_counting, *call, *_formats(recipe, trains))
             codes, scales, amax_t, h, mean, rstd = found
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
@@ -120,10 +120,9 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
             columns = recipe.wgrad.b
             if has_columns:
                 affine, offsets = others[:4], (weight_offset, scale_offset)
-                formats = dtype, str(columns), amax_t, ctx.slots.x.columns
-                codes_t, scales_t = norm_modulate_quantize_columns(
-                    h, *affine, mean, rstd, norm, eps, *offsets, *formats
-                )
+                call = norm_modulate_quantize_columns, [ctx.slots.x.columns], h, *affine
+                formats = dtype, str(columns), amax_t
+                codes_t, scales_t = call_counting(*call, mean, rstd, norm, eps, *offsets, *formats)
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
                 y = quantized(found[-1], None, columns, slot=ctx.slots.x).columns
@@ -148,10 +147,8 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         y: Tensor | Quantized
         slot = (slots := slots_for([weight])).x
         if fuses(recipe):
-            formats = (*_formats(recipe, trains), slot.rows)
-            codes, scales, amax_t = below_autograd(
-                gated_activation_quantize, gate, up, beside, *settings, *formats
-            )
+            call = gated_activation_quantize, [slot.rows], gate, up, beside, *settings
+            codes, scales, amax_t = below_autograd(call_counting, *call, *_formats(recipe, trains))
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)
@@ -175,9 +172,10 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
-            formats = str(recipe.wgrad.b), amax_t, ctx.slots.x.columns
-            dgate, dup, codes_t, scales_t = gated_activation_quantize_backward(
-                dactivation, gate, up, beside, *ctx.settings, *formats
+            call = gated_activation_quantize_backward, [ctx.slots.x.columns], dactivation
+            formats = str(recipe.wgrad.b), amax_t
+            dgate, dup, codes_t, scales_t = call_counting(
+                *call, gate, up, beside, *ctx.settings, *formats
             )
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:

@@ -27,7 +27,7 @@ from fxopt.kernels.formats import Quantized
 from fxopt.kernels.linears import Linears, without_autocast
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.registration import register_composite
+from fxopt.kernels.registration import call_counting, register_composite
 from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.sum_parts import sum_parts
 from fxopt.recipes import Recipe, find
@@ -73,7 +73,7 @@ class QuantizedLinears(torch.autograd.Function):
         if ctx.keeps_x:
             formats = str(fprop and fprop.a), None if wgrad is None else str(wgrad.b)
             lines = counters.present([ctx.slots.x.rows])
-            (codes,), (scales,), (amax_t,) = quantize_rows([x], *formats, lines)
+            (codes,), (scales,), (amax_t,) = call_counting(quantize_rows, [lines], [x], *formats)
             operand, kept = Quantized(codes, scales, scales.new_empty(0)), [x, amax_t]
         else:
             pair = quantized(x, fprop and fprop.a, wgrad and wgrad.b, slot=ctx.slots.x)
@@ -96,7 +96,7 @@ class QuantizedLinears(torch.autograd.Function):
         if recipe.wgrad is not None and ctx.keeps_x and any(o is not None for o in operands):
             lines = counters.present([ctx.slots.x.columns])
             matrix = [kept[0]], str(recipe.wgrad.b), [kept[1]]
-            (codes_t,), (scales_t,) = quantize_columns(*matrix, lines)
+            (codes_t,), (scales_t,) = call_counting(quantize_columns, [lines], *matrix)
             x = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         elif recipe.wgrad is not None:
             x = Quantized(*kept[:3])

@@ -27,6 +27,8 @@ NORM_ARGUMENTS = (
     "ScalarType h_dtype, ScalarType dtype"
 )
 
+COUNTERS = "Tensor(a!)? counters"
+
 
 def amax_for(y: Tensor, columns: str | None) -> Tensor:
     """What scales of the transposed copy come from: fp32 [1] or [K], NaN if not finite; or empty.
@@ -251,40 +253,41 @@ def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
 
 
 norm_modulate_quantize = register(
-    f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns, "
-    "Tensor(a!)? counters=None) -> "
+    f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns) -> "
     "(Tensor codes, Tensor scales, Tensor amax_t, Tensor h, Tensor mean, Tensor rstd)",
     native=native_norm,
     fake=_fake_norm,
     triton=triton_norm,
     launches=_norm_launches,
     rereads=_norm_rereads,
+    counters=COUNTERS,
 )
 norm_modulate_quantize_columns = register(
     "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
     "Tensor? shift, Tensor mean, Tensor rstd, str norm, float eps, float weight_offset, "
-    "float scale_offset, ScalarType dtype, str columns, Tensor amax_t, "
-    "Tensor(a!)? counters=None) "
+    "float scale_offset, ScalarType dtype, str columns, Tensor amax_t) "
     "-> (Tensor codes_t, Tensor scales_t)",
     native=native_norm_columns,
     fake=_fake_norm_columns,
     triton=triton_norm_columns,
+    counters=COUNTERS,
 )
 gated_activation_quantize = register(
     "gated_activation_quantize(Tensor gate, Tensor? up, Tensor? beside, str activation, "
-    "str packing, str rows, str? columns, Tensor(a!)? counters=None) -> "
-    "(Tensor codes, Tensor scales, Tensor amax_t)",
+    "str packing, str rows, str? columns) -> (Tensor codes, Tensor scales, Tensor amax_t)",
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
     launches=lambda *_: 2,
     rereads=lambda args, _: [t for t in args[:3] if t is not None],
+    counters=COUNTERS,
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
-    "str activation, str packing, str columns, Tensor amax_t, Tensor(a!)? counters=None) "
+    "str activation, str packing, str columns, Tensor amax_t) "
     "-> (Tensor dgate, Tensor dup, Tensor codes_t, Tensor scales_t)",
     native=native_activation_backward,
     fake=_fake_activation_backward,
     triton=triton_activation_backward,
+    counters=COUNTERS,
 )

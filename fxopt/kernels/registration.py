@@ -22,6 +22,7 @@ LIBRARY = torch.library.Library("fxopt", "DEF")
 PROVIDERS: dict[str, tuple[str, ...]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
+COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 
 @functools.cache
@@ -47,6 +48,7 @@ def register(
     launches: Callable[..., int] | None = None,
     sharding: shardings.Rule | None = None,
     rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
+    counters: str = "",
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -61,6 +63,8 @@ def register(
         launches: kernels that a call with these arguments launches on a GPU; None for always one.
         sharding: how it runs on DTensors; None to refuse them.
         rereads: from arguments and outputs, those that a second of these kernels reads again.
+        counters: further arguments, of a second op `<name>_counting` with the same implementations,
+            that it writes; for `call_counting`. Compilers want ops that write nothing.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -80,10 +84,27 @@ def register(
     register_flop_formula(getattr(torch.ops.fxopt, name))(flops or _no_flops)
     if sharding is not None:
         shardings.register(op, sharding)
+    if counters:
+        arguments, returns = schema[len(name) :].rsplit(") -> ", 1)
+        COUNTING[op] = register(
+            f"{name}_counting{arguments}, {counters}) -> {returns}",
+            native=native,
+            fake=fake,
+            triton=triton,
+            launches=launches,
+            rereads=rereads,
+        )
     return op
 
 
-def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -> Any:
+    """Call `op`, or the op that counts as well if any of the lines of counters is not None."""
+    if all(line is None for line in lines):
+        return op(*args)
+    return COUNTING[op](*args, *lines)
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """Call `op` without its autograd kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

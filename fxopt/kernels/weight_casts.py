@@ -17,6 +17,7 @@ from fxopt.kernels.counters import Slot, present
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.kernels.registration import call_counting
 from fxopt.recipes import Recipe
 
 
@@ -115,7 +116,7 @@ def for_products(
         return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
     formats = str(rows), None if columns is None else str(columns)
     lines = present(slot.rows for slot in slots)
-    codes, scales, amax_t = quantize_rows(list(weights), *formats, lines)
+    codes, scales, amax_t = call_counting(quantize_rows, [lines], list(weights), *formats)
     return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
 
 
@@ -129,7 +130,8 @@ def for_gradients(
         apart = zip(weights, slots, strict=True)
         return [quantize_pair(w, None, columns, slot=slot).columns for w, slot in apart]
     lines = present(slot.columns for slot in slots)
-    return _joined(*quantize_columns(list(weights), str(columns), list(amax_t), lines))
+    matrices = list(weights), str(columns), list(amax_t)
+    return _joined(*call_counting(quantize_columns, [lines], *matrices))
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:
