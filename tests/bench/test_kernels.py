@@ -13,7 +13,7 @@ from torch import nn
 
 import fxopt
 from bench import attention, blocks, kernels
-from bench.contest import Contest
+from bench.contest import Contest, run
 from bench.ops import OPS, Shape
 from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.protocol import Plan
@@ -155,6 +155,17 @@ def test_results_are_saved_with_their_samples(contest, tmp_path, monkeypatch):
     found = json.loads(written.read_text())
     assert found["environment"]["device"] and found["rows"]
     assert len(found["samples"]) == 3
+
+
+def test_cases_run_by_all_parts_of_their_names_and_are_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.contest.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
+    names = ["norm, small", "norm, large", "rope, large"]
+    cases = {name: lambda contest, n=name: contest.add(n, "tried", 1.0) for name in names}
+    assert run("toys", None, cases, PLAN, ["--save", "--only", "norm", "large"]) == 0
+    (written,) = tmp_path.glob("toys_*.json")
+    assert [row["case"] for row in json.loads(written.read_text())["rows"]] == ["norm, large"]
+    assert "norm, large" in capsys.readouterr().out
 
 
 def test_an_unknown_case_names_the_known():
