@@ -19,6 +19,7 @@ from torch import Tensor
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
+from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
 from fxopt.kernels.triton_sizes import unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
@@ -47,10 +48,10 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         results = op.outputs(x, residual, norm, h_dtype, dtype)
         found.append(results)
         if x.numel():
-            groups = _groups(x, (gate, scale, shift))
+            groups = groups_of(x, (gate, scale, shift))
             num_tokens += groups.num_groups * groups.num_rows
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
-            rows = (_rows(t, x, groups) for t in tensors)
+            rows = (rows_of(t, x, groups) for t in tensors)
             constants = eps, weight_offset, scale_offset
             streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes)))
     if streams:
@@ -119,9 +120,9 @@ class _Stream:
         self.results = op.outputs_backward(
             a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
         )
-        self.groups = _groups(a.h, (a.gate, a.scale, a.shift))
+        self.groups = groups_of(a.h, (a.gate, a.scale, a.shift))
         self.num_tokens = self.groups.num_groups * self.groups.num_rows
-        self.per_row = [_varies_per_row(t) for t in self.operands]
+        self.per_row = [varies_per_row(t) for t in self.operands]
 
     def share(self, num_programs: int) -> None:
         """Allocate the partial sums of this many programs, or fewer if there are fewer rows."""
@@ -160,7 +161,7 @@ class _Stream:
         inputs = a.grad_y, a.grad_h, a.h, a.x if self.wants[0] else None, *self.operands
         sizes = groups.num_groups, groups.num_rows, self.num_programs
         return kernels.Backward._make((
-            *(_rows(t, a.h, groups) for t in inputs), a.mean, a.rstd,
+            *(rows_of(t, a.h, groups) for t in inputs), a.mean, a.rstd,
             _present(dh), _present(dx), self.dgate, self.dscale, _present(y),
             *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
@@ -173,7 +174,7 @@ class _Stream:
         affine = weight, bias, None if self.per_row[3] else scale
         sizes = self.groups.num_groups, self.num_programs
         return sums.Reduce._make((
-            *(_rows(t, a.h, self.groups) for t in affine), *self.sums,
+            *(rows_of(t, a.h, self.groups) for t in affine), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes),
         ))  # fmt: skip
@@ -210,24 +211,6 @@ class _Target:
         grad, rows, operand = self.grad, self.rows, self.operand
         if grad is not None and rows is not None and operand is not None and rows is not grad:
             grad.copy_(self.groups.reduce(rows, operand))
-
-
-def _varies_per_row(t: Tensor | None) -> bool:
-    return t is not None and t.dim() > 1 and t.shape[-2] != 1
-
-
-def _groups(x: Tensor, operands: Sequence[Tensor | None]) -> op.Groups:
-    return op.Groups(x, [None if _varies_per_row(t) else t for t in operands])
-
-
-def _rows(t: Tensor | None, x: Tensor, groups: op.Groups) -> tuple[Tensor | None, int, int]:
-    """View an input or operand as `[G, R, D]`: its pointer, group stride and row stride."""
-    if t is None:
-        return None, 0, 0
-    t_GRD = t.expand(x.shape).reshape(groups.num_groups, groups.num_rows, x.shape[-1])
-    if t_GRD.stride(-1) != 1:
-        t_GRD = t_GRD.contiguous()
-    return t_GRD, t_GRD.stride(0), t_GRD.stride(1)
 
 
 def _sum(t: Tensor, operand: Tensor) -> Tensor:
