@@ -115,12 +115,31 @@ def store(rows, n, f, mask, value):
 
 
 @triton.jit
-def _forward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
-    x = load(s.gate, n, f, mask, MATH)
+def value_of(gate, up, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
+    """f(gate), times up where there is one."""
+    x = load(gate, n, f, mask, MATH)
     value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
-    if s.up is not None:
-        value *= load(s.up, n, f, mask, MATH)
-    store(s.y, n, f, mask, value)
+    if up is not None:
+        value *= load(up, n, f, mask, MATH)
+    return value
+
+
+@triton.jit
+def gradients(
+    grad, gate, up, dgate, dup, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr
+):  # fmt: skip
+    """Store dgate = grad * up * f'(gate) and dup = grad * f(gate); returns `value_of(gate, up)`."""
+    dy = load(grad, n, f, mask, MATH)
+    x = load(gate, n, f, mask, MATH)
+    if up is None:
+        value, dx = value_and_gradient(dy, x, ACTIVATION)
+    else:
+        u = load(up, n, f, mask, MATH)
+        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
+        store(dup, n, f, mask, dy * value)
+        value *= u
+    store(dgate, n, f, mask, dx)
+    return value
 
 
 @triton.jit
@@ -134,24 +153,9 @@ def forward_kernel(
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
-            _forward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+            s = streams[i]
+            store(s.y, n, f, mask, value_of(s.gate, s.up, n, f, mask, ACTIVATION, MATH))
         block -= tl.cdiv(num_rows, BLOCK_N)
-
-
-@triton.jit
-def _backward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
-    dy = load(s.grad, n, f, mask, MATH)
-    x = load(s.gate, n, f, mask, MATH)
-    if s.up is None:
-        value, dx = value_and_gradient(dy, x, ACTIVATION)
-    else:
-        u = load(s.up, n, f, mask, MATH)
-        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
-        store(s.dup, n, f, mask, dy * value)
-        value *= u
-    store(s.dgate, n, f, mask, dx)
-    if s.y is not None:
-        store(s.y, n, f, mask, value)
 
 
 @triton.jit
@@ -165,7 +169,10 @@ def backward_kernel(
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
-            _backward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+            s = streams[i]
+            value = gradients(s.grad, s.gate, s.up, s.dgate, s.dup, n, f, mask, ACTIVATION, MATH)
+            if s.y is not None:
+                store(s.y, n, f, mask, value)
         block -= tl.cdiv(num_rows, BLOCK_N)
 
 
@@ -200,7 +207,7 @@ def _launch(
     with torch.cuda.device_of(like):
         kernel[(num_blocks, triton.cdiv(num_features, block_f))](
             tuple(
-                kind._make((*map(_rows, s), unspecialized(n)))
+                kind._make((*map(rows_of, s), unspecialized(n)))
                 for s, n in zip(streams, num_rows, strict=True)
             ),
             num_features,
@@ -211,7 +218,8 @@ def _launch(
         )
 
 
-def _rows(x: Tensor | None) -> Rows | None:
+def rows_of(x: Tensor | None) -> Rows | None:
+    """View a tensor [..., F] as `Rows`."""
     if x is None:
         return None
     x_NF = x.reshape(-1, x.shape[-1])
