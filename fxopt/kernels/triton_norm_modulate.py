@@ -233,11 +233,11 @@ def forward_tile(num_features: int) -> dict[str, Any]:
 def backward_tile(num_features: int, num_sums: int) -> dict[str, Any]:
     """Launch options of the backward, which keeps `num_sums` sums per feature in registers.
 
-    Above 4,096 features the row is in two pieces: padded to the next power of two, 5,120 spill on
-    sm_90 (26 registers with four sums), sm_100 and sm_120. Four sums take more than the 128
-    registers that a thread of 16 warps can have, but not the 255 of 8 warps, up to 6,144 features.
-    Below, pieces would save lanes but no registers, and cost 16-byte accesses: 3,072 as 2,048 and
-    1,024 on 8 warps take 101 to 233 instead of 74 to 101, on 16 warps they load 8 bytes.
+    Above 4,096 features the row is in two pieces: padded to the next power of two, 5,120 would hold
+    more than a third of its lanes for nothing. Four sums take more than the 128 registers that a
+    thread of 16 warps can have, but not the 255 of 8 warps, up to 6,144 features
+    (`bench/static.json`). Below, a piece of 1,024 would give a thread of 8 warps 8 bytes to load
+    where the whole row gives 16.
     """
     whole = triton.next_power_of_2(num_features)
     half = whole // 2
