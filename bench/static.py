@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -32,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import rows
 from bench.launches import CASES, Case, recorded
+from fxopt.kernels import triton_tables
 
 COMMITTED = Path(__file__).with_suffix(".json")
 SIZES = ((1, 4608), (2, 77), (3, 1))  # batch, tokens; the first is the one in the table
@@ -110,7 +112,8 @@ def compiled(case: Case, width: int, capability: int) -> dict[str, dict[str, Any
         found.setdefault(launch, {})[binary.hash] = binary
 
     triton.runtime.driver.set_active(Device(capability))
-    with recorded(compile_only, JITFunction), torch.device("meta"):
+    on_device = mock.patch.object(triton_tables, "capability_of", lambda _: capability)
+    with on_device, recorded(compile_only, JITFunction), torch.device("meta"):
         for batch, num_tokens in SIZES:
             num_launches.clear()
             case.run(batch, num_tokens, width)

@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_sizes import size, unspecialized
-
-TILE = 2048  # elements; 4 warps read 16 bytes of bf16 a thread, twice
-MAX_BLOCK_F = 1024
 
 # gelu_tanh(x) = x * sigmoid(LINEAR * x + CUBIC * x**3), as 1 + tanh(z) = 2 sigmoid(2z).
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -178,7 +176,7 @@ def backward_kernel(
 
 def forward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
     """Write `y = act(gate) * up` for (gate, up, y) of each stream; all [..., F], y contiguous."""
-    _launch(forward_kernel, Forward, streams, activation)
+    _launch("forward", streams, activation)
 
 
 def backward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
@@ -187,22 +185,26 @@ def backward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> N
     A stream is (grad, gate, up, dgate, dup, y), all [..., F]. Outputs have evenly strided rows:
     they are contiguous or halves of a contiguous tensor.
     """
-    _launch(backward_kernel, Backward, streams, activation)
+    _launch("backward", streams, activation)
 
 
-def _launch(
-    kernel: Any,
-    kind: type[Forward | Backward],
-    streams: Sequence[tuple[Tensor | None, ...]],
-    activation: str,
-) -> None:
+KERNELS: dict[str, tuple[Any, type[Forward | Backward]]] = {
+    "forward": (forward_kernel, Forward),
+    "backward": (backward_kernel, Backward),
+}
+
+
+def _launch(which: str, streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
+    kernel, kind = KERNELS[which]
     firsts = [s[0] for s in streams if s[0] is not None]
     like, num_features = firsts[0], firsts[0].shape[-1]
     if not any(t.numel() for t in firsts):
         return
     num_rows = [t.numel() // num_features for t in firsts]
-    block_f = min(triton.next_power_of_2(num_features), MAX_BLOCK_F)
-    block_n = TILE // block_f
+    name = f"gated_activation {which}"
+    chosen = triton_tables.parameters(name, num_features, sum(num_rows), like)
+    block_f = min(triton.next_power_of_2(num_features), chosen["columns"])
+    block_n = chosen["tile"] // block_f
     num_blocks = sum(triton.cdiv(n, block_n) for n in num_rows)
     with torch.cuda.device_of(like):
         kernel[(num_blocks, triton.cdiv(num_features, block_f))](
@@ -215,6 +217,7 @@ def _launch(
             MATH=tl.float64 if like.dtype == torch.float64 else tl.float32,
             BLOCK_N=block_n,
             BLOCK_F=block_f,
+            num_warps=chosen["num_warps"],
         )
 
 

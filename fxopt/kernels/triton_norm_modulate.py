@@ -19,13 +19,12 @@ from torch import Tensor
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
+from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
 from fxopt.kernels.triton_sizes import unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
-# Features that the backward holds in one piece.
-MAX_PIECE = 4096
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -57,9 +56,12 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     if streams:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
+            num_features = x.shape[-1]
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), x.shape[-1], NORM=norm, **forward_tile(x.shape[-1])
-            )
+                tuple(streams), num_features, NORM=norm,
+                BLOCK_D=triton.next_power_of_2(num_features),
+                **triton_tables.parameters("norm_modulate forward", num_features, num_tokens, x),
+            )  # fmt: skip
     return found
 
 
@@ -70,7 +72,12 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     if present:
         a = present[0].arguments
         num_features = a.h.shape[-1]
-        num_resident, num_tokens = _num_resident(a.h), sum(s.num_tokens for s in present)
+        num_tokens = sum(s.num_tokens for s in present)
+        kernel = "norm_modulate backward"
+        if any(all(s.summed) for s in present):
+            kernel += " of four sums"
+        chosen = triton_tables.parameters(kernel, num_features, num_tokens, a.h)
+        num_resident = _num_sms(a.h) * chosen["programs"]
         for s in present:
             s.share(max(1, num_resident * s.num_tokens // num_tokens))
         num_programs = sum(s.groups.num_groups * s.num_programs for s in present)
@@ -78,7 +85,8 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         with torch.cuda.device_of(a.h):
             kernels.backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
-                NORM=a.norm, **backward_tile(num_features, max(s.num_sums for s in present)),
+                NORM=a.norm, BLOCKS=_blocks(num_features, chosen["pieces"]),
+                num_warps=chosen["num_warps"],
             )  # fmt: skip
             if summed:
                 sums.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
@@ -123,6 +131,10 @@ class _Stream:
         self.groups = groups_of(a.h, (a.gate, a.scale, a.shift))
         self.num_tokens = self.groups.num_groups * self.groups.num_rows
         self.per_row = [varies_per_row(t) for t in self.operands]
+        pairs = zip(self.wants, self.per_row, strict=True)
+        shared = [want and not differs for want, differs in pairs]
+        affine = any(shared[1:5])
+        self.summed = [shared[0], affine, affine, shared[5]]
 
     def share(self, num_programs: int) -> None:
         """Allocate the partial sums of this many programs, or fewer if there are fewer rows."""
@@ -132,22 +144,16 @@ class _Stream:
         empty = a.rstd.new_empty
         self.dgate = empty(a.h.shape) if wants[0] and per_row[0] else None
         self.dscale = empty(a.h.shape) if wants[3] and per_row[3] else None
-        shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
-        affine = any(shared[1:5])
-        summed = [shared[0], affine, affine, shared[5]]
         shape = groups.num_groups, self.num_programs, a.h.shape[-1]
-        each = iter(empty(sum(summed), *shape))
-        self.sums = [next(each) if want else None for want in summed] if any(summed) else []
+        each = iter(empty(sum(self.summed), *shape))
+        parts = [next(each) if want else None for want in self.summed]
+        self.sums = parts if any(self.summed) else []
         self.targets = [
             _Target(grad if want and t is None else None, operand, groups)
             for grad, operand, want, t in zip(
                 self.results[2:-1], self.operands, wants, self.elementwise(), strict=True
             )
         ]
-
-    @property
-    def num_sums(self) -> int:
-        return sum(t is not None for t in self.sums)
 
     def elementwise(self) -> tuple[Tensor | None, ...]:
         """For each operand that differs from row to row, its gradient element by element."""
@@ -224,35 +230,15 @@ def _present(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def forward_tile(num_features: int) -> dict[str, Any]:
-    """Launch options of the forward: 16 elements per thread."""
-    block = triton.next_power_of_2(num_features)
-    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 512))}
-
-
-def backward_tile(num_features: int, num_sums: int) -> dict[str, Any]:
-    """Launch options of the backward, which keeps `num_sums` sums per feature in registers.
-
-    Above 4,096 features the row is in two pieces: padded to the next power of two, 5,120 would hold
-    more than a third of its lanes for nothing. Four sums take more than the 128 registers that a
-    thread of 16 warps can have, but not the 255 of 8 warps, up to 6,144 features
-    (`bench/static.json`). Below, a piece of 1,024 would give a thread of 8 warps 8 bytes to load
-    where the whole row gives 16.
-    """
+def _blocks(num_features: int, num_pieces: int) -> tuple[Any, ...]:
+    """Sizes of the one or two pieces in which the backward holds a row."""
     whole = triton.next_power_of_2(num_features)
     half = whole // 2
-    is_wide = num_features > MAX_PIECE
-    blocks = (half, triton.next_power_of_2(num_features - half)) if is_wide else (whole,)
-    num_warps = 8 if is_wide and num_sums == 4 else min(16, max(1, whole // 256))
-    return {"BLOCKS": tuple(map(tl.constexpr, blocks)), "num_warps": num_warps}
+    rest = triton.next_power_of_2(num_features - half)
+    return tuple(map(tl.constexpr, (whole,) if num_pieces == 1 else (half, rest)))
 
 
-def _num_resident(x: Tensor) -> int:
-    """Programs that fill the device, by the registers each needs; independent of the row count.
-
-    Source: https://github.com/Dao-AILab/quack/blob/main/quack/rmsnorm.py (programs per SM by D).
-    """
-    num_sms = 1
-    if x.is_cuda:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return num_sms * min(16, max(1, 8192 // triton.next_power_of_2(x.shape[-1])))
+def _num_sms(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
     factor_of,
@@ -44,7 +45,6 @@ from fxopt.recipes import Operand
 
 # Programs per SM: each leaves K magnitudes where columns have scales of their own.
 NUM_PROGRAMS, NUM_PROGRAMS_OF_COLUMNS = 8, 2
-ELEMENTS_PER_THREAD = 16
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -195,7 +195,9 @@ def forward(
             *(rows_of(t, x, groups) for t in given), h, mean, rstd,
             *launch.pointers(copy), amax.columns, amax.tensor,
             num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats), **block(padded),
+            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
+            BLOCK_K=triton.next_power_of_2(padded),
+            **triton_tables.parameters("norm_modulate forward", padded, num_tokens, x),
         )  # fmt: skip
     source = x if residual is None else h
     affine, constants = (weight, bias, scale, shift), (norm, weight_offset, scale_offset, dtype)
@@ -232,13 +234,6 @@ def columns(
     amax = launch.Amax.known(by_column, amax_t)
     copy = launch.cast(tiles_kernel, matrix, amax, None, by_column)[1]
     return copy.codes, copy.scales
-
-
-def block(num_columns: int) -> dict[str, int]:
-    """Launch options for a row at a time."""
-    size = triton.next_power_of_2(num_columns)
-    num_warps = min(16, max(1, size // (32 * ELEMENTS_PER_THREAD)))
-    return {"BLOCK_K": size, "num_warps": num_warps}
 
 
 def _matrix(
