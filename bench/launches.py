@@ -214,6 +214,16 @@ def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
 
 
+def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
+    """The softmax of `width` logits per token; their product is no kernel of fxopt's."""
+    from fxopt.kernels.triton_linear_cross_entropy import softmax
+
+    logits = randn(batch * num_tokens, width)
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    losses = randn(len(logits), dtype=FP32)
+    softmax(logits, target, randn(dtype=FP32), -100, losses, True)
+
+
 def _cases() -> Iterator[Case]:
     all_widths, wide = (1536, 3072, 5120), (3072, 5120)
     modulated = "residual gate scale shift"
@@ -275,6 +285,8 @@ def _cases() -> Iterator[Case]:
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
     yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
+    vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3
+    yield Case("linear_cross_entropy", linear_cross_entropy, vocabularies, num_launches=1)
 
 
 CASES = tuple(_cases())

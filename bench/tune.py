@@ -175,10 +175,12 @@ def tuned(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     rows.add_arguments(parser)
-    parser.add_argument("--only", default="", metavar="NAME", help="kernels that contain NAME")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PART", help="kernels with all these in their name"
+    )
     parser.add_argument("--features", type=int, nargs="+", choices=FEATURES, default=FEATURES)
     args = parser.parse_args(argv)
-    names = selected(list(SPACES), args.only)
+    names = selected(SPACES, args.only)
     cuda = gpu()
     if cuda is None:
         return NO_GPU

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # columns at a time; 8 warps read 16 bytes of bf16 a thread, twice
-NUM_WARPS = 8
+# Columns at a time; 32 warps read 16 bytes of bf16 a thread, twice. An SM holds one such program:
+# 132 rows of 128,256 bf16 logits are 34 MB, which an H100's L2 of 50 MB keeps for the second pass.
+BLOCK = 16384
+NUM_WARPS = 32
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -33,24 +35,23 @@ def softmax_kernel(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     target = tl.load(targets + row)
+    # A target that is none is never silent. Read before the sums over threads, which wait for all
+    # of them, as one of them writes here at the end.
+    is_class = (target >= 0) & (target < num_columns)
+    chosen = tl.load(logits + target, is_class, other=float("nan")).to(tl.float32)
     columns = tl.arange(0, BLOCK)
     # Per lane; -inf would make NaN of a lane that has seen nothing but -inf.
     top = tl.full([BLOCK], -3.4e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    picked = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         at = start + columns
         value = tl.load(logits + at, at < num_columns, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, value)
         total = total * tl.exp(top - higher) + tl.exp(value - higher)
         top = higher
-        picked = tl.where(at == target, value, picked)
     highest = tl.max(top, 0)
     row_total = tl.sum(total * tl.exp(top - highest), 0)
     counts = target != ignore_index
-    # A target that is none is never silent.
-    is_class = (target >= 0) & (target < num_columns)
-    chosen = tl.where(is_class, tl.sum(picked, 0), float("nan"))
     # Below the largest logit: what is added to that rounds the others off.
     tl.store(losses + row, tl.where(counts, tl.log(row_total) - (chosen - highest), 0.0))
     if WANTS_GRADIENT:
