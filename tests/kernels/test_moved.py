@@ -13,15 +13,17 @@ from tests.kernels.moved import launches
 # Odd numbers of rows. 8 heads: their rotary tables are a quarter of x.
 BATCH, TOKENS, WIDTH = 2, 15, 1024
 BOUND = 1.05
+# In place: logits are read to be summed, read again, and overwritten by their gradient.
+PASSES = {"linear_cross_entropy": 3}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_move_what_they_must(case):
     torch.manual_seed(0)
     found = launches(lambda: case.run(BATCH, TOKENS, WIDTH))
-    assert len(found) >= 2  # forward and backward, or two passes
+    assert len(found) >= case.num_launches
     for launch in found:
-        assert launch.worst <= BOUND, launch
+        assert launch.worst <= BOUND * PASSES.get(case.name, 1), launch
 
 
 @pytest.mark.parametrize(

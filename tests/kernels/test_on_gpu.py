@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
+from fxopt.kernels import gated_activation, linear_cross_entropy, norm_modulate, qk_norm_rope
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
 from tests.families import FAMILIES
 from tests.numerics import Judge, assert_as_accurate
@@ -155,6 +155,24 @@ def test_gated_activation(activation, packing, dtype):
         return (gated_activation.reference(gate, None, activation, packing),)
 
     check(op, reference, [gate], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_logits", [1000, 50257, 128256])
+def test_linear_cross_entropy(num_logits, dtype):
+    num_tokens = linear_cross_entropy.CHUNK + 77
+    inputs = leaves((num_tokens, 64), (num_logits, 64), (num_logits,), dtype=dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+    target = torch.randint(num_logits, (num_tokens,), device="cuda", generator=generator)
+    target[::7] = -100
+
+    def op(*tensors):
+        return (linear_cross_entropy.linear_cross_entropy(*tensors, target, -100, "mean"),)
+
+    def reference(to, *tensors):
+        return (linear_cross_entropy.reference(*tensors, target, -100, "mean"),)
+
+    check(op, reference, inputs, dtype)
 
 
 def test_backward_is_deterministic():
