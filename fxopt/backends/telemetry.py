@@ -1,6 +1,7 @@
 """Telemetry: what quantization does to the operands of each GEMM, sampled, by timestep.
 
-Kernels count while they quantize (`kernels/counters.py`); nothing is read before `report`.
+Kernels count while they quantize (`kernels/counters.py`). The host reads what they counted in
+`report`, and for demotions one sample later.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def telemetry(
             whole, and its counters cannot be told apart by sample.
         demote_above: a GEMM of which an operand loses more than this share of its nonzero values,
             to zero or beyond the largest, is multiplied in the model's own dtype; None for never.
-            Linears that share their input are demoted together. In sampled batches all GEMMs run
-            as the recipe says, to be measured.
+            Linears that share their input are demoted together. In sampled batches, and behind
+            the `with`, all GEMMs run as the recipe says.
         promote_below: one that loses less runs in low precision again.
         patience: samples in a row that either takes.
         group: process group of the ranks that decide together; None for all.
@@ -123,11 +124,12 @@ class Telemetry:
         self.is_sampling = self.num_batches % self.every == 0
         self.num_batches += 1
         if self.is_sampling:
+            bucket = bucket_of(timesteps, self.buckets)
             self._gather()
             if self.demotions is not None:
                 self.demotions.end_sample()
             self.num_sampled += 1
-            self.bucket = bucket_of(timesteps, self.buckets)
+            self.bucket = bucket
 
     def slots(self, weights: Sequence[Tensor]) -> Slots | None:
         """Where a node with these weights is to count, or None for nowhere."""
