@@ -11,111 +11,25 @@ contracted over the last dim of both operands:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
+from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
+from fxopt.recipe_errors import NoStoredRecipe, OtherStoredRecipe
+from fxopt.schedule import Phase
 
-FP8 = ("e4m3", "e5m2")
-# By block of an operand: its formats, its kinds of scale, and blocks of the other operand.
-BLOCKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
-    {
-        "tensor": (FP8, ("fp32", "pow2"), ("tensor", "row")),
-        "row": (FP8, ("fp32", "pow2"), ("tensor", "row")),
-        "1x128": (FP8, ("fp32", "pow2"), ("1x128", "128x128")),
-        "128x128": (FP8, ("fp32", "pow2"), ("1x128",)),
-        "1x32": (FP8, ("e8m0",), ("1x32",)),
-        "1x16": (("e2m1",), ("two_level",), ("1x16", "16x16")),
-        "16x16": (("e2m1",), ("two_level",), ("1x16",)),
-    }
-)
-GEMMS = ("fprop", "dgrad", "wgrad")
-EXTRAS = ("stochastic", "hadamard")
-ACCUMULATIONS = ("fp32", "fast")
+__all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
+
 PROFITS = ("model", "always")
-HIGH_PRECISION = "high_precision"
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How one operand [rows, contraction] of a GEMM is quantized; written "e4m3/row/pow2".
-
-    format: "e4m3", "e5m2" (FP8) or "e2m1" (FP4).
-    block: elements that share a scale, rows x contraction; "tensor" for all, "row" for one row.
-    scale: "fp32"; "pow2", an fp32 power of two; "e8m0", an exponent byte; "two_level", e4m3 per
-        block times fp32 per tensor. The powers of two are rounded so that nothing saturates.
-    stochastic: round up or down at random, unbiased, instead of to nearest with ties to even.
-    hadamard: mix 16 neighbours along the contraction first; the other operand does so as well,
-        which leaves the product as it is.
-    """
-
-    format: str
-    block: str
-    scale: str
-    stochastic: bool = False
-    hadamard: bool = False
-
-    def __str__(self) -> str:
-        extras = [name for name in EXTRAS if getattr(self, name)]
-        return "/".join([self.format, self.block, self.scale, *extras])
-
-    @staticmethod
-    @cache
-    def parse(text: str) -> Operand:
-        """The operand that is written like this.
-
-        Raises:
-            InvalidRecipe: saying which part is not known.
-        """
-        parts = text.split("/") if isinstance(text, str) else []
-        if len(parts) < 3 or not set(parts[3:]) <= set(EXTRAS):
-            form = f"FORMAT/BLOCK/SCALE, then any of {', '.join(EXTRAS)}"
-            raise InvalidRecipe("", f"the operand {text!r} is not of the form {form}")
-        format, block, scale = parts[:3]
-        return Operand(format, block, scale, *(name in parts[3:] for name in EXTRAS))
-
-    def problems(self) -> Iterator[str]:
-        """What contradicts what."""
-        if self.block not in BLOCKS:
-            yield f"unknown block {self.block!r}; known: {', '.join(BLOCKS)}"
-            return
-        formats, scales, _ = BLOCKS[self.block]
-        if self.format not in formats:
-            yield f"format {self.format!r} has no block {self.block}; {' and '.join(formats)} have"
-        if self.scale not in scales:
-            yield f"blocks {self.block} have {' or '.join(scales)} scales, not {self.scale!r}"
-        if self.hadamard and self.format != "e2m1":
-            yield f"the Hadamard transform is for e2m1, not for {self.format}"
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """The formats of one product a @ b^T.
-
-    accumulation: "fp32", or "fast", which on Hopper keeps about 14 bits between additions and is
-        no difference elsewhere.
-    """
-
-    a: Operand
-    b: Operand
-    accumulation: str = "fp32"
-
-    def problems(self) -> Iterator[str]:
-        for operand in (self.a, self.b):
-            yield from operand.problems()
-        a, b = self.a, self.b
-        if a.block in BLOCKS and b.block not in BLOCKS[a.block][2]:
-            yield f"a block {a.block} of a does not go with {b.block} of b"
-        if a.hadamard != b.hadamard:
-            yield "the Hadamard transform is on one operand only, which changes the product"
-        if (a.format, b.format) == ("e5m2", "e5m2"):
-            yield "no hardware multiplies e5m2 by e5m2; make one operand e4m3"
-        if self.accumulation not in ACCUMULATIONS:
-            known = ", ".join(ACCUMULATIONS)
-            yield f"unknown accumulation {self.accumulation!r}; known: {known}"
+FILE = "fxopt_recipe.json"
+# They change no number.
+FREE_TO_DIFFER = ("name", "emulate")
 
 
 @dataclass(frozen=True)
@@ -129,6 +43,7 @@ class Recipe:
         it can be done.
     emulate: whether devices without the units compute the same by exact emulation; if not, the
         doors refuse them.
+    schedule: steps in which a GEMM has other formats; `fxopt.at_step` says which step it is.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -141,20 +56,24 @@ class Recipe:
     keep: tuple[str, ...] = ()
     profit: str = "model"
     emulate: bool = True
+    schedule: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [f"{name}: {p}" for name, gemm in self.gemms for p in gemm.problems()]
-        drawn = {
-            "fprop.a": self.fprop and self.fprop.a.stochastic,
-            "fprop.b": self.fprop and self.fprop.b.stochastic,
-            "dgrad.b": self.dgrad and self.dgrad.b.stochastic,
-            "wgrad.b": self.wgrad and self.wgrad.b.stochastic,
-        }
+        problems = [
+            f"{field} is {value!r}, not a tuple of {kind.__name__}"
+            for field, value, kind in (("keep", self.keep, str), ("schedule", self.schedule, Phase))
+            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value)
+        ]
+        if problems:
+            raise InvalidRecipe(self.name, "; ".join(problems))
+        problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
+        problems += schedules.problems(self.schedule)
         problems += [
-            f"{where} rounds stochastically; only gradients (a of dgrad and wgrad) may, as the "
-            "forward of a checkpoint runs twice and would draw twice"
-            for where, is_drawn in drawn.items()
-            if is_drawn
+            f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
+            "the forward of a checkpoint runs twice and would draw twice"
+            for name, product in self.gemms
+            for which in ("a", "b")
+            if getattr(product, which).stochastic and (which == "b" or name.startswith("fprop"))
         ]
         if self.profit not in PROFITS:
             problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
@@ -163,9 +82,15 @@ class Recipe:
 
     @property
     def gemms(self) -> list[tuple[str, Gemm]]:
-        """The quantized GEMMs by name."""
-        found = ((name, getattr(self, name)) for name in GEMMS)
+        """The quantized GEMMs by name, those of the schedule included."""
+        found = [(name, getattr(self, name)) for name in GEMMS]
+        found += [(str(phase), phase.formats) for phase in self.schedule]
         return [(name, gemm) for name, gemm in found if gemm is not None]
+
+    def at(self, step: int) -> Recipe:
+        """What is in force in a step: the recipe with the phases of this step, and no schedule."""
+        changed = {phase.gemm: phase.formats for phase in self.schedule if step in phase}
+        return replace(self, schedule=(), **changed)  # type: ignore[arg-type]
 
     @property
     def key(self) -> str:
@@ -173,12 +98,10 @@ class Recipe:
         return self.name if RECIPES.get(self.name) == self else self.to_json()
 
     def to_json(self) -> str:
-        """The recipe as one JSON object, to be stored beside a checkpoint."""
+        """The recipe as one JSON object."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in GEMMS:
-            gemm = data[name]
-            data[name] = HIGH_PRECISION if gemm is None else _gemm_to_dict(gemm)
-        return json.dumps(data)
+        data |= {name: to_data(data[name]) for name in GEMMS}
+        return json.dumps(data | {"schedule": [phase.to_data() for phase in self.schedule]})
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -193,30 +116,60 @@ class Recipe:
             raise InvalidRecipe("", f"it is no JSON: {error}") from None
         if not isinstance(data, dict) or "name" not in data:
             raise InvalidRecipe("", "it is no JSON object with a name")
+        name = data["name"]
         unknown = data.keys() - {f.name for f in fields(Recipe)}
         if unknown:
-            raise InvalidRecipe(data["name"], f"unknown field {', '.join(sorted(unknown))}")
-        for name in GEMMS:
-            data[name] = _gemm_from_dict(data["name"], name, data.get(name, HIGH_PRECISION))
-        return Recipe(**data | {"keep": tuple(data.get("keep", ()))})
+            raise InvalidRecipe(name, f"unknown field {', '.join(sorted(unknown))}")
+        for field in ("keep", "schedule"):
+            if not isinstance(data.setdefault(field, []), list):
+                raise InvalidRecipe(name, f"{field} is {data[field]!r}, not a list")
+        data |= {g: from_data(name, g, data.get(g, HIGH_PRECISION)) for g in GEMMS}
+        phases = tuple(Phase.from_data(name, phase) for phase in data["schedule"])
+        return Recipe(**data | {"keep": tuple(data["keep"]), "schedule": phases})
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the recipe into the directory of a checkpoint, as `fxopt_recipe.json`.
 
-def _gemm_to_dict(gemm: Gemm) -> dict[str, str]:
-    return {"a": str(gemm.a), "b": str(gemm.b), "accumulation": gemm.accumulation}
+        One rank may, or all.
+        """
+        path = Path(directory) / FILE
+        written = path.with_name(f"{FILE}.{os.getpid()}")
+        written.write_text(self.to_json() + "\n")
+        written.replace(path)
 
+    @staticmethod
+    def load(directory: str | os.PathLike[str]) -> Recipe:
+        """The recipe that was saved beside a checkpoint.
 
-def _gemm_from_dict(recipe: str, name: str, data: Any) -> Gemm | None:
-    if data == HIGH_PRECISION:
-        return None
-    if not isinstance(data, dict) or not {"a", "b"} <= data.keys() <= {"a", "b", "accumulation"}:
-        form = f"{HIGH_PRECISION!r} or an object of a, b and accumulation"
-        raise InvalidRecipe(recipe, f"{name} is {data!r}, not {form}")
-    return gemm(**data)
+        Raises:
+            NoStoredRecipe: there is none.
+            InvalidRecipe: it was written by a version that knew other fields, or by hand.
+        """
+        path = Path(directory) / FILE
+        try:
+            return Recipe.from_json(path.read_text())
+        except FileNotFoundError:
+            raise NoStoredRecipe(str(path)) from None
 
+    def check(self, directory: str | os.PathLike[str]) -> None:
+        """Raise if the checkpoint in `directory` was trained under another recipe.
 
-def gemm(a: str, b: str, accumulation: str = "fp32") -> Gemm:
-    """The product of two operands as they are written."""
-    return Gemm(Operand.parse(a), Operand.parse(b), accumulation)
+        Its name and `emulate` change no number, and may differ.
+
+        Raises:
+            OtherStoredRecipe: with every field that differs, and both values.
+            NoStoredRecipe, InvalidRecipe: as `load`.
+        """
+        stored = Recipe.load(directory)
+        theirs, ours = json.loads(stored.to_json()), json.loads(self.to_json())
+        differences = [
+            (field, json.dumps(theirs[field]), json.dumps(value))
+            for field, value in ours.items()
+            if field not in FREE_TO_DIFFER and theirs[field] != value
+        ]
+        if differences:
+            path = str(Path(directory) / FILE)
+            raise OtherStoredRecipe(path, stored.name, self.name, differences)
 
 
 def _table() -> Iterator[Recipe]:

@@ -51,10 +51,11 @@ def backend(
 
     Raises:
         UnknownOption, UnknownRecipe: a name that is not known.
+        ScheduleInGraph: the recipe has a schedule.
     """
     settings = dict(options or {})
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
-    chosen = shared.check(recipe=recipe)
+    chosen = shared.check(recipe=recipe, execution="compile")
     if inner not in INNER:
         raise UnknownOption(inner, INNER)
     precision.check_device(chosen, _device(example_inputs))

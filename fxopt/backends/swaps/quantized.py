@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt import cost
-from fxopt.kernels.quantized_linears import is_high_precision
+from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.scaled_matmul import MULTIPLE
 from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
 from fxopt.recipes import Recipe
