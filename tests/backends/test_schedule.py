@@ -77,7 +77,7 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-# The doors share the ops, whose every GEMM tests/kernels/test_in_force.py changes; swap prepares fast.
+# swap prepares fast; both share the ops, whose every GEMM tests/kernels/test_in_force.py changes.
 @pytest.mark.parametrize(
     "door, gemm",
     [(fxopt.optimize, "fprop"), *((fxopt.swap, gemm) for gemm in ("fprop", "dgrad", "wgrad"))],
@@ -133,7 +133,10 @@ def test_checkpoints(door: Any, flux: tuple[nn.Module, Inputs]) -> None:
     with fxopt.at_step(0):
         first, second = (model(**inputs)[0].square().sum() for _ in range(2))
     # Step 1 has the same formats: the mistake is found at once, not at the change.
-    with fxopt.at_step(1), pytest.raises(recipe_errors.StepChanged, match="of step 0 .* in step 1"):
+    with (
+        fxopt.at_step(1),
+        pytest.raises(recipe_errors.StepChanged, match=r"of step 0 .* in step 1"),
+    ):
         first.backward()
     with pytest.raises(recipe_errors.StepNotTold):
         second.backward()
