@@ -71,7 +71,7 @@ def explain(
         errors.UnknownPreset, errors.UnknownTarget, errors.UnknownRecipe: with the nearest names.
         errors.NotAModule, errors.InputMismatch: if the model or its inputs do not fit.
     """
-    chosen = replace(options.check(recipe=recipe), schedule=())
+    chosen = options.check(recipe=recipe).at(None)
     device = hardware.lookup(target)
     if isinstance(model, str):
         blocks = preset_blocks(model, batch, height, width)

@@ -14,10 +14,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from fxopt import roles
 from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
 from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
@@ -38,12 +40,15 @@ class Recipe:
 
     name: as given to the doors and printed in reports.
     fprop, dgrad, wgrad: the three GEMMs of a block linear; None is the model's own dtype.
-    keep: globs over fully qualified names of linears that stay in the model's dtype.
+    keep: linears that stay in the model's dtype: globs over their fully qualified names, or roles,
+        "role:" and a name in `fxopt.roles.ROLES`.
     profit: "model" quantizes on a GPU where the cost model says that it pays, "always" wherever
         it can be done.
     emulate: whether devices without the units compute the same by exact emulation; if not, the
         doors refuse them.
     schedule: steps in which a GEMM has other formats; `fxopt.at_step` says which step it is.
+    overrides: pairs of a glob or role as in `keep` and a recipe, whose GEMMs and schedule its
+        linears have instead of these; the first that matches counts.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -57,15 +62,17 @@ class Recipe:
     profit: str = "model"
     emulate: bool = True
     schedule: tuple[Phase, ...] = ()
+    overrides: tuple[tuple[str, Recipe], ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{field} is {value!r}, not a tuple of {kind.__name__}"
-            for field, value, kind in (("keep", self.keep, str), ("schedule", self.schedule, Phase))
-            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value)
-        ]
+        problems = list(self._misshapen())
         if problems:
             raise InvalidRecipe(self.name, "; ".join(problems))
+        problems += [
+            f"unknown role {role!r} in {where!r}; known: {', '.join(roles.ROLES)}"
+            for where in self.places
+            if (role := roles.unknown(where)) is not None
+        ]
         problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
         problems += schedules.problems(self.schedule)
         problems += [
@@ -80,28 +87,80 @@ class Recipe:
         if problems:
             raise InvalidRecipe(self.name, "; ".join(problems))
 
+    def _misshapen(self) -> Iterator[str]:
+        """Fields that would not be hashable, or not what they are taken for."""
+        for field, kind in (("keep", str), ("schedule", Phase), ("overrides", tuple)):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
+                yield f"{field} is {value!r}, not a tuple of {kind.__name__}"
+            elif field == "overrides":
+                for pair in value:
+                    if list(map(type, pair)) != [str, Recipe]:
+                        yield f"override {pair!r} is not a glob or role and a Recipe"
+                    elif pair[1].places:
+                        yield f"override {pair[0]!r} has keep or overrides of its own"
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The globs and roles that have to match something."""
+        return (*self.keep, *(where for where, _ in self.overrides))
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipe and those of its overrides."""
+        return (self, *(recipe for _, recipe in self.overrides))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear may be quantized, in any step."""
+        return any(part.gemms for part in self.parts)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether any linear's formats depend on the step."""
+        return any(part.schedule for part in self.parts)
+
+    def of(self, fqn: str) -> Recipe | None:
+        """Under which recipe the linear of this name runs; None for the model's dtype."""
+        if any(roles.matches(where, fqn) for where in self.keep):
+            return None
+        found = (recipe for where, recipe in self.overrides if roles.matches(where, fqn))
+        recipe = next(found, self)
+        return recipe if recipe.gemms else None
+
     @property
     def gemms(self) -> list[tuple[str, Gemm]]:
-        """The quantized GEMMs by name, those of the schedule included."""
+        """The quantized GEMMs by name, those of the schedule included, those of overrides not."""
         found = [(name, getattr(self, name)) for name in GEMMS]
         found += [(str(phase), phase.formats) for phase in self.schedule]
         return [(name, gemm) for name, gemm in found if gemm is not None]
 
-    def at(self, step: int) -> Recipe:
-        """What is in force in a step: the recipe with the phases of this step, and no schedule."""
-        changed = {phase.gemm: phase.formats for phase in self.schedule if step in phase}
-        return replace(self, schedule=(), **changed)  # type: ignore[arg-type]
+    def at(self, step: int | None) -> Recipe:
+        """What is in force in a step, without a schedule; None is for outside of all phases."""
+        changed: dict[str, Any] = {
+            phase.gemm: phase.formats
+            for phase in self.schedule
+            if step is not None and step in phase
+        }
+        overrides = tuple((where, recipe.at(step)) for where, recipe in self.overrides)
+        return replace(self, schedule=(), overrides=overrides, **changed)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What `find` gives this recipe back for: its name in the table, or its JSON."""
         return self.name if RECIPES.get(self.name) == self else self.to_json()
 
     def to_json(self) -> str:
         """The recipe as one JSON object."""
+        return json.dumps(self._to_data())
+
+    def _to_data(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {name: to_data(data[name]) for name in GEMMS}
-        return json.dumps(data | {"schedule": [phase.to_data() for phase in self.schedule]})
+        data["keep"] = list(self.keep)
+        data["schedule"] = [phase.to_data() for phase in self.schedule]
+        data["overrides"] = [[where, recipe._to_data()] for where, recipe in self.overrides]
+        return data
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -114,18 +173,27 @@ class Recipe:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidRecipe("", f"it is no JSON: {error}") from None
+        return Recipe._from_data(data)
+
+    @staticmethod
+    def _from_data(data: Any) -> Recipe:
         if not isinstance(data, dict) or "name" not in data:
             raise InvalidRecipe("", "it is no JSON object with a name")
-        name = data["name"]
+        name, data = data["name"], dict(data)
         unknown = data.keys() - {f.name for f in fields(Recipe)}
         if unknown:
             raise InvalidRecipe(name, f"unknown field {', '.join(sorted(unknown))}")
-        for field in ("keep", "schedule"):
+        for field in ("keep", "schedule", "overrides"):
             if not isinstance(data.setdefault(field, []), list):
                 raise InvalidRecipe(name, f"{field} is {data[field]!r}, not a list")
+        for pair in data["overrides"]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise InvalidRecipe(name, f"override {pair!r} is not a glob or role and a recipe")
         data |= {g: from_data(name, g, data.get(g, HIGH_PRECISION)) for g in GEMMS}
-        phases = tuple(Phase.from_data(name, phase) for phase in data["schedule"])
-        return Recipe(**data | {"keep": tuple(data["keep"]), "schedule": phases})
+        data["keep"] = tuple(data["keep"])
+        data["schedule"] = tuple(Phase.from_data(name, phase) for phase in data["schedule"])
+        data["overrides"] = tuple((w, Recipe._from_data(recipe)) for w, recipe in data["overrides"])
+        return Recipe(**data)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the recipe into the directory of a checkpoint, as `fxopt_recipe.json`.
@@ -161,7 +229,7 @@ class Recipe:
             NoStoredRecipe, InvalidRecipe: as `load`.
         """
         stored = Recipe.load(directory)
-        theirs, ours = json.loads(stored.to_json()), json.loads(self.to_json())
+        theirs, ours = stored._to_data(), self._to_data()
         differences = [
             (field, json.dumps(theirs[field]), json.dumps(value))
             for field, value in ours.items()

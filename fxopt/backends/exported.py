@@ -69,7 +69,7 @@ def optimize(
     if example_inputs is not None:
         try:
             # An example is of no step, and its result is not looked at.
-            with high_precision() if chosen.schedule else nullcontext():
+            with high_precision() if chosen.is_scheduled else nullcontext():
                 _run(model, example_inputs)
         except BaseException:
             if door in state.doors(model):
@@ -141,7 +141,7 @@ class Optimized:
         shared: dict[Any, Captures] = {}
         self.blocks = []
         for fqn, module in blocks.items():
-            key = type(module), _function(module), precision.kept(recipe, fqn, module)
+            key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             captures = shared.setdefault(
                 key, Captures(options.rules_for(recipe, block=fqn, target=target))
             )

@@ -29,7 +29,7 @@ def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str
     found = find(recipe if isinstance(recipe, (str, Recipe)) else from_torchao(recipe))
     if execution not in EXECUTIONS:
         raise UnknownOption(execution, EXECUTIONS)
-    if execution == "compile" and found.schedule:
+    if execution == "compile" and found.is_scheduled:
         raise ScheduleInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
@@ -63,7 +63,7 @@ def rules_for(
             know, where all that can be quantized is.
     """
     rules = [rule for rule in CATALOGUE if rule.compiled or not compiled]
-    if not recipe.gemms:
+    if not recipe.quantizes:
         return tuple(rule for rule in rules if rule.tier != "low_precision")
     quantized = quantized_linear.rule(recipe, block, threshold(recipe, target))
     return tuple(quantized if rule is quantized_linear.RULE else rule for rule in rules)
