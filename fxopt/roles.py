@@ -1,7 +1,8 @@
 """Where a recipe keeps or changes formats: globs over names of linears, and roles.
 
 A role goes by the names that diffusers and transformers give their modules, which every door knows;
-a model with names of its own takes globs. A linear that serves two roles at once, such as FLUX's output of attention and MLP, has both.
+a model with names of its own takes globs. A linear that serves two roles at once, such as FLUX's
+output of attention and MLP, has both.
 """
 
 from __future__ import annotations

@@ -24,15 +24,20 @@ def check_model(recipe: Recipe, model: nn.Module) -> None:
     """
     if not recipe.quantizes:
         return
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() == 1:
-            raise LowPrecisionParameter(name, str(parameter.dtype))
+    check_parameters(recipe, model.named_parameters())
     linears = [fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]
     for where in recipe.places:
         if not any(matches(where, fqn) for fqn in linears):
             raise KeepMatchesNothing(where, linears)
     for device in {p.device for p in model.parameters()} - {torch.device("meta")}:
         check_device(recipe, device)
+
+
+def check_parameters(recipe: Recipe, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise LowPrecisionParameter if `recipe` quantizes and a parameter is in FP8 already."""
+    for name, parameter in named:
+        if recipe.quantizes and parameter.is_floating_point() and parameter.element_size() == 1:
+            raise LowPrecisionParameter(name, str(parameter.dtype))
 
 
 def check_device(recipe: Recipe, device: torch.device) -> None:
