@@ -30,8 +30,6 @@ __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 PROFITS = ("model", "always")
 FILE = "fxopt_recipe.json"
-# They change no number.
-FREE_TO_DIFFER = ("name", "emulate")
 
 
 @dataclass(frozen=True)
@@ -162,6 +160,14 @@ class Recipe:
         data["overrides"] = [[where, recipe._to_data()] for where, recipe in self.overrides]
         return data
 
+    def _numerics(self) -> dict[str, Any]:
+        """What changes numbers, as it stands in JSON."""
+        data = self._to_data()
+        del data["name"], data["emulate"]
+        formats = (*GEMMS, "schedule")
+        data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
+        return data
+
     @staticmethod
     def from_json(text: str) -> Recipe:
         """The recipe that `to_json` came from.
@@ -229,11 +235,11 @@ class Recipe:
             NoStoredRecipe, InvalidRecipe: as `load`.
         """
         stored = Recipe.load(directory)
-        theirs, ours = stored._to_data(), self._to_data()
+        theirs, ours = stored._numerics(), self._numerics()
         differences = [
             (field, json.dumps(theirs[field]), json.dumps(value))
             for field, value in ours.items()
-            if field not in FREE_TO_DIFFER and theirs[field] != value
+            if theirs[field] != value
         ]
         if differences:
             path = str(Path(directory) / FILE)

@@ -110,6 +110,11 @@ def test_a_recipe_lies_beside_a_checkpoint(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path) == mine
     mine.check(tmp_path)
     replace(mine, name="the same", emulate=False).check(tmp_path)  # they change no number
+    first = replace(RECIPES["mxfp8"], name="first", profit="always")
+    replace(mine, overrides=(("role:qkv", first),)).save(tmp_path)
+    replace(mine, overrides=(("role:qkv", RECIPES["mxfp8"]),)).check(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match=r"overrides is .* not "):
+        replace(mine, overrides=(("role:qkv", RECIPES["nvfp4"]),)).check(tmp_path)
     RECIPES["mxfp8"].save(str(tmp_path))
     assert Recipe.load(tmp_path) == RECIPES["mxfp8"]
 
