@@ -7,7 +7,6 @@ left out. Where PyTorch's choice is slower than the best, fxopt has something to
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import rows
-from bench.contest import NO_GPU, Contest, gpu, selected
-from fxopt.diagnose.devices import TorchDevice
+from bench.contest import Contest, run
 from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.subjects import Subject
 from fxopt.diagnose.suites import forward_backward
@@ -126,22 +123,8 @@ def measure(contest: Contest, call: Attention, dtype: torch.dtype = torch.bfloat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
-    rows.add_arguments(parser)
-    parser.add_argument("--save", action="store_true", help="write to bench/results/ as well")
-    parser.add_argument("--only", default="", metavar="NAME", help="calls that contain NAME")
-    args = parser.parse_args(argv)
-    names = selected([call.name for call in CALLS], args.only)
-    device = gpu()
-    if device is None:
-        return NO_GPU
-    contest = Contest(TorchDevice(device), PLAN)
-    for index, name in enumerate(names, start=1):
-        print(f"[{index}/{len(names)}] {name}", file=sys.stderr)
-        measure(contest, next(call for call in CALLS if call.name == name))
-        if args.save:
-            contest.save("attention")
-    return rows.publish(args, contest.found, device, contest.samples)
+    cases = {call.name: functools.partial(measure, call=call) for call in CALLS}
+    return run("attention", __doc__, cases, PLAN, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ float8 training with and without torch.compile. Values and gradients are checked
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from dataclasses import dataclass, replace
@@ -18,10 +17,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import rows
-from bench.contest import NO_GPU, Contest, gpu, selected
+from bench.contest import Contest, run
 from fxopt.diagnose.case import Case
-from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.intervals import union
 from fxopt.diagnose.protocol import Plan, Step
 from fxopt.diagnose.subjects import Make, Subject
@@ -144,22 +141,12 @@ def idle_share(step: Step) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.blocks", description=__doc__)
-    rows.add_arguments(parser)
-    parser.add_argument("--save", action="store_true", help="write to bench/results/ as well")
-    parser.add_argument("--only", default="", metavar="NAME", help="blocks that contain NAME")
-    args = parser.parse_args(argv)
-    names = selected([*BLOCKS], args.only)
-    device = gpu()
-    if device is None:
-        return NO_GPU
-    contest = Contest(TorchDevice(device), PLAN)
-    for index, name in enumerate(names, start=1):
-        print(f"[{index}/{len(names)}] {name}", file=sys.stderr)
-        measure(contest, name, contenders(name, Sweep(), device), BLOCKS[name])
-        if args.save:
-            contest.save("blocks")
-    return rows.publish(args, contest.found, device, contest.samples)
+    def case(name: str, contest: Contest) -> None:
+        makes = contenders(name, Sweep(), contest.device.device)
+        measure(contest, name, makes, BLOCKS[name])
+
+    cases = {name: functools.partial(case, name) for name in BLOCKS}
+    return run("blocks", __doc__, cases, PLAN, argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.environment import device_name
 from fxopt.diagnose.protocol import Plan, Samples, Step, measure
 from fxopt.diagnose.record import write_text
+from fxopt.diagnose.roofline import calibrate
 from fxopt.diagnose.subjects import Make
 from fxopt.diagnose.verdict import Regime, regime
 
@@ -39,6 +42,14 @@ class Contest:
     plan: Plan
     found: list[rows.Row] = field(default_factory=list)
     samples: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes/s, read and written, of a copy on this device; measured once, with rows for it."""
+        peaks = calibrate(self.device, {"bfloat16"})
+        self.add("device", "copy bandwidth [GB/s]", peaks.bandwidth / 1e9)
+        self.add("device", "bfloat16 product [TFLOP/s]", peaks.flops["bfloat16"] / 1e12)
+        return peaks.bandwidth
 
     def race(self, case: str, name: str, baseline: Step, candidate: Step) -> Regime:
         """Time two steps in turn."""
@@ -126,10 +137,44 @@ def compiled(function: Callable[..., Any], mixed_order: bool = True) -> Callable
     return torch.compile(function, dynamic=False, options=options)
 
 
-def selected(names: Sequence[str], only: str) -> list[str]:
-    """Those that contain `only`; exits with 2 if there is none."""
-    found = [name for name in names if only in name]
+def selected(names: Iterable[str], only: Sequence[str]) -> list[str]:
+    """Those that contain all of `only`; exits with 2 if there is none."""
+    names = list(names)
+    found = [name for name in names if all(part in name for part in only)]
     if not found:
-        print(f"no case contains {only!r}; there are {'; '.join(names)}", file=sys.stderr)
+        wanted = " and ".join(map(repr, only))
+        print(f"no case contains {wanted}; there are {'; '.join(names)}", file=sys.stderr)
         raise SystemExit(2)
     return found
+
+
+def run(
+    name: str,
+    about: str | None,
+    cases: Mapping[str, Callable[[Contest], None]],
+    plan: Plan,
+    argv: Sequence[str] | None,
+) -> int:
+    """The command `python -m bench.<name>`: its cases one after the other, then all their rows.
+
+    Returns: the exit code.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
+    rows.add_arguments(parser)
+    parser.add_argument("--save", action="store_true", help="write to bench/results/ as well")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PART", help="cases with all these in their name"
+    )
+    args = parser.parse_args(argv)
+    chosen = selected(cases, args.only)
+    device = gpu()
+    if device is None:
+        return NO_GPU
+    contest = Contest(TorchDevice(device), plan)
+    for index, case in enumerate(chosen, start=1):
+        print(f"[{index}/{len(chosen)}] {case}", file=sys.stderr)
+        cases[case](contest)
+        torch.compiler.reset()
+        if args.save:
+            contest.save(name)
+    return rows.publish(args, contest.found, device, contest.samples)

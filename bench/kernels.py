@@ -8,12 +8,10 @@ that computes something else is shown as wrong, and timed again without what is 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,12 +21,9 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench import rows
-from bench.contest import NO_GPU, Contest, compiled, gpu, selected
+from bench.contest import Contest, compiled, run
 from bench.ops import OPS, Function, Op, Shape
-from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.protocol import Plan, Step
-from fxopt.diagnose.roofline import calibrate
 from fxopt.diagnose.subjects import Make
 
 SHAPES = [
@@ -71,27 +66,21 @@ def passes(function: Function, inputs: dict[str, Tensor]) -> Passes:
     return Passes(lambda: function(**inputs), backward)
 
 
-@contextlib.contextmanager
-def repeatable_backward() -> Iterator[None]:
-    """Compiled graphs whose backward may run more than once."""
-    with torch._functorch.config.patch(donated_buffer=False):
-        yield
-
-
+# A graph that is compiled like this may run its backward more than once.
+@torch._functorch.config.patch(donated_buffer=False)
 def measure(
     contest: Contest,
     op: Op,
     shape: Shape,
-    bandwidth: float,
     dtype: torch.dtype = torch.bfloat16,
     compiled: Callable[..., Function] = compiled,
 ) -> None:
     """All comparisons of one op at one shape.
 
     Args:
-        bandwidth: bytes/s of a copy, read and written, on this device.
         compiled: gives the compiled form of a function; takes `mixed_order`.
     """
+    bandwidth = contest.bandwidth  # taken before the op fills the memory
     case = f"{op.name}, {shape.name}"
     device = contest.device.device
     size = next(iter(op.inputs(shape, torch.device("meta"), dtype).values())).numel()
@@ -127,30 +116,12 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
-    rows.add_arguments(parser)
-    parser.add_argument("--save", action="store_true", help="write to bench/results/ as well")
-    parser.add_argument("--only", default="", metavar="NAME", help="ops whose name contains NAME")
-    parser.add_argument("--shape", default="", metavar="NAME", help='such as "S=4608 D=3072"')
-    args = parser.parse_args(argv)
-    names = selected([op.name for op in OPS], args.only)
-    shapes = selected([shape.name for shape in SHAPES], args.shape)
-    cuda = gpu()
-    if cuda is None:
-        return NO_GPU
-    contest = Contest(TorchDevice(cuda), PLAN)
-    peaks = calibrate(contest.device, {"bfloat16"})
-    contest.add("device", "copy bandwidth [GB/s]", peaks.bandwidth / 1e9)
-    contest.add("device", "bfloat16 product [TFLOP/s]", peaks.flops["bfloat16"] / 1e12)
-    chosen = [(o, s) for o in OPS for s in SHAPES if o.name in names and s.name in shapes]
-    with repeatable_backward():
-        for index, (op, shape) in enumerate(chosen, start=1):
-            print(f"[{index}/{len(chosen)}] {op.name}, {shape.name}", file=sys.stderr)
-            measure(contest, op, shape, peaks.bandwidth)
-            torch.compiler.reset()
-            if args.save:
-                contest.save("kernels")
-    return rows.publish(args, contest.found, cuda, contest.samples)
+    cases = {
+        f"{op.name}, {shape.name}": functools.partial(measure, op=op, shape=shape)
+        for op in OPS
+        for shape in SHAPES
+    }
+    return run("kernels", __doc__, cases, PLAN, argv)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-6
 HEAD_DIM = 128
 NUM_TEXT = 5  # tokens of a first section; odd, as a row count must not matter
+NUM_OUT = 128  # rows of a weight; few, as the tests interpret the kernels
+CAPABILITIES, FP8_CAPABILITIES = (80, 90, 100, 120), (89, 90, 100, 120)
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Case:
         name: op and variant.
         run: calls the Triton provider for a batch, a number of tokens and a width.
         widths: at which it is compiled.
-        capability: the least that has the instructions.
+        capabilities: for which it is compiled.
+        num_launches: at least: forward and backward, or two passes.
     """
 
     name: str
     run: Callable[[int, int, int], None]
     widths: tuple[int, ...]
-    capability: int = 80
+    capabilities: tuple[int, ...] = CAPABILITIES
+    num_launches: int = 2
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -168,22 +172,46 @@ def quantize(
     provider.triton(randn(batch, num_tokens, width), rows, columns, None, False)
 
 
-def quantized_producers(
-    batch: int, num_tokens: int, width: int, name: str, has_beside: bool = False
+def quantize_group(
+    batch: int, num_tokens: int, width: int, name: str, num_weights: int = 0
 ) -> None:
-    """A modulated norm and a gated activation that write codes quantized as `name` says."""
+    """Both copies of weights, or of an activation if there are none."""
+    from fxopt.kernels import quantize_group as provider
+
+    xs = [randn(NUM_OUT, width) for _ in range(num_weights)] or [randn(batch, num_tokens, width)]
+    *_, amax_t = provider.triton_rows(xs, name, name)
+    provider.triton_columns(xs, name, amax_t)
+
+
+def quantized_producers(
+    batch: int, num_tokens: int, width: int, name: str, is_joined: bool = False
+) -> None:
+    """A modulated norm and a gated activation that write codes quantized as `name` says.
+
+    Args:
+        is_joined: the norm has a gated residual, and the activation a tensor beside it.
+    """
     from fxopt.kernels import quantized_producers as provider
 
     x, gate, up = (randn(batch, num_tokens, width) for _ in range(3))
+    gated = (randn(batch, num_tokens, width), randn(batch, 1, width))
+    residual = gated if is_joined else (None, None)
     operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
     constants = ("layer", EPS, 0.0, 1.0, BF16)
-    given = x, None, None, *operands, None, *constants, BF16, name, name
-    _, _, amax_t, _, mean, rstd = provider.triton_norm(*given)
-    provider.triton_norm_columns(x, *operands, mean, rstd, *constants[:4], BF16, name, amax_t)
-    arguments = gate, up, x if has_beside else None, "silu", "none"
+    given = x, *residual, *operands, None, *constants, BF16, name, name
+    _, _, amax_t, h, mean, rstd = provider.triton_norm(*given)
+    saved = h if is_joined else x, *operands, mean, rstd
+    provider.triton_norm_columns(*saved, *constants[:4], BF16, name, amax_t)
+    arguments = gate, up, x if is_joined else None, "silu", "none"
     *_, amax_t = provider.triton_activation(*arguments, name, name)
-    grad = randn(batch, num_tokens, 2 * width if has_beside else width)[..., -width:]
+    grad = randn(batch, num_tokens, 2 * width if is_joined else width)[..., -width:]
     provider.triton_activation_backward(grad, *arguments, name, amax_t)
+
+
+def sum_parts(batch: int, num_tokens: int, width: int) -> None:
+    from fxopt.kernels import sum_parts as provider
+
+    provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
 
 
 def _cases() -> Iterator[Case]:
@@ -230,6 +258,7 @@ def _cases() -> Iterator[Case]:
         name = f"gated_activation {activation}" + (f" {form}" if form != "none" else "")
         run = partial(gated_activation, activation=activation, form=form)
         yield Case(name, run, (12288,))
+    fp8 = partial(Case, widths=(3072,), capabilities=FP8_CAPABILITIES)
     for rows, columns in (
         ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
         ("e5m2/row/fp32", "e5m2/row/fp32"),
@@ -237,13 +266,15 @@ def _cases() -> Iterator[Case]:
         ("e4m3/row/fp32", None),
         (None, "e4m3/tensor/pow2"),
     ):
-        run = partial(quantize, rows=rows, columns=columns)
-        yield Case(f"quantize {rows} {columns}", run, (3072,), capability=89)
+        yield fp8(f"quantize {rows} {columns}", partial(quantize, rows=rows, columns=columns))
     for name in ("e4m3/tensor/fp32", "e4m3/row/pow2"):
-        run = partial(quantized_producers, name=name)
-        yield Case(f"quantized producers {name}", run, (3072,), capability=89)
-    run = partial(quantized_producers, name="e4m3/row/pow2", has_beside=True)
-    yield Case("quantized producers, joined, e4m3/row/pow2", run, (3072,), capability=89)
+        weights = partial(quantize_group, name=name, num_weights=4)
+        yield fp8(f"quantize_group {name}, 4 weights", weights)
+        yield fp8(f"quantized producers {name}", partial(quantized_producers, name=name))
+    yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
+    joined = partial(quantized_producers, name=name, is_joined=True)
+    yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
+    yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
 
 
 CASES = tuple(_cases())

@@ -8,6 +8,7 @@ compares with it and with the limits, `--write` brings it up to date.
 - occupancy: warps that fit on an SM by registers, shared memory and threads, over those it holds.
 - loads, stores: width of the widest global access of a thread, from the PTX.
 - doubles, atomics: instructions in the PTX; sums by atomics would differ from run to run.
+- FP8 casts: instructions in the PTX, of kernels that write codes.
 - binaries: kernels compiled over several batches and token counts.
 """
 
@@ -19,9 +20,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -30,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import rows
 from bench.launches import CASES, Case, recorded
+from fxopt.kernels import triton_tables
 
 COMMITTED = Path(__file__).with_suffix(".json")
 SIZES = ((1, 4608), (2, 77), (3, 1))  # batch, tokens; the first is the one in the table
@@ -39,6 +43,7 @@ SIZES = ((1, 4608), (2, 77), (3, 1))  # batch, tokens; the first is the one in t
 # Capability", https://docs.nvidia.com/cuda/cuda-c-programming-guide/
 SMS = {
     80: (64, 32, 164 << 10),
+    89: (48, 24, 100 << 10),
     90: (64, 32, 228 << 10),
     100: (64, 32, 228 << 10),
     120: (48, 24, 100 << 10),
@@ -91,17 +96,26 @@ class Device:
 
 
 def compiled(case: Case, width: int, capability: int) -> dict[str, dict[str, Any]]:
-    """Binaries by the kernel's name and their hash, the one at the first of SIZES first."""
+    """Binaries by launch and their hash, the one at the first of SIZES first.
+
+    A launch has the kernel's name, with a number if the case launches it again.
+    """
     run = JITFunction.run
     found: dict[str, dict[str, Any]] = {}
+    num_launches: Counter[str] = Counter()
 
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any):
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
-        found.setdefault(kernel.__name__, {})[binary.hash] = binary
+        name = kernel.__name__
+        num_launches[name] += 1
+        launch = name if num_launches[name] == 1 else f"{name} {num_launches[name]}"
+        found.setdefault(launch, {})[binary.hash] = binary
 
     triton.runtime.driver.set_active(Device(capability))
-    with recorded(compile_only, JITFunction), torch.device("meta"):
+    on_device = mock.patch.object(triton_tables, "capability_of", lambda _: capability)
+    with on_device, recorded(compile_only, JITFunction), torch.device("meta"):
         for batch, num_tokens in SIZES:
+            num_launches.clear()
             case.run(batch, num_tokens, width)
     return found
 
@@ -110,7 +124,7 @@ def figures(binary: Any, capability: int) -> dict[str, float]:
     ptx = binary.asm["ptx"]
     registers, spills = resources(binary.asm["cubin"])
     num_warps, shared = binary.metadata.num_warps, binary.metadata.shared
-    return {
+    found = {
         "registers": registers,
         "spills [B]": spills,
         "shared [B]": shared,
@@ -120,6 +134,9 @@ def figures(binary: Any, capability: int) -> dict[str, float]:
         "doubles": len(re.findall(r"\.f64\b", ptx)),
         "atomics": len(re.findall(r"\b(?:red|atom)\.", ptx)),
     }
+    if "*u8" in str(binary.src.signature):
+        found["FP8 casts"] = len(re.findall(r"\bcvt\.rn\.satfinite\.e[45]m", ptx))
+    return found
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -159,7 +176,7 @@ def table(case: Case, width: int, capability: int) -> Iterator[rows.Row]:
     for kernel, binaries in compiled(case, width, capability).items():
         name = f"{case.name} D={width} {kernel}"
         at_most: dict[str, float] = {"doubles": 0, "atomics": 0}
-        at_least: dict[str, float] = {}
+        at_least: dict[str, float] = {"FP8 casts": 1}
         if name not in SPARSE:
             at_least["occupancy [%]"] = round(100 * WARPS / max_warps, 1)
         if name not in SPILLING:
@@ -215,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         for width in case.widths
         if args.only in f"{case.name} D={width}"
         for capability in args.capability
-        if capability >= case.capability
+        if capability in case.capabilities
         for row in table(case, width, capability)
     ]
     if not measured:

@@ -59,7 +59,7 @@ PROBLEMS: dict[str, tuple[Phase, ...]] = {
     "two phases set dgrad from step 2 to step 2": (Phase("dgrad", 2, 3), Phase("dgrad", 0, 4)),
     "unknown GEMM 'forward'; known: fprop, dgrad, wgrad": (Phase("forward", 0),),
     "start -1 and stop None are no steps": (Phase("fprop", -1),),
-    "start 0.94 and stop None are no steps": (Phase("fprop", 0.94),),  # type: ignore[arg-type]
+    "start 0.94 and stop None are no steps": (Phase("fprop", 0.94),),
     "it stops at step 3, before its first step 3 is over": (Phase("fprop", 3, 3),),
     "blocks 1x32 have e8m0 scales, not 'fp32'": (
         Phase("fprop", 3, None, gemm("e4m3/1x32/fp32", "e4m3/1x32/e8m0")),
@@ -67,7 +67,7 @@ PROBLEMS: dict[str, tuple[Phase, ...]] = {
     "fprop from step 3.a rounds stochastically": (
         Phase("fprop", 3, None, gemm("e4m3/row/fp32/stochastic", "e4m3/row/fp32")),
     ),
-    "schedule is ({'gemm': 'fprop'},), not a tuple of Phase": ({"gemm": "fprop"},),  # type: ignore[dict-item]
+    "schedule is ({'gemm': 'fprop'},), not a tuple of Phase": ({"gemm": "fprop"},),
 }
 
 

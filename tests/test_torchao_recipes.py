@@ -129,7 +129,7 @@ def test_a_door_takes_the_configuration() -> None:
 @pytest.mark.parametrize("given", [object(), 3, None])
 def test_what_is_no_configuration_is_refused(given: object) -> None:
     with pytest.raises(errors.InvalidRecipe, match="only torchao's Float8LinearConfig"):
-        fxopt.optimize(nn.Linear(2, 2), recipe=given)  # type: ignore[arg-type]
+        fxopt.optimize(nn.Linear(2, 2), recipe=given)
 
 
 REFUSED = {

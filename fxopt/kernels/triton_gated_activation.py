@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_sizes import size, unspecialized
-
-TILE = 2048  # elements; 4 warps read 16 bytes of bf16 a thread, twice
-MAX_BLOCK_F = 1024
 
 # gelu_tanh(x) = x * sigmoid(LINEAR * x + CUBIC * x**3), as 1 + tanh(z) = 2 sigmoid(2z).
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -115,12 +113,31 @@ def store(rows, n, f, mask, value):
 
 
 @triton.jit
-def _forward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
-    x = load(s.gate, n, f, mask, MATH)
+def value_of(gate, up, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
+    """f(gate), times up where there is one."""
+    x = load(gate, n, f, mask, MATH)
     value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
-    if s.up is not None:
-        value *= load(s.up, n, f, mask, MATH)
-    store(s.y, n, f, mask, value)
+    if up is not None:
+        value *= load(up, n, f, mask, MATH)
+    return value
+
+
+@triton.jit
+def gradients(
+    grad, gate, up, dgate, dup, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr
+):  # fmt: skip
+    """Store dgate = grad * up * f'(gate) and dup = grad * f(gate); returns `value_of(gate, up)`."""
+    dy = load(grad, n, f, mask, MATH)
+    x = load(gate, n, f, mask, MATH)
+    if up is None:
+        value, dx = value_and_gradient(dy, x, ACTIVATION)
+    else:
+        u = load(up, n, f, mask, MATH)
+        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
+        store(dup, n, f, mask, dy * value)
+        value *= u
+    store(dgate, n, f, mask, dx)
+    return value
 
 
 @triton.jit
@@ -134,24 +151,9 @@ def forward_kernel(
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
-            _forward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+            s = streams[i]
+            store(s.y, n, f, mask, value_of(s.gate, s.up, n, f, mask, ACTIVATION, MATH))
         block -= tl.cdiv(num_rows, BLOCK_N)
-
-
-@triton.jit
-def _backward_tile(s, n, f, mask, ACTIVATION: tl.constexpr, MATH: tl.constexpr):
-    dy = load(s.grad, n, f, mask, MATH)
-    x = load(s.gate, n, f, mask, MATH)
-    if s.up is None:
-        value, dx = value_and_gradient(dy, x, ACTIVATION)
-    else:
-        u = load(s.up, n, f, mask, MATH)
-        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
-        store(s.dup, n, f, mask, dy * value)
-        value *= u
-    store(s.dgate, n, f, mask, dx)
-    if s.y is not None:
-        store(s.y, n, f, mask, value)
 
 
 @triton.jit
@@ -165,13 +167,16 @@ def backward_kernel(
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
-            _backward_tile(streams[i], n, f, mask, ACTIVATION, MATH)
+            s = streams[i]
+            value = gradients(s.grad, s.gate, s.up, s.dgate, s.dup, n, f, mask, ACTIVATION, MATH)
+            if s.y is not None:
+                store(s.y, n, f, mask, value)
         block -= tl.cdiv(num_rows, BLOCK_N)
 
 
 def forward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
     """Write `y = act(gate) * up` for (gate, up, y) of each stream; all [..., F], y contiguous."""
-    _launch(forward_kernel, Forward, streams, activation)
+    _launch("forward", streams, activation)
 
 
 def backward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
@@ -180,27 +185,31 @@ def backward(streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> N
     A stream is (grad, gate, up, dgate, dup, y), all [..., F]. Outputs have evenly strided rows:
     they are contiguous or halves of a contiguous tensor.
     """
-    _launch(backward_kernel, Backward, streams, activation)
+    _launch("backward", streams, activation)
 
 
-def _launch(
-    kernel: Any,
-    kind: type[Forward | Backward],
-    streams: Sequence[tuple[Tensor | None, ...]],
-    activation: str,
-) -> None:
+KERNELS: dict[str, tuple[Any, type[Forward | Backward]]] = {
+    "forward": (forward_kernel, Forward),
+    "backward": (backward_kernel, Backward),
+}
+
+
+def _launch(which: str, streams: Sequence[tuple[Tensor | None, ...]], activation: str) -> None:
+    kernel, kind = KERNELS[which]
     firsts = [s[0] for s in streams if s[0] is not None]
     like, num_features = firsts[0], firsts[0].shape[-1]
     if not any(t.numel() for t in firsts):
         return
     num_rows = [t.numel() // num_features for t in firsts]
-    block_f = min(triton.next_power_of_2(num_features), MAX_BLOCK_F)
-    block_n = TILE // block_f
+    name = f"gated_activation {which}"
+    chosen = triton_tables.parameters(name, num_features, sum(num_rows), like)
+    block_f = min(triton.next_power_of_2(num_features), chosen["columns"])
+    block_n = chosen["tile"] // block_f
     num_blocks = sum(triton.cdiv(n, block_n) for n in num_rows)
     with torch.cuda.device_of(like):
         kernel[(num_blocks, triton.cdiv(num_features, block_f))](
             tuple(
-                kind._make((*map(_rows, s), unspecialized(n)))
+                kind._make((*map(rows_of, s), unspecialized(n)))
                 for s, n in zip(streams, num_rows, strict=True)
             ),
             num_features,
@@ -208,10 +217,12 @@ def _launch(
             MATH=tl.float64 if like.dtype == torch.float64 else tl.float32,
             BLOCK_N=block_n,
             BLOCK_F=block_f,
+            num_warps=chosen["num_warps"],
         )
 
 
-def _rows(x: Tensor | None) -> Rows | None:
+def rows_of(x: Tensor | None) -> Rows | None:
+    """View a tensor [..., F] as `Rows`."""
     if x is None:
         return None
     x_NF = x.reshape(-1, x.shape[-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels.gated_activation import halves
-from fxopt.kernels.triton_gated_activation import value_and_gradient
+from fxopt.kernels.triton_gated_activation import gradients, rows_of, value_of
 from fxopt.kernels.triton_quantize_kernels import (
     load_tile,
     store_amax,
@@ -32,16 +32,20 @@ NUM_WARPS = 16
 
 @triton.jit
 def features(r, c, width, num_rows, num_columns):
-    """The activation's features in columns `c`, and which of the tile's elements are such."""
+    """Row and feature indices of the activation in a tile, and which of its elements are such."""
     f = c - width
-    return f, (r < num_rows)[:, None] & ((f >= 0) & (c < num_columns))[None, :]
+    mask = (r < num_rows)[:, None] & ((f >= 0) & (c < num_columns))[None, :]
+    return r[:, None], f[None, :], mask
 
 
 @triton.jit
-def load_features(t, r, f, mask):
-    """fp32 tile of a matrix (pointer, row stride, column stride), zero outside."""
-    offsets = r[:, None] * t[1] + f[None, :] * t[2]
-    return tl.load(t[0] + offsets, mask, other=0.0).to(tl.float32)
+def joined(value, mask, gate, beside, width, r, c, num_rows):
+    """fp32 tile of [beside | value], the value rounded as gate is; zero outside."""
+    value = tl.where(mask, value.to(gate.pointer.dtype.element_ty).to(tl.float32), 0.0)
+    if beside is not None:
+        other = load_tile(*beside, r, c, num_rows, width)
+        value = tl.where((c < width)[None, :], other, value)
+    return value
 
 
 @triton.jit
@@ -50,18 +54,11 @@ def activation_tile(
 ):  # fmt: skip
     """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
 
-    gate, up and beside are (pointer, row stride, column stride); beside has `width` columns.
+    gate, up and beside are `Rows` or None; beside has `width` columns.
     """
-    f, mask = features(r, c, width, num_rows, num_columns)
-    x = load_features(gate, r, f, mask)
-    value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
-    if up[0] is not None:
-        value *= load_features(up, r, f, mask)
-    value = tl.where(mask, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
-    if beside[0] is not None:
-        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
-        value = tl.where((c < width)[None, :], other, value)
-    return value
+    n, f, mask = features(r, c, width, num_rows, num_columns)
+    value = value_of(gate, up, n, f, mask, ACTIVATION, tl.float32)
+    return joined(value, mask, gate, beside, width, r, c, num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -96,13 +93,6 @@ def cast_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def store_tile(t, r, c, mask, value):
-    """Store to a matrix (pointer, row stride, column stride)."""
-    pointers = t[0] + r[:, None] * t[1] + c[None, :] * t[2]
-    tl.store(pointers, value.to(t[0].dtype.element_ty), mask)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
     grad, gate, up, beside, dgate, dup, width,
@@ -115,23 +105,12 @@ def backward_kernel(
 ):  # fmt: skip
     """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
 
-    Matrices are (pointer, row stride, column stride); all but beside belong to the activation.
+    Matrices are `Rows` or None; all but beside belong to the activation.
     """
     r, c = tile_indices(BLOCK_R, BLOCK_C)
-    f, mask = features(r, c, width, num_rows, num_columns)
-    dy, x = load_features(grad, r, f, mask), load_features(gate, r, f, mask)
-    if up[0] is None:
-        value, dx = value_and_gradient(dy, x, ACTIVATION)
-    else:
-        u = load_features(up, r, f, mask)
-        value, dx = value_and_gradient(dy * u, x, ACTIVATION)
-        store_tile(dup, r, f, mask, dy * value)
-        value *= u
-    store_tile(dgate, r, f, mask, dx)
-    value = tl.where(mask, value.to(gate[0].dtype.element_ty).to(tl.float32), 0.0)
-    if beside[0] is not None:
-        other = load_tile(beside[0], beside[1], beside[2], r, c, num_rows, width)
-        value = tl.where((c < width)[None, :], other, value)
+    n, f, mask = features(r, c, width, num_rows, num_columns)
+    value = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
+    value = joined(value, mask, gate, beside, width, r, c, num_rows)
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
@@ -174,7 +153,7 @@ def backward(
     matrix = _matrix(gate, up, beside, activation, packing)
     dgate, dup = halves(*grads, packing)
     *given, width = matrix.arguments
-    arguments = (_strided(grad), *given, _strided(dgate), _strided(dup), width)
+    arguments = (rows_of(grad), *given, rows_of(dgate), rows_of(dup), width)
     amax = launch.Amax.known(by_column, amax_t)
     matrix = matrix._replace(arguments=arguments)
     copy = launch.cast(backward_kernel, matrix, amax, None, by_column)[1]
@@ -187,15 +166,7 @@ def _matrix(
     gate, up = halves(gate, up, packing)
     width = 0 if beside is None else beside.shape[-1]
     num_features = gate.shape[-1]
-    arguments = (*(_strided(t) for t in (gate, up, beside)), width)
+    arguments = (*(rows_of(t) for t in (gate, up, beside)), width)
     constants = {"ACTIVATION": activation, "num_warps": NUM_WARPS}
     num_tokens = gate.numel() // num_features
     return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)
-
-
-def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A tensor as [M, K]: its pointer and strides."""
-    if t is None:
-        return None, 0, 0
-    t_MK = t.reshape(-1, t.shape[-1])
-    return t_MK, t_MK.stride(0), t_MK.stride(1)

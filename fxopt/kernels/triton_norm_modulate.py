@@ -19,12 +19,12 @@ from torch import Tensor
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
+from fxopt.kernels import triton_tables
+from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
 from fxopt.kernels.triton_sizes import unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
-# Features that the backward holds in one piece.
-MAX_PIECE = 4096
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -47,18 +47,21 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         results = op.outputs(x, residual, norm, h_dtype, dtype)
         found.append(results)
         if x.numel():
-            groups = _groups(x, (gate, scale, shift))
+            groups = groups_of(x, (gate, scale, shift))
             num_tokens += groups.num_groups * groups.num_rows
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
-            rows = (_rows(t, x, groups) for t in tensors)
+            rows = (rows_of(t, x, groups) for t in tensors)
             constants = eps, weight_offset, scale_offset
             streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes)))
     if streams:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
+            num_features = x.shape[-1]
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), x.shape[-1], NORM=norm, **forward_tile(x.shape[-1])
-            )
+                tuple(streams), num_features, NORM=norm,
+                BLOCK_D=triton.next_power_of_2(num_features),
+                **triton_tables.parameters("norm_modulate forward", num_features, num_tokens, x),
+            )  # fmt: skip
     return found
 
 
@@ -69,7 +72,12 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     if present:
         a = present[0].arguments
         num_features = a.h.shape[-1]
-        num_resident, num_tokens = _num_resident(a.h), sum(s.num_tokens for s in present)
+        num_tokens = sum(s.num_tokens for s in present)
+        kernel = "norm_modulate backward"
+        if any(all(s.summed) for s in present):
+            kernel += " of four sums"
+        chosen = triton_tables.parameters(kernel, num_features, num_tokens, a.h)
+        num_resident = _num_sms(a.h) * chosen["programs"]
         for s in present:
             s.share(max(1, num_resident * s.num_tokens // num_tokens))
         num_programs = sum(s.groups.num_groups * s.num_programs for s in present)
@@ -77,7 +85,8 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         with torch.cuda.device_of(a.h):
             kernels.backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
-                NORM=a.norm, **backward_tile(num_features, max(s.num_sums for s in present)),
+                NORM=a.norm, BLOCKS=_blocks(num_features, chosen["pieces"]),
+                num_warps=chosen["num_warps"],
             )  # fmt: skip
             if summed:
                 sums.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
@@ -119,9 +128,13 @@ class _Stream:
         self.results = op.outputs_backward(
             a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
         )
-        self.groups = _groups(a.h, (a.gate, a.scale, a.shift))
+        self.groups = groups_of(a.h, (a.gate, a.scale, a.shift))
         self.num_tokens = self.groups.num_groups * self.groups.num_rows
-        self.per_row = [_varies_per_row(t) for t in self.operands]
+        self.per_row = [varies_per_row(t) for t in self.operands]
+        pairs = zip(self.wants, self.per_row, strict=True)
+        shared = [want and not differs for want, differs in pairs]
+        affine = any(shared[1:5])
+        self.summed = [shared[0], affine, affine, shared[5]]
 
     def share(self, num_programs: int) -> None:
         """Allocate the partial sums of this many programs, or fewer if there are fewer rows."""
@@ -131,22 +144,16 @@ class _Stream:
         empty = a.rstd.new_empty
         self.dgate = empty(a.h.shape) if wants[0] and per_row[0] else None
         self.dscale = empty(a.h.shape) if wants[3] and per_row[3] else None
-        shared = [want and not differs for want, differs in zip(wants, per_row, strict=True)]
-        affine = any(shared[1:5])
-        summed = [shared[0], affine, affine, shared[5]]
         shape = groups.num_groups, self.num_programs, a.h.shape[-1]
-        each = iter(empty(sum(summed), *shape))
-        self.sums = [next(each) if want else None for want in summed] if any(summed) else []
+        each = iter(empty(sum(self.summed), *shape))
+        parts = [next(each) if want else None for want in self.summed]
+        self.sums = parts if any(self.summed) else []
         self.targets = [
             _Target(grad if want and t is None else None, operand, groups)
             for grad, operand, want, t in zip(
                 self.results[2:-1], self.operands, wants, self.elementwise(), strict=True
             )
         ]
-
-    @property
-    def num_sums(self) -> int:
-        return sum(t is not None for t in self.sums)
 
     def elementwise(self) -> tuple[Tensor | None, ...]:
         """For each operand that differs from row to row, its gradient element by element."""
@@ -160,7 +167,7 @@ class _Stream:
         inputs = a.grad_y, a.grad_h, a.h, a.x if self.wants[0] else None, *self.operands
         sizes = groups.num_groups, groups.num_rows, self.num_programs
         return kernels.Backward._make((
-            *(_rows(t, a.h, groups) for t in inputs), a.mean, a.rstd,
+            *(rows_of(t, a.h, groups) for t in inputs), a.mean, a.rstd,
             _present(dh), _present(dx), self.dgate, self.dscale, _present(y),
             *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
@@ -173,7 +180,7 @@ class _Stream:
         affine = weight, bias, None if self.per_row[3] else scale
         sizes = self.groups.num_groups, self.num_programs
         return sums.Reduce._make((
-            *(_rows(t, a.h, self.groups) for t in affine), *self.sums,
+            *(rows_of(t, a.h, self.groups) for t in affine), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes),
         ))  # fmt: skip
@@ -212,24 +219,6 @@ class _Target:
             grad.copy_(self.groups.reduce(rows, operand))
 
 
-def _varies_per_row(t: Tensor | None) -> bool:
-    return t is not None and t.dim() > 1 and t.shape[-2] != 1
-
-
-def _groups(x: Tensor, operands: Sequence[Tensor | None]) -> op.Groups:
-    return op.Groups(x, [None if _varies_per_row(t) else t for t in operands])
-
-
-def _rows(t: Tensor | None, x: Tensor, groups: op.Groups) -> tuple[Tensor | None, int, int]:
-    """View an input or operand as `[G, R, D]`: its pointer, group stride and row stride."""
-    if t is None:
-        return None, 0, 0
-    t_GRD = t.expand(x.shape).reshape(groups.num_groups, groups.num_rows, x.shape[-1])
-    if t_GRD.stride(-1) != 1:
-        t_GRD = t_GRD.contiguous()
-    return t_GRD, t_GRD.stride(0), t_GRD.stride(1)
-
-
 def _sum(t: Tensor, operand: Tensor) -> Tensor:
     """Sum to the shape of an operand, accumulating in fp32."""
     sizes = (1,) * (t.dim() - operand.dim()) + operand.shape
@@ -241,35 +230,15 @@ def _present(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def forward_tile(num_features: int) -> dict[str, Any]:
-    """Launch options of the forward: 16 elements per thread."""
-    block = triton.next_power_of_2(num_features)
-    return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 512))}
-
-
-def backward_tile(num_features: int, num_sums: int) -> dict[str, Any]:
-    """Launch options of the backward, which keeps `num_sums` sums per feature in registers.
-
-    Above 4,096 features the row is in two pieces: padded to the next power of two, 5,120 spill on
-    sm_90 (26 registers with four sums), sm_100 and sm_120. Four sums take more than the 128
-    registers that a thread of 16 warps can have, but not the 255 of 8 warps, up to 6,144 features.
-    Below, pieces would save lanes but no registers, and cost 16-byte accesses: 3,072 as 2,048 and
-    1,024 on 8 warps take 101 to 233 instead of 74 to 101, on 16 warps they load 8 bytes.
-    """
+def _blocks(num_features: int, num_pieces: int) -> tuple[Any, ...]:
+    """Sizes of the one or two pieces in which the backward holds a row."""
     whole = triton.next_power_of_2(num_features)
     half = whole // 2
-    is_wide = num_features > MAX_PIECE
-    blocks = (half, triton.next_power_of_2(num_features - half)) if is_wide else (whole,)
-    num_warps = 8 if is_wide and num_sums == 4 else min(16, max(1, whole // 256))
-    return {"BLOCKS": tuple(map(tl.constexpr, blocks)), "num_warps": num_warps}
+    rest = triton.next_power_of_2(num_features - half)
+    return tuple(map(tl.constexpr, (whole,) if num_pieces == 1 else (half, rest)))
 
 
-def _num_resident(x: Tensor) -> int:
-    """Programs that fill the device, by the registers each needs; independent of the row count.
-
-    Source: https://github.com/Dao-AILab/quack/blob/main/quack/rmsnorm.py (programs per SM by D).
-    """
-    num_sms = 1
-    if x.is_cuda:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return num_sms * min(16, max(1, 8192 // triton.next_power_of_2(x.shape[-1])))
+def _num_sms(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(x.device).multi_processor_count

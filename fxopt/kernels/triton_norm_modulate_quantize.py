@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
     factor_of,
@@ -33,16 +34,17 @@ from fxopt.kernels.triton_quantize_kernels import (
 from fxopt.kernels.triton_rows import (
     affine_of,
     gated_residual,
+    groups_of,
     load,
     mean_of,
     modulate,
     modulation_of,
+    rows_of,
 )
 from fxopt.recipes import Operand
 
 # Programs per SM: each leaves K magnitudes where columns have scales of their own.
 NUM_PROGRAMS, NUM_PROGRAMS_OF_COLUMNS = 8, 2
-ELEMENTS_PER_THREAD = 16
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -174,7 +176,7 @@ def forward(
     _, h, mean, rstd = op.outputs(x, residual, "none", h_dtype, dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = x.new_empty(x.shape[:-1] if norm == "layer" else 0, dtype=torch.float32)
-    groups = op.Groups(x, [None if _varies_per_row(t) else t for t in (gate, scale, shift)])
+    groups = groups_of(x, (gate, scale, shift))
     has_own = by_row.block == "row"
     copy = launch.copy_for(x, by_row, num_tokens, num_features) if has_own else None
     of_columns = by_column is not None and by_column.block == "row"
@@ -190,10 +192,12 @@ def forward(
     given = (x, residual, gate, weight, bias, scale, shift, x_bias)
     with torch.cuda.device_of(x):
         rows_kernel[(num_programs,)](
-            *(_rows(t, x, groups) for t in given), h, mean, rstd,
+            *(rows_of(t, x, groups) for t in given), h, mean, rstd,
             *launch.pointers(copy), amax.columns, amax.tensor,
             num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats), **block(padded),
+            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
+            BLOCK_K=triton.next_power_of_2(padded),
+            **triton_tables.parameters("norm_modulate forward", padded, num_tokens, x),
         )  # fmt: skip
     source = x if residual is None else h
     affine, constants = (weight, bias, scale, shift), (norm, weight_offset, scale_offset, dtype)
@@ -224,19 +228,12 @@ def columns(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of the transposed copy, in one pass."""
     by_column = Operand.parse(columns)
-    groups = op.Groups(h, [None if _varies_per_row(t) else t for t in (scale, shift)])
+    groups = groups_of(h, (scale, shift))
     settings = (norm, weight_offset, scale_offset, dtype)
     matrix = _matrix(h, (weight, bias, scale, shift), mean, rstd, groups, settings)
     amax = launch.Amax.known(by_column, amax_t)
     copy = launch.cast(tiles_kernel, matrix, amax, None, by_column)[1]
     return copy.codes, copy.scales
-
-
-def block(num_columns: int) -> dict[str, int]:
-    """Launch options for a row at a time."""
-    size = triton.next_power_of_2(num_columns)
-    num_warps = min(16, max(1, size // (32 * ELEMENTS_PER_THREAD)))
-    return {"BLOCK_K": size, "num_warps": num_warps}
 
 
 def _matrix(
@@ -250,7 +247,7 @@ def _matrix(
     """y, as `tiles_kernel` makes its tiles."""
     norm, weight_offset, scale_offset, dtype = settings
     arguments = (
-        *(_rows(t, h, groups) for t in (h, *operands)),
+        *(rows_of(t, h, groups) for t in (h, *operands)),
         mean if norm == "layer" else None,
         rstd,
         groups.num_rows,
@@ -271,16 +268,3 @@ def _num_programs(x: Tensor, leaves_columns: bool) -> int:
 
 def _without_transposed(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.endswith("_T")}
-
-
-def _varies_per_row(t: Tensor | None) -> bool:
-    return t is not None and t.dim() > 1 and t.shape[-2] != 1
-
-
-def _rows(t: Tensor | None, x: Tensor, groups: op.Groups) -> tuple[Tensor | None, int, int]:
-    """An input or operand as [G, R, K]: its pointer, group stride and row stride."""
-    if t is None:
-        return None, 0, 0
-    t_GRK = t.expand(x.shape).reshape(groups.num_groups, groups.num_rows, x.shape[-1])
-    t_GRK = t_GRK if t_GRK.stride(-1) == 1 else t_GRK.contiguous()
-    return t_GRK, t_GRK.stride(0), t_GRK.stride(1)

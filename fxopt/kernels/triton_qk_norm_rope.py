@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
+from fxopt.kernels import triton_tables
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs, Sum
 from fxopt.kernels.triton_sizes import unspecialized
 
-MAX_TILE = 4096  # elements of a program, unless a norm across the heads needs more
-WARPS_PER_SM = 16  # of the backward: few partial sums, enough loads in flight
 ROWS, COLS = 32, 128  # of the tile in which partial sums are added up
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -25,8 +24,9 @@ def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope` in one launch."""
     a = Arguments(*args)
     outs, mean, rstd = outputs(a)
-    plans = [_plan(a, s) for s in a.sections]
     num_rows, num_tokens = _sizes(a)
+    chosen = _parameters("qk_norm_rope forward", a, num_rows)
+    plans = [_plan(a, s, chosen) for s in a.sections]
     num_programs = sum(n * p.num_blocks for n, p in zip(num_rows, plans, strict=True))
     if num_programs:
         with torch.cuda.device_of(a.x[0]):
@@ -45,11 +45,13 @@ def forward(*args: Any) -> list[Tensor]:
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward` in one launch, and one that adds up partial sums."""
     a, mean, rstd, needs = split_backward_arguments(args)
-    plans = [_plan(a, s) for s in a.sections]
+    num_rows, num_tokens = _sizes(a)
+    chosen = _parameters("qk_norm_rope backward", a, num_rows)
+    plans = [_plan(a, s, chosen) for s in a.sections]
     # The norm and its sums double the registers of a tile: half as many elements per thread.
     num_warps = min(16, (1 if a.norm == "none" else 2) * max(p.num_warps for p in plans))
-    num_rows, num_tokens = _sizes(a)
-    num_walkers = _share_out(_num_resident(a.x[0].device, num_warps), num_rows, plans)
+    num_resident = _num_resident(a.x[0].device, max(1, chosen["warps"] // num_warps))
+    num_walkers = _share_out(num_resident, num_rows, plans)
     found: list[Tensor | None] = [
         t.new_empty(t.shape) if need and t is not None else None
         for t, need in zip(a.differentiable, needs, strict=True)
@@ -96,7 +98,12 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def _plan(a: Arguments, s: Section) -> Plan:
+def _parameters(kernel: str, a: Arguments, num_rows: Sequence[int]) -> Mapping[str, int]:
+    num_features = max(x.shape[2] * x.shape[3] for x in a.x)
+    return triton_tables.parameters(kernel, num_features, sum(num_rows), a.x[0])
+
+
+def _plan(a: Arguments, s: Section, chosen: Mapping[str, int]) -> Plan:
     num_heads, dim = s.x_BSHd.shape[2:]
     if dim % 2:
         raise ValueError(f"qk_norm_rope works on pairs, but the head dim is {dim}: pad it to even")
@@ -104,7 +111,7 @@ def _plan(a: Arguments, s: Section) -> Plan:
     heads = triton.next_power_of_2(num_heads)
     if not a.across_heads:
         # The fewest padded heads, then the fewest programs: 24 heads of 128 are 3 blocks of 8.
-        sizes = [1 << i for i in range(heads.bit_length()) if (2 * pairs << i) <= MAX_TILE]
+        sizes = [1 << i for i in range(heads.bit_length()) if (2 * pairs << i) <= chosen["tile"]]
         heads = min(sizes, key=lambda size: (-(-num_heads // size) * size, -size))
     num_blocks = triton.cdiv(num_heads, heads)
     tables = s.tables if a.rotation != "none" else None
@@ -115,8 +122,7 @@ def _plan(a: Arguments, s: Section) -> Plan:
         *(a.norm, a.across_heads, a.rotation != "half", a.weight_offset, MATH[a.math]),
         *(s.eps, width, per_head),
     )
-    # 16 elements per thread.
-    num_warps = max(1, min(16, 2 * heads * pairs // (16 * 32)))
+    num_warps = max(1, min(16, 2 * heads * pairs // (chosen["elements_per_thread"] * 32)))
     return Plan(Config(*map(tl.constexpr, compiled)), num_blocks, num_warps)
 
 
@@ -150,9 +156,9 @@ def _share_out(num_programs: int, num_rows: tuple[int, ...], plans: list[Plan]) 
     return tuple(max(1, num_programs * n // max(work, num_programs)) for n in num_rows)
 
 
-def _num_resident(device: torch.device, num_warps: int) -> int:
+def _num_resident(device: torch.device, programs_per_sm: int) -> int:
     """Programs of the backward that run at once; independent of the number of tokens."""
     if device.type != "cuda":
         return 4
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return num_sms * max(1, WARPS_PER_SM // num_warps)
+    return num_sms * programs_per_sm

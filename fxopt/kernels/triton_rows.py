@@ -1,14 +1,41 @@
 """What the Triton kernels of norms do to a row, which is one program's: D features, in fp32.
 
 Operands are (pointer, group stride, row stride), a pointer None where there is no operand.
+
+Shapes: G groups of R rows share their per-group operands; D features.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fxopt.kernels.native_norm_modulate import Groups
+
+
+def varies_per_row(t: Tensor | None) -> bool:
+    """Whether an operand differs from row to row."""
+    return t is not None and t.dim() > 1 and t.shape[-2] != 1
+
+
+def groups_of(x: Tensor, operands: Sequence[Tensor | None]) -> Groups:
+    """The rows of `x` in groups; operands that differ from row to row have a stride for that."""
+    return Groups(x, [None if varies_per_row(t) else t for t in operands])
+
+
+def rows_of(t: Tensor | None, x: Tensor, groups: Groups) -> tuple[Tensor | None, int, int]:
+    """View an input or operand as `[G, R, D]`: its pointer, group stride and row stride."""
+    if t is None:
+        return None, 0, 0
+    t_GRD = t.expand(x.shape).reshape(groups.num_groups, groups.num_rows, x.shape[-1])
+    if t_GRD.stride(-1) != 1:
+        t_GRD = t_GRD.contiguous()
+    return t_GRD, t_GRD.stride(0), t_GRD.stride(1)
 
 
 @triton.jit

@@ -239,6 +239,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return named | dict(node.kwargs)
 
 
+def results(node: fx.Node) -> dict[int, fx.Node]:
+    """What is taken of a call that returns several results: by index, in order, its node."""
+    taken: dict[Any, fx.Node] = {u.args[1]: u for u in node.users if is_call(u, operator.getitem)}
+    return dict(sorted(taken.items()))
+
+
 def is_barrier(node: fx.Node) -> bool:
     """Whether other nodes may not be moved across: writes, random numbers, changes of mode."""
     if node.op != "call_function" or node.target is operator.getitem:

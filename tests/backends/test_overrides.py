@@ -83,7 +83,7 @@ def test_overrides_of_everything_are_the_recipe(door: str) -> None:
     for step in (1, 2):
         with fxopt.at_step(step):
             found = run(by_override, inputs)
-        same = {n for n, t in plain.items() if t is found[n] is None or torch.equal(t, found[n])}  # type: ignore[arg-type]
+        same = {n for n, t in plain.items() if t is found[n] is None or torch.equal(t, found[n])}
         assert "output 0" in same and (same == plain.keys()) == (step == 1)
 
 
@@ -109,8 +109,8 @@ def test_overrides_are_looked_at_as_a_whole() -> None:
     late = Recipe("late", overrides=(("role:qkv", replace(MX, schedule=(Phase("fprop", 3),))),))
     with pytest.raises(errors.FxoptError, match="a compiled graph keeps"):
         fxopt.optimize(model, recipe=late, execution="compile")
-    model.proj_out.weight = nn.Parameter(  # type: ignore[union-attr]
-        model.proj_out.weight.data.to(torch.float8_e4m3fn),  # type: ignore[union-attr, operator]
+    model.proj_out.weight = nn.Parameter(
+        model.proj_out.weight.data.to(torch.float8_e4m3fn),
         requires_grad=False,
     )
     with pytest.raises(errors.LowPrecisionParameter):

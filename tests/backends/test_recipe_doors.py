@@ -146,8 +146,8 @@ def test_swap_computes_what_optimize_computes(flux: tuple[nn.Module, Inputs]) ->
     # The same ops; a gradient of two branches may be summed in another order.
     for what, x in a.items():
         y = b[what]
-        assert x is y is None or relative_l2(x, y.double()) < 2e-2, what  # type: ignore[union-attr, arg-type]
-    assert torch.equal(a["output 0"], b["output 0"])  # type: ignore[arg-type]
+        assert x is y is None or relative_l2(x, y.double()) < 2e-2, what
+    assert torch.equal(a["output 0"], b["output 0"])
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -172,10 +172,10 @@ def test_checkpointing_gives_the_same_gradients(flux: tuple[nn.Module, Inputs]) 
     model, inputs = flux
     fxopt.optimize(model, recipe="mxfp8")
     plain = run(model, inputs)
-    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    model.enable_gradient_checkpointing()
     recomputed = run(model, inputs)
     for what, x in plain.items():
-        assert x is recomputed[what] is None or torch.equal(x, recomputed[what]), what  # type: ignore[arg-type]
+        assert x is recomputed[what] is None or torch.equal(x, recomputed[what]), what
 
 
 @pytest.mark.parametrize("door", ["optimize", "swap"])
@@ -234,7 +234,7 @@ def test_restore_gives_bf16_back(flux: tuple[nn.Module, Inputs]) -> None:
     before = run(model, inputs)
     run(fxopt.optimize(model, recipe="fp8"), inputs)
     after = run(fxopt.restore(model), inputs)
-    assert torch.equal(before["output 0"], after["output 0"])  # type: ignore[arg-type]
+    assert torch.equal(before["output 0"], after["output 0"])
 
 
 def with_field(**fields: Any) -> str:
@@ -273,14 +273,14 @@ def test_mistakes_leave_the_model_as_it_was(door: str, what: str) -> None:
     error, recipe = MISTAKES[what]
     model = FAMILIES["flux"].build()
     if what == "an fp8 parameter":
-        linear = model.transformer_blocks[0].ff.net[2]  # type: ignore[index, union-attr]
+        linear = model.transformer_blocks[0].ff.net[2]
         low = linear.weight.data.to(torch.float8_e4m3fn)
         linear.weight = nn.Parameter(low, requires_grad=False)
     before = attributes(model)
     parameters = {n: (p, p._version) for n, p in model.named_parameters()}
     with pytest.raises(error):
         if door == "optimize and compile":
-            fxopt.optimize(model, recipe=recipe, execution="compile")  # type: ignore[arg-type]
+            fxopt.optimize(model, recipe=recipe, execution="compile")
         else:
             getattr(fxopt, door)(model, recipe=recipe)
     assert attributes(model) == before
@@ -337,7 +337,7 @@ def test_a_recipe_of_ones_own() -> None:
     plain = run(model, inputs)
     low = run(fxopt.optimize(model, recipe=text), inputs)
     assert fxopt.report(model).recipe == "mine"
-    error = relative_l2(low["output 0"], plain["output 0"].double())  # type: ignore[arg-type, union-attr]
+    error = relative_l2(low["output 0"], plain["output 0"].double())
     assert 0.01 < error < 0.08
 
 
@@ -356,7 +356,7 @@ def test_blocks_compiled_one_by_one() -> None:
     family = FAMILIES["flux"]
     model = family.build()
     torch._dynamo.reset()
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):  # type: ignore[misc]
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile(backend="fxopt", options={"recipe": "fp8", "inner": "eager"})
     with recorded(model) as found, torch.no_grad():
         outputs(model, family.inputs(2, 0, torch.float32))
@@ -367,7 +367,7 @@ def test_compiled_with_checkpoints() -> None:
     """The bodies of checkpoints are graphs of their own; around them are embedders."""
     family = FAMILIES["flux"]
     model = family.build()
-    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    model.enable_gradient_checkpointing()
     with recorded(model) as found:
         run(opened("compile", model), family.inputs(2, 0, torch.float32))
     assert found == low_precision("swap", "flux")

@@ -49,7 +49,7 @@ def results(model: nn.Module, inputs: Inputs, step: int) -> dict[str, Tensor | N
 def assert_same_bits(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> None:
     for what, x in a.items():
         y = b[what]
-        assert x is y is None or torch.equal(x, y), what  # type: ignore[arg-type]
+        assert x is y is None or torch.equal(x, y), what
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_phase_changes_one_gemm_and_captures_nothing(
     before = unscheduled[door]
     after = run(door(copy.deepcopy(model), recipe=replace(BASE, **{gemm: None})), inputs)
     other = "output 0" if gemm == "fprop" else "gradient of transformer_blocks.0.attn.to_q.weight"
-    assert not torch.equal(before[other], after[other])  # type: ignore[arg-type]
+    assert not torch.equal(before[other], after[other])
     model = door(copy.deepcopy(model), recipe=late(gemm))
     preparations.clear()
     assert_same_bits(results(model, inputs, 0), before)
@@ -127,7 +127,7 @@ def test_checkpoints(door: Any, flux: tuple[nn.Module, Inputs]) -> None:
     model, inputs = flux
     model = door(copy.deepcopy(model), recipe=late("fprop"))
     plain = {step: results(model, inputs, step) for step in (0, CHANGE)}
-    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    model.enable_gradient_checkpointing()
     for step, expected in plain.items():
         assert_same_bits(results(model, inputs, step), expected)
     with fxopt.at_step(0):

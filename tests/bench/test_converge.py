@@ -74,7 +74,7 @@ def test_a_dropped_hadamard_transform_is_found(monkeypatch: pytest.MonkeyPatch) 
 
     right = quantize.quantize_matrix
 
-    def one_operand(x, operand, uniform):  # type: ignore[no-untyped-def]
+    def one_operand(x, operand, uniform):
         return right(x, replace(operand, hadamard=operand.stochastic and operand.hadamard), uniform)
 
     monkeypatch.setattr(quantize, "quantize_matrix", one_operand)
@@ -85,7 +85,7 @@ def test_a_dropped_hadamard_transform_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_biased_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = formats.round_to
 
-    def toward_zero(x, format, uniform=None):  # type: ignore[no-untyped-def]
+    def toward_zero(x, format, uniform=None):
         if uniform is None:
             return right(x, format)
         return right(x.abs(), format, torch.full_like(uniform, 1 - 2**-24)).copysign(x)

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxopt
 from bench import attention, blocks, kernels
-from bench.contest import Contest
+from bench.contest import Contest, run
 from bench.ops import OPS, Shape
 from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.protocol import Plan
@@ -26,12 +26,15 @@ PLAN = Plan(
     min_rounds=ROUNDS, max_rounds=ROUNDS, min_seconds=0.0, min_warmup=0.0, warmup_seconds=0.0
 )
 CPU = torch.device("cpu")
+BANDWIDTH = 1e9  # bytes/s, as if it had been measured
 TORCHAO = ("torchao", "torchao, torch.compile")
 
 
 @pytest.fixture
 def contest():
-    return Contest(TorchDevice(CPU), PLAN)
+    contest = Contest(TorchDevice(CPU), PLAN)
+    contest.bandwidth = BANDWIDTH
+    return contest
 
 
 def uncompiled(function, mixed_order=True):
@@ -44,8 +47,7 @@ def figures(contest):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_op_is_right_and_measured(contest, op):
-    with kernels.repeatable_backward():
-        kernels.measure(contest, op, SHAPE, 1e9, torch.float32, uncompiled)
+    kernels.measure(contest, op, SHAPE, torch.float32, uncompiled)
     found = figures(contest)
     assert found["fxopt, wrong tensors"].value == 0
     assert {"forward vs torch.compile, speedup", "backward vs torch.compile, speedup"} <= {*found}
@@ -54,21 +56,23 @@ def test_every_op_is_right_and_measured(contest, op):
 
 def test_share_of_bandwidth_is_least_time_over_time_taken(contest):
     op = OPS[0]
-    kernels.measure(contest, op, SHAPE, 1e9, torch.float32, uncompiled)
+    kernels.measure(contest, op, SHAPE, torch.float32, uncompiled)
     found = figures(contest)
     num_bytes = 2 * 5 * 256 * 4
     for which, num_tensors in (("forward", 4), ("backward", 6)):
         taken_us = found[f"{which} vs torch.compile, candidate [us]"].value
         share = found[f"{which}, share of copy bandwidth"].value
         # The same two figures, multiplied and divided in another order.
-        assert share == pytest.approx(num_tensors * num_bytes / 1e9 / (taken_us * 1e-6), rel=1e-9)
+        assert share == pytest.approx(
+            num_tensors * num_bytes / BANDWIDTH / (taken_us * 1e-6), rel=1e-9
+        )
 
 
 def test_a_wrong_compiler_is_shown_and_timed_again(contest):
     def broken(function, mixed_order=True):
         return (lambda **t: 1.1 * function(**t)) if mixed_order else function
 
-    kernels.measure(contest, OPS[3], SHAPE, 1e9, torch.float32, broken)
+    kernels.measure(contest, OPS[3], SHAPE, torch.float32, broken)
     found = figures(contest)
     assert found["torch.compile, wrong tensors"].value > 0
     assert found[f"{kernels.WITHOUT}, wrong tensors"].value == 0
@@ -77,7 +81,7 @@ def test_a_wrong_compiler_is_shown_and_timed_again(contest):
 
 def test_a_wrong_op_misses_its_target(contest):
     op = dataclasses.replace(OPS[4], fused=lambda x, weight: 1.1 * OPS[4].fused(x, weight=weight))
-    kernels.measure(contest, op, SHAPE, 1e9, torch.float32, uncompiled)
+    kernels.measure(contest, op, SHAPE, torch.float32, uncompiled)
     assert figures(contest)["fxopt, wrong tensors"].holds is False
 
 
@@ -145,12 +149,23 @@ def test_without_a_gpu_nothing_is_written(command, capsys, tmp_path, monkeypatch
 
 def test_results_are_saved_with_their_samples(contest, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.contest.RESULTS", tmp_path)
-    kernels.measure(contest, OPS[4], SHAPE, 1e9, torch.float32, uncompiled)
+    kernels.measure(contest, OPS[4], SHAPE, torch.float32, uncompiled)
     contest.save("kernels")
     (written,) = tmp_path.iterdir()
     found = json.loads(written.read_text())
     assert found["environment"]["device"] and found["rows"]
     assert len(found["samples"]) == 3
+
+
+def test_cases_run_by_all_parts_of_their_names_and_are_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.contest.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
+    names = ["norm, small", "norm, large", "rope, large"]
+    cases = {name: lambda contest, n=name: contest.add(n, "tried", 1.0) for name in names}
+    assert run("toys", None, cases, PLAN, ["--save", "--only", "norm", "large"]) == 0
+    (written,) = tmp_path.glob("toys_*.json")
+    assert [row["case"] for row in json.loads(written.read_text())["rows"]] == ["norm, large"]
+    assert "norm, large" in capsys.readouterr().out
 
 
 def test_an_unknown_case_names_the_known():

@@ -30,6 +30,7 @@ def outside_of_the_interpreter(*argv: str) -> subprocess.CompletedProcess[str]:
         ("--capability", "80", "100", "120", "--only", "x_bias D=3072"),
         ("--capability", "80", "100", "120", "--only", "silu gate_up"),
         ("--capability", "100", "120", "--only", "e4m3/row/pow2 e4m3/row/pow2"),
+        ("--capability", "89", "--only", "quantize"),
         pytest.param((), marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -60,6 +61,13 @@ def test_all_sums_spill_above_the_limit_of_fuse_bias():
     committed = json.loads(static.COMMITTED.read_text())
     assert committed[case.format(8192)]["spills [B]"] > static.SPILLS
     assert committed[case.format(MAX_FEATURES_WITH_ALL_SUMS)]["spills [B]"] == 0
+
+
+def test_codes_are_cast_by_the_hardware():
+    committed = json.loads(static.COMMITTED.read_text())
+    for case, values in committed.items():
+        if "cast_kernel" in case or "tiles_kernel" in case:
+            assert values["FP8 casts"] > 0, case
 
 
 def test_a_change_names_the_row_and_both_values(tmp_path, monkeypatch):

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from fxopt.cli import main
 from fxopt.diagnose import record
 from fxopt.diagnose.devices import TorchDevice
+from tests.diagnose.launch import fxopt, start
 
 STEPS = """
 import os
@@ -214,25 +213,18 @@ def test_a_full_disk_is_exit_code_two_after_the_table_and_leaves_the_good_record
 
 def test_control_c_leaves_a_partial_record_and_exit_code_three(tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [
-            *(sys.executable, "-m", "fxopt", "bench", "steps.py:baseline"),
-            # The step against itself: there is nothing to decide.
-            *("--candidate", "steps.py:baseline", "--seconds", "60", "--margin", "1e-9"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    # The step against itself: there is nothing to decide.
+    itself = "bench", "steps.py:baseline", "--candidate", "steps.py:baseline"
+    with start(
+        *(tmp_path, *itself, "--seconds", "60", "--margin", "1e-9"),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
         # A shell's background jobs ignore Ctrl-C, and so would this process if the tests are one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stderr:
             if line.endswith("timing\n") and "check" not in line:
                 break
-        time.sleep(2)
+        time.sleep(2)  # for some rounds
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 3
@@ -302,19 +294,8 @@ def test_a_record_that_is_none_is_exit_code_two(tmp_path, capsys):
 
 def test_two_ranks_share_one_record(tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fxopt", "bench", "steps.py:baseline"),
-            *("--candidate", "steps.py:slower", "--seconds", "2", "--world-size", "2"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    options = "--candidate", "steps.py:slower", "--seconds", "2", "--world-size", "2"
+    done = fxopt(tmp_path, "bench", "steps.py:baseline", *options)
     assert done.returncode == 1, done.stderr
     made = record.read(tmp_path / "claim.json")
     assert made.environment["world_size"] == 2

@@ -11,7 +11,7 @@ from fxopt.diagnose import roofline
 from fxopt.diagnose.case import quantized_dtypes
 from fxopt.diagnose.roofline import FP8, Flops
 from fxopt.diagnose.subjects import Subject
-from tests.diagnose.test_suites import HEAD_DIM, HEADS, cases, small  # noqa: F401
+from tests.diagnose.small_block import HEAD_DIM, HEADS, cases
 
 B, TOKENS, D = 2, 8 + 4, HEADS * HEAD_DIM
 
@@ -45,7 +45,7 @@ def counted(subject: Subject) -> int:
 
 @pytest.mark.parametrize("door", ["swap", "optimize"])
 @pytest.mark.parametrize("ac", ["none", "full"])
-def test_a_rewritten_block_has_the_flops_of_eager(small, door, ac):  # noqa: F811
+def test_a_rewritten_block_has_the_flops_of_eager(small, door, ac):
     (case,) = cases("small-block", in_float64=False, door=[door], ac=[ac], batch=[B])
     baseline, candidate = case.baseline(), case.candidate()
     baseline(), candidate()  # a capture at the first call runs the block as well
@@ -62,7 +62,7 @@ def test_attention_counts_on_a_cpu():
     assert found == Flops({"float32": (2 + 5) * product}, {})
 
 
-def test_quantized_products_count_as_their_own_dtype(small):  # noqa: F811
+def test_quantized_products_count_as_their_own_dtype(small):
     options = {"recipe": ["fp8"], "door": ["swap"], "batch": [B], "dtype": "bfloat16"}
     (case,) = cases("small-block", in_float64=False, **options)
     baseline, candidate = case.baseline(), case.candidate()

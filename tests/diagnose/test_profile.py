@@ -8,11 +8,9 @@ import gzip
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,10 +35,9 @@ from fxopt.diagnose.profiling import (
     snapshot,
 )
 from fxopt.report import Applied, Declined, Report
+from tests.diagnose.launch import ENVIRONMENT, fxopt, start
 
-ROOT = Path(__file__).parents[2]
 MB = 1 << 20
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 TRAIN = """
 import os, sys, time
@@ -62,7 +59,7 @@ class Digits(torch.utils.data.IterableDataset):
     def __iter__(self):
         for batch in batches(scale, seed=rank):
             if plant == "slow loader":
-                time.sleep(0.2)
+                time.sleep(0.2)  # several times a step
             yield tuple(batch)
 
 
@@ -75,7 +72,7 @@ kept = []
 for index, batch in enumerate(torch.utils.data.DataLoader(Digits(), batch_size=None)):
     optimizer.zero_grad()
     if plant == "slow rank" and rank == 1:
-        time.sleep(0.25)
+        time.sleep(0.25)  # likewise
     if plant == "raise" and rank == 1 and index == 5:
         raise ValueError("planted")
     loss = flow_loss(net, Batch(*batch))
@@ -101,18 +98,8 @@ FIRST = {
 
 def profile(folder: Path, plant: str, num_ranks: int, *options: str) -> subprocess.CompletedProcess:
     (folder / "train.py").write_text(TRAIN)
-    launch = [sys.executable, "-m"]
-    if num_ranks > 1:
-        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
-    return subprocess.run(
-        [*launch, "fxopt", "profile", "--out", "profile", *options, "train.py", plant],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    words = "profile", "--out", "profile", *options, "train.py", plant
+    return fxopt(folder, *words, num_ranks=num_ranks)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +113,7 @@ def test_two_ranks_name_the_planted_cost_first(tmp_path, plant):
     assert found["findings"][0]["name"] == FIRST[plant]
     if plant == "slow rank":
         assert found["findings"][0]["evidence"].startswith("rank 1 ")
-        # It sleeps for 250 ms.
+        # Of the 0.25 s that it sleeps.
         assert found["findings"][0]["seconds"] > 0.15
     if plant == "recompile":
         assert "<lambda> at train.py:" in found["findings"][0]["evidence"]
@@ -250,12 +237,9 @@ def test_two_processes_end_when_one_raises(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "fxopt", "profile", "--out", "out", "train.py", "raise"],
-            cwd=tmp_path,
+        start(
+            *(tmp_path, "profile", "--out", "out", "train.py", "raise"),
             env=ENVIRONMENT | place | {"RANK": str(number)},
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for number in (0, 1)
     ]

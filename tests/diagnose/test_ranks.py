@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +11,7 @@ import torch
 
 from fxopt.diagnose import record
 from fxopt.diagnose.ranks import ALONE, RankFailed, Ranks
-
-ROOT = Path(__file__).parents[2]
+from tests.diagnose.launch import fxopt, start
 
 STEPS = """
 import os, time
@@ -55,7 +52,7 @@ def raises_before_a_collective():
     return step_of(raises, with_collective=True)
 
 def hangs_alone():
-    return step_of(lambda: time.sleep(60))
+    return step_of(lambda: time.sleep(60))  # longer than any patience
 
 def absent_on_rank_one():
     if RANK == 1:
@@ -106,19 +103,8 @@ def test_a_silent_rank_is_named(store):
 
 def bench(folder: Path, candidate: str, *options: str, baseline: str = "plain"):
     (folder / "steps.py").write_text(STEPS)
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "fxopt", "bench", f"steps.py:{baseline}", "--seconds", "2"),
-            *("--candidate", f"steps.py:{candidate}", *options),
-        ],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    steps = f"steps.py:{baseline}", "--candidate", f"steps.py:{candidate}"
+    return fxopt(folder, "bench", *steps, "--seconds", "2", *options, num_ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -155,21 +141,13 @@ def test_a_rank_that_hangs_is_named_after_the_time_limit(tmp_path):
 @pytest.mark.slow
 def test_control_c_on_two_ranks_leaves_a_partial_record(tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
-    with subprocess.Popen(
-        [
-            *(sys.executable, "-m", "fxopt", "bench", "steps.py:plain", "--candidate"),
-            *("steps.py:plain", "--margin", "1e-9", "--seconds", "60", "--world-size", "2"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    steps = "bench", "steps.py:plain", "--candidate", "steps.py:plain"
+    options = "--margin", "1e-9", "--seconds", "60", "--world-size", "2"
+    with start(tmp_path, *steps, *options, start_new_session=True) as process:
         for line in process.stderr:
             if line.endswith("step: timing\n"):
                 break
-        time.sleep(3)
+        time.sleep(3)  # for some rounds
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         process.communicate(timeout=60)
     assert process.returncode == 3

@@ -1,8 +1,5 @@
 """The cases that fxopt brings: which ones a command line means, and that they compute the same."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,42 +12,13 @@ from fxopt.diagnose.devices import this_device
 from fxopt.diagnose.kernel_suite import KERNELS, kernel_cases
 from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.record import Claim
-from fxopt.diagnose.suites import Sweep, envelope, preset_cases
+from fxopt.diagnose.suites import Sweep, envelope
 from fxopt.errors import UnknownOption, UnknownPreset, UnknownRecipe
-from fxopt.presets import PRESETS, Preset, PresetBlock, activation, block, cos_sin, image_tokens
 from fxopt.recipes import RECIPES
+from tests.diagnose.launch import fxopt
+from tests.diagnose.small_block import cases
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-HEADS, HEAD_DIM = 2, 32
-
-
-def small_flux(batch: int, height: int, width: int) -> list[PresetBlock]:
-    """FLUX.1's single block, narrow."""
-    from diffusers.models.transformers import transformer_flux as flux
-
-    dim, num_image, num_text = HEADS * HEAD_DIM, image_tokens(height, width), 4
-
-    def inputs():
-        return {
-            "hidden_states": activation(batch, num_image, dim),
-            "encoder_hidden_states": activation(batch, num_text, dim),
-            "temb": activation(batch, dim),
-            "image_rotary_emb": cos_sin(num_text + num_image, HEAD_DIM),
-        }
-
-    build = block(lambda: flux.FluxSingleTransformerBlock(dim, HEADS, HEAD_DIM))
-    return [PresetBlock("single", 2, build, inputs, 2)]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", Preset("small", 64, 64, small_flux))
-
-
-def cases(name: str, in_float64: bool = True, **sweep) -> list[Case]:
-    made = Sweep(**({"dtype": "float32", "tokens": [8]} | sweep))
-    return list(preset_cases(name, made, CPU, 0, in_float64))
 
 
 def passes(case: Case, when: str = "before") -> numerics.Check:
@@ -182,18 +150,8 @@ def test_the_compiled_door_from_the_command_line(small, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_share_a_kernel_case(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fxopt", "bench", "kernels", "--only", "gated_activation"),
-            *("--tokens", "16", "--seconds", "1", "--world-size", "2"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    options = "--only", "gated_activation", "--tokens", "16", "--seconds", "1"
+    done = fxopt(tmp_path, "bench", "kernels", *options, "--world-size", "2")
     made = record.read(tmp_path / "claim.json")
     assert made.environment["world_size"] == 2
     assert made.claims[0].status == "complete", done.stderr

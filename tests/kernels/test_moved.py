@@ -19,7 +19,7 @@ BOUND = 1.05
 def test_kernels_move_what_they_must(case):
     torch.manual_seed(0)
     found = launches(lambda: case.run(BATCH, TOKENS, WIDTH))
-    assert len(found) >= 2  # forward and backward, or two passes
+    assert len(found) >= case.num_launches
     for launch in found:
         assert launch.worst <= BOUND, launch
 

@@ -352,7 +352,7 @@ def gemms(
         "wgrad": (out, features, num_tokens),
     }
     for name, how in recipe.gemms:
-        yield how, tuple(sizes[name])  # type: ignore[misc]
+        yield how, tuple(sizes[name])
 
 
 def test_where_units_are_used() -> None:

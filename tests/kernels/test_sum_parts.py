@@ -14,7 +14,7 @@ CASES += [(native, dtype) for dtype in (torch.float32, torch.float16, torch.bflo
 
 @pytest.mark.parametrize("provider, dtype", CASES)
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
-def test_error_is_that_of_one_rounding(provider, dtype: torch.dtype, num_parts: int) -> None:  # type: ignore[no-untyped-def]
+def test_error_is_that_of_one_rounding(provider, dtype: torch.dtype, num_parts: int) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(7, 300, generator=generator).to(dtype) for _ in range(num_parts)]
     exact = sum(p.double() for p in parts)

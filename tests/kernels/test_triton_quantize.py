@@ -27,7 +27,7 @@ PAIRS = [
 
 
 @triton.jit
-def cast_alone(x, y, n, LARGEST: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def cast_alone(x, y, n, LARGEST: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     value = tl.load(x + i, i < n)
     tl.store(y + i, code_of(value, LARGEST, FORMAT), i < n)

@@ -80,7 +80,7 @@ class Uncounted(torch.optim.Optimizer):
     def __init__(self, weight: Tensor) -> None:
         super().__init__([weight], {})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.mul_(1.5)

@@ -144,7 +144,7 @@ def test_a_write_between_two_linears_splits_the_group() -> None:
 
 def test_without_a_recipe_there_is_no_rule() -> None:
     assert rule.RULE not in rules_for(RECIPES["bf16"])
-    assert not list(rule.RULE.propose(None))  # type: ignore[arg-type]
+    assert not list(rule.RULE.propose(None))
 
 
 def test_merging_takes_the_linears_that_are_left() -> None:

@@ -6,6 +6,7 @@ from fxopt.passes.rules import (
     drop_mask,
     fuse_bias,
     gated_activation,
+    linear_cross_entropy,
     merge_linears,
     merge_qk,
     merge_quantized,
@@ -23,6 +24,7 @@ CATALOGUE: tuple[Rule, ...] = (
     qk_norm_rope.RULE,
     norm_modulate.RULE,
     gated_activation.RULE,
+    linear_cross_entropy.RULE,
     quantized_linear.RULE,  # before rules that make linears anew, at the place of another module
     merge_qk.RULE,
     fuse_bias.RULE,

@@ -103,18 +103,17 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
         return None
     if ir.arguments(split)["dim"] % len(ir.shape(node)) != len(ir.shape(node)) - 1:
         return None
-    parts = sorted(split.users, key=lambda u: u.args[1])  # type: ignore[arg-type, return-value]
-    whole = [p.args[1] for p in parts] == list(range(len(split.meta["val"])))
-    return parts if whole and all(isinstance(ir.shape(p)[-1], int) for p in parts) else None
+    parts = ir.results(split)
+    whole = list(parts) == list(range(len(split.meta["val"]))) and len(split.users) == len(parts)
+    fixed = all(isinstance(ir.shape(p)[-1], int) for p in parts.values())
+    return list(parts.values()) if whole and fixed else None
 
 
 def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
     tensors, settings = operands[:8], operands[8:]
     weights, biases = _parameters(group)
     products, pieces = _split(group)
-    h = None
-    if ir.is_call(y, operator.getitem):
-        h = next((u for u in y.args[0].users if u.args[1] == 1), None)
+    h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
     listed = (*tensors, *weights, *biases)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 

@@ -48,10 +48,8 @@ def _list(argument: Any) -> list[Any]:
 def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Binding:
     weights, biases, recipe = _list(anchor.args[1]), _list(anchor.args[2]), anchor.args[3]
     tensors, settings = operands[:8], operands[8:]
-    products = _products(anchor)
-    h = None
-    if ir.is_call(y, operator.getitem):
-        h = next((u for u in y.args[0].users if u.args[1] == 1), None)
+    products = ir.results(anchor)
+    h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
     inputs = _inputs(*tensors, *weights, *biases)
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
@@ -59,12 +57,13 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
         x, w, b = ([given[n] for n in listed] for listed in (tensors, weights, biases))
         op = call(norm_modulate_quantized_linears, *x, *settings, w, b, recipe)
         outs = call(operator.getitem, op, 0)
-        results = [call(operator.getitem, outs, p.args[1]) for p in products]
+        results = [call(operator.getitem, outs, i) for i in products]
         return (*results, *([] if h is None else [call(operator.getitem, op, 1)]))
 
     made = [y] if h is None else [y, h]
-    outputs = (*products, *made[1:])
-    return _binding(anchor, "norm_modulate", inputs, outputs, emit, (*made, *products))
+    outputs = (*products.values(), *made[1:])
+    carries = (*made, *products.values())
+    return _binding(anchor, "norm_modulate", inputs, outputs, emit, carries)
 
 
 def _bind_activation(
@@ -73,7 +72,7 @@ def _bind_activation(
     gate, up, name, packing = _list(activation.args)
     (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
     listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]
-    products, inputs = _products(anchor), _inputs(*listed)
+    products, inputs = tuple(ir.results(anchor).values()), _inputs(*listed)
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
@@ -82,12 +81,7 @@ def _bind_activation(
         return call(gated_activation_quantized_linear, *operands, recipe)
 
     carries = (activation, *products)
-    return _binding(anchor, "gated_activation", inputs, tuple(products), emit, carries)
-
-
-def _products(anchor: fx.Node) -> list[fx.Node]:
-    """The outputs of quantized linears that are used."""
-    return sorted(anchor.users, key=lambda u: u.args[1])  # type: ignore[arg-type, return-value]
+    return _binding(anchor, "gated_activation", inputs, products, emit, carries)
 
 
 def _inputs(*nodes: Any) -> tuple[fx.Node, ...]:

@@ -110,10 +110,11 @@ class Norm:
 
 
 def _norm(call: fx.Node) -> Norm:
-    results: dict[Any, fx.Node] = {u.args[1]: u for u in call.users}
-    weights, biases, pieces = call.args[14:] or ([], [], [])
-    outs: dict[Any, fx.Node] = {u.args[1]: u for u in results[0].users} if 0 in results else {}
-    return Norm(call, weights, biases, pieces, outs, results.get(1))  # type: ignore[arg-type]
+    taken = ir.results(call)
+    parameters: Any = call.args[14:] or ([], [], [])
+    weights, biases, pieces = parameters
+    outs = ir.results(taken[0]) if 0 in taken else {}
+    return Norm(call, weights, biases, pieces, outs, taken.get(1))
 
 
 def _bind_norms(norms: list[Norm]) -> Binding:

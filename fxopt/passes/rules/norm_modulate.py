@@ -68,7 +68,7 @@ def propose(node: fx.Node) -> Iterator[Binding | Reason]:
 def _output(node: fx.Node) -> fx.Node:
     """The normed tensor of a norm anchor: some ops return a tuple."""
     if node.target in (norm_modulate, aten.native_layer_norm.default):
-        return next((u for u in node.users if u.args[1] == 0), node)
+        return ir.results(node).get(0, node)
     return node
 
 
