@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fxopt
 from bench import rows
 from fxopt.demo.training import Batch, Run, Scale, batches, build_model, flow_loss
-from fxopt.kernels.quantized_linears import high_precision
+from fxopt.kernels.in_force import high_precision
 from fxopt.recipes import RECIPES, Recipe, find
 
 NUM_BINS = 4  # of time

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxopt.errors import FxoptError
 from fxopt.recipes import Recipe
 from fxopt.report import Report
+from fxopt.schedule import at_step
 
 if TYPE_CHECKING:
     from fxopt.backends.eager import swap
@@ -26,6 +27,7 @@ __all__ = [
     "FxoptError",
     "Recipe",
     "Report",
+    "at_step",
     "cast_weights_once",
     "explain",
     "optimize",

@@ -218,11 +218,11 @@ class TargetMatchesNothing(_MatchesNothing):
 
 
 class KeepMatchesNothing(_MatchesNothing):
-    """A glob in a recipe's `keep` picks no linear."""
+    """A glob or role in a recipe's `keep` or `overrides` picks no linear."""
 
     template = (
-        "keep={pattern!r} matches none of the {num_known} linears{suggestion}; it is a glob over "
-        "fully qualified names, such as 'transformer_blocks.0.*'"
+        "{pattern!r} in keep or overrides matches none of the {num_known} linears{suggestion}; "
+        "give a glob over fully qualified names, such as 'transformer_blocks.0.*'"
     )
 
 

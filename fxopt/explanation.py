@@ -63,7 +63,7 @@ def explain(
         model: a module, on any device, or the name of a preset.
         example_inputs: what the module's forward takes; only sizes and dtypes are read.
         target: name of a target in `hardware`.
-        recipe: name of the recipe.
+        recipe: name of the recipe; of one with a schedule, the formats outside of its phases.
         batch, height, width: samples and pixels, for presets; None is the preset's own size.
         progress: called before each step with steps done, steps in all and the step's name.
 
@@ -71,7 +71,7 @@ def explain(
         errors.UnknownPreset, errors.UnknownTarget, errors.UnknownRecipe: with the nearest names.
         errors.NotAModule, errors.InputMismatch: if the model or its inputs do not fit.
     """
-    chosen = options.check(recipe=recipe)
+    chosen = options.check(recipe=recipe).at(None)
     device = hardware.lookup(target)
     if isinstance(model, str):
         blocks = preset_blocks(model, batch, height, width)

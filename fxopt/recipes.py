@@ -11,111 +11,25 @@ contracted over the last dim of both operands:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fxopt import roles
+from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
+from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
+from fxopt.recipe_errors import NoStoredRecipe, OtherStoredRecipe
+from fxopt.schedule import Phase
 
-FP8 = ("e4m3", "e5m2")
-# By block of an operand: its formats, its kinds of scale, and blocks of the other operand.
-BLOCKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
-    {
-        "tensor": (FP8, ("fp32", "pow2"), ("tensor", "row")),
-        "row": (FP8, ("fp32", "pow2"), ("tensor", "row")),
-        "1x128": (FP8, ("fp32", "pow2"), ("1x128", "128x128")),
-        "128x128": (FP8, ("fp32", "pow2"), ("1x128",)),
-        "1x32": (FP8, ("e8m0",), ("1x32",)),
-        "1x16": (("e2m1",), ("two_level",), ("1x16", "16x16")),
-        "16x16": (("e2m1",), ("two_level",), ("1x16",)),
-    }
-)
-GEMMS = ("fprop", "dgrad", "wgrad")
-EXTRAS = ("stochastic", "hadamard")
-ACCUMULATIONS = ("fp32", "fast")
+__all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
+
 PROFITS = ("model", "always")
-HIGH_PRECISION = "high_precision"
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How one operand [rows, contraction] of a GEMM is quantized; written "e4m3/row/pow2".
-
-    format: "e4m3", "e5m2" (FP8) or "e2m1" (FP4).
-    block: elements that share a scale, rows x contraction; "tensor" for all, "row" for one row.
-    scale: "fp32"; "pow2", an fp32 power of two; "e8m0", an exponent byte; "two_level", e4m3 per
-        block times fp32 per tensor. The powers of two are rounded so that nothing saturates.
-    stochastic: round up or down at random, unbiased, instead of to nearest with ties to even.
-    hadamard: mix 16 neighbours along the contraction first; the other operand does so as well,
-        which leaves the product as it is.
-    """
-
-    format: str
-    block: str
-    scale: str
-    stochastic: bool = False
-    hadamard: bool = False
-
-    def __str__(self) -> str:
-        extras = [name for name in EXTRAS if getattr(self, name)]
-        return "/".join([self.format, self.block, self.scale, *extras])
-
-    @staticmethod
-    @cache
-    def parse(text: str) -> Operand:
-        """The operand that is written like this.
-
-        Raises:
-            InvalidRecipe: saying which part is not known.
-        """
-        parts = text.split("/") if isinstance(text, str) else []
-        if len(parts) < 3 or not set(parts[3:]) <= set(EXTRAS):
-            form = f"FORMAT/BLOCK/SCALE, then any of {', '.join(EXTRAS)}"
-            raise InvalidRecipe("", f"the operand {text!r} is not of the form {form}")
-        format, block, scale = parts[:3]
-        return Operand(format, block, scale, *(name in parts[3:] for name in EXTRAS))
-
-    def problems(self) -> Iterator[str]:
-        """What contradicts what."""
-        if self.block not in BLOCKS:
-            yield f"unknown block {self.block!r}; known: {', '.join(BLOCKS)}"
-            return
-        formats, scales, _ = BLOCKS[self.block]
-        if self.format not in formats:
-            yield f"format {self.format!r} has no block {self.block}; {' and '.join(formats)} have"
-        if self.scale not in scales:
-            yield f"blocks {self.block} have {' or '.join(scales)} scales, not {self.scale!r}"
-        if self.hadamard and self.format != "e2m1":
-            yield f"the Hadamard transform is for e2m1, not for {self.format}"
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """The formats of one product a @ b^T.
-
-    accumulation: "fp32", or "fast", which on Hopper keeps about 14 bits between additions and is
-        no difference elsewhere.
-    """
-
-    a: Operand
-    b: Operand
-    accumulation: str = "fp32"
-
-    def problems(self) -> Iterator[str]:
-        for operand in (self.a, self.b):
-            yield from operand.problems()
-        a, b = self.a, self.b
-        if a.block in BLOCKS and b.block not in BLOCKS[a.block][2]:
-            yield f"a block {a.block} of a does not go with {b.block} of b"
-        if a.hadamard != b.hadamard:
-            yield "the Hadamard transform is on one operand only, which changes the product"
-        if (a.format, b.format) == ("e5m2", "e5m2"):
-            yield "no hardware multiplies e5m2 by e5m2; make one operand e4m3"
-        if self.accumulation not in ACCUMULATIONS:
-            known = ", ".join(ACCUMULATIONS)
-            yield f"unknown accumulation {self.accumulation!r}; known: {known}"
+FILE = "fxopt_recipe.json"
 
 
 @dataclass(frozen=True)
@@ -124,11 +38,15 @@ class Recipe:
 
     name: as given to the doors and printed in reports.
     fprop, dgrad, wgrad: the three GEMMs of a block linear; None is the model's own dtype.
-    keep: globs over fully qualified names of linears that stay in the model's dtype.
+    keep: linears that stay in the model's dtype: globs over their fully qualified names, or roles,
+        "role:" and a name in `fxopt.roles.ROLES`.
     profit: "model" quantizes on a GPU where the cost model says that it pays, "always" wherever
         it can be done.
     emulate: whether devices without the units compute the same by exact emulation; if not, the
         doors refuse them.
+    schedule: steps in which a GEMM has other formats; `fxopt.at_step` says which step it is.
+    overrides: pairs of a glob or role as in `keep` and a recipe, whose GEMMs and schedule its
+        linears have instead of these; the first that matches counts.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -141,44 +59,114 @@ class Recipe:
     keep: tuple[str, ...] = ()
     profit: str = "model"
     emulate: bool = True
+    schedule: tuple[Phase, ...] = ()
+    overrides: tuple[tuple[str, Recipe], ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [f"{name}: {p}" for name, gemm in self.gemms for p in gemm.problems()]
-        drawn = {
-            "fprop.a": self.fprop and self.fprop.a.stochastic,
-            "fprop.b": self.fprop and self.fprop.b.stochastic,
-            "dgrad.b": self.dgrad and self.dgrad.b.stochastic,
-            "wgrad.b": self.wgrad and self.wgrad.b.stochastic,
-        }
+        problems = list(self._misshapen())
+        if problems:
+            raise InvalidRecipe(self.name, "; ".join(problems))
         problems += [
-            f"{where} rounds stochastically; only gradients (a of dgrad and wgrad) may, as the "
-            "forward of a checkpoint runs twice and would draw twice"
-            for where, is_drawn in drawn.items()
-            if is_drawn
+            f"unknown role {role!r} in {where!r}; known: {', '.join(roles.ROLES)}"
+            for where in self.places
+            if (role := roles.unknown(where)) is not None
+        ]
+        problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
+        problems += schedules.problems(self.schedule)
+        problems += [
+            f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
+            "the forward of a checkpoint runs twice and would draw twice"
+            for name, product in self.gemms
+            for which in ("a", "b")
+            if getattr(product, which).stochastic and (which == "b" or name.startswith("fprop"))
         ]
         if self.profit not in PROFITS:
             problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
         if problems:
             raise InvalidRecipe(self.name, "; ".join(problems))
 
-    @property
-    def gemms(self) -> list[tuple[str, Gemm]]:
-        """The quantized GEMMs by name."""
-        found = ((name, getattr(self, name)) for name in GEMMS)
-        return [(name, gemm) for name, gemm in found if gemm is not None]
+    def _misshapen(self) -> Iterator[str]:
+        """Fields that would not be hashable, or not what they are taken for."""
+        for field, kind in (("keep", str), ("schedule", Phase), ("overrides", tuple)):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
+                yield f"{field} is {value!r}, not a tuple of {kind.__name__}"
+            elif field == "overrides":
+                for pair in value:
+                    if list(map(type, pair)) != [str, Recipe]:
+                        yield f"override {pair!r} is not a glob or role and a Recipe"
+                    elif pair[1].places:
+                        yield f"override {pair[0]!r} has keep or overrides of its own"
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """The globs and roles that have to match something."""
+        return (*self.keep, *(where for where, _ in self.overrides))
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipe and those of its overrides."""
+        return (self, *(recipe for _, recipe in self.overrides))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear may be quantized, in any step."""
+        return any(part.gemms for part in self.parts)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether any linear's formats depend on the step."""
+        return any(part.schedule for part in self.parts)
+
+    def of(self, fqn: str) -> Recipe | None:
+        """Under which recipe the linear of this name runs; None for the model's dtype."""
+        if any(roles.matches(where, fqn) for where in self.keep):
+            return None
+        found = (recipe for where, recipe in self.overrides if roles.matches(where, fqn))
+        recipe = next(found, self)
+        return recipe if recipe.gemms else None
+
+    @property
+    def gemms(self) -> list[tuple[str, Gemm]]:
+        """The quantized GEMMs by name, those of the schedule included, those of overrides not."""
+        found = [(name, getattr(self, name)) for name in GEMMS]
+        found += [(str(phase), phase.formats) for phase in self.schedule]
+        return [(name, gemm) for name, gemm in found if gemm is not None]
+
+    def at(self, step: int | None) -> Recipe:
+        """What is in force in a step, without a schedule; None is for outside of all phases."""
+        changed: dict[str, Any] = {
+            phase.gemm: phase.formats
+            for phase in self.schedule
+            if step is not None and step in phase
+        }
+        overrides = tuple((where, recipe.at(step)) for where, recipe in self.overrides)
+        return replace(self, schedule=(), overrides=overrides, **changed)
+
+    @cached_property
     def key(self) -> str:
         """What `find` gives this recipe back for: its name in the table, or its JSON."""
         return self.name if RECIPES.get(self.name) == self else self.to_json()
 
     def to_json(self) -> str:
-        """The recipe as one JSON object, to be stored beside a checkpoint."""
+        """The recipe as one JSON object."""
+        return json.dumps(self._to_data())
+
+    def _to_data(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in GEMMS:
-            gemm = data[name]
-            data[name] = HIGH_PRECISION if gemm is None else _gemm_to_dict(gemm)
-        return json.dumps(data)
+        data |= {name: to_data(data[name]) for name in GEMMS}
+        data["keep"] = list(self.keep)
+        data["schedule"] = [phase.to_data() for phase in self.schedule]
+        data["overrides"] = [[where, recipe._to_data()] for where, recipe in self.overrides]
+        return data
+
+    def _numerics(self) -> dict[str, Any]:
+        """What changes numbers, as it stands in JSON."""
+        data = self._to_data()
+        del data["name"], data["emulate"]
+        formats = (*GEMMS, "schedule")
+        data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
+        return data
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -191,32 +179,71 @@ class Recipe:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidRecipe("", f"it is no JSON: {error}") from None
+        return Recipe._from_data(data)
+
+    @staticmethod
+    def _from_data(data: Any) -> Recipe:
         if not isinstance(data, dict) or "name" not in data:
             raise InvalidRecipe("", "it is no JSON object with a name")
+        name, data = data["name"], dict(data)
         unknown = data.keys() - {f.name for f in fields(Recipe)}
         if unknown:
-            raise InvalidRecipe(data["name"], f"unknown field {', '.join(sorted(unknown))}")
-        for name in GEMMS:
-            data[name] = _gemm_from_dict(data["name"], name, data.get(name, HIGH_PRECISION))
-        return Recipe(**data | {"keep": tuple(data.get("keep", ()))})
+            raise InvalidRecipe(name, f"unknown field {', '.join(sorted(unknown))}")
+        for field in ("keep", "schedule", "overrides"):
+            if not isinstance(data.setdefault(field, []), list):
+                raise InvalidRecipe(name, f"{field} is {data[field]!r}, not a list")
+        for pair in data["overrides"]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise InvalidRecipe(name, f"override {pair!r} is not a glob or role and a recipe")
+        data |= {g: from_data(name, g, data.get(g, HIGH_PRECISION)) for g in GEMMS}
+        data["keep"] = tuple(data["keep"])
+        data["schedule"] = tuple(Phase.from_data(name, phase) for phase in data["schedule"])
+        data["overrides"] = tuple((w, Recipe._from_data(recipe)) for w, recipe in data["overrides"])
+        return Recipe(**data)
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the recipe into the directory of a checkpoint, as `fxopt_recipe.json`.
 
-def _gemm_to_dict(gemm: Gemm) -> dict[str, str]:
-    return {"a": str(gemm.a), "b": str(gemm.b), "accumulation": gemm.accumulation}
+        One rank may, or all.
+        """
+        path = Path(directory) / FILE
+        written = path.with_name(f"{FILE}.{os.getpid()}")
+        written.write_text(self.to_json() + "\n")
+        written.replace(path)
 
+    @staticmethod
+    def load(directory: str | os.PathLike[str]) -> Recipe:
+        """The recipe that was saved beside a checkpoint.
 
-def _gemm_from_dict(recipe: str, name: str, data: Any) -> Gemm | None:
-    if data == HIGH_PRECISION:
-        return None
-    if not isinstance(data, dict) or not {"a", "b"} <= data.keys() <= {"a", "b", "accumulation"}:
-        form = f"{HIGH_PRECISION!r} or an object of a, b and accumulation"
-        raise InvalidRecipe(recipe, f"{name} is {data!r}, not {form}")
-    return gemm(**data)
+        Raises:
+            NoStoredRecipe: there is none.
+            InvalidRecipe: it was written by a version that knew other fields, or by hand.
+        """
+        path = Path(directory) / FILE
+        try:
+            return Recipe.from_json(path.read_text())
+        except FileNotFoundError:
+            raise NoStoredRecipe(str(path)) from None
 
+    def check(self, directory: str | os.PathLike[str]) -> None:
+        """Raise if the checkpoint in `directory` was trained under another recipe.
 
-def gemm(a: str, b: str, accumulation: str = "fp32") -> Gemm:
-    """The product of two operands as they are written."""
-    return Gemm(Operand.parse(a), Operand.parse(b), accumulation)
+        Its name and `emulate` change no number, and may differ.
+
+        Raises:
+            OtherStoredRecipe: with every field that differs, and both values.
+            NoStoredRecipe, InvalidRecipe: as `load`.
+        """
+        stored = Recipe.load(directory)
+        theirs, ours = stored._numerics(), self._numerics()
+        differences = [
+            (field, json.dumps(theirs[field]), json.dumps(value))
+            for field, value in ours.items()
+            if theirs[field] != value
+        ]
+        if differences:
+            path = str(Path(directory) / FILE)
+            raise OtherStoredRecipe(path, stored.name, self.name, differences)
 
 
 def _table() -> Iterator[Recipe]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt import errors
+from fxopt import errors, recipe_errors
 from fxopt.diagnose import errors as measuring
 from fxopt.report import Declined
 
@@ -24,6 +24,15 @@ CASES = [
     (errors.InvalidRecipe("mine", "a is no b"), ["'mine'", "a is no b", "fxopt.recipes.RECIPES"]),
     (errors.OtherRecipe("fp8", "bf16"), ["'fp8'", "'bf16'", "fxopt.restore"]),
     (errors.NotNative("fp8", "cpu", "x 9.0"), ["'fp8'", "cpu", "x 9.0", "emulate=True"]),
+    (recipe_errors.InvalidStep(-1), ["step -1", "integer from 0", "optimizer steps"]),
+    (recipe_errors.StepNotTold("late"), ["'late'", "schedule", "fxopt.at_step(step)"]),
+    (recipe_errors.StepChanged(3, 4), ["of step 3", "in step 4", "fxopt.at_step(step)"]),
+    (recipe_errors.ScheduleInGraph("late"), ["'late'", "compiled", "fxopt.swap(model)"]),
+    (
+        recipe_errors.OtherStoredRecipe("d/f.json", "a", "b", [("profit", '"x"', '"y"')]),
+        ["d/f.json", "'a'", "'b'", 'profit is "x", not "y"', "fxopt.Recipe.load"],
+    ),
+    (recipe_errors.NoStoredRecipe("d/f.json"), ["d/f.json", "does not exist", "save(directory)"]),
     (errors.LowPrecisionParameter("w", "torch.e5m2"), ["'w'", "torch.e5m2", "bf16"]),
     (errors.KeepMatchesNothing("blok.*", ("blocks.0.q",)), ["'blok.*'", "1 linears", "glob"]),
     (errors.UnknownRule("rmsnorm", ("rms_norm",)), ["rule 'rmsnorm'", "'rms_norm'"]),

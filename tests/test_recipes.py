@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 
-from fxopt import errors
-from fxopt.recipes import RECIPES, Gemm, Operand, Recipe, find, gemm
+from fxopt import errors, recipe_errors
+from fxopt.recipes import RECIPES, Gemm, Operand, Phase, Recipe, find, gemm
 
 NAMES = [
     *("bf16", "fp8_tensorwise", "fp8", "fp8_rowwise", "fp8_rowwise_gw_hp", "fp8_blockwise"),
@@ -100,3 +101,63 @@ def test_bad_json_is_refused(data: object, problem: str) -> None:
 def test_an_unknown_name_has_a_suggestion() -> None:
     with pytest.raises(errors.UnknownRecipe, match="did you mean 'mxfp8'"):
         find("mxfp6")
+
+
+def test_a_recipe_lies_beside_a_checkpoint(tmp_path: Path) -> None:
+    mine = replace(RECIPES["fp8"], name="mine", keep=("*.attn.*",), schedule=(Phase("fprop", 9),))
+    mine.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["fxopt_recipe.json"]
+    assert Recipe.load(tmp_path) == mine
+    mine.check(tmp_path)
+    replace(mine, name="the same", emulate=False).check(tmp_path)  # they change no number
+    first = replace(RECIPES["mxfp8"], name="first", profit="always")
+    replace(mine, overrides=(("role:qkv", first),)).save(tmp_path)
+    replace(mine, overrides=(("role:qkv", RECIPES["mxfp8"]),)).check(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match=r"overrides is .* not "):
+        replace(mine, overrides=(("role:qkv", RECIPES["nvfp4"]),)).check(tmp_path)
+    RECIPES["mxfp8"].save(str(tmp_path))
+    assert Recipe.load(tmp_path) == RECIPES["mxfp8"]
+
+
+def test_another_recipe_than_the_stored_one_is_refused(tmp_path: Path) -> None:
+    RECIPES["fp8"].save(tmp_path)
+    asked = replace(
+        RECIPES["fp8_rowwise"], dgrad=RECIPES["fp8"].dgrad, wgrad=None, profit="always", keep=("a",)
+    )
+    with pytest.raises(recipe_errors.OtherStoredRecipe) as caught:
+        asked.check(tmp_path)
+    differences = {field: (stored, now) for field, stored, now in caught.value.differences}
+    assert differences.keys() == {"fprop", "wgrad", "keep", "profit"}
+    assert differences["profit"] == ('"model"', '"always"')
+    assert differences["keep"] == ("[]", '["a"]')
+    assert "e4m3/tensor/fp32" in differences["fprop"][0]
+    assert "e4m3/row/pow2" in differences["fprop"][1]
+    assert differences["wgrad"][1] == '"high_precision"'
+    for part in (
+        str(tmp_path),
+        "'fp8'",
+        "'fp8_rowwise'",
+        *(v for d in differences.values() for v in d),
+    ):
+        assert part in str(caught.value)
+    assert Recipe.load(tmp_path) == RECIPES["fp8"]
+
+
+@pytest.mark.parametrize("what", ["check", "load"])
+def test_a_checkpoint_without_a_recipe(tmp_path: Path, what: str) -> None:
+    with pytest.raises(recipe_errors.NoStoredRecipe, match=r"fxopt_recipe\.json does not exist"):
+        RECIPES["fp8"].check(tmp_path) if what == "check" else Recipe.load(tmp_path)
+
+
+def test_a_recipe_of_an_earlier_version_has_the_defaults_of_its_time(tmp_path: Path) -> None:
+    (tmp_path / "fxopt_recipe.json").write_text('{"name": "bf16"}')
+    RECIPES["bf16"].check(tmp_path)
+    (tmp_path / "fxopt_recipe.json").write_text('{"name": "bf16", "amax": "delayed"}')
+    with pytest.raises(errors.InvalidRecipe, match="unknown field amax"):
+        RECIPES["bf16"].check(tmp_path)
+
+
+def test_lists_are_no_tuples() -> None:
+    for keep in (["blocks.*"], "blocks.*", (3,)):
+        with pytest.raises(errors.InvalidRecipe, match=r"keep is .*, not a tuple of str"):
+            Recipe("mine", keep=keep)

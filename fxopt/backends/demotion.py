@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxopt.errors import NoTelemetry
+from fxopt.gemms import GEMMS
 from fxopt.kernels.counters import ADDED, FIELDS
-from fxopt.recipes import GEMMS
 
 # By GEMM: (operand, copy) of what it reads, as `telemetry` numbers them.
 READS = (((0, 0), (1, 0)), ((2, 0), (1, 1)), ((2, 1), (0, 1)))

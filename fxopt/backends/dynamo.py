@@ -51,13 +51,15 @@ def backend(
 
     Raises:
         UnknownOption, UnknownRecipe: a name that is not known.
+        ScheduleInGraph, LowPrecisionParameter, NotNative: the recipe cannot be had like this.
     """
     settings = dict(options or {})
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
-    chosen = shared.check(recipe=recipe)
+    chosen = shared.check(recipe=recipe, execution="compile")
     if inner not in INNER:
         raise UnknownOption(inner, INNER)
     precision.check_device(chosen, _device(example_inputs))
+    precision.check_parameters(chosen, _parameters(gm).items())
     rewritten, report = rewritten_graph(gm, example_inputs, chosen, block)
     (compile_reports if reports is None else reports).append(report)
     if inner == "eager":
@@ -82,7 +84,7 @@ def rewritten_graph(
             graph,
             shared.rules_for(recipe, compiled=True, block=block, target=shared.target_of(device)),
             device=device,
-            parameters=_parameters(gm),
+            parameters=frozenset(_parameters(gm)),
         )
         # A table that arrives with requires_grad would lose its gradient; Dynamo guards on it.
         trained = outcome.constants & _trained(gm, example_inputs)
@@ -109,13 +111,13 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     return next((v.device for v in inputs if isinstance(v, Tensor)), torch.device("cpu"))
 
 
-def _parameters(gm: fx.GraphModule) -> frozenset[str]:
-    """Names of the placeholders that hold parameters."""
-    return frozenset(
-        str(n.target)
+def _parameters(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Parameters by the names of their placeholders."""
+    return {
+        str(n.target): value
         for n in gm.graph.find_nodes(op="placeholder")
-        if isinstance(n.meta.get("example_value"), torch.nn.Parameter)
-    )
+        if isinstance(value := n.meta.get("example_value"), torch.nn.Parameter)
+    }
 
 
 def _trained(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[str]:

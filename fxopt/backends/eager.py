@@ -151,7 +151,7 @@ class SwappedForward:
 
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
         self.fqn, self.module, self.swap = fqn, module, candidate
-        self.formats = Formats(recipe, precision.kept(recipe, fqn, module))
+        self.formats = Formats(recipe, precision.exceptions(recipe, fqn, module))
         first = next(module.parameters(), None)
         target = None if first is None else options.target_of(first.device)
         self.theta = options.threshold(recipe, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
 from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.hardware import Target
+from fxopt.kernels.in_force import high_precision
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -66,7 +68,9 @@ def optimize(
         state.StrictOnce(model, door, strict)
     if example_inputs is not None:
         try:
-            _run(model, example_inputs)
+            # An example is of no step, and its result is not looked at.
+            with high_precision() if chosen.is_scheduled else nullcontext():
+                _run(model, example_inputs)
         except BaseException:
             if door in state.doors(model):
                 state.close(model, door)
@@ -137,7 +141,7 @@ class Optimized:
         shared: dict[Any, Captures] = {}
         self.blocks = []
         for fqn, module in blocks.items():
-            key = type(module), _function(module), precision.kept(recipe, fqn, module)
+            key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             captures = shared.setdefault(
                 key, Captures(options.rules_for(recipe, block=fqn, target=target))
             )

@@ -13,6 +13,7 @@ from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
+from fxopt.recipe_errors import ScheduleInGraph
 from fxopt.recipes import Recipe, find
 from fxopt.torchao_recipes import from_torchao
 
@@ -22,12 +23,14 @@ EXECUTIONS = ("eager", "compile")
 def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
     """The recipe of a name, of JSON or of torchao's configuration.
 
-    Raises on a torch that is too old and on names that are not known.
+    Raises on a torch that is too old, on names that are not known, on a schedule for a compiler.
     """
     check_torch(torch.__version__)
     found = find(recipe if isinstance(recipe, (str, Recipe)) else from_torchao(recipe))
     if execution not in EXECUTIONS:
         raise UnknownOption(execution, EXECUTIONS)
+    if execution == "compile" and found.is_scheduled:
+        raise ScheduleInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:
@@ -60,7 +63,7 @@ def rules_for(
             know, where all that can be quantized is.
     """
     rules = [rule for rule in CATALOGUE if rule.compiled or not compiled]
-    if not recipe.gemms:
+    if not recipe.quantizes:
         return tuple(rule for rule in rules if rule.tier != "low_precision")
     quantized = quantized_linear.rule(recipe, block, threshold(recipe, target))
     return tuple(quantized if rule is quantized_linear.RULE else rule for rule in rules)

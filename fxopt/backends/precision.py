@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from collections.abc import Iterable
 
@@ -14,6 +13,7 @@ from fxopt.kernels.scaled_matmul import native_capability
 from fxopt.passes.rules.quantized_linear import OUTSIDE, REMEDY, RULE
 from fxopt.recipes import Recipe
 from fxopt.report import Declined
+from fxopt.roles import matches
 
 
 def check_model(recipe: Recipe, model: nn.Module) -> None:
@@ -22,17 +22,22 @@ def check_model(recipe: Recipe, model: nn.Module) -> None:
     Raises:
         LowPrecisionParameter, KeepMatchesNothing, NotNative: see there.
     """
-    if not recipe.gemms:
+    if not recipe.quantizes:
         return
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() == 1:
-            raise LowPrecisionParameter(name, str(parameter.dtype))
+    check_parameters(recipe, model.named_parameters())
     linears = [fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for glob in recipe.keep:
-        if not fnmatch.filter(linears, glob):
-            raise KeepMatchesNothing(glob, linears)
+    for where in recipe.places:
+        if not any(matches(where, fqn) for fqn in linears):
+            raise KeepMatchesNothing(where, linears)
     for device in {p.device for p in model.parameters()} - {torch.device("meta")}:
         check_device(recipe, device)
+
+
+def check_parameters(recipe: Recipe, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise LowPrecisionParameter if `recipe` quantizes and a parameter is in FP8 already."""
+    for name, parameter in named:
+        if recipe.quantizes and parameter.is_floating_point() and parameter.element_size() == 1:
+            raise LowPrecisionParameter(name, str(parameter.dtype))
 
 
 def check_device(recipe: Recipe, device: torch.device) -> None:
@@ -40,7 +45,7 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
     if recipe.emulate:
         return
     has = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    for name, gemm in recipe.gemms:
+    for name, gemm in (gemm for part in recipe.parts for gemm in part.gemms):
         needed = native_capability(gemm)
         if needed is None:
             raise NotNative(recipe.name, str(device), f"units for {name} that no device runs yet")
@@ -51,7 +56,7 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
 
 def outside(recipe: Recipe, model: nn.Module, blocks: Iterable[str]) -> tuple[Declined, ...]:
     """For the report: the linears outside the blocks, which stay in the model's dtype."""
-    if not recipe.gemms:
+    if not recipe.quantizes:
         return ()
     prefixes = tuple(f"{fqn}." for fqn in blocks if fqn)
     if not prefixes:
@@ -63,16 +68,12 @@ def outside(recipe: Recipe, model: nn.Module, blocks: Iterable[str]) -> tuple[De
     )
 
 
-def kept(recipe: Recipe, fqn: str, block: nn.Module) -> frozenset[str]:
-    """Linears of a block that the recipe keeps, by their path in it: blocks that agree in it can
-    share a graph."""
+def exceptions(recipe: Recipe, fqn: str, block: nn.Module) -> frozenset[tuple[str, Recipe | None]]:
+    """Linears of a block that do not run under the recipe itself, by their path in the block, and
+    under which instead; None is the model's dtype. Blocks that agree in it can share a graph."""
     paths = (path for path, m in block.named_modules() if isinstance(m, nn.Linear))
-    full = {path: f"{fqn}.{path}" if fqn else path for path in paths}
-    return frozenset(
-        path
-        for path, name in full.items()
-        if any(fnmatch.fnmatchcase(name, glob) for glob in recipe.keep)
-    )
+    found = ((path, recipe.of(f"{fqn}.{path}" if fqn else path)) for path in paths)
+    return frozenset((path, other) for path, other in found if other is not recipe)
 
 
 def source(module: nn.Module) -> str:

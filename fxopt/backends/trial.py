@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
-from fxopt.kernels.quantized_linears import high_precision
+from fxopt.kernels.in_force import high_precision
 
 # Two roundings of one value differ by eps; a block chains a few dozen. Sums over tokens cancel in
 # gradients, where a fault (a sign, a lost branch) shows as a difference of order one.

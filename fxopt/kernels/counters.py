@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -75,11 +76,16 @@ def slots_for(weights: Sequence[Tensor | None]) -> Slots:
     return found or Slots(UNWATCHED, unwatched, unwatched)
 
 
-def in_force(recipe: Recipe, weights: Sequence[Tensor]) -> Recipe:
+def without_demoted(recipe: Recipe, weights: Sequence[Tensor]) -> Recipe:
     """`recipe` without the GEMMs that are demoted for a node with these weights."""
     names = set() if _recorder is None else _recorder.demoted(weights)
+    return _without(recipe, frozenset(names)) if names else recipe
+
+
+@lru_cache(maxsize=64)
+def _without(recipe: Recipe, names: frozenset[str]) -> Recipe:
     changes: dict[str, Any] = dict.fromkeys(names)
-    return replace(recipe, **changes) if changes else recipe
+    return replace(recipe, **changes)
 
 
 def present(counters: Iterable[Tensor | None]) -> list[Tensor] | None:

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.counters import Slot, in_force, slots_for
+from fxopt.kernels.counters import Slot, slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
+from fxopt.kernels.in_force import Decision, decide, save_for_backward, saved_tensors
 from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.quantized_linears import (
     fuses,
     gradients,
-    is_high_precision,
     products,
     quantized,
     split,
@@ -38,7 +38,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import below_autograd, call_counting, register_composite
-from fxopt.recipes import Recipe, find
+from fxopt.recipes import Recipe
 
 
 def op_of(name: str, recipe: Recipe) -> str:
@@ -67,8 +67,9 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recipe: Recipe, settings: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any, decision: Decision, settings: tuple[Any, ...], *tensors: Tensor | None
     ) -> Any:
+        ctx.recipe, ctx.step = recipe, _ = decision
         operands, parameters = tensors[:8], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
@@ -88,18 +89,18 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
             y = _operand(normed, recipe, slot)
         h = x if residual is None else h
         branch = x if gate is not None else None
-        ctx.recipe, ctx.settings, ctx.shape, ctx.slots = recipe, settings, x.shape, slots
+        ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
         ctx.set_materialize_grads(False)
         outs, amax = products(y, weights, biases, ctx, settings[-1], True)
         kept = (h, branch, gate, *others, mean, rstd, amax_t)
-        ctx.save_for_backward(*kept, *weights, *amax)
+        save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, recipe = ctx.saved_tensors, ctx.recipe
+        saved, recipe = saved_tensors(ctx), ctx.recipe
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
             saved, 11, len(grads) - 1
         )
@@ -135,7 +136,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recipe: Recipe,
+        decision: Decision,
         settings: tuple[str, str],
         gate: Tensor,
         up: Tensor | None,
@@ -143,6 +144,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        ctx.recipe, ctx.step = recipe, _ = decision
         trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
         y: Tensor | Quantized
         slot = (slots := slots_for([weight])).x
@@ -153,17 +155,17 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)
             y = _operand(_joined(beside, activation), recipe, slot)
-        ctx.recipe, ctx.settings, ctx.slots = recipe, settings, slots
+        ctx.settings, ctx.slots = settings, slots
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
-        ctx.save_for_backward(gate, up, beside, amax_t, weight, *amax)
+        save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
         return out
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gate, up, beside, amax_t, weight, *amax = ctx.saved_tensors
+        gate, up, beside, amax_t, weight, *amax = saved_tensors(ctx)
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = gradients(ctx, [grad], [weight], amax, True, needs[3:])
@@ -206,13 +208,13 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
 
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
     *operands, weights, biases, recipe = args
-    if is_high_precision():
+    decision = decide(recipe, weights)
+    if decision is None:
         pieces = [i for piece in whole(weights) for i in piece]
         outs, h = norm_modulate_linears(*operands, weights, biases, pieces)
         return outs, h
     tensors, settings = operands[:8], tuple(operands[8:])
-    recipe = in_force(find(recipe), weights)
-    *outs, h = NormModulateQuantizedLinears.apply(recipe, settings, *tensors, *weights, *biases)
+    *outs, h = NormModulateQuantizedLinears.apply(decision, settings, *tensors, *weights, *biases)
     return outs, h
 
 
@@ -227,12 +229,12 @@ def _gated_activation_quantized_linear(
     recipe: str,
 ) -> Tensor:
     settings, parameters = (activation, packing), (beside, weight, bias)
-    if is_high_precision():
+    decision = decide(recipe, [weight])
+    if decision is None:
         out: Tensor = gated_activation_linear(gate, up, *settings, *parameters)
         return out
     tensors = (gate, up, *parameters)
-    used = in_force(find(recipe), [weight])
-    return GatedActivationQuantizedLinear.apply(used, settings, *tensors)
+    return GatedActivationQuantizedLinear.apply(decision, settings, *tensors)
 
 
 norm_modulate_quantized_linears = register_composite(

@@ -11,9 +11,7 @@ Shapes: M tokens (all leading dims), K input features, N output features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,30 +22,14 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels import counters, weight_casts
 from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import Quantized
+from fxopt.kernels.in_force import Decision, decide, save_for_backward, saved_tensors
 from fxopt.kernels.linears import Linears, without_autocast
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import call_counting, register_composite
 from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.sum_parts import sum_parts
-from fxopt.recipes import Recipe, find
-
-_off: ContextVar[bool] = ContextVar("off", default=False)
-
-
-@contextmanager
-def high_precision() -> Iterator[None]:
-    """Multiply in the model's own dtype, to see what else a rewrite changes."""
-    token = _off.set(True)
-    try:
-        yield
-    finally:
-        _off.reset(token)
-
-
-def is_high_precision() -> bool:
-    """Whether `high_precision` is on."""
-    return _off.get()
+from fxopt.recipes import Recipe
 
 
 class QuantizedLinears(torch.autograd.Function):
@@ -59,13 +41,14 @@ class QuantizedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recipe: Recipe, keeps_x: bool, x: Tensor, *parameters: Tensor | None
+        ctx: Any, decision: Decision, keeps_x: bool, x: Tensor, *parameters: Tensor | None
     ) -> Any:
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
+        ctx.recipe, ctx.step = recipe, _ = decision
         fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
-        ctx.recipe, ctx.shape, ctx.slots = recipe, x.shape, counters.slots_for(weights)
+        ctx.shape, ctx.slots = x.shape, counters.slots_for(weights)
         ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
         x = x.contiguous() if keeps_x else x
         ctx.set_materialize_grads(False)
@@ -80,7 +63,7 @@ class QuantizedLinears(torch.autograd.Function):
             operand, kept = x if fprop is None else pair.rows, list(pair.columns)
             kept = [x] if trains and wgrad is None else kept
         outs, amax = products(operand, weights, biases, ctx, x.dtype, ctx.needs_input_grad[2])
-        ctx.save_for_backward(*kept, *weights, *amax)
+        save_for_backward(ctx, *kept, *weights, *amax)
         ctx.num_kept = len(kept)
         return outs
 
@@ -88,7 +71,7 @@ class QuantizedLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, recipe = ctx.saved_tensors, ctx.recipe
+        saved, recipe = saved_tensors(ctx), ctx.recipe
         kept, weights, amax = split(saved, ctx.num_kept, len(grads))
         _, _, needs_x, *needs = ctx.needs_input_grad
         dx_MK, operands, dbiases = gradients(ctx, grads, weights, amax, needs_x, needs)
@@ -248,10 +231,10 @@ def whole(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
 def _quantized_linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], recipe: str, keeps_x: bool
 ) -> list[Tensor]:
-    if is_high_precision():
+    decision = decide(recipe, weights)
+    if decision is None:
         return list(Linears.apply(whole(weights), x, *weights, *biases))
-    used = counters.in_force(find(recipe), weights)
-    return list(QuantizedLinears.apply(used, keeps_x, x, *weights, *biases))
+    return list(QuantizedLinears.apply(decision, keeps_x, x, *weights, *biases))
 
 
 quantized_linears = register_composite(

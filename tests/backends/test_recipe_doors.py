@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -236,21 +237,55 @@ def test_restore_gives_bf16_back(flux: tuple[nn.Module, Inputs]) -> None:
     assert torch.equal(before["output 0"], after["output 0"])
 
 
+def with_field(**fields: Any) -> str:
+    return json.dumps({"name": "mine"} | fields)
+
+
+SQUARED = {"a": "e5m2/row/fp32", "b": "e5m2/row/fp32"}
+TWICE = [{"gemm": "fprop", "start": 0, "stop": 9}, {"gemm": "fprop", "start": 5}]
 MISTAKES = {
-    errors.UnknownRecipe: "fp9",
-    errors.InvalidRecipe: '{"name": "mine", "amax": "delayed"}',
-    errors.KeepMatchesNothing: replace(RECIPES["fp8"], keep=("blok.*",)),
-    errors.NotNative: replace(RECIPES["mxfp8"], emulate=False),
+    "no such name": (errors.UnknownRecipe, "fp9"),
+    "no such field": (errors.InvalidRecipe, with_field(amax="delayed")),
+    "contradictory fields": (errors.InvalidRecipe, with_field(fprop=SQUARED)),
+    "no such role": (errors.InvalidRecipe, with_field(keep=["role:qkw"])),
+    "a schedule that overlaps": (errors.InvalidRecipe, with_field(schedule=TWICE)),
+    "a glob of nothing": (errors.KeepMatchesNothing, replace(RECIPES["fp8"], keep=("blok.*",))),
+    "an override of nothing": (
+        errors.KeepMatchesNothing,
+        replace(RECIPES["fp8"], overrides=(("blok.*", RECIPES["mxfp8"]),)),
+    ),
+    "no such units": (errors.NotNative, replace(RECIPES["mxfp8"], emulate=False)),
+    "an fp8 parameter": (errors.LowPrecisionParameter, "fp8"),
 }
 
 
-@pytest.mark.parametrize("error, recipe", MISTAKES.items())
-@pytest.mark.parametrize("door", ["optimize", "swap"])
-def test_mistakes_leave_the_model_as_it_was(door: str, error: Any, recipe: Any) -> None:
+def attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """What the modules hold, parameters and hooks included."""
+    return [
+        {n: dict(v) if isinstance(v, dict) else v for n, v in vars(m).items()}
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("door", ["optimize", "swap", "optimize and compile"])
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes_leave_the_model_as_it_was(door: str, what: str) -> None:
+    error, recipe = MISTAKES[what]
     model = FAMILIES["flux"].build()
+    if what == "an fp8 parameter":
+        linear = model.transformer_blocks[0].ff.net[2]
+        low = linear.weight.data.to(torch.float8_e4m3fn)
+        linear.weight = nn.Parameter(low, requires_grad=False)
+    before = attributes(model)
+    parameters = {n: (p, p._version) for n, p in model.named_parameters()}
     with pytest.raises(error):
-        getattr(fxopt, door)(model, recipe=recipe)
-    assert not any("forward" in vars(m) for m in model.modules())
+        if door == "optimize and compile":
+            fxopt.optimize(model, recipe=recipe, execution="compile")
+        else:
+            getattr(fxopt, door)(model, recipe=recipe)
+    assert attributes(model) == before
+    assert all(p is parameters[n][0] for n, p in model.named_parameters())
+    assert all(p._version == version for p, version in parameters.values())
 
 
 def test_a_recipe_that_needs_a_gpu_says_which() -> None:
@@ -271,13 +306,27 @@ def test_another_recipe_on_the_same_model_is_refused(door: str) -> None:
     assert fxopt.report(model).recipe == "mxfp8"
 
 
+class Stored(nn.Module):
+    """A linear whose weight is stored in FP8 and cast for its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        low = torch.zeros(64, 64, dtype=torch.float8_e4m3fn)
+        self.weight = nn.Parameter(low, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
 def test_fp8_parameters_are_refused() -> None:
-    model = FAMILIES["flux"].build()
-    block = model.transformer_blocks[0]
-    low = block.ff.net[2].weight.data.to(torch.float8_e4m3fn)
-    block.ff.net[2].weight = nn.Parameter(low, requires_grad=False)
-    with pytest.raises(errors.LowPrecisionParameter, match=r"ff\.net\.2\.weight.*float8_e4m3fn"):
-        fxopt.optimize(model, recipe="fp8")
+    model = nn.Sequential(Stored())
+    for door in ("optimize", "swap"):
+        with pytest.raises(errors.LowPrecisionParameter, match=r"'0\.weight'.*float8_e4m3fn"):
+            opened(door, model, "fp8")
+    with pytest.raises(Exception, match=r"weight.* is stored in torch\.float8_e4m3fn"):
+        opened("compile", model, "fp8")(torch.zeros(2, 3, 64))
+    opened("compile", model, "bf16")(torch.zeros(2, 3, 64))
+    fxopt.optimize(model)(torch.zeros(2, 3, 64))
 
 
 def test_a_recipe_of_ones_own() -> None:

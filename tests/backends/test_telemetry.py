@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fxopt.backends.timesteps import bucket_labels, bucket_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -19,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.backends.telemetry import Telemetry, _Table
+from fxopt.backends.timesteps import bucket_labels, bucket_of
 from fxopt.errors import NoTelemetry
+from fxopt.gemms import gemm
 from fxopt.kernels import counters
-from fxopt.recipes import Recipe, gemm
+from fxopt.recipes import Recipe
 from fxopt.telemetry_report import OperandRecord, TelemetryReport, short
 from tests.backends.toys import stack, tokens
 from tests.families import FAMILIES, Inputs, outputs, project

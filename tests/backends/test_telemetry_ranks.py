@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fxopt
-from fxopt.recipes import Recipe, gemm
+from fxopt.gemms import gemm
+from fxopt.recipes import Recipe
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear,
     norm_modulate_quantized_linears,
     op_of,
 )
-from fxopt.kernels.quantized_linears import high_precision, quantized_linears
+from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipes import RECIPES, Recipe, find, gemm
 from tests.numerics import relative_l2
 

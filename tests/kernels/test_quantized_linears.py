@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels.formats import dequantize_matrix, quantize_matrix
+from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.quantize import quantize, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.quantized_linears import high_precision, quantized_linears
+from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.scaled_matmul import multiply, native_capability, on_units, scaled_matmul
 from fxopt.recipes import RECIPES, Gemm, Operand, Recipe, gemm
 from tests.numerics import relative_l2

@@ -52,7 +52,7 @@ def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[
             yield family.swap
     yield from mlps.candidates(module)
     yield from norms.candidates(module)
-    if recipe.gemms and type(module) is nn.Linear:
+    if recipe.quantizes and type(module) is nn.Linear:
         yield linears.SWAP
 
 

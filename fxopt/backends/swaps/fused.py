@@ -98,8 +98,9 @@ class Normed(NamedTuple):
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
-        if recipes[0] is not None and None not in recipes and n.kind != "none":
-            outs, h = self._into_low(n, linears, recipes[0])
+        first = recipes[0]
+        if first is not None and all(r is first for r in recipes) and n.kind != "none":
+            outs, h = self._into_low(n, linears, first)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
         if low or n.kind == "none" or not all(map(is_plain, linears)):
@@ -170,9 +171,8 @@ def gated_residual(
 def project(x: Tensor, *linears: nn.Module, keeps_x: bool = False) -> list[Tensor]:
     """Several linears of one input, as one autograd node; `keeps_x` as in `quantized.multiply`."""
     recipes = [quantized.quantizes(x, linear) for linear in linears]
-    recipe = next(filter(None, recipes), None)
-    if recipe is not None:
-        return _project_by(recipe, x, linears, [r is not None for r in recipes], keeps_x)
+    if any(recipes):
+        return _project_by(recipes, x, linears, keeps_x)
     if len(linears) == 1 or not all(map(is_plain, linears)):
         return [linear(x) for linear in linears]
     fire("merge_linears", "linears")
@@ -181,18 +181,17 @@ def project(x: Tensor, *linears: nn.Module, keeps_x: bool = False) -> list[Tenso
 
 
 def _project_by(
-    recipe: Recipe,
-    x: Tensor,
-    linears: Sequence[nn.Module],
-    is_low: Sequence[bool],
-    keeps_x: bool,
+    recipes: Sequence[Recipe | None], x: Tensor, linears: Sequence[nn.Module], keeps_x: bool
 ) -> list[Tensor]:
-    """Those of `linears` that are low in precision by `recipe`, the others as they are."""
-    low = [m for m, yes in zip(linears, is_low, strict=True) if yes]
-    for _ in low:
-        fire("quantized_linear", "scaled_matmul")
-    products = iter(quantized.multiply(x, low, recipe, keeps_x=keeps_x))
-    return [next(products) if yes else m(x) for m, yes in zip(linears, is_low, strict=True)]
+    """Each of `linears` under its recipe; under None as it is."""
+    products: dict[nn.Module, Tensor] = {}
+    for recipe in {id(r): r for r in recipes if r is not None}.values():
+        low = [m for m, r in zip(linears, recipes, strict=True) if r is recipe]
+        for _ in low:
+            fire("quantized_linear", "scaled_matmul")
+        outs = quantized.multiply(x, low, recipe, keeps_x=keeps_x)
+        products |= zip(low, outs, strict=True)
+    return [products[m] if m in products else m(x) for m in linears]
 
 
 def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:

@@ -25,7 +25,7 @@ from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.fused import counting
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
-from fxopt.kernels.quantized_linears import high_precision
+from fxopt.kernels.in_force import high_precision
 from fxopt.passes.prove import ERROR_FACTOR, MEANING_TOLERANCE
 
 RAISED = {

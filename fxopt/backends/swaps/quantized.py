@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt import cost
-from fxopt.kernels.quantized_linears import is_high_precision
+from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.scaled_matmul import MULTIPLE
 from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
 from fxopt.recipes import Recipe
@@ -27,10 +27,10 @@ NOT_PLAIN = "it is no plain nn.Linear, and runs as the module it is"
 
 
 class Formats(NamedTuple):
-    """A recipe, and the paths of those linears in a module that it keeps."""
+    """A recipe, and by path those linears of a module that run under another, or under none."""
 
     recipe: Recipe
-    kept: frozenset[str]
+    exceptions: frozenset[tuple[str, Recipe | None]]
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Quantizing:
     """A recipe at work on one module.
 
     theta: the bound of `cost.fp8_pays` that a linear has to meet; None for any linear.
-    kept: linears that the recipe keeps.
+    exceptions: linears that run under another recipe, or under none.
     refused: why the linears met so far stay in the model's dtype.
     """
 
     recipe: Recipe
     theta: float | None
-    kept: tuple[nn.Module, ...] = ()
+    exceptions: dict[nn.Module, Recipe | None] = field(default_factory=dict)
     refused: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -54,9 +54,9 @@ _active: ContextVar[Quantizing | None] = ContextVar("active", default=None)
 @contextmanager
 def quantizing(formats: Formats, theta: float | None, module: nn.Module) -> Iterator[Quantizing]:
     """Run fused forwards of `module` in `formats`, where `theta` allows it."""
-    kept = tuple(module.get_submodule(path) for path in formats.kept)
-    active = Quantizing(formats.recipe, theta, kept)
-    token = _active.set(active if formats.recipe.gemms else None)
+    exceptions = {module.get_submodule(path): other for path, other in formats.exceptions}
+    active = Quantizing(formats.recipe, theta, exceptions)
+    token = _active.set(active if formats.recipe.quantizes else None)
     try:
         yield active
     finally:
@@ -84,7 +84,7 @@ def quantizes(x: Tensor, linear: nn.Module, *, is_swapped: bool = False) -> Reci
     reasons = tuple(_reasons(active, x, linear, is_swapped))
     if reasons:
         active.refused[linear] = reasons
-    return None if reasons else active.recipe
+    return None if reasons else active.exceptions.get(linear, active.recipe)
 
 
 def reason(linear: nn.Module) -> str:
@@ -96,7 +96,7 @@ def reason(linear: nn.Module) -> str:
 def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear, is_swapped: bool) -> Iterator[str]:
     if not is_swapped and not is_plain(linear):
         yield NOT_PLAIN
-    if any(linear is kept for kept in active.kept):
+    if active.exceptions.get(linear, active.recipe) is None:
         yield KEPT
     if x.dim() < 3 or x.shape[-2] == 1:
         yield PER_SAMPLE

@@ -7,7 +7,6 @@ small part of the work and sensitive to rounding.
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 import re
 from collections import Counter
@@ -63,17 +62,25 @@ def propose(
     if why_not:
         yield from why_not
         return
-    x = anchor.args[0]
-    assert isinstance(x, fx.Node)
+    x, its_recipe = anchor.args[0], _recipe_of(anchor, recipe, block)
+    assert isinstance(x, fx.Node) and its_recipe is not None
     sharing = [u for u in x.users if ir.is_call(u, ir.LINEAR) and u.args[0] is x]
     group = [
         n
         for n in sorted(sharing)
-        if not reasons(recipe, block, n) and (theta is None or not unprofitable(n, theta))
+        if not reasons(recipe, block, n)
+        and _recipe_of(n, recipe, block) == its_recipe
+        and (theta is None or not unprofitable(n, theta))
     ]
-    yield _bind(recipe, x, group)
+    yield _bind(its_recipe, x, group)
     if len(group) > 1:
-        yield _bind(recipe, x, [anchor])
+        yield _bind(its_recipe, x, [anchor])
+
+
+def _recipe_of(linear: fx.Node, recipe: Recipe, block: str | None) -> Recipe | None:
+    """Under which recipe `linear` runs; None for the model's dtype."""
+    path = _path(linear)
+    return recipe.of(f"{block}.{path}" if block else path)
 
 
 def reasons(recipe: Recipe, block: str | None, linear: fx.Node) -> list[str]:
@@ -83,7 +90,7 @@ def reasons(recipe: Recipe, block: str | None, linear: fx.Node) -> list[str]:
     found, path = [], _path(linear)
     if block is None and _is_outside(linear, path):
         found.append(OUTSIDE)
-    if any(fnmatch.fnmatchcase(f"{block}.{path}" if block else path, glob) for glob in recipe.keep):
+    if _recipe_of(linear, recipe, block) is None:
         found.append(KEPT)
     sizes = ir.shape(x)
     if len(sizes) < 3 or ir.same(sizes[-2], 1):

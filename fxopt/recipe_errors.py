@@ -1,0 +1,89 @@
+"""The mistakes that are made with schedules, and with recipes stored beside checkpoints."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxopt.errors import FxoptError
+
+
+@dataclass(eq=False)
+class InvalidStep(FxoptError):
+    """`at_step` was told something that is no step."""
+
+    value: object
+    template = (
+        "step {value} is not an integer from 0; pass the training loop's count of optimizer steps"
+    )
+
+    def __post_init__(self) -> None:
+        self.value = reprlib.repr(self.value)
+        super().__post_init__()
+
+
+@dataclass(eq=False)
+class StepNotTold(FxoptError):
+    """A linear of a recipe with a schedule ran outside of `at_step`."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has a schedule and was not told the step; put forward and backward, and "
+        "validation, into `with fxopt.at_step(step):`"
+    )
+
+
+@dataclass(eq=False)
+class StepChanged(FxoptError):
+    """A checkpointed forward was computed again in another step than its own."""
+
+    forward: int
+    backward: int
+    template = (
+        "a forward of step {forward} was computed again for its backward in step {backward}, where "
+        "a schedule may have other formats; put both into one `with fxopt.at_step(step):`"
+    )
+
+
+@dataclass(eq=False)
+class ScheduleInGraph(FxoptError):
+    """A compiler was given a recipe with a schedule; its graphs keep the formats of one step."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has a schedule, but a compiled graph keeps the formats it was made "
+        "with; use fxopt.optimize(model) or fxopt.swap(model), or compile without a schedule"
+    )
+
+
+@dataclass(eq=False)
+class OtherStoredRecipe(FxoptError):
+    """A checkpoint was trained under another recipe than the one that is asked for.
+
+    differences: for each field its name, the stored value and the one asked for.
+    """
+
+    path: str
+    stored: str
+    asked: str
+    differences: Sequence[tuple[str, str, str]]
+    template = (
+        "{path} holds recipe {stored!r}, asked for is {asked!r}: {listing}; go on under "
+        "fxopt.Recipe.load of that directory, or call save to change the recipe on purpose"
+    )
+
+    def __str__(self) -> str:
+        listing = "; ".join(f"{name} is {a}, not {b}" for name, a, b in self.differences)
+        return self.template.format(**vars(self), listing=listing)
+
+
+@dataclass(eq=False)
+class NoStoredRecipe(FxoptError):
+    """A checkpoint has no recipe beside it."""
+
+    path: str
+    template = (
+        "{path} does not exist: the checkpoint was saved without its recipe, or is another "
+        "directory; if you know the recipe, put it there with its save(directory)"
+    )
