@@ -116,7 +116,7 @@ def _rewrite(
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe, target)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, metered=True)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
             return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module
@@ -132,8 +132,14 @@ def _planned(applied: Applied, block: Block, target: hardware.Target) -> Applied
         applied,
         provider=provider,
         count=applied.count * block.count,
+        bytes_saved=_times(applied.bytes_saved, block.count),
+        flops=_times(applied.flops, block.count),
         block_class=block.name,
     )
+
+
+def _times(of_block: int | None, count: int) -> int | None:
+    return None if of_block is None else count * of_block
 
 
 def preset_blocks(name: str, batch: int, height: int | None, width: int | None) -> list[Block]:
