@@ -25,19 +25,26 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears_streams,
 )
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
+from fxopt.kernels.quantized_composites import (
+    gated_activation_quantized_linear,
+    norm_modulate_quantized_linears,
+)
+from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
-# Products and attentions: what makes a stream one step deeper.
+# Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
     ir.LINEAR,
     ir.SDPA,
     linears,
+    quantized_linears,
     gated_activation_linear,
     gated_activation_linear_streams,
+    gated_activation_quantized_linear,
     norm_modulate_linears,
     norm_modulate_linears_streams,
+    norm_modulate_quantized_linears,
 )
 
 
