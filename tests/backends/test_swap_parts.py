@@ -220,10 +220,12 @@ def _variants() -> list[tuple[str, nn.Module, dict[str, int]]]:
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
     wide = (96, 144, 3)  # another width than that of the narrow replica
+    wan, biases = WanTransformerBlock, {"fuse_bias": 3}
+    joint = {"fuse_bias": 4, "merge_streams": 4}
     return [
-        ("sd3 without qk norm", JointTransformerBlock(96, 3, 32), expected(6, 0, 2, 7)),
-        ("wan without norm2", WanTransformerBlock(*wide), expected(4, 4, 1, 4)),
-        ("wan with norm2", WanTransformerBlock(*wide, cross_attn_norm=True), expected(4, 4, 1, 5)),
+        ("sd3 without qk norm", JointTransformerBlock(96, 3, 32), expected(6, 0, 2, 7, **joint)),
+        ("wan without norm2", wan(*wide), expected(4, 4, 1, 4, **biases)),
+        ("wan with norm2", wan(*wide, cross_attn_norm=True), expected(4, 4, 1, 5, **biases)),
     ]
 
 
