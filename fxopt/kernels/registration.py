@@ -22,6 +22,7 @@ LIBRARY = torch.library.Library("fxopt", "DEF")
 PROVIDERS: dict[str, tuple[str, ...]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 @functools.cache
@@ -47,6 +48,7 @@ def register(
     launches: Callable[..., int] | None = None,
     sharding: shardings.Rule | None = None,
     rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
+    reference: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -61,6 +63,8 @@ def register(
         launches: kernels that a call with these arguments launches on a GPU; None for always one.
         sharding: how it runs on DTensors; None to refuse them.
         rereads: from arguments and outputs, those that a second of these kernels reads again.
+        reference: the op in plain differentiable ATen, which compilers get in its place; None for
+            ops that they get as they are, or never.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -69,6 +73,8 @@ def register(
         LAUNCHES[f"fxopt::{name}"] = launches
     if rereads is not None:
         REREADS[f"fxopt::{name}"] = rereads
+    if reference is not None:
+        REFERENCES[op] = reference
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")
