@@ -55,8 +55,8 @@ INPUTS = {"x": torch.zeros(2, 64, 16), "scale": torch.zeros(32)}
 def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
 
-    def rewrite_block(block, args, kwargs, recipe, target, metered):
-        assert metered
+    def rewrite_block(block, args, kwargs, recipe, target, planned_for):
+        assert planned_for.type == "cuda"
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):

@@ -103,14 +103,17 @@ def capture(
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
     *,
-    metered: bool = False,
+    planned_for: torch.device | None = None,
 ) -> Plan:
-    """The first of `captures`; if `metered`, its substitutions say what they save on this call.
+    """The first of `captures`.
+
+    planned_for: a device that it will not run on now; the substitutions then say what would run
+        them there, and what they save on this call.
 
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
-    return next(captures(module, forward, Call.of(args, kwargs), rules, metered=metered))
+    return next(captures(module, forward, Call.of(args, kwargs), rules, planned_for=planned_for))
 
 
 def captures(
@@ -119,7 +122,7 @@ def captures(
     call: Call,
     rules: Sequence[Rule],
     earlier: Sequence[Plan] = (),
-    metered: bool = False,
+    planned_for: torch.device | None = None,
 ) -> Iterator[Plan]:
     """Export `module` for all sizes of its inputs and apply `rules`, the most general plan first.
 
@@ -135,10 +138,10 @@ def captures(
     if any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in call.leaves):
         with contextlib.suppress(CannotCapture):
             doubled = [_doubled(v) for v in call.leaves]
-            plan = _capture(module, forward, call, doubled, fixed, rules, device, metered)
+            plan = _capture(module, forward, call, doubled, fixed, rules, device, planned_for)
             if plan.accepts(call):
                 yield plan
-    yield _capture(module, forward, call, call.leaves, fixed, rules, device, metered)
+    yield _capture(module, forward, call, call.leaves, fixed, rules, device, planned_for)
 
 
 def _capture(
@@ -149,7 +152,7 @@ def _capture(
     fixed: list[bool],
     rules: Sequence[Rule],
     device: torch.device,
-    metered: bool,
+    planned_for: torch.device | None,
 ) -> Plan:
     program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
     gm = program.graph_module
@@ -161,10 +164,9 @@ def _capture(
     for body in ir.graphs(gm):
         body.meta[ir.IS_DOUBLED] = example is not call.leaves
     meter = None
-    if metered:
-        sources = state_sources(module, slots)
-        args, kwargs = call.arguments(call.leaves)
-        meter = Meter(gm, module, lambda: [held[name] for held, name in sources], args, kwargs)
+    if planned_for is not None:
+        meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
+    device = planned_for or device
     outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
     return Plan(
         run=_without(call.autocast, gm.forward),

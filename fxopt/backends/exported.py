@@ -115,7 +115,7 @@ def rewrite_block(
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
     target: Target | None = None,
-    metered: bool = False,
+    planned_for: torch.device | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
@@ -123,14 +123,14 @@ def rewrite_block(
         block: may live on the meta device.
         args, kwargs: inputs of its forward; only shapes and dtypes are read.
         target: what to plan for; None for no cost model.
-        metered: whether the report says what each substitution saves at the sizes of this call.
+        planned_for: as in `capture`.
 
     Raises:
         CannotCapture: the block cannot be exported.
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(block, block.forward, args, kwargs, rules, metered=metered)
+    plan = capture(block, block.forward, args, kwargs, rules, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,13 +21,13 @@ class Meter:
     Args:
         gm: the graph; its placeholders are the block's state, then the call's leaves.
         block: owner of the state.
-        state: reads it off the block.
+        state: where its tensors are found, holder and name.
         args, kwargs: of the call.
     """
 
     gm: fx.GraphModule
     block: nn.Module
-    state: Callable[[], Sequence[Any]]
+    state: Sequence[tuple[dict[str, Any], str]]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     glue_bytes: int = 0
@@ -39,7 +39,7 @@ class Meter:
             body.recompile()
         run = traffic.ByNode(self.gm)
         with fakes.faked(self.block, self.args, self.kwargs, "meta") as call:
-            inputs = [*self.state(), *pytree.tree_leaves(call)]
+            inputs = [held[name] for held, name in self.state] + pytree.tree_leaves(call)
             self.glue_bytes, self.flops = run.glue_bytes(self.block, inputs), run.flops
 
     def credit(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxopt import traffic
 from fxopt.backends.exported import RewrittenCallable, rewrite_block
+from fxopt.kernels.registration import provider
 from fxopt.report import Applied
 from tests.passes.rewriting import Written, normal
 
@@ -18,7 +19,7 @@ FP32 = 4
 
 
 def metered(module: Written, *inputs: Tensor) -> tuple[RewrittenCallable, list[Applied]]:
-    found = rewrite_block(module, inputs, {}, metered=True)
+    found = rewrite_block(module, inputs, {}, planned_for=torch.device("cuda"))
     return found, list(found.report.applied)
 
 
@@ -89,6 +90,14 @@ def test_products_in_a_body_are_not_known():
     module = Written(forward, w=normal(D, D), b=normal(D))
     _, applied = metered(module, *x_and_gate())
     assert applied and all(a.flops is None and a.bytes_saved is not None for a in applied)
+
+
+def test_what_would_run_on_the_planned_device():
+    module = Written(gated, w=normal(D, D), b=normal(D))
+    _, applied = metered(module, *x_and_gate())
+    found = rewrite_block(module, x_and_gate(), {})
+    assert {a.provider for a in applied} == {provider("norm_modulate", torch.device("cuda"))}
+    assert {a.provider for a in found.report.applied} == {"native"}
 
 
 def test_unless_asked_nothing_is_counted():
