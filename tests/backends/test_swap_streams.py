@@ -137,3 +137,20 @@ def test_streams_of_other_norms_run_apart() -> None:
         for ((out,), _), n, t, (linear,) in zip(found, norms, (x, text), linears, strict=True):
             # 1e-5: fp32 through a norm and a product of 32 terms.
             torch.testing.assert_close(out, linear(n(t)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_of_an_unknown_class_says_why(flux: Family) -> None:
+    """Its parts are swapped; residuals and streams meet in a forward that swap does not see."""
+    model = flux.build()
+    block = model.transformer_blocks[0]
+    kind = type(block)
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return kind.forward(self, *args, **kwargs)
+
+    block.__class__ = type("Own", (kind,), {"forward": forward})
+    report = fxopt.report(swap(model, targets=["transformer_blocks.0"]))
+    declined = {d.rule: d for d in report.declined}
+    for rule in ("fuse_bias", "merge_streams"):
+        assert "in the forward of Own" in declined[rule].reasons[0]
+        assert "optimize" in declined[rule].remedy
