@@ -162,7 +162,7 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
 
 RULES_OF_GRAPHS = {
     *("attention", "drop_mask", "qk_norm_rope", "merge_qk", "norm_modulate", "fuse_bias"),
-    "merge_streams",
+    *("merge_streams", "linear_cross_entropy"),
 }
 
 
