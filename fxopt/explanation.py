@@ -24,12 +24,12 @@ from fxopt.backends import options
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import CannotCapture
 from fxopt.backends.exported import rewrite_block
-from fxopt.kernels import registration
 from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
+GPU = torch.device("cuda")
 
 Progress = Callable[[int, int, str], None]
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -97,7 +97,7 @@ def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Rep
         "explain",
         recipe.name,
         target.name,
-        applied=tuple(_planned(a, block, target) for a in found.applied),
+        applied=tuple(_planned(a, block) for a in found.applied),
         declined=tuple(replace(d, block_class=block.name) for d in found.declined),
         totals={
             "glue_bytes_before": block.count * before.glue_bytes,
@@ -116,24 +116,26 @@ def _rewrite(
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe, target)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, GPU)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
             return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module
     return rewritten.report, rewritten
 
 
-def _planned(applied: Applied, block: Block, target: hardware.Target) -> Applied:
-    """`applied` for all blocks of the class, with the provider that the target would run."""
-    provider = applied.provider
-    if applied.rule in registration.PROVIDERS:
-        provider = registration.provider(applied.rule, torch.device("cuda"))
+def _planned(applied: Applied, block: Block) -> Applied:
+    """`applied` for all blocks of the class."""
     return replace(
         applied,
-        provider=provider,
         count=applied.count * block.count,
+        bytes_saved=_times(applied.bytes_saved, block.count),
+        flops=_times(applied.flops, block.count),
         block_class=block.name,
     )
+
+
+def _times(of_block: int | None, count: int) -> int | None:
+    return None if of_block is None else count * of_block
 
 
 def preset_blocks(name: str, batch: int, height: int | None, width: int | None) -> list[Block]:

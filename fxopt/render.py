@@ -51,9 +51,14 @@ def _add(total: Applied, other: Applied) -> Applied:
     return replace(
         total,
         count=total.count + other.count,
-        bytes_saved=total.bytes_saved + other.bytes_saved,
-        flops=total.flops + other.flops,
+        bytes_saved=_sum(total.bytes_saved, other.bytes_saved),
+        flops=_sum(total.flops, other.flops),
     )
+
+
+def _sum(a: int | None, b: int | None) -> int | None:
+    """What is not known of one is not known of both."""
+    return None if a is None or b is None else a + b
 
 
 def _aggregate(
@@ -114,7 +119,7 @@ def applied_rows(group: Group) -> list[tuple[str, ...]]:
             a.provider,
             a.tier,
             brief(a.source),
-            quantity(a.bytes_saved, "B") if a.bytes_saved else "",
+            "" if a.bytes_saved is None else quantity(a.bytes_saved, "B"),
         )
         for a, num_blocks in group.applied
     ]

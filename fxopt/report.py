@@ -30,9 +30,16 @@ class Applied:
         provider: who runs the op on the target: "triton", "native", ...
         tier: numerics tier: "exact", "rounding" or "low_precision".
         source: "file.py:line" of the replaced code.
-        bytes_saved: glue bytes read and written less, forward + backward; 0 where not counted:
-            the doors count nothing, `explain` counts whole blocks.
-        flops: matrix-product FLOPs in the replaced code; 0 where not counted.
+        bytes_saved: glue bytes that the block reads and writes less since this substitution,
+            forward + backward, as in `totals`; what a later rule takes in counts there. The sum is
+            the difference of the totals but for what is no rule's: canonicalization, and residuals
+            read from a norm's node. None where nothing was counted: `explain` counts, at the sizes
+            that it is given. The doors do not, as it takes a run of the block on fake tensors after
+            each substitution; `swap` has no graph to run, and before its first forward `optimize`
+            has no sizes.
+        flops: of the matrix products and attentions in the replaced code, forward alone. A product
+            counts in each rule that takes it in, so these do not add up. None as above, and in the
+            body of a higher-order op.
         block_class: class name of the block.
     """
 
@@ -42,8 +49,8 @@ class Applied:
     provider: str
     tier: str
     source: str
-    bytes_saved: int = 0
-    flops: int = 0
+    bytes_saved: int | None = None
+    flops: int | None = None
     block_class: str = ""
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -257,15 +257,20 @@ def _uncounted() -> Iterator[None]:
 
 
 def measure(
-    forward: Callable[..., Any], block: nn.Module, args: tuple, kwargs: Mapping[str, Any]
+    forward: Callable[..., Any],
+    block: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    counting: _Counting | None = None,
 ) -> tuple[Traffic, Traffic]:
     """The traffic of `forward(*args, **kwargs)` and of its backward; all tensors are fake.
 
     Args:
         forward: `block` or its rewritten form.
         block: owner of the parameters.
+        counting: what counts, where `forward` looks at it; None for one of its own.
     """
-    counting = _Counting()
+    counting = counting or _Counting()
     kept: dict[int, Tensor] = {}  # the reference keeps the storage's address from being reused
 
     def pack(tensor: Tensor) -> Tensor:
@@ -300,3 +305,25 @@ def count(
     with faked(block, args, kwargs, "meta") as (fake_args, fake_kwargs):
         forward, backward = measure(function or block, block, fake_args, fake_kwargs)
     return forward.work(), backward.work()
+
+
+class ByNode(fx.Interpreter):
+    """Runs a graph, and keeps the FLOPs of the products and attentions in each node's forward."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.counting = _Counting()
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = self.counting.traffic
+        before = len(found.gemms), len(found.attentions)
+        out = super().run_node(n)
+        products = (*found.gemms[before[0] :], *found.attentions[before[1] :])
+        self.flops[n] = sum(p.flops for p in products)
+        return out
+
+    def glue_bytes(self, block: nn.Module, inputs: Sequence[Any]) -> int:
+        """Of a forward and a backward of the graph on fake `inputs`, `block`'s state first."""
+        passes = measure(self.run, block, tuple(inputs), {}, self.counting)
+        return sum(traffic.glue.total() for traffic in passes)

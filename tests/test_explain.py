@@ -1,15 +1,21 @@
 """Planning without a GPU and without weights."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from fxopt import errors
-from fxopt.backends.capture import CannotCapture
+from fxopt import errors, fakes, traffic
+from fxopt.backends.capture import CannotCapture, capture
+from fxopt.backends.options import rules_for
+from fxopt.backends.rewritten import Bound
 from fxopt.explanation import explain, load_example, model_blocks
+from fxopt.recipes import find
 from fxopt.report import Applied, Declined, Report
+from tests.families import FAMILIES
 
 # The package binds the name `explain` to the function.
 explain_module = sys.modules["fxopt.explanation"]
@@ -49,7 +55,8 @@ INPUTS = {"x": torch.zeros(2, 64, 16), "scale": torch.zeros(32)}
 def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
 
-    def rewrite_block(block, args, kwargs, recipe, target):
+    def rewrite_block(block, args, kwargs, recipe, target, planned_for):
+        assert planned_for.type == "cuda"
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):
@@ -59,7 +66,7 @@ def unchanged_blocks(monkeypatch):
             "optimize",
             "bf16",
             "cpu",
-            (Applied("norm_modulate", "norm", 2, "native", "rounding", "m.py:1"),),
+            (Applied("norm_modulate", "norm", 2, "native", "rounding", "m.py:1", 100),),
             (Declined("attention", "", "softmax", "m.py:2", ("dim is 1",)),),
         )
         return rewritten
@@ -91,6 +98,8 @@ def test_every_block_of_a_class_is_counted(unchanged_blocks):
     assert report.door == "explain"
     assert report.target == "h100"
     assert report.count("norm_modulate") == 2 * 4
+    # One narrow block, three wide ones; the FLOPs are not known.
+    assert [(a.bytes_saved, a.flops) for a in report.applied] == [(100, None), (300, None)]
     assert [d.block_class for d in report.declined] == ["Block (narrow.0)", "Block (blocks.0)"]
     assert wide.before == wide.after
     total = narrow.before.glue_bytes + 3 * wide.before.glue_bytes
@@ -99,8 +108,33 @@ def test_every_block_of_a_class_is_counted(unchanged_blocks):
     assert [done for done, _, _ in seen] == [0, 1, 2]
 
 
+def test_what_is_saved_adds_up_to_the_totals():
+    """But for what is no rule's: canonicalization, and residuals read from a norm's node."""
+    family = FAMILIES["qwen-image"]
+    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
+    report = explain(model, example_inputs=inputs)
+    rules = [dataclasses.replace(rule, finish=None) for rule in rules_for(find("bf16"))]
+    by_rules = sum(
+        block.count * (glue_bytes(block, ()) - glue_bytes(block, rules))
+        for block in model_blocks(model, inputs)
+    )
+    assert sum(a.bytes_saved for a in report.applied) == by_rules > 0
+    rest = report.totals["glue_bytes_before"] - report.totals["glue_bytes_after"] - by_rules
+    assert 0 <= rest < by_rules
+
+
+def glue_bytes(block, rules):
+    """Of a block's graph under `rules`, forward + backward."""
+    with fakes.substituted(block.module, fakes.shell):
+        args, kwargs = tree_map_only(torch.Tensor, fakes.shell, (block.args, block.kwargs))
+        plan = capture(block.module, block.module.forward, args, kwargs, rules)
+        graph = Bound(block.module, plan)
+    passes = traffic.count(block.module, block.args, block.kwargs, graph)
+    return sum(work.glue_bytes for work in passes)
+
+
 def test_block_that_cannot_be_captured_stays_and_says_why(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise CannotCapture("torch.export: no")
 
     monkeypatch.setattr(explain_module, "rewrite_block", refuse)

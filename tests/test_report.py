@@ -53,7 +53,10 @@ PLAN = Report(
     "explain",
     "bf16",
     "h100",
-    (applied(fqn="", count=38), applied("norm_modulate", fqn="", count=19)),
+    (
+        applied(fqn="", count=38, bytes_saved=2_500_000_000),
+        applied("norm_modulate", fqn="", count=19, bytes_saved=-1_500_000),
+    ),
     (declined(fqn=""),),
     REPORT.totals,
     (BLOCK,),
@@ -73,6 +76,8 @@ def test_schema_is_the_published_one():
     assert {"rule", "fqn", "count", "provider", "tier", "bytes_saved", "flops", "source"} <= set(
         data["applied"][0]
     )
+    # Not counted is not zero.
+    assert [a["bytes_saved"] for a in data["applied"]] == [None, None, 3_000_000_000]
     assert {"rule", "fqn", "node", "source", "reasons", "remedy"} <= set(data["declined"][0])
 
 
@@ -111,6 +116,8 @@ def test_text_says_when_nothing_matched():
 
 def test_plan_shows_times_and_where_fp8_pays():
     text = PLAN.text()
+    assert re.search(r"rule +times .* source +glue saved\n", text)
+    assert re.search(r"qk_norm_rope +38 +19 .* 2.5 GB\n", text)
     assert re.search(r"before +4 ms +1.5 ms +2 ms +7.5 ms +6 GB +177 +630 MB", text)
     assert "FP8 pays from 743 tokens; pays at its 4,096" in text
     assert "linear 3072 -> 64: FP8 never pays" in text
@@ -169,7 +176,8 @@ def test_page_reads_on_a_phone(tmp_path):
         "FluxBlock \N{MULTIPLICATION SIGN}19",
         "before 7.5 ms",
         "after 6.2 ms",
-        "qk_norm_rope\t38\t19\ttriton\trounding",
+        "qk_norm_rope\t38\t19\ttriton\trounding\tflux.py:12\t2.5 GB",
+        "norm_modulate\t19\t19\ttriton\trounding\tflux.py:12\t-1.5 MB",
         "attention flux.py:40, node softmax_3, 19 block(s)",
         "a < b & c",
         "Remedy: call clone() first",

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.passes import ir
@@ -134,3 +134,18 @@ def _holds_from_two(guard: Any) -> bool:
     """Whether a condition holds for all sizes from 2 on."""
     more = {s: 2 + sympy.Dummy(integer=True, nonnegative=True) for s in guard.free_symbols}
     return bool(guard.subs(more) == sympy.true)
+
+
+def state_sources(
+    module: nn.Module, slots: Sequence[tuple[str, Any]]
+) -> list[tuple[dict[str, Any], str]]:
+    """Where the state that the slots name is found at the time of a call: holder and name."""
+    sources: list[tuple[dict[str, Any], str]] = []
+    for kind, target in slots:
+        if kind == "constant":
+            sources.append(({"": target}, ""))
+            continue
+        path, _, name = target.rpartition(".")
+        holder = module.get_submodule(path)
+        sources.append((holder._parameters if kind == "parameter" else holder._buffers, name))
+    return sources

@@ -18,13 +18,22 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from fxopt.backends.calls import PLAIN, Call, Leaf, leaves_of, size_guards, sizes_fit
+from fxopt.backends.calls import (
+    PLAIN,
+    Call,
+    Leaf,
+    leaves_of,
+    size_guards,
+    sizes_fit,
+    state_sources,
+)
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
+from fxopt.passes.meter import Meter
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
@@ -93,13 +102,18 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
+    *,
+    planned_for: torch.device | None = None,
 ) -> Plan:
     """The first of `captures`.
+
+    planned_for: a device that it will not run on now; the substitutions then say what would run
+        them there, and what they save on this call.
 
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
-    return next(captures(module, forward, Call.of(args, kwargs), rules))
+    return next(captures(module, forward, Call.of(args, kwargs), rules, planned_for=planned_for))
 
 
 def captures(
@@ -108,6 +122,7 @@ def captures(
     call: Call,
     rules: Sequence[Rule],
     earlier: Sequence[Plan] = (),
+    planned_for: torch.device | None = None,
 ) -> Iterator[Plan]:
     """Export `module` for all sizes of its inputs and apply `rules`, the most general plan first.
 
@@ -123,10 +138,10 @@ def captures(
     if any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in call.leaves):
         with contextlib.suppress(CannotCapture):
             doubled = [_doubled(v) for v in call.leaves]
-            plan = _capture(module, forward, call, doubled, fixed, rules, device)
+            plan = _capture(module, forward, call, doubled, fixed, rules, device, planned_for)
             if plan.accepts(call):
                 yield plan
-    yield _capture(module, forward, call, call.leaves, fixed, rules, device)
+    yield _capture(module, forward, call, call.leaves, fixed, rules, device, planned_for)
 
 
 def _capture(
@@ -137,6 +152,7 @@ def _capture(
     fixed: list[bool],
     rules: Sequence[Rule],
     device: torch.device,
+    planned_for: torch.device | None,
 ) -> Plan:
     program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
     gm = program.graph_module
@@ -147,7 +163,11 @@ def _capture(
     learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
     for body in ir.graphs(gm):
         body.meta[ir.IS_DOUBLED] = example is not call.leaves
-    outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned))
+    meter = None
+    if planned_for is not None:
+        meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
+    device = planned_for or device
+    outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
     return Plan(
         run=_without(call.autocast, gm.forward),
         gm=gm,

@@ -94,7 +94,8 @@ class RewrittenCallable:
 
     def __init__(self, block: nn.Module, plan: Plan, recipe: Recipe) -> None:
         self.bound = Bound(block, plan)
-        target = options.target_name(next(block.parameters()).device)
+        first = next(block.parameters(), None)
+        target = options.target_name(None if first is None else first.device)
         outcome = plan.outcome
         self.report = state.with_fqn(
             Report(
@@ -114,6 +115,7 @@ def rewrite_block(
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
     target: Target | None = None,
+    planned_for: torch.device | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
@@ -121,12 +123,14 @@ def rewrite_block(
         block: may live on the meta device.
         args, kwargs: inputs of its forward; only shapes and dtypes are read.
         target: what to plan for; None for no cost model.
+        planned_for: as in `capture`.
 
     Raises:
         CannotCapture: the block cannot be exported.
     """
     chosen = options.check(recipe=recipe)
-    plan = capture(block, block.forward, args, kwargs, options.rules_for(chosen, target=target))
+    rules = options.rules_for(chosen, target=target)
+    plan = capture(block, block.forward, args, kwargs, rules, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 

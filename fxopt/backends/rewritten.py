@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fxopt.backends import trial
-from fxopt.backends.calls import Call
+from fxopt.backends.calls import Call, state_sources
 from fxopt.backends.capture import Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.unseen import CannotCapture
@@ -58,16 +58,7 @@ class Bound:
         self.plan, self.watch = plan, Watch(module, plan.reads)
         # Sizes that were tried, or are like those that were.
         self.admitted: set[tuple[torch.Size, ...]] = set()
-        self.sources: list[tuple[dict[str, Any], str]] = []
-        for kind, target in plan.slots:
-            if kind == "constant":
-                self.sources.append(({"": target}, ""))
-                continue
-            path, _, name = target.rpartition(".")
-            holder = module.get_submodule(path)
-            self.sources.append(
-                (holder._parameters if kind == "parameter" else holder._buffers, name)
-            )
+        self.sources = state_sources(module, plan.slots)
 
     def takes(self, call: Call) -> bool:
         return call.shapes in self.admitted and self.plan.accepts(call) and self.watch.unchanged()

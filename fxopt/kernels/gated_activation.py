@@ -291,6 +291,7 @@ gated_activation = register(
     triton=triton_forward,
     function=GatedActivation,
     sharding=rows("gate", "up", outputs=[None], is_elementwise=_is_elementwise),
+    reference=reference,
 )
 gated_activation_backward = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor? up, str activation, str packing,"

@@ -218,6 +218,7 @@ norm_modulate = register(
     triton=_triton,
     function=NormModulate,
     sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
+    reference=reference,
 )
 norm_modulate_backward = register(
     BACKWARD_SCHEMA,

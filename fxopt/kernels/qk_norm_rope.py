@@ -315,4 +315,5 @@ qk_norm_rope = register(
     triton=_triton,
     function=QKNormRope,
     sharding=sections(of_sections),
+    reference=reference,
 )

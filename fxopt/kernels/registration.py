@@ -23,6 +23,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 @functools.cache
@@ -49,6 +50,7 @@ def register(
     sharding: shardings.Rule | None = None,
     rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
     counters: str = "",
+    reference: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
 
@@ -65,6 +67,8 @@ def register(
         rereads: from arguments and outputs, those that a second of these kernels reads again.
         counters: further arguments, of a second op `<name>_counting` with the same implementations,
             that it writes; for `call_counting`. Compilers want ops that write nothing.
+        reference: the op in plain differentiable ATen, which compilers get in its place; None for
+            ops that they get as they are, or never.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -73,6 +77,8 @@ def register(
         LAUNCHES[f"fxopt::{name}"] = launches
     if rereads is not None:
         REREADS[f"fxopt::{name}"] = rereads
+    if reference is not None:
+        REFERENCES[op] = reference
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")

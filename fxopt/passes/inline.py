@@ -13,28 +13,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fxopt.kernels import gated_activation, norm_modulate, qk_norm_rope
+from fxopt.kernels.registration import REFERENCES
 from fxopt.passes import ir
-
-REFERENCES: dict[Any, Callable[..., Any]] = {
-    norm_modulate.norm_modulate: norm_modulate.reference,
-    qk_norm_rope.qk_norm_rope: qk_norm_rope.reference,
-    gated_activation.gated_activation: gated_activation.reference,
-}
 
 
 def inline_native(gm: fx.GraphModule) -> None:
     """Replace every op with a reference by the ATen that the reference is made of, in place."""
     for body in ir.graphs(gm):
         for node in list(body.graph.nodes):
-            if node.op == "call_function" and node.target in REFERENCES:
-                _inline(body.graph, node)
+            reference = REFERENCES.get(node.target) if node.op == "call_function" else None
+            if reference is not None:
+                _inline(body.graph, node, reference)
         body.graph.eliminate_dead_code()
         body.recompile()
 
 
-def _inline(graph: fx.Graph, node: fx.Node) -> None:
-    reference = REFERENCES[node.target]
+def _inline(graph: fx.Graph, node: fx.Node, reference: Callable[..., Any]) -> None:
     inputs = list(node.all_input_nodes)
 
     def run(*values: Any) -> Any:

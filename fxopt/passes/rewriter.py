@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir
 from fxopt.passes.autocast import suspended
+from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
 from fxopt.report import Applied, Declined
@@ -35,6 +36,7 @@ def rewrite(
     *,
     device: torch.device,
     parameters: frozenset[str] = frozenset(),
+    meter: Meter | None = None,
 ) -> Outcome:
     """Apply `rules` in order to `gm` and the bodies in it, in place.
 
@@ -43,11 +45,14 @@ def rewrite(
         rules: the catalogue, or part of it.
         device: where the graph will run; decides the provider.
         parameters: names of placeholders that are trained.
+        meter: of `gm`, to say what each substitution saves; None to leave that open.
     """
     outcome = Outcome()
+    if meter is not None:
+        meter.read()
     with suspended(device.type):  # the graph's casts are written out
         for body in ir.graphs(gm):
-            rewriter = _Rewriter(body, device, parameters, outcome)
+            rewriter = _Rewriter(body, device, parameters, outcome, meter)
             for rule in rules:
                 rewriter.apply(rule)
             rewriter.finish()
@@ -61,9 +66,10 @@ class _Rewriter:
         device: torch.device,
         parameters: frozenset[str],
         outcome: Outcome,
+        meter: Meter | None,
     ) -> None:
         self.gm, self.graph, self.device = gm, gm.graph, device
-        self.parameters, self.outcome = parameters, outcome
+        self.parameters, self.outcome, self.meter = parameters, outcome, meter
         self.fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         self.sizes = Sizes(gm.graph.nodes)
         self.standing: list[tuple[Applied, tuple[fx.Node, ...]]] = []
@@ -79,6 +85,8 @@ class _Rewriter:
         if rule.finish is not None:
             rule.finish(self.graph)
         ir.eliminate_dead_code(self.graph)
+        if rule.finish is not None and self.meter is not None:
+            self.meter.read()
         alive = set(self.graph.nodes)
         self.outcome.declined += [_declined(rule, n, r) for n, r in missed if n in alive]
 
@@ -211,6 +219,7 @@ class _Rewriter:
 
     def replace(self, rule: Rule, binding: Binding) -> None:
         anchor = binding.anchor
+        region, _ = self.region(binding)
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             node = self.graph.call_function(target, args, kwargs)
@@ -243,6 +252,11 @@ class _Rewriter:
         self.standing = [
             (a, replacements if carried & set(nodes) else nodes) for a, nodes in self.standing
         ]
+        alive = set(self.graph.nodes)
+        taken = [a for a, nodes in self.standing if not alive & set(nodes)]
+        self.standing = [(a, nodes) for a, nodes in self.standing if alive & set(nodes)]
+        if self.meter is not None:
+            applied = self.meter.credit(applied, region, taken)
         self.standing.append((applied, replacements))
 
     def finish(self) -> None:

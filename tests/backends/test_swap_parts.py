@@ -162,7 +162,7 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
 
 RULES_OF_GRAPHS = {
     *("attention", "drop_mask", "qk_norm_rope", "merge_qk", "norm_modulate", "fuse_bias"),
-    "merge_streams",
+    *("merge_streams", "linear_cross_entropy"),
 }
 
 
@@ -220,10 +220,12 @@ def _variants() -> list[tuple[str, nn.Module, dict[str, int]]]:
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
     wide = (96, 144, 3)  # another width than that of the narrow replica
+    wan, biases = WanTransformerBlock, {"fuse_bias": 3}
+    joint = {"fuse_bias": 4, "merge_streams": 4}
     return [
-        ("sd3 without qk norm", JointTransformerBlock(96, 3, 32), expected(6, 0, 2, 7)),
-        ("wan without norm2", WanTransformerBlock(*wide), expected(4, 4, 1, 4)),
-        ("wan with norm2", WanTransformerBlock(*wide, cross_attn_norm=True), expected(4, 4, 1, 5)),
+        ("sd3 without qk norm", JointTransformerBlock(96, 3, 32), expected(6, 0, 2, 7, **joint)),
+        ("wan without norm2", wan(*wide), expected(4, 4, 1, 4, **biases)),
+        ("wan with norm2", wan(*wide, cross_attn_norm=True), expected(4, 4, 1, 5, **biases)),
     ]
 
 

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from fxopt.backends.capture import capture
+from fxopt.backends.options import rules_for
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
+from fxopt.recipes import RECIPES
 from tests.passes.rewriting import RULES, Rewritten, Written, normal, rewrite
 
 D = 32
@@ -154,6 +157,21 @@ def test_attention_is_not_crossed():
     )
     assert [call > attention[0] for call in calls] == [False, True, True]
     found.assert_as_accurate(*inputs(B=1, S=6, T=4))
+
+
+def test_quantized_products_count_as_steps():
+    """The image's products are quantized, the text's have a size that no unit takes."""
+
+    def forward(m, x, text, a, b):
+        branch = F.linear(F.linear(x, m.q), m.k)
+        branch_text = F.linear(F.linear(text, m.up), m.down)
+        return x + a[:, None] * branch, text + b[:, None] * branch_text
+
+    module = Written(forward, **parameters(), up=normal(36, D) / 4, down=normal(D, 36) / 4)
+    rules = rules_for(RECIPES["fp8_rowwise"], block="block")
+    found = Rewritten(module, capture(module, module.forward, tuple(inputs()), {}, rules))
+    assert found.count("quantized_linear") == 2
+    assert found.count("merge_streams") == 1
 
 
 def test_one_stream_goes_on_alone():

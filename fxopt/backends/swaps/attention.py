@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxopt.backends.swaps import ltx, wan
+from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.flux import tables
 from fxopt.backends.swaps.fused import project
 from fxopt.backends.swaps.streams import (
@@ -15,7 +16,6 @@ from fxopt.backends.swaps.streams import (
     dispatch,
     draw_streams,
     joint_attention,
-    through,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 
@@ -30,7 +30,7 @@ def joint(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """FLUX: one stream, or image and text."""
     rotation, norms = tables(image_rotary_emb), (attn.norm_q, attn.norm_k)
-    out, attend = through(getattr(attn, "to_out", ())), dispatch(attn)
+    out, attend = Out(getattr(attn, "to_out", ())), dispatch(attn)
     image = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
     if encoder_hidden_states is None:
         return out(joint_attention([image], [Part(norms, rotation)], attn.head_dim, attend)[0])
@@ -38,7 +38,7 @@ def joint(
     parts = (Part((attn.norm_added_q, attn.norm_added_k), of_text), Part(norms, of_image))
     text = project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     text_out, image_out = joint_attention((text, image), parts, attn.head_dim, attend)
-    return out(image_out), through((attn.to_add_out,))(text_out)
+    return out(image_out), Out((attn.to_add_out,))(text_out)
 
 
 def joint_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:
@@ -84,7 +84,7 @@ def across_heads(
         kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
         qkv = [*project(hidden_states, attn.to_q), *kv]
         mask = ltx.per_head(attn, attention_mask, encoder_hidden_states)
-    return wan.attention(attn, qkv, rotation, mask)
+    return Out(attn.to_out)(wan.attention(attn, qkv, rotation, mask))
 
 
 def wan_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.fused import (
-    Mlp,
     Normed,
     Rotation,
     Section,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Mlp, Out
 from fxopt.backends.swaps.fused import (
-    Mlp,
     Normed,
     Rotation,
     clip_half,
@@ -25,7 +25,6 @@ from fxopt.backends.swaps.streams import (
     image_and_text,
     joint,
     joint_attention,
-    through,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
@@ -51,7 +50,7 @@ def double(
             (block.norm1_context.norm, block.norm2_context),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
-            through((attn.to_add_out,)),
+            Out((attn.to_add_out,)),
             feed_forward(block.ff_context),
             text_tables,
         ),
@@ -61,7 +60,7 @@ def double(
             (block.norm1.norm, block.norm2),
             qkv,
             (attn.norm_q, attn.norm_k),
-            through(attn.to_out),
+            Out(attn.to_out),
             feed_forward(block.ff),
             image_tables,
         ),
@@ -85,7 +84,8 @@ def single(
     (hidden, *qkv), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
-    x = clip_half(gated_residual(x, gate, mlp([hidden], beside=attended)))
+    out, bias = mlp.branch([hidden], beside=attended)
+    x = clip_half(gated_residual(x, gate, out, x_bias=bias))
     return x[:, :length], x[:, length:]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Mlp, Out
 from fxopt.backends.swaps.flux import draw_tables, tables
-from fxopt.backends.swaps.fused import Mlp, Normed, clip_half, gated_residual
+from fxopt.backends.swaps.fused import Normed, clip_half, gated_residual
 from fxopt.backends.swaps.streams import (
     Part,
     Stream,
@@ -17,7 +18,6 @@ from fxopt.backends.swaps.streams import (
     image_and_text,
     joint,
     joint_attention,
-    through,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
@@ -42,7 +42,7 @@ def double(
             (block.norm1_context, block.norm2_context),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
-            through((attn.to_add_out,)),
+            Out((attn.to_add_out,)),
             feed_forward(block.ff_context),
             text_tables,
         ),
@@ -52,7 +52,7 @@ def double(
             (block.norm1, block.norm2),
             qkv,
             (attn.norm_q, attn.norm_k),
-            through(attn.to_out),
+            Out(attn.to_out),
             feed_forward(block.ff),
             image_tables,
         ),
@@ -75,7 +75,8 @@ def single(
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
     mlp = Mlp((), "silu", "gate_up", attn.to_out)
-    return clip_half(gated_residual(x, gate, mlp([hidden], beside=attended)))
+    out, bias = mlp.branch([hidden], beside=attended)
+    return clip_half(gated_residual(x, gate, out, x_bias=bias))
 
 
 def split(mod: Tensor, num: int) -> tuple[Tensor, ...]:

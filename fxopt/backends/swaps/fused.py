@@ -1,9 +1,9 @@
-"""The words in which a fused forward is written: norms, MLPs, attention operands, as fxopt ops.
+"""The words in which a fused forward is written: norms, linears, attention operands, as fxopt ops.
 
 Each reads parameters off the modules at the time of the call. A linear that is no plain `nn.Linear`
 any more (LoRA, quantized, sharded) is called as a module, on the tensor that the op then makes.
 
-Shapes: B batch, S tokens, D features, H heads, d head dim, F features of an MLP.
+Shapes: B batch, S tokens, D features, H heads, d head dim.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.quantized import is_plain as is_plain
 from fxopt.kernels.quantized_composites import op_of
+from fxopt.passes.rules.merge_streams import common_of_norms
 from fxopt.recipes import Recipe
 
 ops = torch.ops.fxopt
@@ -71,7 +72,8 @@ def read_norm(norm: nn.Module | None, x: Tensor, weight_offset: float = 0.0) -> 
 class Normed(NamedTuple):
     """norm(residual + gate * x) * (scale_offset + scale) + shift, computed where it is needed.
 
-    x, residual: [B, S, D]. gate, scale, shift: broadcastable to them, or None.
+    x, residual: [B, S, D]. gate, scale, shift: broadcastable to them, or None. x_bias: [D], to be
+    added to x first, or None.
     """
 
     norm: nn.Module
@@ -82,16 +84,17 @@ class Normed(NamedTuple):
     gate: Tensor | None = None
     scale_offset: float = 1.0
     h_dtype: torch.dtype | None = None
+    x_bias: Tensor | None = None
 
     def value(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The normed tensor in `dtype` (default: x's), and h = residual + gate * x."""
         n, h_dtype = read_norm(self.norm, self.x), self._h_dtype()
         if n.kind == "none":
-            h = gated_residual(self.residual, self.gate, self.x, h_dtype)
+            h = gated_residual(self.residual, self.gate, self.x, h_dtype, self.x_bias)
             return h, h
-        self._fire(n)
+        self.fire(n)
         settings = (*n[:3], self.scale_offset, h_dtype, dtype or self.x.dtype)
-        y, h, _, _ = ops.norm_modulate(*self._operands(n), *settings)
+        y, h, _, _ = ops.norm_modulate(*self.operands(n), *settings)
         return y, h if self.residual is not None else self.x
 
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
@@ -108,31 +111,45 @@ class Normed(NamedTuple):
             y, h = self.value(dtype)
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
-        self._fire(n)
+        self.fire(n)
         fire("merge_linears", "norm_modulate")
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, pieces(weights, sizes))
-        return ops.norm_modulate_linears(*self._operands(n), *settings, *parameters)
+        return ops.norm_modulate_linears(*self.operands(n), *settings, *parameters)
+
+    def common(self, linears: Sequence[nn.Module]) -> tuple[Any, ...] | None:
+        """What streams share whose `into(*linears)` can be one launch; None where it is none."""
+        n = read_norm(self.norm, self.x)
+        is_low = any(quantized.quantizes(self.x, m) is not None for m in linears)
+        if n.kind == "none" or is_low or not all(map(is_plain, linears)):
+            return None
+        dtype: Any = linears[0].weight.dtype
+        width = self.x.shape[-1]
+        return common_of_norms(n.kind, self._h_dtype(), dtype, width, has_linears=True)
 
     def _into_low(
         self, n: NormConstants, linears: Sequence[nn.Module], recipe: Recipe
     ) -> tuple[list[Tensor], Tensor]:
         """`into` for linears that all run by a recipe."""
-        self._fire(n)
+        self.fire(n)
         fire_low("norm_modulate", len(linears), recipe)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
-        return ops.norm_modulate_quantized_linears(*self._operands(n), *settings, *parameters)
+        return ops.norm_modulate_quantized_linears(*self.operands(n), *settings, *parameters)
 
-    def _operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
+    def operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
+        """The tensors of `fxopt::norm_modulate`, in its order."""
         affine = (n.weight, n.bias, self.scale, self.shift)
-        return (self.x, self.residual, self.gate, *affine, None)
+        return (self.x, self.residual, self.gate, *affine, self.x_bias)
 
     def _h_dtype(self) -> torch.dtype:
         return self.h_dtype or promoted(self.x, self.residual, self.gate)
 
-    def _fire(self, n: NormConstants) -> None:
+    def fire(self, n: NormConstants) -> None:
+        """Note the substitutions that the op makes."""
+        if self.x_bias is not None:
+            fire("fuse_bias", "norm_modulate")
         if self.residual is not None or self.scale is not None or self.shift is not None:
             fire("norm_modulate", "norm_modulate")
         elif n.kind == "rms":
@@ -155,16 +172,22 @@ def promoted(*tensors: Tensor | None) -> torch.dtype:
 
 
 def gated_residual(
-    residual: Tensor | None, gate: Tensor | None, x: Tensor, dtype: torch.dtype | None = None
+    residual: Tensor | None,
+    gate: Tensor | None,
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """residual + gate * x; one op where there is a gate."""
+    """residual + gate * (x + x_bias); one op where there is a gate, and a bias only there."""
     if residual is None:
         return x
     if gate is None:
         return residual + x
     fire("norm_modulate", "norm_modulate")
+    if x_bias is not None:
+        fire("fuse_bias", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)
-    operands = (x, residual, gate, None, None, None, None, None)
+    operands = (x, residual, gate, None, None, None, None, x_bias)
     return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
 
 
@@ -200,38 +223,6 @@ def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
         return [i for index, w in enumerate(weights) for i in (index, 0, w.shape[0])]
     ends = list(itertools.accumulate(sizes))
     return [i for size, end in zip(sizes, ends, strict=True) for i in (0, end - size, end)]
-
-
-class Mlp(NamedTuple):
-    """inputs -> act(gate) * up -> dropout -> out, as `fxopt::gated_activation` names them.
-
-    inputs: one linear, or those of gate and up. `out` may take features beside the activation.
-    """
-
-    inputs: tuple[nn.Module, ...]
-    activation: str
-    packing: str
-    out: nn.Module
-    dropout: nn.Module | None = None
-
-    def __call__(self, hidden: Sequence[Tensor], beside: Tensor | None = None) -> Tensor:
-        """`out([beside | act])` for the outputs of `inputs`."""
-        gate, up = (*hidden, None)[:2]
-        assert gate is not None
-        fire("gated_activation", "gated_activation")
-        recipe = quantized.quantizes(gate, self.out)
-        if is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0:
-            operands = (gate, up, self.activation, self.packing, beside)
-            parameters = (self.out.weight, self.out.bias)
-            if recipe is not None:
-                fire_low("gated_activation", 1, recipe)
-                return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
-            fire("merge_linears", "gated_activation")
-            return ops.gated_activation_linear(*operands, *parameters)
-        y = ops.gated_activation(gate, up, self.activation, self.packing)
-        if self.dropout is not None:
-            y = self.dropout(y)
-        return project(y if beside is None else torch.cat([beside, y], -1), self.out)[0]
 
 
 class Rotation(NamedTuple):

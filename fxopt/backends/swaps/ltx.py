@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, Rotation, gated_residual, heads, project
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.streams import draw_streams
@@ -30,15 +31,19 @@ def fused_block(
 
     attn = block.attn1
     qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
-    x = gated_residual(x, gate, attention(attn, qkv, rotation))
+    out, bias = Out(attn.to_out).branch(attention(attn, qkv, rotation), all_sums=False)
+    x = gated_residual(x, gate, out, x_bias=bias)
 
     attn = block.attn2
     kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
     mask = per_head(attn, encoder_attention_mask, encoder_hidden_states)
-    branch = attention(attn, [*project(x, attn.to_q), *kv], mask=mask)
+    attended = attention(attn, [*project(x, attn.to_q), *kv], mask=mask)
+    out, bias = Out(attn.to_out).branch(attended, all_sums=False)
 
-    hidden, x = Normed(block.norm2, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
-    return gated_residual(x, gate_mlp, mlp(hidden))
+    normed = Normed(block.norm2, out, scale_mlp, shift_mlp, x, x_bias=bias)
+    hidden, x = normed.into(*mlp.inputs)
+    out, bias = mlp.branch(hidden)
+    return gated_residual(x, gate_mlp, out, x_bias=bias)
 
 
 def tables(cos_sin: tuple[Tensor, Tensor], head_dim: int) -> Rotation:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import Mlp, is_plain, project
+from fxopt.backends.swaps.branches import Mlp
+from fxopt.backends.swaps.fused import is_plain, project
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 
 ACTIVATIONS = ("gelu_tanh", "silu", "gelu_erf", "relu", "sigmoid")

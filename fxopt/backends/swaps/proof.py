@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxopt.backends.reads import Reads, recording
+from fxopt.backends.swaps.branches import standing_for
 from fxopt.backends.swaps.fused import counting
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Swap, Unfit
@@ -108,6 +109,7 @@ def _prove(
         with (
             recording(twin) as reads,
             counting() as fired,
+            standing_for(module, twin),
             quantizing(formats, None, twin) as low,
             high_precision(),
         ):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import clip_half, modulation, of_complex
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.streams import (
@@ -16,7 +17,6 @@ from fxopt.backends.swaps.streams import (
     draw_streams,
     image_and_text,
     joint,
-    through,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 
@@ -42,7 +42,7 @@ def double(
             (block.txt_norm1, block.txt_norm2),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
-            through((attn.to_add_out,)),
+            Out((attn.to_add_out,)),
             feed_forward(block.txt_mlp),
             of_complex(text_tables),
         ),
@@ -52,7 +52,7 @@ def double(
             (block.img_norm1, block.img_norm2),
             qkv,
             (attn.norm_q, attn.norm_k),
-            through(attn.to_out),
+            Out(attn.to_out),
             feed_forward(block.img_mlp),
             of_complex(image_tables),
         ),

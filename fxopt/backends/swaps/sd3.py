@@ -8,15 +8,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.backends.swaps import merged
+from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.streams import (
+    Ending,
     Part,
     draw_streams,
     finish,
     image_and_text,
     joint_attention,
-    through,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 
@@ -27,40 +29,42 @@ def joint_block(
     if block._chunk_size is not None:
         raise Unfit("the feed-forward runs in chunks")
     attn, x, text = block.attn, hidden_states, encoder_hidden_states
-    linears = (block.norm1.linear, block.norm1_context.linear)
-    of_image, of_text = modulation(temb, *linears)
+    of_image, of_text = modulation(temb, block.norm1.linear, block.norm1_context.linear)
     shift, scale, *image, shift2, scale2, gate2 = _nine(of_image, block.use_dual_attention)
     last = block.context_pre_only
     if last:
         text_scale, text_shift = of_text.chunk(2, -1)
     else:
         text_shift, text_scale, *of_text_branch = of_text.chunk(6, -1)
-    qkv, qkv_text = image_and_text(attn)
     norm, norm_text = block.norm1.norm, block.norm1_context.norm
-    projected, x = Normed(norm, x, scale, shift).into(*qkv)
-    projected_text, text = Normed(norm_text, text, text_scale, text_shift).into(*qkv_text)
-    projections = (projected, projected_text)
+    normed = [Normed(norm, x, scale, shift), Normed(norm_text, text, text_scale, text_shift)]
+    linears = list(image_and_text(attn))
+    if block.use_dual_attention:
+        attn2 = block.attn2
+        normed.append(Normed(norm, x, scale2, shift2))
+        linears.append((attn2.to_q, attn2.to_k, attn2.to_v))
+    (projected, x), (projected_text, text), *own = merged.into(normed, linears)
     parts = (
         Part((attn.norm_q, attn.norm_k)),
         Part((attn.norm_added_q, attn.norm_added_k)),
     )
-    head_dim = projections[0][0].shape[-1] // attn.heads
+    head_dim = projected[0].shape[-1] // attn.heads
+    projections = (projected, projected_text)
     attended, attended_text = joint_attention(projections, parts, head_dim, attend)
-    branch = through(attn.to_out)(attended)
-    if block.use_dual_attention:
-        x = gated_residual(x, image[0], branch)
-        attn2 = block.attn2
-        qkv = (attn2.to_q, attn2.to_k, attn2.to_v)
-        own = Normed(norm, hidden_states, scale2, shift2).into(*qkv)[0]
+    branch = Out(attn.to_out).branch(attended, all_sums=not own)
+    if own:
+        x = gated_residual(x, image[0], branch.x, x_bias=branch.bias)
         part = Part((attn2.norm_q, attn2.norm_k))
-        (attended,) = joint_attention([own], [part], head_dim, attend)
-        branch, image = through(attn2.to_out)(attended), [gate2, *image[1:]]
-    out = finish(x, branch, image, block.norm2, feed_forward(block.ff))
+        (attended,) = joint_attention([own[0][0]], [part], head_dim, attend)
+        branch = Out(attn2.to_out).branch(attended, all_sums=True)
+        image = [gate2, *image[1:]]
+    ending = Ending(x, branch, image, block.norm2, feed_forward(block.ff))
     if last:
-        return None, out
-    branch = through((attn.to_add_out,))(attended_text)
+        return None, finish(ending)[0]
+    branch = Out((attn.to_add_out,)).branch(attended_text, all_sums=True)
     mlp = feed_forward(block.ff_context)
-    return finish(text, branch, of_text_branch, block.norm2_context, mlp), out
+    out, text = finish(ending, Ending(text, branch, of_text_branch, block.norm2_context, mlp))
+    return text, out
 
 
 def _nine(modulation: Tensor, dual: bool) -> tuple[Any, ...]:

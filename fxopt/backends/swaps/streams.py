@@ -6,22 +6,15 @@ A family says where its block keeps the parts of a stream; the order of the ops 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import (
-    Mlp,
-    Normed,
-    Rotation,
-    Section,
-    gated_residual,
-    heads,
-    project,
-    queries_keys,
-)
+from fxopt.backends.swaps import merged
+from fxopt.backends.swaps.branches import Branch, Mlp, Out
+from fxopt.backends.swaps.fused import Normed, Rotation, Section, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
 
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -32,7 +25,7 @@ class Stream(NamedTuple):
 
     x: [B, S, D]. modulation: shift, scale and gate of attention, then of the MLP, as
     [B, 1, D] each. norms: before attention and before the MLP. qkv: its three projections.
-    qk_norms: of its queries and keys. out: what attention's result goes through.
+    qk_norms: of its queries and keys.
     """
 
     x: Tensor
@@ -40,28 +33,44 @@ class Stream(NamedTuple):
     norms: tuple[nn.Module, nn.Module]
     qkv: tuple[nn.Module, nn.Module, nn.Module]
     qk_norms: tuple[nn.Module, nn.Module]
-    out: Callable[[Tensor], Tensor]
+    out: Out
     mlp: Mlp
     rotation: Rotation | None = None
 
-    def projected(self) -> tuple[list[Tensor], Stream]:
-        """Queries, keys and values [B, S, H * d], and the stream that goes on."""
+    def normed(self) -> Normed:
+        """What the projections read."""
         shift, scale = self.modulation[:2]
-        qkv, x = Normed(self.norms[0], self.x, scale, shift).into(*self.qkv)
-        return qkv, self._replace(x=x)
+        return Normed(self.norms[0], self.x, scale, shift)
 
-    def finish(self, attended: Tensor) -> Tensor:
-        """The stream behind the block, from its part of the attention's result [B, S, H * d]."""
-        return finish(self.x, self.out(attended), self.modulation[2:], self.norms[1], self.mlp)
+    def ending(self, residual: Tensor, attended: Tensor) -> Ending:
+        """The rest of the block, from the stream's part of the attention's result [B, S, H * d]."""
+        branch = self.out.branch(attended, all_sums=True)
+        return Ending(residual, branch, self.modulation[2:], self.norms[1], self.mlp)
 
 
-def finish(
-    residual: Tensor, branch: Tensor, modulation: Sequence[Tensor], norm: nn.Module, mlp: Mlp
-) -> Tensor:
-    """h = residual + gate * branch, then h + gate_mlp * mlp(norm(h) * (1 + scale) + shift)."""
-    gate, shift, scale, gate_mlp = modulation
-    hidden, h = Normed(norm, branch, scale, shift, residual, gate).into(*mlp.inputs)
-    return gated_residual(h, gate_mlp, mlp(hidden))
+class Ending(NamedTuple):
+    """h = residual + gate * branch, then h + gate_mlp * mlp(norm(h) * (1 + scale) + shift).
+
+    modulation: gate, shift, scale, gate_mlp.
+    """
+
+    residual: Tensor
+    branch: Branch
+    modulation: Sequence[Tensor]
+    norm: nn.Module
+    mlp: Mlp
+
+
+def finish(*endings: Ending) -> list[Tensor]:
+    """Each stream behind the block. Dropouts draw random numbers in this order."""
+    gates, shifts, scales, mlp_gates = zip(*(e.modulation for e in endings), strict=True)
+    normed = [
+        Normed(e.norm, e.branch.x, scale, shift, e.residual, gate, x_bias=e.branch.bias)
+        for e, gate, shift, scale in zip(endings, gates, shifts, scales, strict=True)
+    ]
+    mlps = [e.mlp for e in endings]
+    hidden, hs = zip(*merged.into(normed, [m.inputs for m in mlps]), strict=True)
+    return merged.gated_residuals(hs, mlp_gates, merged.branches(mlps, hidden))
 
 
 class Part(NamedTuple):
@@ -76,11 +85,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
     """The text and the image stream behind the block; attention sees them in this order."""
-    projections, streams = zip(*(s.projected() for s in streams), strict=True)
+    found = merged.into([s.normed() for s in streams], [s.qkv for s in streams])
+    projections, residuals = zip(*found, strict=True)
     attended = joint_attention(projections, streams, head_dim, attend)
-    pairs = list(zip(streams, attended, strict=True))
-    # Image first, as the blocks do it: dropouts draw random numbers in their order.
-    return [stream.finish(part) for stream, part in reversed(pairs)][::-1]
+    each = list(zip(streams, residuals, attended, strict=True))
+    # Image first, as the blocks do it.
+    return finish(*(s.ending(residual, part) for s, residual, part in reversed(each)))[::-1]
 
 
 def joint_attention(
@@ -121,17 +131,6 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
         return out.flatten(2, 3)
 
     return attend
-
-
-def through(modules: Iterable[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """Call several modules on attention's result, one after the other: diffusers' `to_out`."""
-
-    def call(x: Tensor) -> Tensor:
-        for i, module in enumerate(modules):
-            (x,) = project(x, module, keeps_x=i == 0)  # attention keeps its result
-        return x
-
-    return call
 
 
 Projections = tuple[nn.Module, nn.Module, nn.Module]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import (
     Normed,
     Rotation,
@@ -17,7 +18,7 @@ from fxopt.backends.swaps.fused import (
 )
 from fxopt.backends.swaps.fused import heads as in_heads
 from fxopt.backends.swaps.mlps import feed_forward
-from fxopt.backends.swaps.streams import dispatch, draw_streams, through
+from fxopt.backends.swaps.streams import dispatch, draw_streams
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 
 MODULE = "diffusers.models.transformers.transformer_wan"
@@ -44,15 +45,21 @@ def fused_block(
 
     attn = block.attn1
     qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
-    branch = attention(attn, qkv, tables(rotary_emb))
+    attended = attention(attn, qkv, tables(rotary_emb))
+    has_weight = getattr(block.norm2, "weight", None) is not None
+    out, bias = Out(attn.to_out).branch(attended, all_sums=has_weight)
 
     attn = block.attn2
-    (q,), x = Normed(block.norm2, branch, residual=x, gate=gate, h_dtype=dtype).into(attn.to_q)
-    branch = attention(attn, [q, *project(encoder_hidden_states, attn.to_k, attn.to_v)])
+    normed = Normed(block.norm2, out, None, None, x, gate, h_dtype=dtype, x_bias=bias)
+    (q,), x = normed.into(attn.to_q)
+    attended = attention(attn, [q, *project(encoder_hidden_states, attn.to_k, attn.to_v)])
+    out, bias = Out(attn.to_out).branch(attended, all_sums=False)
 
     mlp = feed_forward(block.ffn)
-    hidden, x = Normed(block.norm3, branch, scale_mlp, shift_mlp, x).into(*mlp.inputs)
-    return gated_residual(x, gate_mlp, mlp(hidden), dtype)
+    normed = Normed(block.norm3, out, scale_mlp, shift_mlp, x, x_bias=bias)
+    hidden, x = normed.into(*mlp.inputs)
+    out, bias = mlp.branch(hidden)
+    return gated_residual(x, gate_mlp, out, dtype, bias)
 
 
 def tables(rotary_emb: tuple[Tensor, Tensor]) -> Rotation:
@@ -69,7 +76,7 @@ def attention(
     norms = (attn.norm_q, attn.norm_k)
     queries, keys = ([Section(x, n, rotation)] for x, n in zip(qkv, norms, strict=False))
     q, k = queries_keys(queries, keys, head_dim, across_heads=True)
-    return through(attn.to_out)(dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim)))
+    return dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim))
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:

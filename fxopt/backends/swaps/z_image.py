@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import Mlp, Normed, of_complex
-from fxopt.backends.swaps.streams import Part, dispatch, joint_attention, through
+from fxopt.backends.swaps.branches import Mlp, Out
+from fxopt.backends.swaps.fused import Normed, of_complex
+from fxopt.backends.swaps.streams import Part, dispatch, joint_attention
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 
@@ -32,7 +33,7 @@ def fused_block(
     part = Part((attn.norm_q, attn.norm_k), of_complex(freqs_cis))
     head_dim = qkv[0].shape[-1] // attn.heads
     (attended,) = joint_attention([qkv], [part], head_dim, dispatch(attn, mask))
-    branch = through(attn.to_out)(attended)
+    branch = Out(attn.to_out)(attended)
     # x + gate * norm(branch) is a modulation of the norm by gate and x.
     x, _ = Normed(block.attention_norm2, branch, gate, x, scale_offset=0.0).value()
 

@@ -19,6 +19,16 @@ from fxopt.passes.rule import Binding, Call, Reason, Rule
 MAX_FEATURES_WITH_ALL_SUMS = 6144
 
 
+def has_room(num_features: int, *, all_sums: bool) -> bool:
+    """Whether the op's backward can sum the gradient of this bias too.
+
+    Args:
+        num_features: of a row.
+        all_sums: whether there is a gate, and a weight, bias, scale or shift as well.
+    """
+    return not all_sums or num_features <= MAX_FEATURES_WITH_ALL_SUMS
+
+
 def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     assert ir.is_call(op, norm_modulate)
     linear, residual, gate, *affine, x_bias = op.args[:8]
@@ -29,8 +39,8 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     x, weight, bias = (ir.arguments(linear)[name] for name in ("input", "weight", "bias"))
     if bias is None or linear in (residual, gate, *affine):
         return
-    has_all_sums = gate is not None and any(t is not None for t in affine)
-    if has_all_sums and ir.shape(linear)[-1] > MAX_FEATURES_WITH_ALL_SUMS:
+    all_sums = gate is not None and any(t is not None for t in affine)
+    if not has_room(ir.shape(linear)[-1], all_sums=all_sums):
         return
     listed = (x, weight, bias, residual, gate, *affine)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.kernels.gated_activation_linear import (
@@ -25,19 +26,26 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears_streams,
 )
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
+from fxopt.kernels.quantized_composites import (
+    gated_activation_quantized_linear,
+    norm_modulate_quantized_linears,
+)
+from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
-# Products and attentions: what makes a stream one step deeper.
+# Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
     ir.LINEAR,
     ir.SDPA,
     linears,
+    quantized_linears,
     gated_activation_linear,
     gated_activation_linear_streams,
+    gated_activation_quantized_linear,
     norm_modulate_linears,
     norm_modulate_linears_streams,
+    norm_modulate_quantized_linears,
 )
 
 
@@ -58,14 +66,30 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
 def _common(call: fx.Node) -> tuple[Any, ...] | None:
     """What the streams of a launch share; None where `call` is none that can be one of them."""
     if ir.is_call(call, norm_modulate, norm_modulate_linears):
-        x, norm, *dtypes = (ir.arguments(call)[k] for k in ("x", "norm", "h_dtype", "dtype"))
-        if call.target is norm_modulate and norm != "none":
-            return None  # its y is kept, for something that is no linear
-        return "norm", norm, *dtypes, ir.expression(ir.shape(x)[-1])
+        arguments = ir.arguments(call)
+        x, norm, h_dtype, dtype = (arguments[k] for k in ("x", "norm", "h_dtype", "dtype"))
+        has_linears = call.target is norm_modulate_linears
+        width = ir.expression(ir.shape(x)[-1])
+        return common_of_norms(norm, h_dtype, dtype, width, has_linears=has_linears)
     if ir.is_call(call, gated_activation_linear):
         gate, _, activation, packing = call.args[:4]
-        return activation, packing, ir.dtype(gate), ir.expression(ir.shape(gate)[-1])
+        width = ir.expression(ir.shape(gate)[-1])
+        return common_of_activations(activation, packing, ir.dtype(gate), width)
     return None
+
+
+def common_of_norms(
+    norm: str, h_dtype: torch.dtype, dtype: torch.dtype, width: Any, *, has_linears: bool
+) -> tuple[Any, ...] | None:
+    """What norms of one launch share; None for one whose y is kept, for something else."""
+    return ("norm", norm, h_dtype, dtype, width) if has_linears or norm == "none" else None
+
+
+def common_of_activations(
+    activation: str, packing: str, dtype: torch.dtype, width: Any
+) -> tuple[Any, ...]:
+    """What activations of one launch share."""
+    return "activation", activation, packing, dtype, width
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:

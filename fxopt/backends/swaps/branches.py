@@ -1,0 +1,135 @@
+"""The branches of a block, attention and MLP: how they end, and that the last bias can wait.
+
+The op that adds a branch to the residual can add the bias of its last linear, as in the rule
+`fuse_bias`. Streams that are added in one launch are in `merged`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxopt.backends.swaps import quantized
+from fxopt.backends.swaps.fused import fire, fire_low, ops, project
+from fxopt.backends.swaps.quantized import is_plain
+from fxopt.passes.rules.fuse_bias import has_room
+from fxopt.passes.rules.merge_streams import common_of_activations
+
+_originals: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("originals", default=None)
+
+
+@contextmanager
+def standing_for(module: nn.Module, twin: nn.Module) -> Iterator[None]:
+    """Decide for `twin`, a narrow replica, as for `module`: by the module's own widths."""
+    token = _originals.set(dict(zip(twin.modules(), module.modules(), strict=True)))
+    try:
+        yield
+    finally:
+        _originals.reset(token)
+
+
+class Branch(NamedTuple):
+    """The result x of a branch; `bias` is what the op that reads it has still to add, or None."""
+
+    x: Tensor
+    bias: Tensor | None = None
+
+
+def waiting_bias(x: Tensor, linear: Any, *, all_sums: bool) -> Tensor | None:
+    """The bias of `linear` of `x`, if the op that adds it to the residual can add the bias.
+
+    all_sums: whether that op has a gate, and norms with a weight or modulates.
+    """
+    if not is_plain(linear) or quantized.quantizes(x, linear) is not None:
+        return None
+    width = (_originals.get() or {}).get(linear, linear).out_features
+    bias: Tensor | None = linear.bias
+    return bias if has_room(int(width), all_sums=all_sums) else None
+
+
+class Out(NamedTuple):
+    """What attention's result goes through, one module after the other: diffusers' `to_out`."""
+
+    modules: Iterable[nn.Module]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for i, module in enumerate(self.modules):
+            (x,) = project(x, module, keeps_x=i == 0)  # attention keeps its result
+        return x
+
+    def branch(self, x: Tensor, *, all_sums: bool) -> Branch:
+        """The same, for an op that adds it to the residual; `all_sums` as in `waiting_bias`."""
+        linear, *others = self.modules
+        bias = waiting_bias(x, linear, all_sums=all_sums)
+        if bias is None or not all(map(_is_idle, others)):
+            return Branch(self(x))
+        return Branch(F.linear(x, linear.weight), bias)  # type: ignore[arg-type]
+
+
+def _is_idle(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout and module.p == 0.0
+
+
+class Mlp(NamedTuple):
+    """inputs -> act(gate) * up -> dropout -> out, as `fxopt::gated_activation` names them.
+
+    inputs: one linear, or those of gate and up. `out` may take features beside the activation.
+    """
+
+    inputs: tuple[nn.Module, ...]
+    activation: str
+    packing: str
+    out: nn.Module
+    dropout: nn.Module | None = None
+
+    def __call__(self, hidden: Sequence[Tensor], beside: Tensor | None = None) -> Tensor:
+        """`out([beside | act])` for the outputs of `inputs`."""
+        return self._run(hidden, beside, None)
+
+    def branch(self, hidden: Sequence[Tensor], beside: Tensor | None = None) -> Branch:
+        """The same for a gated residual that does not norm."""
+        bias = self.waiting_bias(hidden)
+        return Branch(self._run(hidden, beside, bias), bias)
+
+    def waiting_bias(self, hidden: Sequence[Tensor]) -> Tensor | None:
+        """The bias of `out`, if such a gated residual can add it."""
+        return waiting_bias(hidden[0], self.out, all_sums=False)
+
+    def common(self, hidden: Sequence[Tensor]) -> tuple[Any, ...] | None:
+        """What streams share whose activations can be one launch; None where this is none."""
+        gate = hidden[0]
+        if not self._is_direct() or quantized.quantizes(gate, self.out) is not None:
+            return None
+        return common_of_activations(self.activation, self.packing, gate.dtype, gate.shape[-1])
+
+    def _is_direct(self) -> bool:
+        """Whether nothing stands between the activation and a plain linear."""
+        return is_plain(self.out) and getattr(self.dropout, "p", 0.0) == 0.0
+
+    def _run(
+        self, hidden: Sequence[Tensor], beside: Tensor | None, waiting: Tensor | None
+    ) -> Tensor:
+        gate, up = (*hidden, None)[:2]
+        assert gate is not None
+        fire("gated_activation", "gated_activation")
+        recipe = quantized.quantizes(gate, self.out)
+        bias = self.out.bias if waiting is None else None
+        if self._is_direct():
+            operands = (gate, up, self.activation, self.packing, beside)
+            parameters = (self.out.weight, bias)
+            if recipe is not None:
+                fire_low("gated_activation", 1, recipe)
+                return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
+            fire("merge_linears", "gated_activation")
+            return ops.gated_activation_linear(*operands, *parameters)
+        y = ops.gated_activation(gate, up, self.activation, self.packing)
+        if self.dropout is not None:
+            y = self.dropout(y)
+        y = y if beside is None else torch.cat([beside, y], -1)
+        return project(y, self.out)[0] if waiting is None else F.linear(y, self.out.weight)  # type: ignore[arg-type]
