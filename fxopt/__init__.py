@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fxopt.errors import FxoptError
 from fxopt.recipes import Recipe
-from fxopt.report import Report
 from fxopt.schedule import at_step
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ __version__ = "0.1.0"
 __all__ = [
     "FxoptError",
     "Recipe",
-    "Report",
     "at_step",
     "cast_weights_once",
     "explain",
@@ -46,7 +44,8 @@ _LAZY = {
     "swap": "fxopt.backends.eager",
     "telemetry": "fxopt.backends.telemetry",
 }
-# The import above has bound the submodule to the name of the function.
+# A submodule is bound to its name at its first import, which is to be the function's.
+importlib.import_module("fxopt.report")
 globals().pop("report")
 
 

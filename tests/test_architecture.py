@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fxopt
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fxopt"
 # A layer may import itself and what stands before it.
@@ -89,6 +91,11 @@ def loaded(statement: str) -> set[str]:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return set(json.loads(result.stdout))
+
+
+def test_the_public_names_are_ten_at_most():
+    assert len(fxopt.__all__) <= 10
+    assert all(hasattr(fxopt, name) for name in fxopt.__all__)
 
 
 def test_importing_fxopt_loads_little_more_than_torch():

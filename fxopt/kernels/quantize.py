@@ -27,8 +27,6 @@ SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
 # Draws of the two copies do not repeat each other.
 ROWS, COLUMNS = 0, 1
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 class Pair(NamedTuple):
     """The two copies that `quantize` makes and the sum of x; what was not asked for is empty."""
@@ -65,7 +63,7 @@ def native(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
-) -> Outputs:
+) -> tuple[Tensor, ...]:
     """codes = round(x * factor), scale = 1 / factor by block, of x [R, C] and of its transpose.
 
     Args:
@@ -98,7 +96,7 @@ def native(
         quantized = quantize_matrix(matrix, operand, uniform, line)
         found += [t.contiguous() for t in quantized]
     found.append(x_RC.sum(0) if wants_sum else x.new_empty(0))
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
 def triton(
@@ -109,7 +107,7 @@ def triton(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
-) -> Outputs:
+) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_quantize
 
     operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
@@ -119,7 +117,7 @@ def triton(
         x_RC = x.reshape(-1, x.shape[-1])
         slot = Slot(counters, counters_t)
         found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum, slot)
-        return tuple(found)  # type: ignore[return-value]
+        return tuple(found)
     return native(x, rows, columns, seed, wants_sum, counters, counters_t)
 
 
@@ -131,14 +129,14 @@ def fake(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
-) -> Outputs:
+) -> tuple[Tensor, ...]:
     num_features = x.shape[-1]
     num_rows = x.numel() // num_features
     found: list[Tensor] = []
     for size, name in (((num_rows, num_features), rows), ((num_features, num_rows), columns)):
         found += fake_matrix(x, *size, name)
     found.append(x.new_empty(num_features if wants_sum else 0))
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
 def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) -> list[Tensor]:
