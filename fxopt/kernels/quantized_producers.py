@@ -96,7 +96,8 @@ def native_norm_columns(
     """
     affine, settings = (weight, bias, scale, shift), (norm, eps, weight_offset, scale_offset)
     y = native_norm_modulate.forward(h, None, None, *affine, None, *settings, h.dtype, dtype)[0]
-    return quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    return codes_t, scales_t
 
 
 def native_activation(
@@ -142,8 +143,8 @@ def native_activation_backward(
     """
     dgate, dup, y = gated_activation.native_backward(grad, gate, up, activation, packing, True)
     y = y if beside is None else torch.cat([beside, y], -1)
-    copy = quantize.native(y, None, columns, None, False, None, counters)[3:5]
-    return dgate, dup, *copy
+    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    return dgate, dup, codes_t, scales_t
 
 
 def _joined(
