@@ -45,7 +45,8 @@ def rewrite(
         parameters: names of placeholders that are trained.
     """
     outcome = Outcome()
-    with suspended(device.type):  # the graph's casts are written out
+    # The graph's casts are written out; probes are run on the CPU, whatever the default device.
+    with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
             rewriter = _Rewriter(body, device, parameters, outcome)
             for rule in rules:
