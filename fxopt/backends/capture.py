@@ -18,7 +18,16 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from fxopt.backends.calls import PLAIN, Call, Leaf, leaves_of, size_guards, sizes_fit
+from fxopt.backends.calls import (
+    PLAIN,
+    TENSORS,
+    Call,
+    Leaf,
+    is_plain,
+    leaves_of,
+    size_guards,
+    sizes_fit,
+)
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
@@ -28,7 +37,6 @@ from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
-TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 State = dict[str, tuple[Any, ...]]
 
 
@@ -219,7 +227,7 @@ def _check_inputs(module: nn.Module, call: Call) -> torch.device:
             raise CannotCapture(f"an input is a {type(value).__name__}, not a tensor or a number")
     tensors = [v for v in call.leaves if isinstance(v, Tensor)]
     for value in (*tensors, *module.parameters(), *module.buffers()):
-        if type(value) not in TENSORS and not isinstance(value, torch._subclasses.FakeTensor):
+        if not is_plain(value):
             name = type(value).__name__
             raise CannotCapture(f"a tensor is a {name}, whose layout a graph would drop")
     if not tensors:

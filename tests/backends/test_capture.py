@@ -38,6 +38,10 @@ def test_sizes_are_free_and_channels_are_not() -> None:
     assert not plan_accepts(plan, torch.empty(6, CHANNELS))
 
 
+class Subclass(Tensor):
+    """May compute something else."""
+
+
 def test_kinds_of_calls_are_told_apart() -> None:
     plan = captured(Block(), tokens())
     assert not plan_accepts(plan, tokens(dtype=torch.bfloat16))
@@ -46,6 +50,8 @@ def test_kinds_of_calls_are_told_apart() -> None:
     assert not plan_accepts(plan, tokens(), None)
     assert not plan_accepts(plan, [tokens()])
     assert not plan_accepts(plan, 1)
+    assert not plan_accepts(plan, tokens().as_subclass(Subclass))
+    assert plan_accepts(plan, nn.Parameter(tokens()))
     with torch.autocast("cpu", torch.bfloat16):
         assert not plan_accepts(plan, tokens())
         in_autocast = captured(Block(), tokens())
