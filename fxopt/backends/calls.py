@@ -14,7 +14,13 @@ from torch.utils import _pytree as pytree
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast
 
+TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a tensor and of no subclass, which a graph would not know."""
+    return type(value) in TENSORS or isinstance(value, torch._subclasses.FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Leaf:
         if self.shape is None:
             return type(value) is type(self.value) and bool(value == self.value)
         return (
-            isinstance(value, Tensor)
+            is_plain(value)
             and value.dtype == self.dtype
             and value.device == self.device
             and value.dim() == len(self.shape)

@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from fxopt.backends.calls import (
     PLAIN,
+    TENSORS,
     Call,
     Leaf,
+    is_plain,
     leaves_of,
     size_guards,
     sizes_fit,
@@ -37,7 +39,6 @@ from fxopt.passes.meter import Meter
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
-TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 State = dict[str, tuple[Any, ...]]
 
 
@@ -239,7 +240,7 @@ def _check_inputs(module: nn.Module, call: Call) -> torch.device:
             raise CannotCapture(f"an input is a {type(value).__name__}, not a tensor or a number")
     tensors = [v for v in call.leaves if isinstance(v, Tensor)]
     for value in (*tensors, *module.parameters(), *module.buffers()):
-        if type(value) not in TENSORS and not isinstance(value, torch._subclasses.FakeTensor):
+        if not is_plain(value):
             name = type(value).__name__
             raise CannotCapture(f"a tensor is a {name}, whose layout a graph would drop")
     if not tensors:

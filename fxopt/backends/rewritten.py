@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,8 @@ from fxopt.report import Applied, Declined
 
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
+# A capture replaces attributes of PyTorch's classes for its time, and tracing is not for threads.
+_CAPTURING = threading.RLock()
 HOOKED = "a submodule has hooks, which a graph would not call"
 
 
@@ -128,7 +131,7 @@ class RewrittenForward:
         if any(hooks(self.module)) or has_global_hooks():
             self.reasons[HOOKED] = None
             return None
-        with trial.aside():
+        with _CAPTURING, trial.aside():
             return self._shared(call) or self._capture(call)
 
     def _shared(self, call: Call) -> Bound | Refusal | None:

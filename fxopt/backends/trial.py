@@ -124,9 +124,15 @@ def _run(
     outputs = [o for o in outputs if _requires_grad(o)]
     if not outputs or not wanted:
         return _Results(values, [])
-    with same_random_numbers():
-        torch.manual_seed(0)
-        weights = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+    weights = [
+        torch.randn(
+            o.shape,
+            generator=torch.Generator(o.device).manual_seed(i),
+            dtype=o.dtype,
+            device=o.device,
+        )
+        for i, o in enumerate(outputs)
+    ]
     gradients = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
     return _Results(values, list(gradients))
 

@@ -8,6 +8,7 @@ through all of them without a trace.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,24 +41,34 @@ class Asked:
 
 @contextmanager
 def refusing(module: nn.Module) -> Iterator[Asked]:
-    """Raise CannotCapture where code does what a graph of `module` would not show."""
-    asked = Asked()
+    """Raise CannotCapture where code does what a graph of `module` would not show.
+
+    Other threads go on as they are.
+    """
+    asked, own = Asked(), threading.get_ident()
     inside = {id(m) for m in module.modules()}
     set_attribute, is_grad_enabled = nn.Module.__setattr__, torch.is_grad_enabled
+    applied: Any = torch.autograd.Function.apply
+    entered = torch.autograd.graph.saved_tensors_hooks.__enter__
 
-    def apply(cls: type, *_: Any, **__: Any) -> Any:
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != own:
+            return applied.__func__(cls, *args, **kwargs)
         raise CannotCapture(f"it calls {cls.__qualname__}.apply: a graph would lose its backward")
 
-    def enter(_: Any) -> Any:
+    def enter(hooks: Any) -> Any:
+        if threading.get_ident() != own:
+            return entered(hooks)
         raise CannotCapture("it hooks saved tensors (a checkpoint?): a graph would not")
 
     def set_on_module(self: nn.Module, name: str, value: Any) -> None:
-        if id(self) in inside:
+        if id(self) in inside and threading.get_ident() == own:
             raise CannotCapture(f"its forward sets the attribute {name!r}: a graph would not")
         set_attribute(self, name, value)
 
     def asks_grad_mode() -> bool:
-        asked.grad_mode |= not _is_torch(sys._getframe(1))
+        if threading.get_ident() == own:
+            asked.grad_mode |= not _is_torch(sys._getframe(1))
         return is_grad_enabled()
 
     with ExitStack() as stack:

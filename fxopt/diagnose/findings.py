@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxopt.diagnose.compiles import Compile
-from fxopt.diagnose.phases import EXPOSED, PHASES, UNACCOUNTED, Step
+from fxopt.diagnose.phases import EXPOSED, PHASES, Step
 from fxopt.diagnose.profiling import COUNTED, Profiled
 from fxopt.render import quantity
 from fxopt.report import Declined, Report
@@ -240,9 +240,3 @@ def _declined(report: Report) -> dict[tuple[str, ...], list[Declined]]:
     for blocks in where.values():
         found.setdefault(tuple(blocks), []).append(next(iter(blocks.values())))
     return found
-
-
-def unaccounted_share(ranks: Sequence[Profiled]) -> float:
-    """Part of the step that no phase claims."""
-    walls = mean_walls(ranks)
-    return walls[UNACCOUNTED] / sum(walls.values())

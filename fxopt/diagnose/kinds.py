@@ -11,6 +11,8 @@ GLUE = "glue"
 
 # In this order: a fused attention kernel may have "gemm" in its name.
 _PATTERNS = (
+    # Inductor names what it fuses after the ops around it; amax and the like are of its own doing.
+    (GLUE, r"^triton_(poi|red|per|for)_(?!.*(quant|to_fp8|scaled_cast|amax))"),
     # ncclKernel_ before NCCL 2.19, ncclDevKernel_ since.
     (
         COMMUNICATION,
@@ -21,7 +23,8 @@ _PATTERNS = (
     ("quantisation", r"quant|to_fp8|scaled_cast|amax"),
     (
         "GEMM",
-        r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm|addmm_)\b|_scaled_mm|conv",
+        r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm|addmm_)\b|_scaled_mm"
+        r"|^triton_tem_\w*mm|conv(?!ert)",
     ),
 )
 _DTYPES = (

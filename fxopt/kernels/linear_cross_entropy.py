@@ -59,7 +59,7 @@ def reference(
 
     Numerics: logits are rounded to x's dtype, as by the linear alone; softmax and loss in fp32.
     Their gradient is rounded to x's dtype for the products; dweight and dbias of several chunks
-    add up in fp32.
+    add up in fp32. In float16 the logits' gradient underflows, as what scales the loss comes later.
     """
     check(x, weight, target, reduction)
     logits_TV = flat(F.linear(x, weight, bias)).to(opmath_of(x))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.registration import below_autograd, register
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
@@ -266,6 +267,7 @@ class QKNormRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x_bias, weight and bias, None where there is none."""
         mean, rstd, *tensors = ctx.saved_tensors

@@ -298,14 +298,28 @@ def machine_epsilon(dtype: torch.dtype) -> float:
 
 def _share_common_subexpressions(graph: fx.Graph) -> None:
     seen: dict[Hashable, fx.Node] = {}
+    returned = _returned(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node):
             continue
         key = _key((node.target, node.args, sorted(node.kwargs.items())))
         first = seen.setdefault(key, node)
-        if first is not node:
+        # Who gets two tensors may write to one of them.
+        if first is not node and not {first, node} <= returned:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _returned(graph: fx.Graph) -> set[fx.Node]:
+    """What the graph returns, and what that is a view of."""
+    found: set[fx.Node] = set()
+    stack = list(graph.output_node().all_input_nodes)
+    while stack:
+        node = stack.pop()
+        found.add(node)
+        if ir.is_call(node, *ir.VIEWS, aten.contiguous.default):
+            stack.append(node.args[0])
+    return found
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -50,7 +50,8 @@ def rewrite(
     outcome = Outcome()
     if meter is not None:
         meter.read()
-    with suspended(device.type):  # the graph's casts are written out
+    # The graph's casts are written out; probes are run on the CPU, whatever the default device.
+    with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
             rewriter = _Rewriter(body, device, parameters, outcome, meter)
             for rule in rules:

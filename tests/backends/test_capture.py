@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from fxopt.backends import unseen
 from fxopt.backends.calls import Call
 from fxopt.backends.capture import CannotCapture, Plan, capture, captures, state_of
-from fxopt.backends.exported import rewrite_block
+from fxopt.backends.exported import optimize, rewrite_block
+from fxopt.backends.state import report
 from fxopt.passes.rules import CATALOGUE
 from tests.backends.toys import CHANNELS, Block, stack, tokens
 
@@ -36,6 +38,10 @@ def test_sizes_are_free_and_channels_are_not() -> None:
     assert not plan_accepts(plan, torch.empty(6, CHANNELS))
 
 
+class Subclass(Tensor):
+    """May compute something else."""
+
+
 def test_kinds_of_calls_are_told_apart() -> None:
     plan = captured(Block(), tokens())
     assert not plan_accepts(plan, tokens(dtype=torch.bfloat16))
@@ -44,6 +50,8 @@ def test_kinds_of_calls_are_told_apart() -> None:
     assert not plan_accepts(plan, tokens(), None)
     assert not plan_accepts(plan, [tokens()])
     assert not plan_accepts(plan, 1)
+    assert not plan_accepts(plan, tokens().as_subclass(Subclass))
+    assert plan_accepts(plan, nn.Parameter(tokens()))
     with torch.autocast("cpu", torch.bfloat16):
         assert not plan_accepts(plan, tokens())
         in_autocast = captured(Block(), tokens())
@@ -231,3 +239,61 @@ def test_rewrite_block_on_meta() -> None:
     assert rewritten(x).shape == x.shape
     assert rewritten.report.count("gated_activation") == 1
     assert {a.block_class for a in rewritten.report.applied} == {"Block"}
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Meets(Block):
+    """Waits for another thread while it is captured."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        THREADS.wait(timeout=10)
+        THREADS.wait(timeout=10)
+        return super().forward(x_BSC)
+
+
+THREADS = threading.Barrier(2)
+
+
+def test_other_threads_go_on_as_they_are() -> None:
+    found = []
+
+    def work() -> None:
+        THREADS.wait(timeout=10)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            found.append(Doubled.apply(torch.ones(3, requires_grad=True)))
+        THREADS.wait(timeout=10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    captured(Meets(), tokens())
+    thread.join()
+    (y,) = found
+    assert torch.equal(*torch.autograd.grad(y.sum(), y), torch.ones(3)) and y.grad_fn is not None
+
+
+def test_threads_capture_one_after_the_other() -> None:
+    def work() -> None:
+        try:
+            model = optimize(stack())
+            model(tokens())
+            counts.append(report(model).count("norm_modulate"))
+        except Exception as error:
+            counts.append(error)
+
+    counts: list[object] = []
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # While one thread exports, PyTorch says in all that it compiles: blocks then run as they were.
+    assert all(isinstance(count, int) for count in counts) and any(counts), counts

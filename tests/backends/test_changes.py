@@ -74,10 +74,6 @@ def parametrize(block: nn.Module) -> None:
     block.up.parametrizations.weight.original0.data.mul_(2)
 
 
-def add_bias(block: nn.Module) -> None:
-    block.norm1.bias = nn.Parameter(torch.ones(CHANNELS))
-
-
 def tie(block: nn.Module) -> None:
     block.attn.to_q.weight = block.attn.to_k.weight
 

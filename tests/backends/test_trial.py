@@ -132,3 +132,11 @@ def test_autocast_keeps_no_weight_of_the_trial(module: nn.Module) -> None:
         assert torch.is_autocast_cache_enabled()
         module(tokens()).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+def test_generators_of_devices_are_left_alone(
+    module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those of the current device are put back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    assert verdict(module, module.forward, tokens()) is None

@@ -205,6 +205,11 @@ def test_a_timeline_shows_what_takes_most_of_each_part(analysed):
         ("aten::mm|c10::BFloat16", "GEMM bf16"),
         ("quantize_rowwise_fp8", "quantisation"),
         ("triton_red_fused_native_layer_norm_3", "glue"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_clone_3", "glue"),
+        ("triton_poi_fused_convert_element_type_1", "glue"),
+        ("triton_red_fused__to_copy_abs_amax_2", "quantisation"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
+        ("triton_tem_fused_addmm_4", "GEMM other"),
     ],
 )
 def test_kinds(name, expected):

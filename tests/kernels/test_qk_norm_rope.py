@@ -502,3 +502,15 @@ def test_a_table_that_requires_grad_is_refused():
     args[4][0].requires_grad_()
     with pytest.raises(ValueError, match="detach the tables"):
         qk_norm_rope(*args)
+
+
+def test_backward_under_autocast():
+    case = Case(sections="two", affine="x_bias+weight")
+    expected = results(fused, case.args, case.grads)
+    leaves = [[t if t is None else t.detach().requires_grad_() for t in f] for f in case.args[:4]]
+    outs = fused(*leaves, *case.args[4:])
+    wanted = [t for field in leaves for t in field if t is not None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(outs, wanted, case.grads)
+    for e, f in zip(expected[len(outs) :], found, strict=True):
+        assert torch.equal(e, f)

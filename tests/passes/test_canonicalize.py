@@ -184,3 +184,16 @@ def test_a_norm_without_eps_keeps_its_own():
 rms_norm = aten.rms_norm(inputs_0, [16], p_norm_weight, 1.1920928955078125e-07)
 return (rms_norm,)""",
     )
+
+
+def test_two_tensors_that_are_returned_stay_two():
+    """The caller may write to one of them."""
+
+    def forward(m, x):
+        h = x.sin()
+        return h.clone(), h.clone().transpose(0, 1), x.sin()
+
+    first, second, third = canonical(forward, normal(2, 5, D).detach())(normal(2, 5, D).detach())
+    expected = second.clone(), third.clone()
+    first.zero_()
+    assert torch.equal(second, expected[0]) and torch.equal(third, expected[1])

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.passes import prove as prove_module
 from fxopt.passes.prove import Runnable, Spec, prove
+from tests.passes.rewriting import Written, rewrite
 
 FP32, BF16 = torch.float32, torch.bfloat16
 D = 8
@@ -114,3 +115,23 @@ def test_random_state_is_left_alone():
     torch.manual_seed(0)
     verdict(lambda x: x.tan(), lambda x: x.sin() / x.cos())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """Only the CPU's is put back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    assert verdict(lambda x: x.neg(), lambda x: 0 - x) is None
+
+
+def test_values_of_constants_count():
+    """Two regions that read a constant are written alike, whatever its value."""
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert verdict(lambda x: x * one, lambda x: x) is None
+    assert "differs by" in (verdict(lambda x: x * two, lambda x: x) or "")
+
+
+def test_probes_stay_on_the_cpu_under_another_default_device():
+    module = Written(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    with torch.device("meta"):  # on the meta device nothing can be compared
+        found = rewrite(module, torch.ones(2, 3, D, device="cpu"), rules=["rms_norm"])
+    assert found.count("rms_norm") == 1, found.reasons("rms_norm")

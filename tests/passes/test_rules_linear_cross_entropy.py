@@ -129,6 +129,15 @@ def test_declines_with_its_reason(why):
     assert any(why in reason for reason in found.reasons("linear_cross_entropy"))
 
 
+def test_float16_declines():
+    """A loss that is scaled up, as float16 needs it, scales what is rounded by then."""
+    forward = Written(transformers, weight=normal(V, K, dtype=torch.float16))
+    x = normal(2, 5, K, dtype=torch.float16)
+    found = rewrite(forward, x, labels(2, 5), rules=["linear_cross_entropy"])
+    (why,) = found.reasons("linear_cross_entropy")
+    assert "float16" in why
+
+
 NEAR_MISSES = {
     "likelihood of logits that no softmax has normalized": lambda m, x, t: F.nll_loss(
         F.linear(x, m.weight).flatten(0, 1), t.flatten()

@@ -172,13 +172,6 @@ def test_values_and_gradients(rope, dtype: torch.dtype):
     found.assert_as_accurate(normal(1, 7, D, dtype=dtype), *(t.to(dtype) for t in tables(7)))
 
 
-def _swapped(x, cos, sin):
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack(
-        [b * cos[:, None] - a * sin[:, None], a * cos[:, None] + b * sin[:, None]], -1
-    )
-
-
 def _pairs(first, second, join):
     def rope(x, cos, sin):
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -137,6 +137,9 @@ def _obstacles(
 ) -> Iterator[Reason]:
     a = ir.arguments(loss)
     num_logits, num_features = ir.shape(operands[1])
+    if ir.dtype(operands[0]) == torch.float16:
+        why = "the op rounds float16 gradients before the loss's scale reaches them"
+        yield Reason(why, logits, "train in bfloat16")
     if ir.is_floating(a["target"]):
         yield Reason("the targets are probabilities, not classes", a["target"])
     if a["weight"] is not None:

@@ -37,7 +37,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     elif norm is not None:
         yield _bind_norm(anchor, shared, norm)
     elif activation is not None and len(_list(anchor.args[1])) == 1:
-        yield _bind_activation(anchor, shared, *activation)
+        yield _bind_activation(anchor, *activation)
 
 
 def _list(argument: Any) -> list[Any]:
@@ -66,9 +66,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
     return _binding(anchor, "norm_modulate", inputs, outputs, emit, carries)
 
 
-def _bind_activation(
-    anchor: fx.Node, shared: fx.Node, activation: fx.Node, beside: fx.Node | None
-) -> Binding:
+def _bind_activation(anchor: fx.Node, activation: fx.Node, beside: fx.Node | None) -> Binding:
     gate, up, name, packing = _list(activation.args)
     (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
     listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]

@@ -84,7 +84,7 @@ def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
     if len(sections) < len(read):
         yield from (s for s in read if isinstance(s, Reason))
         return
-    yield from _with_rotation(operand, heads, cat, sections, region)
+    yield from _with_rotation(operand, heads, cat, sections)
 
 
 def result(node: fx.Node) -> fx.Node | None:
@@ -199,7 +199,6 @@ def _with_rotation(
     heads: Heads,
     cat: fx.Node | None,
     sections: list[Section],
-    region: list[fx.Node],
 ) -> Iterator[Binding | Reason]:
     joint: Rotation | Reason | None = None
     if cat is not None:
@@ -226,7 +225,7 @@ def _with_rotation(
     if not _agree([s.norm for s in found if s.norm]) or len({s.norm is None for s in found}) > 1:
         yield Reason("the sections are normed differently", operand)
         return
-    yield _bind(operand, heads, found, joint)
+    yield _bind(operand, heads, found)
 
 
 def _agree(norms: list[Norm]) -> bool:
@@ -237,9 +236,7 @@ def _normed_width(norm: Norm) -> str:
     return str(ir.expression(ir.shape(norm.out)[-1]))
 
 
-def _bind(
-    operand: fx.Node, heads: Heads, sections: list[Section], joint: Rotation | None
-) -> Binding:
+def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
     norm = sections[0].norm
     width = heads.num_heads * heads.head_dim
     across = norm is not None and _normed_width(norm) == str(width) and heads.num_heads > 1
