@@ -175,6 +175,7 @@ def _export(
     # of its gradient would not be told from the rest.
     with torch.inference_mode(False):
         args, kwargs = call.arguments(list(map(_leaf, example)))
+    forward = _spelled_out(forward, kwargs)
     dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
     reads = Reads()
     try:
@@ -256,6 +257,22 @@ def _dims(value: Any, channels_are_fixed: bool) -> Any:
     if not isinstance(value, Tensor):
         return None
     return dict.fromkeys(range(value.dim() - channels_are_fixed), Dim.AUTO)
+
+
+def _spelled_out(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """`forward` with what goes into its `**kwargs` in the signature, which export relies on."""
+    signature = inspect.signature(forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra or len(named) == len(signature.parameters):
+        return forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    parameters = [*named.values(), *extra]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -75,6 +75,18 @@ def test_numbers_are_constants(captured_with: object, others: list) -> None:
     assert not any(plan_accepts(plan, tokens(), other, mode="a") for other in others)
 
 
+class Passing(Numbers):
+    def forward(self, x_BSC: Tensor, **kwargs: object) -> Tensor:
+        return super().forward(x_BSC, **kwargs)
+
+
+def test_arguments_that_are_only_passed_on() -> None:
+    plan = captured(Passing(), tokens(), gain=0.5, mode="a")
+    assert plan_accepts(plan, tokens(num_tokens=9), gain=0.5, mode="a")
+    assert not plan_accepts(plan, tokens(), gain=0.5, mode="b")
+    assert not plan_accepts(plan, tokens())
+
+
 def test_equal_sizes_of_two_inputs() -> None:
     class Added(Block):
         def forward(self, x_BSC: Tensor, y_BSC: Tensor) -> Tensor:
