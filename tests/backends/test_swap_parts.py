@@ -160,6 +160,16 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
     _check_unknown(model, counts)
 
 
+def test_another_kind_of_call_is_proved_when_it_comes() -> None:
+    """Experts are called with the tokens that were routed to them, [N, C]."""
+    model = swap(Model(UnknownBlock(nn.LayerNorm, SwiGLU(24, 40))).double())
+    mlp = next(m for m in model.modules() if isinstance(m, SwiGLU))
+    with counting() as fired:
+        mlp(torch.randn(5, 24, dtype=torch.float64))
+    assert "gated_activation" in dict(fired)
+    assert not any(d.rule == "swap" for d in fxopt.report(model).declined)
+
+
 RULES_OF_GRAPHS = {
     *("attention", "drop_mask", "qk_norm_rope", "merge_qk", "norm_modulate", "fuse_bias"),
     "merge_streams",
