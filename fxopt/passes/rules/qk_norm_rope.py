@@ -100,7 +100,7 @@ def before_repeat(operand: fx.Node) -> tuple[fx.Node, int]:
     """The key heads before they are repeated for grouped queries, and which dim they are."""
     node, heads_dim = ir.skip_copies(operand), 1
     if _exchanges_heads_and_tokens(node):
-        node, heads_dim = ir.skip_copies(node.args[0]), 2
+        node, heads_dim = ir.skip_copies(node.all_input_nodes[0]), 2
     found = unrepeated(node)
     return (operand, 1) if found is None or found[1] != heads_dim else found
 
