@@ -298,15 +298,19 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward alone: its hooks run around it already.
+    """Show the export the module's own forward alone.
 
-    The export leaves copies in the place of lists and dicts that modules hold.
+    Its hooks run around it already, and so does a `__call__` of its class, such as one that
+    checkpoints. The export leaves copies in the place of lists and dicts that modules hold.
     """
-    kept = [(vars(m), dict(vars(m))) for m in module.modules()]
+    kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
     vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
+    if own.__call__ is not nn.Module.__call__:
+        module.__class__ = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
     try:
         yield
     finally:
+        module.__class__ = own
         for held, before in kept:
             held.clear()
             held.update(before)
