@@ -196,6 +196,7 @@ def _export(
     # of its gradient would not be told from the rest.
     with torch.inference_mode(False):
         args, kwargs = call.arguments(list(map(_leaf, example)))
+    forward = _spelled_out(forward, kwargs)
     dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
     reads = Reads()
     try:
@@ -279,6 +280,22 @@ def _dims(value: Any, channels_are_fixed: bool) -> Any:
     return dict.fromkeys(range(value.dim() - channels_are_fixed), Dim.AUTO)
 
 
+def _spelled_out(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """`forward` with what goes into its `**kwargs` in the signature, which export relies on."""
+    signature = inspect.signature(forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra or len(named) == len(signature.parameters):
+        return forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    parameters = [*named.values(), *extra]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
 def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """Dynamic shapes by parameter name of forward, as export wants them."""
     try:
@@ -302,15 +319,19 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward alone: its hooks run around it already.
+    """Show the export the module's own forward alone.
 
-    The export leaves copies in the place of lists and dicts that modules hold.
+    Its hooks run around it already, and so does a `__call__` of its class, such as one that
+    checkpoints. The export leaves copies in the place of lists and dicts that modules hold.
     """
-    kept = [(vars(m), dict(vars(m))) for m in module.modules()]
+    kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
     vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
+    if own.__call__ is not nn.Module.__call__:
+        module.__class__ = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
     try:
         yield
     finally:
+        module.__class__ = own
         for held, before in kept:
             held.clear()
             held.update(before)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import options, precision, state
@@ -232,7 +233,9 @@ class SwappedForward:
 
     def _verdict(self, arguments: Arguments) -> Verdict:
         """Judge the fused form for arguments of this kind."""
-        with torch.inference_mode(False), _disable_current_modes():
+        # A checkpoint around this call counts what is saved in it: nothing of the proof.
+        uncounted = saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.inference_mode(False), _disable_current_modes(), uncounted:
             reads, verdict = prove(self.module, self.swap, arguments, self.formats)
         self.watches = [*(self.watches or ()), Watch(self.module, reads)]
         return verdict

@@ -31,7 +31,16 @@ _OF_ANY_MODULE = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {
 }
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 # Compared by identity: what they hold is no setting, or is watched elsewhere.
-_OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
+_OPAQUE = (
+    nn.Module,
+    torch.Tensor,
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.ModuleType,
+    staticmethod,  # like a function: its __dict__ holds its name and annotations, not its code
+    classmethod,
+)
 _MISSING = object()
 
 
@@ -65,6 +74,7 @@ def recording(module: nn.Module) -> Iterator[Reads]:
     reads = Reads()
     paths = {id(m): path for path, m in module.named_modules()}
     original = nn.Module.__getattribute__
+    outer = vars(nn.Module).get("__getattribute__")  # of a recording around this one
 
     def recorder(self: nn.Module, name: str) -> Any:
         path = paths.get(id(self))
@@ -78,7 +88,10 @@ def recording(module: nn.Module) -> Iterator[Reads]:
     try:
         yield reads
     finally:
-        del nn.Module.__getattribute__
+        if outer is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = outer  # type: ignore[method-assign]
 
 
 def _is_setting(module: nn.Module, path: str, name: str) -> bool:

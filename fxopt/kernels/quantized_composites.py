@@ -156,6 +156,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
             activation = below_autograd(gated_activation, gate, up, *settings)
             y = _operand(_joined(beside, activation), recipe, slot)
         ctx.settings, ctx.slots = settings, slots
+        ctx.set_materialize_grads(False)
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
         save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
@@ -164,7 +165,9 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         gate, up, beside, amax_t, weight, *amax = saved_tensors(ctx)
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]

@@ -157,8 +157,9 @@ def _prove(region: Runnable, replacement: Runnable, specs: Sequence[Spec]) -> st
         truth = _values_and_gradients(region64, inputs, specs)
         found = _values_and_gradients(replacement64, inputs, specs)
         sizes = _least_sizes(truth, inputs, specs)
+        rounding = _rounding(inputs) / MEANING_TOLERANCE
         for name, a, b, size in zip(_names(truth, specs), truth, found, sizes, strict=True):
-            difference = _difference(a, b, CANCELLED * size)
+            difference = _difference(a, b, max(CANCELLED * size, rounding) if size else 0.0)
             if not difference <= MEANING_TOLERANCE:
                 return f"{name} differs by {difference:.2g} in float64 on inputs of scale {scale:g}"
         if scale != 1.0:
@@ -219,6 +220,12 @@ def _least_sizes(
     largest = max(_size(o) for o in outputs)
     per_input = [largest / _size(x) if _size(x) else 1.0 for x in wanted]
     return [0.0] * len(outputs) + per_input
+
+
+def _rounding(inputs: Sequence[torch.Tensor]) -> float:
+    """What may be left in float64 of a gradient whose parts, products of two inputs, cancel."""
+    num_parts = max(size for x in inputs for size in (*x.shape, 1))
+    return float(torch.finfo(torch.float64).eps * num_parts * max(map(_size, inputs)) ** 2)
 
 
 def _size(x: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ Shapes: B batch, S tokens, H heads, d head dim, w table width (d or d/2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,18 @@ def find_rotation(
                 guess = n_BSHd * _widen(c, head_dim, kind) + swapped * _widen(s, head_dim, kind)
                 if guess.shape == out_BSHd.shape and (guess - out_BSHd).abs().max() < TOLERANCE:
                     return Rotation(kind, cos, sin)
-    return Reason("what stands between the norm and attention is no known rotation", end)
+    return Reason(_why_unknown(n_BSHd, out_BSHd, values.values()), end)
+
+
+def _why_unknown(n_BSHd: torch.Tensor, out_BSHd: torch.Tensor, tables: Iterable[Any]) -> str:
+    if any(table.shape[-2:] == (2, 2) for table in tables):
+        return "each pair of channels is multiplied by a 2x2 matrix, which need not be a rotation"
+    if n_BSHd.shape == out_BSHd.shape:
+        head_dim = n_BSHd.shape[-1]
+        num_rotated = int((n_BSHd != out_BSHd).flatten(0, 2).any(0).sum())
+        if num_rotated < head_dim:
+            return f"only {num_rotated} of {head_dim} channels are rotated, the op rotates all"
+    return "what stands between the norm and attention is no known rotation"
 
 
 def _extract(

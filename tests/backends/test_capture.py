@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fxopt.backends import unseen
 from fxopt.backends.calls import Call
@@ -81,6 +82,32 @@ def test_numbers_are_constants(captured_with: object, others: list) -> None:
     assert plan_accepts(plan, tokens(), captured_with, mode="a")
     assert not plan_accepts(plan, tokens(), captured_with, mode="b")
     assert not any(plan_accepts(plan, tokens(), other, mode="a") for other in others)
+
+
+class Passing(Numbers):
+    def forward(self, x_BSC: Tensor, **kwargs: object) -> Tensor:
+        return super().forward(x_BSC, **kwargs)
+
+
+def test_arguments_that_are_only_passed_on() -> None:
+    plan = captured(Passing(), tokens(), gain=0.5, mode="a")
+    assert plan_accepts(plan, tokens(num_tokens=9), gain=0.5, mode="a")
+    assert not plan_accepts(plan, tokens(), gain=0.5, mode="b")
+    assert not plan_accepts(plan, tokens())
+
+
+class Checkpointing(Block):
+    """As the layers of transformers do it."""
+
+    def __call__(self, *args: object) -> Tensor:
+        return checkpoint(super().__call__, *args, use_reentrant=False)
+
+
+def test_a_call_that_checkpoints_goes_around_the_graph() -> None:
+    block = Checkpointing()
+    plan = captured(block, tokens())
+    assert plan.fits(block) and type(block) is Checkpointing
+    assert plan.outcome.applied
 
 
 def test_equal_sizes_of_two_inputs() -> None:

@@ -82,6 +82,42 @@ def test_recording_leaves_nothing_behind() -> None:
     assert "__getattribute__" not in vars(nn.Module)
 
 
+def test_a_recording_within_a_recording() -> None:
+    outer, inner = Module(), Module()
+    with recording(outer) as reads:
+        read(inner)
+        outer(torch.ones(2, 3))
+    assert reads.values.keys() == read(Module()).values.keys()
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def thrice(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+# Each access to the __dict__ of such a type gives a new object.
+twice.__annotations__["return"] = thrice.__annotations__["return"] = tuple[Tensor, ...]
+
+
+class Static(nn.Module):
+    scale = staticmethod(twice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(x)
+
+
+def test_a_static_method_is_itself_until_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = read(Static())
+    assert reads.hold_for(Static())
+    thrice.__name__, thrice.__qualname__ = twice.__name__, twice.__qualname__
+    monkeypatch.setattr(Static, "scale", staticmethod(thrice))
+    assert not reads.hold_for(Static())
+
+
 def test_other_modules_are_not_recorded() -> None:
     module, other = Module(), Module()
     with recording(module) as reads:

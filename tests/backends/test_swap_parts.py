@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.backends.blocks import find_blocks
@@ -158,6 +159,26 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
     torch.manual_seed(0)
     model = Model(UnknownBlock(nn.LayerNorm, mlp())).eval()
     _check_unknown(model, counts)
+
+
+def test_another_kind_of_call_is_proved_when_it_comes() -> None:
+    """Experts are called with the tokens that were routed to them, [N, C]."""
+    model = swap(Model(UnknownBlock(nn.LayerNorm, SwiGLU(24, 40))).double())
+    mlp = next(m for m in model.modules() if isinstance(m, SwiGLU))
+    with counting() as fired:
+        mlp(torch.randn(5, 24, dtype=torch.float64))
+    assert "gated_activation" in dict(fired)
+    assert not any(d.rule == "swap" for d in fxopt.report(model).declined)
+
+
+def test_a_proof_within_a_checkpoint() -> None:
+    model = swap(Model(UnknownBlock(nn.LayerNorm, SwiGLU(24, 56))))
+    mlp = next(m for m in model.modules() if isinstance(m, SwiGLU))
+    x = torch.randn(5, 24, requires_grad=True)
+    with counting() as fired:
+        checkpoint(mlp, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert Counter(rule for rule, _ in fired)["gated_activation"] == 2  # once more in the backward
 
 
 RULES_OF_GRAPHS = {

@@ -201,3 +201,24 @@ def test_few_tokens_and_none(recipe: str) -> None:
         (y.sum() + z.sum()).backward()
         assert x.grad is not None and x.grad.shape == x.shape
         assert weight.grad is not None and weight.grad.isfinite().all()
+
+
+class Unreached(torch.autograd.Function):
+    """Like a later op whose other outputs alone reach the loss: it has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_no_loss_reaches_has_no_gradient(name: str) -> None:
+    """A gradient of zeros would let the optimizer decay parameters that eager leaves alone."""
+    case, x = CASES[name](), leaf(9, 3)
+    Unreached.apply(x, case.fused("fp8_rowwise")[0]).sum().backward()
+    assert x.grad is not None
+    assert all(t.grad is None for t in case.leaves)

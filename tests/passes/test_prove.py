@@ -98,6 +98,9 @@ def test_gradients_that_cancel_are_judged_by_what_cancelled():
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
     assert verdict(attention, sdpa, FP32, FP32, FP32) is None
+    # The more is summed up, the more rounding is left.
+    wide = [Spec((2, 16, 64, 64), FP32, needs_grad=True)] * 3
+    assert prove(runnable(attention, wide), runnable(sdpa, wide), wide) is None
 
 
 def test_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch):

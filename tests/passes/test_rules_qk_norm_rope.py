@@ -3,6 +3,8 @@
 Shapes: B batch, S tokens, T text tokens, H heads, d head dim, D = H * d.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,6 +230,51 @@ def test_declines_with_the_reason():
 queries: what stands between the norm and attention is no known rotation
 keys: what stands between the norm and attention is no known rotation""",
     )
+
+
+def partly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4])
+    return torch.cat([turned, x[..., d // 2 :]], dim=-1)
+
+
+def by_matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """FLUX as it was first published; the matrices come from outside in real models."""
+    a, b = x.unflatten(-1, (-1, 1, 2)).unbind(-1)
+    column, other = cos.unflatten(-1, (-1, 2, 2)).unbind(-1)
+    return (a * column[None, :, None] + b * other[None, :, None]).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("rope", "width", "why"),
+    [
+        (partly, d // 2, "only 4 of 8 channels are rotated"),
+        (by_matrices, 2 * d, "no known rotation"),
+    ],
+)
+def test_what_is_not_a_rotation_of_all_channels(rope: Callable, width: int, why: str):
+    inputs = normal(2, 5, D), *(torch.randn(5, width) for _ in range(2))
+    found = rewritten(attention(rope), *inputs, **projections())
+    assert any(why in reason for reason in found.reasons("qk_norm_rope"))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_keys_that_are_repeated_before_or_after_the_exchange_of_dims(dim: int):
+    def forward(m, x, cos, sin):
+        weights = (m.q, m.k[:d], m.v[:d])
+        q, k, v = (F.linear(x, w).unflatten(-1, (-1, d)) for w in weights)
+        q = neighbours(F.rms_norm(q, (d,), m.norm_q, eps=1e-6), cos, sin)
+        k = neighbours(F.rms_norm(k, (d,), m.norm_k, eps=1e-6), cos, sin)
+        if dim == 2:
+            k, v = (t.repeat_interleave(2, dim=2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if dim == 1:
+            k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(forward, *inputs, **projections())
+    assert found.count("qk_norm_rope") == 2, found.reasons("qk_norm_rope")
+    found.assert_as_accurate(*inputs)
 
 
 def test_rotated_queries_that_are_used_elsewhere_keep_their_value():

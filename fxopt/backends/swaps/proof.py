@@ -141,6 +141,8 @@ def replica(module: nn.Module, swap: Swap) -> nn.Module:
     twin = swap.small(module) if swap.small is not None else None
     if twin is None or not _alike(twin, module):
         twin = _copy(module)
+    for submodule in twin.modules():
+        submodule.__dict__.pop("forward", None)
     for p in twin.parameters():
         if p.is_floating_point():
             p.data = _random(p)
@@ -177,10 +179,7 @@ def _copy(module: nn.Module) -> nn.Module:
                 memo[id(value)] = type(value)()
             elif not isinstance(value, _STRUCTURAL):
                 memo[id(value)] = value  # a config or a processor: shared, not copied
-    twin = copy.deepcopy(module, memo)
-    for submodule in twin.modules():
-        submodule.__dict__.pop("forward", None)
-    return twin
+    return copy.deepcopy(module, memo)
 
 
 def _random(parameter: Tensor) -> Tensor:

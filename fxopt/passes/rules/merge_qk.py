@@ -53,7 +53,7 @@ class Biased:
 
 
 def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
-    operands = [before_repeat(attention.args[i]) for i in (0, 1)]  # type: ignore[arg-type]
+    operands = [before_repeat(attention.args[i])[0] for i in (0, 1)]  # type: ignore[arg-type]
     outs = list(dict.fromkeys(out for out in map(result, operands) if out is not None))
     outs = [out for out in outs if len(_arguments(out).joined) == 1]
     if len(outs) == 2 and _agree(*map(_arguments, outs)):

@@ -42,31 +42,32 @@ class Section:
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of the operand [B, H, S, d]."""
+    """Sizes of the operand, and which dim its heads are: [B, H, S, d] or [B, S, H, d]."""
 
     num_heads: int
     head_dim: int
+    dim: int
 
 
 def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
     for i, name in enumerate(("queries", "keys")):
         operand = attention.args[i]
         assert isinstance(operand, fx.Node)
-        for proposal in _propose_operand(before_repeat(operand)):
+        for proposal in _propose_operand(*before_repeat(operand)):
             if isinstance(proposal, Reason):
                 yield Reason(f"{name}: {proposal.why}", proposal.node, proposal.remedy)
             else:
                 yield proposal
 
 
-def _propose_operand(operand: fx.Node) -> Iterator[Binding | Reason]:
+def _propose_operand(operand: fx.Node, heads_dim: int) -> Iterator[Binding | Reason]:
     if result(operand) is not None:
         return
     sizes = ir.shape(operand)
-    if len(sizes) != 4 or not all(isinstance(s, int) for s in (sizes[1], sizes[3])):
+    if len(sizes) != 4 or not all(isinstance(s, int) for s in (sizes[heads_dim], sizes[3])):
         yield Reason(f"the operand is {list(sizes)}, not [batch, heads, tokens, head_dim]", operand)
         return
-    heads = Heads(sizes[1], sizes[3])
+    heads = Heads(sizes[heads_dim], sizes[3], heads_dim)
     region = _region(operand)
     sources = _sources(region)
     if not sources or _is_view_of(operand, sources[0]):
@@ -95,10 +96,19 @@ def result(node: fx.Node) -> fx.Node | None:
     return node if is_result else None
 
 
-def before_repeat(operand: fx.Node) -> fx.Node:
-    """The key heads before they are repeated for grouped queries."""
-    found = unrepeated(ir.skip_copies(operand))
-    return found[0] if found is not None and found[1] == 1 else operand
+def before_repeat(operand: fx.Node) -> tuple[fx.Node, int]:
+    """The key heads before they are repeated for grouped queries, and which dim they are."""
+    node, heads_dim = ir.skip_copies(operand), 1
+    if _exchanges_heads_and_tokens(node):
+        node, heads_dim = ir.skip_copies(node.all_input_nodes[0]), 2
+    found = unrepeated(node)
+    return (operand, 1) if found is None or found[1] != heads_dim else found
+
+
+def _exchanges_heads_and_tokens(node: fx.Node) -> bool:
+    if ir.is_call(node, aten.transpose.int):
+        return {dim % 4 for dim in node.args[1:]} == {1, 2}
+    return ir.is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]
 
 
 def _region(operand: fx.Node) -> list[fx.Node]:
@@ -269,7 +279,7 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
         unbiased = [None] * len(sections)
         lists = (x, unbiased, weights, biases, cos, sin, [len(sections)])
         out_BSHd = call(operator.getitem, call(qk_norm_rope, *lists, *settings), 0)
-        return call(aten.permute.default, out_BSHd, [0, 2, 1, 3])
+        return out_BSHd if heads.dim == 2 else call(aten.permute.default, out_BSHd, [0, 2, 1, 3])
 
     constants = tuple(dict.fromkeys(t.node for t in tables))
     return Binding(operand, inputs, (operand,), emit, "qk_norm_rope", constants)
