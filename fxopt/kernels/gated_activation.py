@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register
 from fxopt.kernels.sharding import Arguments, rows
 
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ def reference(gate: Tensor, up: Tensor | None, activation: str, packing: str) ->
     Returns y [..., F] in gate's dtype, rounded once from fp32 (fp64 for fp64).
     """
     gate, up = halves(gate, up, packing)
-    opmath = _opmath(gate)
+    opmath = opmath_of(gate)
     y = _REFERENCES[activation](gate.to(opmath))
     return (y if up is None else y * up.to(opmath)).to(gate.dtype)
 
@@ -95,7 +95,7 @@ def _of_aten(forward: torch._ops.OpOverloadPacket, backward: Callable[..., Any])
 # and which the backward would call twice when it also recomputes the activation.
 def _gelu_tanh(x: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    linear, half = (x.new_full((), c, dtype=_opmath(x)) for c in (GELU_LINEAR, 0.5))
+    linear, half = (x.new_full((), c, dtype=opmath_of(x)) for c in (GELU_LINEAR, 0.5))
     for x_block, y_block, (cdf, x_opmath) in _blocks(x, y, num_scratch=2):
         x = x_block if x_block.dtype == cdf.dtype else x_opmath.copy_(x_block)
         torch.addcmul(linear, x, x, value=GELU_CUBIC, out=cdf).mul_(x).tanh_()
@@ -105,7 +105,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_backward(grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None) -> None:
-    linear, half = (x.new_full((), c, dtype=_opmath(x)) for c in (GELU_LINEAR, 0.5))
+    linear, half = (x.new_full((), c, dtype=opmath_of(x)) for c in (GELU_LINEAR, 0.5))
     slope_linear = -2 * linear
     for grad_block, x_block, dx_block, y_block, scratch in _blocks(grad, x, dx, y, num_scratch=5):
         q, cdf, tail, x, grad = scratch
@@ -160,10 +160,6 @@ _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _opmath(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def halves(gate: Tensor, up: Tensor | None, packing: str) -> tuple[Tensor, Tensor | None]:
     """What is activated and what it is multiplied by, unpacked."""
     if packing == "none":
@@ -194,7 +190,7 @@ def _blocks(*tensors: Tensor | None, num_scratch: int) -> Iterator[tuple[Any, ..
     step = max(like.numel() // num_features, 1)
     if like.device.type == "cpu":
         step = min(step, max(BLOCK * torch.get_num_threads() // num_features, 1))
-    scratch = like.new_empty(num_scratch, step, num_features, dtype=_opmath(like)).unbind()
+    scratch = like.new_empty(num_scratch, step, num_features, dtype=opmath_of(like)).unbind()
     blocks_NF = [
         repeat(None) if t is None else t.reshape(-1, num_features).split(step) for t in tensors
     ]

@@ -25,7 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.linears import flat, without_autocast
-from fxopt.kernels.registration import below_autograd, register, register_composite
+from fxopt.kernels.registration import (
+    below_autograd,
+    opmath_of,
+    register,
+    register_composite,
+)
 
 REDUCTIONS = ("mean", "sum")
 # Tokens of a chunk. Adding its part of dweight moves 10 bytes per element of the weight, its
@@ -76,10 +81,6 @@ def check(x: Tensor, weight: Tensor, target: Tensor, reduction: str) -> None:
             "linear_cross_entropy takes x [..., K], weight [V, K] and target [...], but theirs are "
             f"{list(x.shape)}, {list(weight.shape)} and {list(target.shape)}"
         )
-
-
-def opmath_of(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def softmax_native(

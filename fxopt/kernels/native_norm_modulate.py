@@ -12,9 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def opmath_of(x: Tensor, *dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+from fxopt.kernels.registration import opmath_of
 
 
 class Groups:

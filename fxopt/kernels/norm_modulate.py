@@ -22,13 +22,12 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import (
-    opmath_of,
     outputs,
     outputs_backward,
     passes_through,
     wanted,
 )
-from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register
 from fxopt.kernels.sharding import rows
 
 
@@ -66,8 +65,8 @@ def reference(
         weight_offset, scale_offset: constants added to `weight` and `scale`.
         h_dtype, dtype: dtypes of `h` and `y`.
 
-    Numerics: fp32 throughout (fp64 where an operand or result is fp64), `h` and `y` rounded once,
-    the norm taken of the rounded `h`.
+    Numerics: fp32 throughout (fp64 where `x` or a result is fp64), `h` and `y` rounded once, the
+    norm taken of the rounded `h`.
     """
     opmath = opmath_of(x, h_dtype, dtype)
     h = x

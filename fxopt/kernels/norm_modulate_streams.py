@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as native
-from fxopt.kernels.native_norm_modulate import opmath_of, outputs, outputs_backward, wanted
+from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
-from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
 NUM_OPERANDS = 8

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
 Optional = Sequence[Tensor | None]
@@ -82,7 +82,7 @@ class Arguments(NamedTuple):
     @property
     def math(self) -> torch.dtype:
         """Dtype of all arithmetic and of the statistics."""
-        return torch.float64 if torch.float64 in (self.x[0].dtype, self.dtype) else torch.float32
+        return opmath_of(self.x[0], self.dtype)
 
     @property
     def sections(self) -> Iterator[Section]:

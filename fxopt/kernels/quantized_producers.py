@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import gated_activation, native_norm_modulate, quantize
-from fxopt.kernels.registration import register
+from fxopt.kernels.registration import opmath_of, register
 from fxopt.recipes import Operand
 
 NORM_ARGUMENTS = (
@@ -205,7 +205,7 @@ def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
 def triton_norm(*args: Any) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    in_fp64 = native_norm_modulate.opmath_of(args[0], *args[12:14]) == torch.float64
+    in_fp64 = opmath_of(args[0], *args[12:14]) == torch.float64
     return native_norm(*args) if in_fp64 or not args[0].numel() else kernels.forward(*args)
 
 

@@ -32,6 +32,11 @@ def triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def opmath_of(x: torch.Tensor, *dtypes: torch.dtype) -> torch.dtype:
+    """In what an op on `x` with results of these dtypes computes: fp32, or fp64 if one is."""
+    return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+
+
 def provider(name: str, device: torch.device) -> str:
     """What runs `name` on `device`: "triton", "native", or a PyTorch "library" kernel."""
     providers = PROVIDERS.get(name, ("library",))

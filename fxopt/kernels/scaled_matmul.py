@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS, Quantized, decode, dequantize_matrix
 from fxopt.kernels.registration import PROVIDERS, register
-from fxopt.recipes import Gemm, Operand
+from fxopt.recipes import Gemm, Operand, Recipe
 
 # Compute capability from which torch._scaled_mm multiplies operands of these blocks. Other blocks
 # need scales in a swizzled layout that nothing here writes yet: they are emulated everywhere.
@@ -26,6 +26,12 @@ def native_capability(gemm: Gemm) -> tuple[int, int] | None:
     needed = [NATIVE_CAPABILITY.get(operand.block) for operand in (gemm.a, gemm.b)]
     known = [n for n in needed if n is not None]
     return max(known) if len(known) == 2 else None
+
+
+def op_of(recipe: Recipe) -> str:
+    """Under which name PROVIDERS has the products of a recipe: by whether units multiply so."""
+    on_units = all(native_capability(gemm) is not None for _, gemm in recipe.gemms)
+    return "scaled_matmul" if on_units else "scaled_matmul by emulation"
 
 
 def multiply(
@@ -82,7 +88,13 @@ def on_units(
     dtype: torch.dtype,
 ) -> Tensor:
     """The same by torch._scaled_mm, which wants one kind of scale and a 16-bit bias."""
-    if a_scales.shape[0] != 1 or b_scales.shape[0] != 1:
+    by_row = a_scales.shape[0] != 1 or b_scales.shape[0] != 1
+    if by_row and dtype == torch.float32:
+        # Not every device has a kernel that scales rows of fp32; the scales stand behind the sum.
+        one = a_scales.new_ones(1, 1)
+        y = on_units(a, one, b, one, None, fast, dtype).mul_(a_scales).mul_(b_scales.t())
+        return y if bias is None else y + bias
+    if by_row:
         a_scales = a_scales.repeat(a.shape[0] // a_scales.shape[0], 1)
         b_scales = b_scales.repeat(b.shape[0] // b_scales.shape[0], 1)
     inside = bias is not None and bias.dtype == dtype != torch.float32
@@ -131,5 +143,6 @@ scaled_matmul = register(
     fake=fake,
     flops=flops,
 )
-# On CUDA it is PyTorch's own kernel, where there is one for the formats.
+# On CUDA it is PyTorch's own kernel, where there is one for the formats (`op_of`).
 PROVIDERS["scaled_matmul"] = ("library", "native")
+PROVIDERS["scaled_matmul by emulation"] = ("native",)

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fxopt.kernels.registration import register
+from fxopt.kernels.registration import opmath_of, register
 
 
 def native(parts: list[Tensor]) -> Tensor:
@@ -19,8 +19,7 @@ def native(parts: list[Tensor]) -> Tensor:
     Returns y in their dtype, rounded once: pairwise sums would round after each.
     """
     first, *others = parts
-    opmath = torch.float64 if first.dtype == torch.float64 else torch.float32
-    total = first.to(opmath, copy=True)
+    total = first.to(opmath_of(first), copy=True)
     return reduce(lambda sum, part: sum.add_(part), others, total).to(first.dtype)
 
 

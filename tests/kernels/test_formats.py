@@ -79,7 +79,9 @@ def test_rounding_takes_the_nearest_value_and_ties_to_even(name: str, inputs: st
 
 
 def test_e2m1_agrees_with_torchao() -> None:
-    kernels = pytest.importorskip("torchao.prototype.mx_formats.kernels")
+    kernels = pytest.importorskip(
+        "torchao.prototype.mx_formats.kernels", reason="needs torchao, an oracle"
+    )
     for x in INPUTS.values():
         x = x[x.isfinite()]
         x = x[: len(x) // 2 * 2].reshape(1, -1)
@@ -249,7 +251,7 @@ def test_underflow_of_gradients_whose_rows_differ() -> None:
 
 
 def test_fp8_agrees_with_torchao() -> None:
-    utils = pytest.importorskip("torchao.float8.float8_utils")
+    utils = pytest.importorskip("torchao.float8.float8_utils", reason="needs torchao, an oracle")
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for name in ("e4m3", "e5m2"):
         dtype = FORMATS[name].dtype
@@ -263,8 +265,12 @@ def test_fp8_agrees_with_torchao() -> None:
 
 
 def test_mx_and_nvfp4_agree_with_torchao() -> None:
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    nv = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    mx = pytest.importorskip(
+        "torchao.prototype.mx_formats.mx_tensor", reason="needs torchao, an oracle"
+    )
+    nv = pytest.importorskip(
+        "torchao.prototype.mx_formats.nvfp4_tensor", reason="needs torchao, an oracle"
+    )
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     scales, codes = mx.to_mx(x, torch.float8_e4m3fn, 32, mx.ScaleCalculationMode.RCEIL)
     found = quantize_matrix(x, Operand("e4m3", "1x32", "e8m0"))

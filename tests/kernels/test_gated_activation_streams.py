@@ -56,7 +56,7 @@ def test_each_stream_is_as_alone(provider: str, form: str):
         gated_activation_streams_backward(*joined_backward(back)),
     )
     if provider == "triton":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", reason="needs Triton")
         forward, backward = op.triton_forward, op.triton_backward
         found = op.triton_forward_of(calls)
         found_back = [t for results in op.triton_backward_of(back) for t in results]

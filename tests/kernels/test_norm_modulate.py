@@ -158,7 +158,7 @@ def test_long_reductions_are_as_accurate_as_eager(dtype):
 def provider_module(provider: str):
     if provider == "native":
         return op_module.native
-    return pytest.importorskip("fxopt.kernels.triton_norm_modulate")
+    return pytest.importorskip("fxopt.kernels.triton_norm_modulate", reason="needs Triton")
 
 
 PROVIDERS = ("native", "triton")

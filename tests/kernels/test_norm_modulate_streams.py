@@ -85,7 +85,7 @@ def test_native_is_that_of_each_stream(name: str, norm: str):
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 @pytest.mark.parametrize("name", STREAMS)
 def test_triton_is_that_of_each_stream(name: str, norm: str):
-    provider = pytest.importorskip("fxopt.kernels.triton_norm_modulate")
+    provider = pytest.importorskip("fxopt.kernels.triton_norm_modulate", reason="needs Triton")
     streams = [s for s in STREAMS[name] if norm != "none" or s is not PLAIN]
     calls, back = made(streams, norm)
     # The same kernel on the same rows. In the backward a stream has fewer programs than alone, so
@@ -99,7 +99,7 @@ def test_triton_is_that_of_each_stream(name: str, norm: str):
 
 
 def test_triton_launches_once_for_all(monkeypatch: pytest.MonkeyPatch):
-    provider = pytest.importorskip("fxopt.kernels.triton_norm_modulate")
+    provider = pytest.importorskip("fxopt.kernels.triton_norm_modulate", reason="needs Triton")
     calls, back = made(STREAMS["image and text"], "layer")
     launched = []
 

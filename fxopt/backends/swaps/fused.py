@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.quantized import is_plain as is_plain
+from fxopt.kernels import scaled_matmul
 from fxopt.kernels.quantized_composites import op_of
 from fxopt.passes.rules.merge_streams import common_of_norms
 from fxopt.recipes import Recipe
@@ -159,7 +160,7 @@ class Normed(NamedTuple):
 def fire_low(op: str, num_linears: int, recipe: Recipe) -> None:
     """Note that quantized linears run together with the op that makes their input."""
     for _ in range(num_linears):
-        fire("quantized_linear", "scaled_matmul")
+        fire("quantized_linear", scaled_matmul.op_of(recipe))
     fire("merge_quantized", op_of(op, recipe))
 
 
@@ -211,7 +212,7 @@ def _project_by(
     for recipe in {id(r): r for r in recipes if r is not None}.values():
         low = [m for m, r in zip(linears, recipes, strict=True) if r is recipe]
         for _ in low:
-            fire("quantized_linear", "scaled_matmul")
+            fire("quantized_linear", scaled_matmul.op_of(recipe))
         outs = quantized.multiply(x, low, recipe, keeps_x=keeps_x)
         products |= zip(low, outs, strict=True)
     return [products[m] if m in products else m(x) for m in linears]

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.fused import fire
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
+from fxopt.kernels.scaled_matmul import op_of
 
 
 def forward(linear: nn.Linear, input: Tensor) -> Tensor:
     recipe = quantized.quantizes(input, linear, is_swapped=True)
     if recipe is None:
         raise Unfit(quantized.reason(linear))
-    fire("quantized_linear", "scaled_matmul")
+    fire("quantized_linear", op_of(recipe))
     return quantized.multiply(input, [linear], recipe)[0]
 
 

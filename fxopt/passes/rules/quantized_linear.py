@@ -20,7 +20,7 @@ from torch import fx
 from fxopt import cost
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.quantized_linears import quantized_linears
-from fxopt.kernels.scaled_matmul import MULTIPLE
+from fxopt.kernels.scaled_matmul import MULTIPLE, op_of
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
@@ -182,7 +182,7 @@ def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
         inputs,
         tuple(group),
         emit,
-        "scaled_matmul",
+        op_of(recipe),
         regroups=True,
         count=len(group),
     )
