@@ -224,8 +224,10 @@ def _least_sizes(
 
 def _rounding(inputs: Sequence[torch.Tensor]) -> float:
     """What may be left in float64 of a gradient whose parts, products of two inputs, cancel."""
-    num_parts = max(size for x in inputs for size in (*x.shape, 1))
-    return float(torch.finfo(torch.float64).eps * num_parts * max(map(_size, inputs)) ** 2)
+    factors = [x for x in inputs if x.is_floating_point() or x.is_complex()]
+    num_parts = max((size for x in factors for size in x.shape), default=1)
+    largest = max(map(_size, factors), default=0.0)
+    return torch.finfo(torch.float64).eps * num_parts * largest**2
 
 
 def _size(x: torch.Tensor) -> float:
