@@ -82,6 +82,15 @@ def test_norm_modulate(norm, width, dtype):
         check(op, reference, inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_of_one_value_has_no_variance(width, dtype):
+    x = torch.full((3, width), 1000.0, device="cuda", dtype=dtype)
+    settings = "layer", 1e-6, 0.0, 0.0, dtype, dtype
+    y, *_ = norm_modulate.norm_modulate(x, *[None] * 7, *settings)
+    assert y.eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1536, 5120])
 def test_norm_modulate_streams(width, dtype):
