@@ -29,6 +29,7 @@ from fxopt.backends.calls import (
     sizes_fit,
     state_sources,
 )
+from fxopt.backends.failures import described, giving_up
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
@@ -156,33 +157,34 @@ def _capture(
     planned_for: torch.device | None,
 ) -> Plan:
     program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
-    gm = program.graph_module
-    write_out(gm, call.autocast)
-    canonicalize(gm)
-    slots, learned = _slots(program)
-    inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
-    learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
-    for body in ir.graphs(gm):
-        body.meta[ir.IS_DOUBLED] = example is not call.leaves
-    meter = None
-    if planned_for is not None:
-        meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
-    device = planned_for or device
-    outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
-    return Plan(
-        run=_without(call.autocast, gm.forward),
-        gm=gm,
-        slots=slots,
-        in_spec=call.spec,
-        out_spec=program.call_spec.out_spec,
-        reads=reads,
-        autocast=call.autocast,
-        needs_grad_mode=needs_grad_mode,
-        state=state_of(module),
-        leaves=leaves_of(gm, len(slots), call.leaves, outcome.constants),
-        guards=size_guards(gm),
-        outcome=outcome,
-    )
+    with giving_up(reads):
+        gm = program.graph_module
+        write_out(gm, call.autocast)
+        canonicalize(gm)
+        slots, learned = _slots(program)
+        inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
+        learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
+        for body in ir.graphs(gm):
+            body.meta[ir.IS_DOUBLED] = example is not call.leaves
+        meter = None
+        if planned_for is not None:
+            meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
+        device = planned_for or device
+        outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
+        return Plan(
+            run=_without(call.autocast, gm.forward),
+            gm=gm,
+            slots=slots,
+            in_spec=call.spec,
+            out_spec=program.call_spec.out_spec,
+            reads=reads,
+            autocast=call.autocast,
+            needs_grad_mode=needs_grad_mode,
+            state=state_of(module),
+            leaves=leaves_of(gm, len(slots), call.leaves, outcome.constants),
+            guards=size_guards(gm),
+            outcome=outcome,
+        )
 
 
 def _export(
@@ -217,8 +219,7 @@ def _export(
         raise CannotCapture(str(reason), reads) from reason
     except Exception as error:
         reads.undo()
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CannotCapture(f"torch.export: {type(error).__name__}: {first}", reads) from error
+        raise CannotCapture(f"torch.export: {described(error)}", reads) from error
     return program, reads, asked.grad_mode
 
 
