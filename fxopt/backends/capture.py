@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -41,6 +42,8 @@ from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
 State = dict[str, tuple[Any, ...]]
+# Shapes that are remembered, the latest: one that was forgotten is checked again, not captured.
+MAX_SHAPES = 256
 
 
 @dataclass
@@ -66,7 +69,10 @@ class Plan:
     outcome: Outcome
     # By which sizes are 1: why it may not run there, or None.
     tried: dict[Hashable, str | None] = field(default_factory=dict)
-    _sizes: dict[Any, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fit = functools.partial(sizes_fit, self.leaves, self.guards)
+        self.sizes_fit = functools.lru_cache(MAX_SHAPES)(fit)
 
     def accepts(self, call: Call) -> bool:
         """Whether a call is one that the graph was captured for."""
@@ -76,9 +82,7 @@ class Plan:
             return False
         if not all(map(Leaf.matches, self.leaves, call.leaves)):
             return False
-        if call.shapes not in self._sizes:
-            self._sizes[call.shapes] = sizes_fit(self.leaves, self.guards, call.shapes)
-        return self._sizes[call.shapes]
+        return self.sizes_fit(call.shapes)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether `module` would have given the same graph."""
