@@ -74,11 +74,23 @@ def recording(module: nn.Module) -> Iterator[Reads]:
             reads.contents += _contents(value)
         return original(self, name)
 
-    nn.Module.__getattribute__ = recorder  # type: ignore[method-assign, assignment]
-    try:
+    with replaced(nn.Module, "__getattribute__", recorder):
         yield reads
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute of a class or module for a while; then what was there before, if any."""
+    held = vars(owner)
+    own, kept = name in held, held.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        del nn.Module.__getattribute__
+        if own:
+            setattr(owner, name, kept)
+        else:
+            delattr(owner, name)
 
 
 def _is_setting(module: nn.Module, path: str, name: str) -> bool:
