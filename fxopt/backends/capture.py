@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import io
-import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +28,7 @@ from fxopt.backends.calls import (
     state_sources,
 )
 from fxopt.backends.failures import described, giving_up
+from fxopt.backends.quiet import quiet
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
@@ -207,7 +205,7 @@ def _export(
     try:
         with (
             _untouched(module, forward),
-            _quiet(),
+            quiet(),
             torch.inference_mode(False),
             torch.enable_grad(),
             recording(module) as reads,
@@ -290,19 +288,6 @@ def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, A
         return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise CannotCapture(str(error)) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporting reports on itself; what matters goes to the report."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 @contextlib.contextmanager
