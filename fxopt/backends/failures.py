@@ -18,7 +18,7 @@ def described(error: Exception) -> str:
 
 
 def internal(error: Exception) -> str:
-    """The same for a mistake of fxopt's own, of which it warns: the tests make it an error."""
+    """The same for a mistake of fxopt's own, of which it warns; the tests make that an error."""
     message = f"an internal error of fxopt: {described(error)}"
     warnings.warn(f"{message}; the block runs as it is", RuntimeWarning, stacklevel=2)
     return message
