@@ -146,6 +146,23 @@ class OtherRecipe(FxoptError):
 
 
 @dataclass(eq=False)
+class OtherSetting(FxoptError):
+    """A door was opened again on a model, with another value of one of its arguments."""
+
+    name: str
+    asked: object
+    present: object
+    template = (
+        "{name}={asked} was asked for, but the model is rewritten with {name}={present} already; "
+        "call fxopt.restore(model) first"
+    )
+
+    def __post_init__(self) -> None:
+        self.asked, self.present = reprlib.repr(self.asked), reprlib.repr(self.present)
+        super().__post_init__()
+
+
+@dataclass(eq=False)
 class NotNative(FxoptError):
     """A recipe that may not be emulated was asked for on a device that cannot run it."""
 

@@ -34,8 +34,11 @@ VIEWS = {
 }
 SCALED = "fxopt::scaled_matmul"
 SCALED_FORMATS = slice(7, 9)  # its arguments a_format and b_format
-ALLOCATIONS = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros_like"),
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# Kernels that do not read their first argument: it is written over, or only lends its shape.
+WRITES = {
+    *("copy_", "zero_", "fill_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like"),
+    *("new_ones", "full", "full_like", "new_full"),
 }
 
 
@@ -131,7 +134,7 @@ class _Counting(TorchDispatchMode):
             return out
         launches = LAUNCHES.get(name)
         self.traffic.launches[name] += 1 if launches is None else launches(*args)
-        operands = args[1:] if name == "copy_" else (args, kwargs)
+        operands = args[1:] if name in WRITES else (args, kwargs)
         read = {id(t): t for t in tree_leaves(operands) if isinstance(t, Tensor)}
         num_bytes = moved(read.values()) + moved(tree_leaves(out))
         num_bytes += moved(REREADS[name](args, out)) if name in REREADS else 0

@@ -23,6 +23,10 @@ CASES = [
     (errors.UnknownRecipe("bf61", ("bf16", "fp8")), ["recipe 'bf61'", "did you mean 'bf16'"]),
     (errors.InvalidRecipe("mine", "a is no b"), ["'mine'", "a is no b", "fxopt.recipes.RECIPES"]),
     (errors.OtherRecipe("fp8", "bf16"), ["'fp8'", "'bf16'", "fxopt.restore"]),
+    (
+        errors.OtherSetting("execution", "compile", "eager"),
+        ["execution='compile'", "execution='eager'", "fxopt.restore"],
+    ),
     (errors.NotNative("fp8", "cpu", "x 9.0"), ["'fp8'", "cpu", "x 9.0", "emulate=True"]),
     (recipe_errors.InvalidStep(-1), ["step -1", "integer from 0", "optimizer steps"]),
     (recipe_errors.StepNotTold("late"), ["'late'", "schedule", "fxopt.at_step(step)"]),

@@ -46,6 +46,24 @@ def test_views_and_allocations_are_free():
     assert forward.glue_bytes == 2 * ELEMENTS // 2 * 2
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        torch.zeros_like,
+        lambda x: x.new_zeros(x.shape),
+        lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device),
+        lambda x: torch.full_like(x, 2.0),
+        lambda x: torch.empty_like(x).zero_(),
+        lambda x: torch.empty_like(x).fill_(1.0),
+    ],
+)
+def test_a_fill_is_a_launch_that_writes(fill):
+    plain, _ = count(lambda w, x: x * 2, activation())
+    forward, _ = count(lambda w, x: (fill(x), x * 2)[1], activation())
+    assert forward.num_launches == plain.num_launches + 1
+    assert forward.glue_bytes == plain.glue_bytes + ELEMENTS * 2
+
+
 def test_expanded_operand_costs_what_it_stores():
     forward, _ = count(lambda w, x: x + w.expand(B, S, D), activation())
     assert forward.glue_bytes == (2 * ELEMENTS + D) * 2

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import io
-import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,8 @@ from fxopt.backends.calls import (
     sizes_fit,
     state_sources,
 )
+from fxopt.backends.failures import described, giving_up
+from fxopt.backends.quiet import quiet
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.unseen import refusing
@@ -40,6 +40,8 @@ from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
 State = dict[str, tuple[Any, ...]]
+# Shapes that are remembered, the latest: one that was forgotten is checked again, not captured.
+MAX_SHAPES = 256
 
 
 @dataclass
@@ -65,7 +67,10 @@ class Plan:
     outcome: Outcome
     # By which sizes are 1: why it may not run there, or None.
     tried: dict[Hashable, str | None] = field(default_factory=dict)
-    _sizes: dict[Any, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fit = functools.partial(sizes_fit, self.leaves, self.guards)
+        self.sizes_fit = functools.lru_cache(MAX_SHAPES)(fit)
 
     def accepts(self, call: Call) -> bool:
         """Whether a call is one that the graph was captured for."""
@@ -75,9 +80,7 @@ class Plan:
             return False
         if not all(map(Leaf.matches, self.leaves, call.leaves)):
             return False
-        if call.shapes not in self._sizes:
-            self._sizes[call.shapes] = sizes_fit(self.leaves, self.guards, call.shapes)
-        return self._sizes[call.shapes]
+        return self.sizes_fit(call.shapes)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether `module` would have given the same graph."""
@@ -156,33 +159,34 @@ def _capture(
     planned_for: torch.device | None,
 ) -> Plan:
     program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
-    gm = program.graph_module
-    write_out(gm, call.autocast)
-    canonicalize(gm)
-    slots, learned = _slots(program)
-    inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
-    learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
-    for body in ir.graphs(gm):
-        body.meta[ir.IS_DOUBLED] = example is not call.leaves
-    meter = None
-    if planned_for is not None:
-        meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
-    device = planned_for or device
-    outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
-    return Plan(
-        run=_without(call.autocast, gm.forward),
-        gm=gm,
-        slots=slots,
-        in_spec=call.spec,
-        out_spec=program.call_spec.out_spec,
-        reads=reads,
-        autocast=call.autocast,
-        needs_grad_mode=needs_grad_mode,
-        state=state_of(module),
-        leaves=leaves_of(gm, len(slots), call.leaves, outcome.constants),
-        guards=size_guards(gm),
-        outcome=outcome,
-    )
+    with giving_up(reads):
+        gm = program.graph_module
+        write_out(gm, call.autocast)
+        canonicalize(gm)
+        slots, learned = _slots(program)
+        inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]
+        learned |= {n.name for n, v in zip(inputs, call.leaves, strict=True) if _requires_grad(v)}
+        for body in ir.graphs(gm):
+            body.meta[ir.IS_DOUBLED] = example is not call.leaves
+        meter = None
+        if planned_for is not None:
+            meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
+        device = planned_for or device
+        outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
+        return Plan(
+            run=_without(call.autocast, gm.forward),
+            gm=gm,
+            slots=slots,
+            in_spec=call.spec,
+            out_spec=program.call_spec.out_spec,
+            reads=reads,
+            autocast=call.autocast,
+            needs_grad_mode=needs_grad_mode,
+            state=state_of(module),
+            leaves=leaves_of(gm, len(slots), call.leaves, outcome.constants),
+            guards=size_guards(gm),
+            outcome=outcome,
+        )
 
 
 def _export(
@@ -202,7 +206,7 @@ def _export(
     try:
         with (
             _untouched(module, forward),
-            _quiet(),
+            quiet(),
             torch.inference_mode(False),
             torch.enable_grad(),
             recording(module) as reads,
@@ -218,8 +222,7 @@ def _export(
         raise CannotCapture(str(reason), reads) from reason
     except Exception as error:
         reads.undo()
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CannotCapture(f"torch.export: {type(error).__name__}: {first}", reads) from error
+        raise CannotCapture(f"torch.export: {described(error)}", reads) from error
     return program, reads, asked.grad_mode
 
 
@@ -304,19 +307,6 @@ def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, A
         return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise CannotCapture(str(error)) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporting reports on itself; what matters goes to the report."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ its hooks, and would change the keys of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,10 +20,9 @@ from fxopt.report import Declined, Report
 class CompiledBlocks:
     """One use of `optimize(execution="compile")` on a model."""
 
-    def __init__(
-        self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
-    ) -> None:
-        self.recipe = recipe
+    def __init__(self, settings: state.Settings, outside: tuple[Declined, ...]) -> None:
+        self.settings = settings
+        recipe, blocks = settings.recipe, settings.blocks
         self.empty = Report("optimize", recipe.name, "cpu", declined=outside)
         self.reports: dict[str, list[Report]] = {fqn: [] for fqn in blocks}
         self.blocks = dict(blocks)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxopt.backends import inductor, precision
 from fxopt.backends import options as shared
+from fxopt.backends.failures import described, internal
 from fxopt.errors import UnknownOption
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -76,9 +77,18 @@ def rewritten_graph(
 ) -> tuple[fx.GraphModule, Report]:
     """The graph to compile, and what was done to it: `gm` itself if no rule fired."""
     device = _device(example_inputs)
+
+    def declined(reason: str) -> tuple[fx.GraphModule, Report]:
+        """A graph that the compiler alone compiles is never broken."""
+        found = Outcome(declined=[Declined("capture", "", "", "", (reason,))])
+        return gm, _report(found, recipe, device)
+
     try:
         graph = retrace(gm, example_inputs)
         write_out(graph, Autocast.current(device.type))
+    except Exception as error:
+        return declined(described(error))
+    try:
         canonicalize(graph)
         outcome = rewrite(
             graph,
@@ -89,17 +99,12 @@ def rewritten_graph(
         # A table that arrives with requires_grad would lose its gradient; Dynamo guards on it.
         trained = outcome.constants & _trained(gm, example_inputs)
         if trained:
-            raise RuntimeError(f"{sorted(trained)[0]} requires a gradient that the op lacks")
+            return declined(f"{sorted(trained)[0]} requires a gradient that the op lacks")
         if outcome.applied:
             inline_native(graph)
-    except Exception as error:  # never break a graph that the compiler alone compiles
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return gm, _report(Outcome(declined=[_not_captured(reason)]), recipe, device)
+    except Exception as error:
+        return declined(internal(error))
     return (graph if outcome.applied else gm), _report(outcome, recipe, device)
-
-
-def _not_captured(reason: str) -> Declined:
-    return Declined("capture", "", "", "", (reason,))
 
 
 def _report(outcome: Outcome, recipe: Recipe, device: torch.device) -> Report:

@@ -25,7 +25,7 @@ from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
-from fxopt.errors import StillRewritten, StrictRule
+from fxopt.errors import StillRewritten
 from fxopt.kernels.registration import provider
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, quantized_linear
@@ -63,18 +63,17 @@ def swap(
     chosen = options.check(recipe=recipe, rules=strict)
     blocks = find_blocks(model, targets)
     precision.check_model(chosen, model)
+    settings = state.Settings(chosen, blocks, targets)
     for opened in state.doors(model):
         if isinstance(opened, Swaps):
-            state.require_recipe(opened, chosen)
+            opened.settings.require(settings)
+            state.require_fired(opened, strict)
             return model
-    door = Swaps(chosen, precision.outside(chosen, model, blocks))
+    door = Swaps(settings, precision.outside(chosen, model, blocks))
     try:
         for fqn, block in blocks.items():
             door.enter(fqn, block)
-        report = door.report()
-        for rule in strict:
-            if not report.count(rule):
-                raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+        state.require_fired(door, strict)
     except BaseException:
         door.restore(model)
         raise
@@ -85,8 +84,8 @@ def swap(
 class Swaps:
     """One use of `swap` on a model."""
 
-    def __init__(self, recipe: Recipe, outside: tuple[Declined, ...] = ()) -> None:
-        self.recipe = recipe
+    def __init__(self, settings: state.Settings, outside: tuple[Declined, ...]) -> None:
+        self.settings, self.recipe = settings, settings.recipe
         self.installed: list[SwappedForward] = []
         self.declined: list[Declined] = list(outside)
         self.device: torch.device | None = None

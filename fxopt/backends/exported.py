@@ -33,7 +33,8 @@ def optimize(
 
     Each distinct block is captured once, at its first call, for all batch and sequence sizes, and
     checked against the module's own result on that call's inputs. What cannot be captured stays as
-    it is; `fxopt.report(model)` says why. Parameters, `state_dict` and hooks are untouched.
+    it is; `fxopt.report(model)` says why. Parameters, `state_dict` and hooks are untouched. Asked
+    again for the same, it leaves the model as it is.
 
     Args:
         model: any module; its parameters may be sharded, frozen or wrapped later on.
@@ -52,18 +53,18 @@ def optimize(
     chosen = options.check(recipe=recipe, execution=execution, rules=strict)
     blocks = find_blocks(model, targets)
     precision.check_model(chosen, model)
-    opened = (d for d in state.doors(model) if isinstance(d, (Optimized, CompiledBlocks)))
+    settings = state.Settings(chosen, blocks, targets, execution)
+    opened = [d for d in state.doors(model) if isinstance(d, (Optimized, CompiledBlocks))]
     for door in opened:
-        state.require_recipe(door, chosen)
-        if strict:
-            state.StrictOnce(model, door, strict)
-        return model
+        door.settings.require(settings)
     if example_inputs is not None:
         options.check_inputs(model, example_inputs)
-    opens: type[Optimized | CompiledBlocks]
-    opens = CompiledBlocks if execution == "compile" else Optimized
-    door = opens(chosen, blocks, precision.outside(chosen, model, blocks))
-    state.remember(model, door)
+    if not opened:
+        opens: type[Optimized | CompiledBlocks]
+        opens = CompiledBlocks if execution == "compile" else Optimized
+        opened = [opens(settings, precision.outside(chosen, model, blocks))]
+        state.remember(model, opened[0])
+    (door,) = opened
     if strict:
         state.StrictOnce(model, door, strict)
     if example_inputs is not None:
@@ -137,10 +138,9 @@ def rewrite_block(
 class Optimized:
     """One use of `optimize` on a model."""
 
-    def __init__(
-        self, recipe: Recipe, blocks: Mapping[str, nn.Module], outside: tuple[Declined, ...]
-    ) -> None:
-        self.recipe, self.outside = recipe, outside
+    def __init__(self, settings: state.Settings, outside: tuple[Declined, ...]) -> None:
+        self.settings, self.outside = settings, outside
+        recipe, blocks = settings.recipe, settings.blocks
         target = options.target_of(_device(blocks))
         shared: dict[Any, Captures] = {}
         self.blocks = []
@@ -161,8 +161,8 @@ class Optimized:
         applied = [a for b in self.blocks for a in b.applied()]
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
-        target = options.target_name(device)
-        return Report("optimize", self.recipe.name, target, tuple(applied), tuple(declined))
+        recipe, target = self.settings.recipe.name, options.target_name(device)
+        return Report("optimize", recipe, target, tuple(applied), tuple(declined))
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:

@@ -74,7 +74,6 @@ def recording(module: nn.Module) -> Iterator[Reads]:
     reads = Reads()
     paths = {id(m): path for path, m in module.named_modules()}
     original = nn.Module.__getattribute__
-    outer = vars(nn.Module).get("__getattribute__")  # of a recording around this one
 
     def recorder(self: nn.Module, name: str) -> Any:
         path = paths.get(id(self))
@@ -84,14 +83,23 @@ def recording(module: nn.Module) -> Iterator[Reads]:
             reads.contents += _contents(value)
         return original(self, name)
 
-    nn.Module.__getattribute__ = recorder  # type: ignore[method-assign, assignment]
-    try:
+    with replaced(nn.Module, "__getattribute__", recorder):
         yield reads
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute of a class or module for a while; then what was there before, if any."""
+    held = vars(owner)
+    own, kept = name in held, held.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        if outer is None:
-            del nn.Module.__getattribute__
+        if own:
+            setattr(owner, name, kept)
         else:
-            nn.Module.__getattribute__ = outer  # type: ignore[method-assign]
+            delattr(owner, name)
 
 
 def _is_setting(module: nn.Module, path: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.backends import trial
 from fxopt.backends.calls import Call, state_sources
-from fxopt.backends.capture import Plan, State, captures, state_of
+from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.unseen import CannotCapture
 from fxopt.errors import StillRewritten
@@ -59,12 +60,20 @@ class Bound:
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.plan, self.watch = plan, Watch(module, plan.reads)
-        # Sizes that were tried, or are like those that were.
-        self.admitted: set[tuple[torch.Size, ...]] = set()
+        # Sizes that were tried, or are like those that were; the latest last.
+        self.admitted: OrderedDict[tuple[torch.Size, ...], bool] = OrderedDict()
         self.sources = state_sources(module, plan.slots)
 
     def takes(self, call: Call) -> bool:
-        return call.shapes in self.admitted and self.plan.accepts(call) and self.watch.unchanged()
+        if not self.admitted.pop(call.shapes, False):
+            return False
+        self.admit(call)
+        return self.plan.accepts(call) and self.watch.unchanged()
+
+    def admit(self, call: Call) -> None:
+        self.admitted[call.shapes] = True
+        if len(self.admitted) > MAX_SHAPES:
+            self.admitted.popitem(last=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(pytree.tree_leaves((args, kwargs)))
@@ -174,7 +183,7 @@ class RewrittenForward:
             bound = earlier
         else:
             self.bounds = [b for b in self.bounds if b is not earlier] + [bound]
-        bound.admitted.add(call.shapes)
+        bound.admit(call)
         return bound
 
     def _refuse(self, refusal: Refusal) -> None:

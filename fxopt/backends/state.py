@@ -6,22 +6,57 @@ Both live in the `__dict__` of the modules they belong to, so that `copy.deepcop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import nn
 
 from fxopt.backends.dynamo import compile_reports
-from fxopt.errors import NotAModule, NothingToRestore, NotReported, OtherRecipe, StrictRule
+from fxopt.errors import (
+    NotAModule,
+    NothingToRestore,
+    NotReported,
+    OtherRecipe,
+    OtherSetting,
+    StrictRule,
+)
 from fxopt.recipes import Recipe
 from fxopt.report import Report
 
 ATTRIBUTE = "_fxopt_doors"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a door is opened with; `blocks` are what `targets` picks."""
+
+    recipe: Recipe
+    blocks: Mapping[str, nn.Module]
+    targets: Sequence[str | type[nn.Module]] | None = None
+    execution: str = "eager"
+
+    def require(self, asked: Settings) -> None:
+        """Raise if a door with these settings does not give what is `asked`.
+
+        Raises:
+            OtherRecipe, OtherSetting: the first that differs.
+        """
+        if asked.recipe != self.recipe:
+            raise OtherRecipe(asked.recipe.name, self.recipe.name)
+        if asked.execution != self.execution:
+            raise OtherSetting("execution", asked.execution, self.execution)
+        if asked.targets != self.targets and asked._picked() != self._picked():
+            raise OtherSetting("targets", asked.targets, self.targets)
+
+    def _picked(self) -> set[int]:
+        return {id(block) for block in self.blocks.values()}
+
+
 class Door(Protocol):
     """One use of a door on a model."""
+
+    settings: Settings
 
     def report(self) -> Report: ...
 
@@ -35,12 +70,6 @@ def require_module(model: Any) -> None:
 
 def doors(model: nn.Module) -> list[Any]:
     return model.__dict__.get(ATTRIBUTE, [])
-
-
-def require_recipe(door: Any, recipe: Recipe) -> None:
-    """Raise OtherRecipe if a door that is open already has another recipe."""
-    if door.recipe != recipe:
-        raise OtherRecipe(recipe.name, door.recipe.name)
 
 
 def remember(model: nn.Module, door: Door) -> None:
@@ -114,11 +143,19 @@ class StrictOnce:
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         self.handle.remove()
-        report = self.door.report()
-        for rule in self.strict:
-            if not report.count(rule):
-                close(model, self.door)
-                raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+        try:
+            require_fired(self.door, self.strict)
+        except StrictRule:
+            close(model, self.door)
+            raise
+
+
+def require_fired(door: Door, strict: Sequence[str]) -> None:
+    """Raise StrictRule if one of these rules has not fired."""
+    report = door.report()
+    for rule in strict:
+        if not report.count(rule):
+            raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
 
 
 def with_fqn(report: Report, prefix: str, block_class: str) -> Report:

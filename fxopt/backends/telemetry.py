@@ -268,6 +268,6 @@ def _require_counting(model: nn.Module) -> None:
         raise NoTelemetry("another one is on", "leave its `with` first")
     if state.is_compiled(model) or any(isinstance(door, CompiledBlocks) for door in opened):
         raise NoTelemetry(f"{name} goes through torch.compile, whose graphs do not count", REMEDY)
-    if not any(door.recipe.quantizes for door in opened):
+    if not any(door.settings.recipe.quantizes for door in opened):
         remedy = 'call fxopt.optimize(model, recipe="fp8") first, and pass the same object'
         raise NoTelemetry(f"no door has quantized {name}", remedy)

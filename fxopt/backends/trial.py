@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
+from fxopt.backends.failures import described
 from fxopt.kernels.in_force import high_precision
 
 # Two roundings of one value differ by eps; a block chains a few dozen. Sums over tokens cancel in
@@ -77,8 +78,7 @@ def compare(
         with high_precision():  # what a recipe rounds is no fault of the graph
             found = _run(module, graph, call, trainable)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        return f"the graph does not run: {first}"
+        return f"the graph does not run: {described(error)}"
     eps = _coarsest(module, call, expected.values)
     if not _alike(expected.values, found.values, eps):
         return "the graph gives another result than the module"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxopt.backends.reads import Reads
+from fxopt.backends.reads import Reads, replaced
 
 
 class CannotCapture(Exception):
@@ -78,7 +78,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
             (nn.Module, "__setattr__", set_on_module),
             (torch, "is_grad_enabled", asks_grad_mode),
         ):
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         stack.enter_context(_AutogradOfTensors())
         yield asked
 
@@ -117,17 +117,3 @@ def _caller() -> Any:
 
 def _is_torch(frame: Any) -> bool:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    held = vars(owner)
-    own, kept = name in held, held.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, kept)
-        else:
-            delattr(owner, name)

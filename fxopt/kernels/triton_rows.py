@@ -65,7 +65,7 @@ def gated_residual(x, residual, gate, x_bias, group, row, cols, mask):
 @triton.jit
 def mean_of(value, stored, num_features, mask):
     """Mean of a row, which is kept at the pointer `stored`."""
-    # Sums of 16-bit values round nothing off; `/` is off by up to 2 ulp, and would give a row of one
+    # Sums of 16-bit values round nothing off; `/` is off by up to 2 ulp and would give a row of one
     # value a variance.
     row_mean = tl.div_rn(tl.sum(value, 0), num_features * 1.0)
     if stored.dtype.element_ty == tl.float32:

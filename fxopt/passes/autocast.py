@@ -22,6 +22,10 @@ from fxopt.passes import ir
 from fxopt.passes.ir import aten
 
 
+class NotWrittenOut(Exception):
+    """An op whose casts under autocast no cast of its arguments gives."""
+
+
 @dataclass(frozen=True)
 class Autocast:
     """The autocast state that a graph runs in."""
@@ -160,7 +164,7 @@ def _cast_arguments(graph: fx.Graph, node: fx.Node, state: Autocast, fake_mode: 
         if ir.is_floating(source) and ir.dtype(source) != result.dtype:
             _insert_cast(graph, node, source, result.dtype, fake_mode)
     if _own_dtype(node, state, fake_mode) != result.dtype:
-        raise RuntimeError(f"the casts that autocast makes in {node.target} cannot be written out")
+        raise NotWrittenOut(f"the casts that autocast makes in {node.target} cannot be written out")
 
 
 def _own_dtype(node: fx.Node, state: Autocast, fake_mode: Any) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 from collections.abc import Callable
 
@@ -203,6 +204,23 @@ def test_pytorch_is_left_as_it_was() -> None:
     with pytest.raises(CannotCapture):
         captured(Block(), tokens()[..., :3])
     assert [vars(owner).get(name) for owner, name in names] == before
+
+
+def test_only_the_loggers_of_torch_are_silent(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    class Speaks(Block):
+        def forward(self, x_BSC: Tensor) -> Tensor:
+            for name in ("mine", "torchmine", "torch.export", "torch._dynamo"):
+                logging.getLogger(name).error("said")
+            print("printed", file=sys.stderr)
+            return super().forward(x_BSC)
+
+    level = logging.getLogger("torch._dynamo").level
+    captured(Speaks(), tokens())
+    assert [r.name for r in caplog.records if r.message == "said"] == ["mine", "torchmine"]
+    assert capsys.readouterr().err == "printed\n"
+    assert logging.getLogger("torch._dynamo").level == level
 
 
 def test_reasons_name_the_input() -> None:

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
+from fxopt.backends import capture
+from fxopt.errors import StrictRule
 from tests.backends.toys import (
     Block,
     assert_like_eager,
@@ -333,6 +335,34 @@ def test_a_forward_that_fails_fails_as_before() -> None:
     assert runs
     with pytest.raises(ValueError, match="seven tokens"):
         model(tokens(2, 7))
+
+
+@pytest.mark.parametrize("step", ["write_out", "canonicalize", "rewrite", "size_guards"])
+def test_a_mistake_in_a_rule_ends_no_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(capture, step, fail)
+    model = fxopt.optimize(stack())
+    with pytest.warns(RuntimeWarning, match="internal error of fxopt: KeyError: 'planted'; the"):
+        assert torch.equal(model(tokens(1)), stack()(tokens(1)))
+    assert reasons(model) == ["an internal error of fxopt: KeyError: 'planted'"]
+    model(tokens(1))  # not tried again: another warning would be an error here
+    fxopt.restore(model)
+    fxopt.optimize(model, strict=["rms_norm"])
+    with pytest.warns(RuntimeWarning), pytest.raises(StrictRule, match="'rms_norm' did not fire"):
+        model(tokens())
+
+
+def test_a_mistake_in_a_rule_fails_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning is an error here (pyproject.toml), so that no test passes on a fallback."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(capture, "rewrite", fail)
+    with pytest.raises(RuntimeWarning, match="KeyError"):
+        fxopt.optimize(stack())(tokens())
 
 
 def test_nan_inputs() -> None:

@@ -188,6 +188,20 @@ def test_graph_that_cannot_be_rewritten_goes_on(monkeypatch):
     assert declined.reasons == ("RuntimeError: planted",)
 
 
+def test_a_mistake_in_a_rule_breaks_no_compilation(monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("planted")
+
+    monkeypatch.setattr(dynamo, "rewrite", fail)
+    model = Model("plain")
+    expected = step(model, model, "plain")
+    compiled = torch.compile(model, backend="fxopt", options={"inner": "aot_eager"})
+    with pytest.warns(RuntimeWarning, match="internal error of fxopt: KeyError: 'planted'"):
+        assert_same(expected, step(model, compiled, "plain"))
+    (declined,) = fxopt.report(compiled).declined
+    assert declined.reasons == ("an internal error of fxopt: KeyError: 'planted'",)
+
+
 def test_table_that_is_trained_is_left_alone():
     class Rotary(nn.Module):
         def __init__(self):

@@ -195,6 +195,29 @@ def test_deepcopy_before_the_first_call_takes_strict_along() -> None:
     assert_like_eager(model, stack())
 
 
+@pytest.mark.parametrize("first", ["eager", "compile"])
+def test_other_settings_on_the_same_model_are_refused(first: str) -> None:
+    """Another value of `execution` or `targets` never falls back to what is there."""
+    model = fxopt.optimize(stack(), execution=first, targets=["blocks.1"])
+    before = attributes(model)
+    other = {"eager": "compile", "compile": "eager"}[first]
+    for asked, message in (
+        ({"execution": other, "targets": ["blocks.1"]}, rf"={other!r} .*={first!r} already"),
+        ({"targets": ["blocks.0"]}, r"targets=\['blocks.0'\] .*=\['blocks.1'\] already"),
+        ({}, r"targets=None .*=\['blocks.1'\] already; call fxopt.restore"),
+    ):
+        with pytest.raises(errors.OtherSetting, match=message):
+            fxopt.optimize(model, **{"execution": first} | asked)
+        assert attributes(model) == before
+    assert fxopt.optimize(model, execution=first, targets="blocks.1") is model
+    fxopt.optimize(fxopt.restore(model), execution=other)
+
+
+def test_example_inputs_capture_when_they_come() -> None:
+    model = fxopt.optimize(fxopt.optimize(stack()), example_inputs=(tokens(),))
+    assert fxopt.report(model).count("gated_activation") == 2
+
+
 def test_a_door_that_fails_leaves_another_open() -> None:
     model, eager = fxopt.swap(FAMILIES["ltx"].build()), FAMILIES["ltx"].build()
     inputs = FAMILIES["ltx"].inputs(2, 0, torch.float32)

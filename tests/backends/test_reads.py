@@ -118,6 +118,21 @@ def test_a_static_method_is_itself_until_it_is_replaced(monkeypatch: pytest.Monk
     assert not reads.hold_for(Static())
 
 
+def test_recording_keeps_the_patch_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def patch(self: nn.Module, name: str) -> object:
+        seen.append(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(nn.Module, "__getattribute__", patch, raising=False)
+    module = Module()
+    seen.clear()
+    reads = read(module)
+    assert vars(nn.Module)["__getattribute__"] is patch
+    assert {name for _, name in reads.values} <= set(seen)
+
+
 def test_other_modules_are_not_recorded() -> None:
     module, other = Module(), Module()
     with recording(module) as reads:

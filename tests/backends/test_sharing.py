@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import rewritten
+from fxopt.backends import capture, rewritten
 from tests.backends.toys import (
     CHANNELS,
     Block,
@@ -40,6 +40,22 @@ def test_twenty_resolutions(name: str) -> None:
     kinds = Counter((id(s), *p.state.items()) for s in shared for p in s.plans)
     assert max(kinds.values()) <= 2, list(kinds.values())
     assert not reasons(model)
+
+
+def test_shapes_that_never_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MAX_SHAPES", 4)
+    monkeypatch.setattr(rewritten, "MAX_SHAPES", 4)
+    model = fxopt.optimize(stack())
+    for num_tokens in range(2, 12):
+        model(tokens(2, num_tokens))
+        model(tokens(2, 2))
+    first = model.blocks[0].forward.bounds[0]
+    assert first.plan.sizes_fit.cache_info().currsize == 4
+    # The shape that came again and again is kept, however old.
+    assert list(first.admitted) == [(tokens(2, n).shape,) for n in (9, 10, 11, 2)]
+    assert captures(model) == 1
+    assert_like_eager(model, stack(), {"x": tokens(2, 3)})  # forgotten, not refused
+    assert captures(model) == 1
 
 
 def test_blocks_that_differ_in_what_is_not_read_share() -> None:

@@ -13,6 +13,7 @@ from fxopt.backends.eager import swap
 from fxopt.backends.swaps.fused import counting
 from fxopt.errors import (
     NotAModule,
+    OtherSetting,
     StrictRule,
     TargetMatchesNothing,
     UnknownRecipe,
@@ -179,3 +180,15 @@ def test_targets(flux: Family) -> None:
     )
     blocks = {a.fqn for a in fxopt.report(model).applied}
     assert blocks == {"transformer_blocks.0", "single_transformer_blocks.1.norm"}
+    with pytest.raises(OtherSetting, match=r"targets=None .*'transformer_blocks.0'.* already"):
+        swap(model)
+    assert {a.fqn for a in fxopt.report(model).applied} == blocks
+
+
+def test_strict_is_asked_of_a_door_that_is_open(flux: Family) -> None:
+    model = swap(flux.build())
+    counts = fxopt.report(model).counts()
+    assert swap(model, strict=["norm_modulate"]) is model
+    with pytest.raises(StrictRule, match="'linear_cross_entropy'"):
+        swap(model, strict=["linear_cross_entropy"])
+    assert fxopt.report(model).counts() == counts
