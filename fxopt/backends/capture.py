@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
@@ -27,11 +25,10 @@ from fxopt.backends.calls import (
     sizes_fit,
     state_sources,
 )
-from fxopt.backends.failures import described, giving_up
-from fxopt.backends.quiet import quiet
-from fxopt.backends.reads import HOOKS, Reads, recording
+from fxopt.backends.exporting import export_forward
+from fxopt.backends.failures import giving_up
+from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture as CannotCapture
-from fxopt.backends.unseen import refusing
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -158,7 +155,7 @@ def _capture(
     device: torch.device,
     planned_for: torch.device | None,
 ) -> Plan:
-    program, reads, needs_grad_mode = _export(module, forward, call, example, fixed)
+    program, reads, needs_grad_mode = export_forward(module, forward, call, example, fixed)
     with giving_up(reads):
         gm = program.graph_module
         write_out(gm, call.autocast)
@@ -189,43 +186,6 @@ def _capture(
         )
 
 
-def _export(
-    module: nn.Module,
-    forward: Callable[..., Any],
-    call: Call,
-    example: list[Any],
-    fixed: list[bool],
-) -> tuple[ExportedProgram, Reads, bool]:
-    # In grad mode and with the inputs' own requires_grad: without, regions that a model takes out
-    # of its gradient would not be told from the rest.
-    with torch.inference_mode(False):
-        args, kwargs = call.arguments(list(map(_leaf, example)))
-    forward = _spelled_out(forward, kwargs)
-    dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
-    reads = Reads()
-    try:
-        with (
-            _untouched(module, forward),
-            quiet(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            recording(module) as reads,
-            refusing(module) as asked,
-        ):
-            program = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
-        if asked.grad_mode and not call.grad_mode:
-            raise CannotCapture("its forward asks for the grad mode, which is off")
-        if not reads.hold_for(module):
-            raise CannotCapture("its forward changes its own attributes: a graph would not")
-    except CannotCapture as reason:
-        reads.undo()
-        raise CannotCapture(str(reason), reads) from reason
-    except Exception as error:
-        reads.undo()
-        raise CannotCapture(f"torch.export: {described(error)}", reads) from error
-    return program, reads, asked.grad_mode
-
-
 def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` as it was captured: its casts are part of it, those of regions without autocast too."""
     if not autocast.enabled:
@@ -252,14 +212,6 @@ def _check_inputs(module: nn.Module, call: Call) -> torch.device:
     return tensors[0].device
 
 
-def _leaf(value: Any) -> Any:
-    """The input without its history; a copy if it was made in inference mode."""
-    if not isinstance(value, Tensor):
-        return value
-    leaf = value.clone() if value.is_inference() else value.detach()
-    return leaf.requires_grad_(value.requires_grad)
-
-
 def _doubled(value: Any) -> Any:
     """The input with a batch of 2 for a batch of 1; only its shape is read."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
@@ -275,58 +227,6 @@ def _channels_are_fixed(
         return False
     shapes = [p.leaves[index].shape for p in earlier if p.in_spec == spec]
     return all(s is None or ir.same(s[-1], value.shape[-1]) for s in shapes if s)
-
-
-def _dims(value: Any, channels_are_fixed: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return None
-    return dict.fromkeys(range(value.dim() - channels_are_fixed), Dim.AUTO)
-
-
-def _spelled_out(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """`forward` with what goes into its `**kwargs` in the signature, which export relies on."""
-    signature = inspect.signature(forward)
-    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
-    if not extra or len(named) == len(signature.parameters):
-        return forward
-    if not set(named) - {"args"}:  # another door's, which runs the module's own in a capture
-        return forward
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    parameters = [*named.values(), *extra]
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return call
-
-
-def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Dynamic shapes by parameter name of forward, as export wants them."""
-    try:
-        return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise CannotCapture(str(error)) from error
-
-
-@contextlib.contextmanager
-def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward alone.
-
-    Its hooks run around it already, and so does a `__call__` of its class, such as one that
-    checkpoints. The export leaves copies in the place of lists and dicts that modules hold.
-    """
-    kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
-    vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
-    if own.__call__ is not nn.Module.__call__:
-        module.__class__ = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
-    try:
-        yield
-    finally:
-        module.__class__ = own
-        for held, before in kept:
-            held.clear()
-            held.update(before)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -1,0 +1,125 @@
+"""`torch.export` of a module's own forward, on one example."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from fxopt.backends.calls import Call
+from fxopt.backends.failures import described
+from fxopt.backends.quiet import quiet
+from fxopt.backends.reads import HOOKS, Reads, recording
+from fxopt.backends.unseen import CannotCapture, refusing
+
+
+def export_forward(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    call: Call,
+    example: list[Any],
+    fixed: list[bool],
+) -> tuple[ExportedProgram, Reads, bool]:
+    """The program, what it read of the module, and whether it holds in grad mode alone.
+
+    Args:
+        example: the call's leaves, or others of their kind.
+        fixed: for each whether its last dim is.
+
+    Raises:
+        CannotCapture: with what was read until then.
+    """
+    # In grad mode and with the inputs' own requires_grad: without, regions that a model takes out
+    # of its gradient would not be told from the rest.
+    with torch.inference_mode(False):
+        args, kwargs = call.arguments(list(map(_leaf, example)))
+    forward = _spelled_out(forward, kwargs)
+    dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
+    reads = Reads()
+    try:
+        with (
+            _untouched(module, forward),
+            quiet(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            recording(module) as reads,
+            refusing(module) as asked,
+        ):
+            program = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        if asked.grad_mode and not call.grad_mode:
+            raise CannotCapture("its forward asks for the grad mode, which is off")
+        if not reads.hold_for(module):
+            raise CannotCapture("its forward changes its own attributes: a graph would not")
+    except CannotCapture as reason:
+        reads.undo()
+        raise CannotCapture(str(reason), reads) from reason
+    except Exception as error:
+        reads.undo()
+        raise CannotCapture(f"torch.export: {described(error)}", reads) from error
+    return program, reads, asked.grad_mode
+
+
+def _leaf(value: Any) -> Any:
+    """The input without its history; a copy if it was made in inference mode."""
+    if not isinstance(value, Tensor):
+        return value
+    leaf = value.clone() if value.is_inference() else value.detach()
+    return leaf.requires_grad_(value.requires_grad)
+
+
+def _dims(value: Any, channels_are_fixed: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return dict.fromkeys(range(value.dim() - channels_are_fixed), Dim.AUTO)
+
+
+def _spelled_out(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """`forward` with what goes into its `**kwargs` in the signature, which export relies on."""
+    signature = inspect.signature(forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra or len(named) == len(signature.parameters):
+        return forward
+    if not set(named) - {"args"}:  # another door's, which runs the module's own in a capture
+        return forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    parameters = [*named.values(), *extra]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Dynamic shapes by parameter name of forward, as export wants them."""
+    try:
+        return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CannotCapture(str(error)) from error
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Show the export the module's own forward alone.
+
+    Its hooks run around it already, and so does a `__call__` of its class, such as one that
+    checkpoints. The export leaves copies in the place of lists and dicts that modules hold.
+    """
+    kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
+    vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
+    if own.__call__ is not nn.Module.__call__:
+        module.__class__ = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
+    try:
+        yield
+    finally:
+        module.__class__ = own
+        for held, before in kept:
+            held.clear()
+            held.update(before)
