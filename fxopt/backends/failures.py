@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture
+from fxopt.errors import FxoptError
 from fxopt.passes.autocast import NotWrittenOut
 
 
@@ -31,5 +32,7 @@ def giving_up(reads: Reads) -> Iterator[None]:
         yield
     except (CannotCapture, NotWrittenOut) as reason:
         raise CannotCapture(str(reason), reads) from reason
+    except FxoptError:  # what the user is to hear
+        raise
     except Exception as error:
         raise CannotCapture(internal(error), reads) from error
