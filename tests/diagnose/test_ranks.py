@@ -123,6 +123,7 @@ def bench(folder: Path, candidate: str, *options: str, baseline: str = "plain"):
 def test_a_rank_that_raises_alone_ends_all_with_its_error(tmp_path, baseline, candidate, error):
     done = bench(tmp_path, candidate, baseline=baseline)
     assert done.returncode == 1, done.stderr  # torchrun's, for a worker's 2
+    assert (tmp_path / "claim.json").exists(), done.stderr
     (claim,) = record.read(tmp_path / "claim.json").claims
     assert claim.status == "failed"
     assert claim.stop.error == error
