@@ -65,9 +65,11 @@ def gated_residual(x, residual, gate, x_bias, group, row, cols, mask):
 @triton.jit
 def mean_of(value, stored, num_features, mask):
     """Mean of a row, which is kept at the pointer `stored`."""
-    # Sums of 16-bit values round nothing off; `/` is off by up to 2 ulp and would give a row of one
-    # value a variance.
-    row_mean = tl.div_rn(tl.sum(value, 0), num_features * 1.0)
+    total = tl.sum(value, 0)
+    row_mean = total / num_features
+    # `/` is off by up to 2 ulp, which would give a row of one value a variance. What it left is
+    # divided again; exact division takes more registers.
+    row_mean += tl.fma(-row_mean, num_features * 1.0, total) / num_features
     if stored.dtype.element_ty == tl.float32:
         # What the sum rounded off.
         row_mean += tl.sum(tl.where(mask, value - row_mean, 0.0), 0) / num_features
