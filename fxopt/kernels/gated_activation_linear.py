@@ -26,43 +26,47 @@ class GatedActivationLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: tuple[str, str], *tensors: Tensor | None) -> Any:
-        """`tensors` are gate, up, beside, weight and bias of each stream."""
-        streams = _grouped(tensors, 5)
-        ys = launch([(gate, up, *settings) for gate, up, *_ in streams])
-        ctx.save_for_backward(*(t for stream in streams for t in stream[:4]))
+        """`tensors` are gate, up, beside, gate_bias, weight and bias of each stream."""
+        streams = _grouped(tensors, 6)
+        ys = launch([(gate, up, *settings, bias) for gate, up, _, bias, *_ in streams])
+        ctx.save_for_backward(*(t for stream in streams for t in stream[:5]))
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return tuple(_product(y, *stream[2:]) for y, stream in zip(ys, streams, strict=True))
+        return tuple(
+            _product(y, beside, weight, bias)
+            for y, (_, _, beside, _, weight, bias) in zip(ys, streams, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        streams, needs = _grouped(ctx.saved_tensors, 4), _grouped(ctx.needs_input_grad[1:], 5)
+        streams, needs = _grouped(ctx.saved_tensors, 5), _grouped(ctx.needs_input_grad[1:], 6)
         d_inputs: list[Any] = [
             None if g is None else (flat(g) @ weight).view(*gate.shape[:-1], weight.shape[1])
-            for g, (gate, _, _, weight) in zip(grads, streams, strict=True)
+            for g, (gate, *_, weight) in zip(grads, streams, strict=True)
         ]
         calls = [
-            (d[..., _width(beside) :], gate, up, *ctx.settings, needed[3])
-            for d, (gate, up, beside, _), needed in zip(d_inputs, streams, needs, strict=True)
+            (d[..., _width(beside) :], gate, up, *ctx.settings, needed[4], bias, needed[3])
+            for d, (gate, up, beside, bias, _), needed in zip(d_inputs, streams, needs, strict=True)
             if d is not None
         ]
         found = iter(launch_backward(calls))
         results: list[Tensor | None] = []
-        for grad, d_input, (_, _, beside, weight), needed in zip(
+        for grad, d_input, (_, _, beside, _, weight), needed in zip(
             grads, d_inputs, streams, needs, strict=True
         ):
             if grad is None:
-                results += [None] * 5
+                results += [None] * 6
                 continue
-            dgate, dup, y = next(found)
+            dgate, dup, y, dgate_bias = next(found)
             each = (
                 dgate,
                 dup,
                 d_input[..., : _width(beside)],
-                _weight_gradient(flat(grad), y, beside, weight) if needed[3] else None,
-                flat(grad).sum(0) if needed[4] else None,
+                dgate_bias,
+                _weight_gradient(flat(grad), y, beside, weight) if needed[4] else None,
+                flat(grad).sum(0) if needed[5] else None,
             )
             results += [t if need else None for t, need in zip(each, needed, strict=True)]
         return None, *results
@@ -107,11 +111,12 @@ def _gated_activation_linear(
     activation: str,
     packing: str,
     beside: Tensor | None,
+    gate_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
     settings = (activation, packing)
-    (out,) = GatedActivationLinear.apply(settings, gate, up, beside, weight, bias)
+    (out,) = GatedActivationLinear.apply(settings, gate, up, beside, gate_bias, weight, bias)
     return out
 
 
@@ -128,11 +133,11 @@ def _gated_activation_linear_streams(
 
 gated_activation_linear = register_composite(
     "gated_activation_linear(Tensor gate, Tensor? up, str activation, str packing, "
-    "Tensor? beside, Tensor weight, Tensor? bias) -> Tensor",
+    "Tensor? beside, Tensor? gate_bias, Tensor weight, Tensor? bias) -> Tensor",
     _gated_activation_linear,
 )
 gated_activation_linear_streams = register_composite(
     "gated_activation_linear_streams(Tensor[] gate, Tensor?[] up, str activation, str packing, "
-    "Tensor?[] beside, Tensor[] weight, Tensor?[] bias) -> Tensor[]",
+    "Tensor?[] beside, Tensor?[] gate_bias, Tensor[] weight, Tensor?[] bias) -> Tensor[]",
     _gated_activation_linear_streams,
 )

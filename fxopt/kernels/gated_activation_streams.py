@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fxopt.kernels import gated_activation as op
+from fxopt.kernels import native_gated_activation as native
 from fxopt.kernels.registration import below_autograd, register
 
 Call = tuple[Any, ...]  # arguments of `gated_activation` or its backward, for one stream
@@ -21,33 +22,38 @@ def launch(calls: Sequence[Call]) -> list[Tensor]:
     """y of each call of `gated_activation`."""
     if len(calls) == 1:
         return [below_autograd(op.gated_activation, *calls[0])]
-    gate, up, activation, packing = zip(*calls, strict=True)
+    gate, up, activation, packing, bias = zip(*calls, strict=True)
     found: list[Tensor] = below_autograd(
-        gated_activation_streams, gate, up, activation[0], packing[0]
+        gated_activation_streams, gate, up, bias, activation[0], packing[0]
     )
     return found
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-    """(dgate, dup, y) of each call of `gated_activation_backward`."""
+    """(dgate, dup, y, dbias) of each call of `gated_activation_backward`."""
     if len(calls) < 2:
         return [op.gated_activation_backward(*call) for call in calls]
-    *tensors, activation, packing, recompute = zip(*calls, strict=True)
-    found = gated_activation_streams_backward(*tensors, activation[0], packing[0], recompute)
-    return [tuple(found[i : i + 3]) for i in range(0, len(found), 3)]
+    *tensors, activation, packing, recompute, bias, needs_bias = zip(*calls, strict=True)
+    settings = activation[0], packing[0]
+    found = gated_activation_streams_backward(*tensors, bias, *settings, recompute, needs_bias)
+    return [tuple(found[i : i + 4]) for i in range(0, len(found), 4)]
 
 
 def _calls(args: Sequence[Any]) -> list[Call]:
-    gates, ups, *settings = args
-    _require_one_kind(gates)
-    return [(gate, up, *settings) for gate, up in zip(gates, ups, strict=True)]
+    *tensors, activation, packing = args
+    _require_one_kind(tensors[0])
+    each = zip(*tensors, strict=True)
+    return [(gate, up, activation, packing, bias) for gate, up, bias in each]
 
 
 def _backward_calls(args: Sequence[Any]) -> list[Call]:
-    *tensors, activation, packing, recompute = args
+    *tensors, activation, packing, recompute, needs_bias = args
     _require_one_kind(tensors[1])
-    each = zip(zip(*tensors, strict=True), recompute, strict=True)
-    return [(*t, activation, packing, again) for t, again in each]
+    each = zip(*tensors, recompute, needs_bias, strict=True)
+    return [
+        (grad, gate, up, activation, packing, again, bias, needs)
+        for grad, gate, up, bias, again, needs in each
+    ]
 
 
 def _require_one_kind(gates: Iterable[Tensor]) -> None:
@@ -60,19 +66,19 @@ def _require_one_kind(gates: Iterable[Tensor]) -> None:
 
 
 def _fake(*args: Any) -> list[Tensor]:
-    return [op.output(*call) for call in _calls(args)]
+    return [native.output(*call) for call in _calls(args)]
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
-    return [t for call in _backward_calls(args) for t in op.outputs_backward(*call)]
+    return [t for call in _backward_calls(args) for t in native.outputs_backward(*call)]
 
 
 def _native(*args: Any) -> list[Tensor]:
-    return [op.native(*call) for call in _calls(args)]
+    return [native.native(*call) for call in _calls(args)]
 
 
 def _native_backward(*args: Any) -> list[Tensor]:
-    return [t for call in _backward_calls(args) for t in op.native_backward(*call)]
+    return [t for call in _backward_calls(args) for t in native.native_backward(*call)]
 
 
 def _triton(*args: Any) -> list[Tensor]:
@@ -84,17 +90,19 @@ def _triton_backward(*args: Any) -> list[Tensor]:
 
 
 gated_activation_streams = register(
-    "gated_activation_streams(Tensor[] gate, Tensor?[] up, str activation, str packing) "
-    "-> Tensor[]",
+    "gated_activation_streams(Tensor[] gate, Tensor?[] up, Tensor?[] gate_bias, str activation, "
+    "str packing) -> Tensor[]",
     native=_native,
     fake=_fake,
     triton=_triton,
 )
-# (dgate, dup, y) of each stream
+# (dgate, dup, y, dbias) of each stream
 gated_activation_streams_backward = register(
     "gated_activation_streams_backward(Tensor[] grad, Tensor[] gate, Tensor?[] up, "
-    "str activation, str packing, bool[] recompute) -> Tensor[]",
+    "Tensor?[] gate_bias, str activation, str packing, bool[] recompute, bool[] needs_bias) "
+    "-> Tensor[]",
     native=_native_backward,
     fake=_fake_backward,
     triton=_triton_backward,
+    launches=op.launches_backward,
 )

@@ -184,7 +184,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
             )
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:
-            dgate, dup, activation = gated_activation_backward(
+            dgate, dup, activation, _ = gated_activation_backward(
                 dactivation, gate, up, *ctx.settings, trains
             )
             y = activation
@@ -234,7 +234,7 @@ def _gated_activation_quantized_linear(
     settings, parameters = (activation, packing), (beside, weight, bias)
     decision = decide(recipe, [weight])
     if decision is None:
-        out: Tensor = gated_activation_linear(gate, up, *settings, *parameters)
+        out: Tensor = gated_activation_linear(gate, up, *settings, beside, None, weight, bias)
         return out
     tensors = (gate, up, *parameters)
     return GatedActivationQuantizedLinear.apply(decision, settings, *tensors)

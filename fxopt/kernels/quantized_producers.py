@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels import gated_activation, native_norm_modulate, quantize
+from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
 from fxopt.kernels.registration import opmath_of, register
 from fxopt.recipes import Operand
 
@@ -141,7 +141,8 @@ def native_activation_backward(
         amax_t: as the forward returned it.
         counters: of this copy, or None.
     """
-    dgate, dup, y = gated_activation.native_backward(grad, gate, up, activation, packing, True)
+    found = native_gated_activation.native_backward(grad, gate, up, activation, packing, True)
+    dgate, dup, y, _ = found
     y = y if beside is None else torch.cat([beside, y], -1)
     codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters)[3:5]
     return dgate, dup, codes_t, scales_t
@@ -150,7 +151,7 @@ def native_activation_backward(
 def _joined(
     gate: Tensor, up: Tensor | None, beside: Tensor | None, activation: str, packing: str
 ) -> Tensor:
-    y = gated_activation.native(gate, up, activation, packing)
+    y = native_gated_activation.native(gate, up, activation, packing)
     return y if beside is None else torch.cat([beside, y], -1)
 
 

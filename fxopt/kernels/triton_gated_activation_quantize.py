@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels.counters import Slot
-from fxopt.kernels.gated_activation import halves
-from fxopt.kernels.triton_gated_activation import gradients, rows_of, value_of
+from fxopt.kernels.native_gated_activation import halves
+from fxopt.kernels.triton_gated_activation import rows_of
+from fxopt.kernels.triton_gated_activation_kernels import gradients, value_of
 from fxopt.kernels.triton_quantize_kernels import (
     load_tile,
     store_amax,
@@ -110,7 +111,7 @@ def backward_kernel(
     """
     r, c = tile_indices(BLOCK_R, BLOCK_C)
     n, f, mask = features(r, c, width, num_rows, num_columns)
-    value = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
+    value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
     value = joined(value, mask, gate, beside, width, r, c, num_rows)
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,

@@ -13,10 +13,10 @@ from torch import Tensor
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels import triton_tables
 from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
-from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs, Sum
+from fxopt.kernels.triton_add_up import add_up
+from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
 from fxopt.kernels.triton_sizes import unspecialized
 
-ROWS, COLS = 32, 128  # of the tile in which partial sums are added up
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -58,19 +58,16 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     ]
     num_sections = len(plans)
     targets = list(found)
-    num_partials = []
+    outs, partials = [], []
     for i in range(num_sections, len(found)):
         if (t := found[i]) is not None:
             plan = plans[i % num_sections]
             # The heads of a token share a weight and a bias; x_bias has its own part for each.
             per_walker = 1 if i < 2 * num_sections else plan.num_blocks
-            num_partials.append(num_walkers[i % num_sections] * per_walker)
-            targets[i] = t.new_empty((num_partials[-1], *t.shape), dtype=a.math)
-    sums = [
-        Sum(out, partial, tl.constexpr(out.numel()))
-        for out, partial in zip(found[num_sections:], targets[num_sections:], strict=True)
-        if out is not None and partial is not None
-    ]
+            num_partials = num_walkers[i % num_sections] * per_walker
+            targets[i] = partial = t.new_empty((num_partials, *t.shape), dtype=a.math)
+            outs.append(t)
+            partials.append(partial)
     num_programs = sum(n * p.num_blocks for n, p in zip(num_walkers, plans, strict=True))
     with torch.cuda.device_of(a.x[0]):
         kernels.backward[(num_programs,)](
@@ -84,9 +81,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
             _unspecialized(num_walkers),
             num_warps=num_warps,
         )
-        if sums:
-            grid = (sum(triton.cdiv(s.out.numel(), COLS) for s in sums),)
-            kernels.add_up[grid](tuple(sums), _unspecialized(num_partials), ROWS=ROWS, COLS=COLS)
+    add_up(outs, partials)
     return [a.x[0].new_empty(0) if t is None else t for t in found]
 
 

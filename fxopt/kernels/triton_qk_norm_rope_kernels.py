@@ -79,14 +79,6 @@ class Gradients(NamedTuple):
     dbias: Any
 
 
-class Sum(NamedTuple):
-    """A parameter's gradient [WIDTH] and its partial sums [rows, WIDTH]."""
-
-    out: Any
-    partial: Any
-    WIDTH: tl.constexpr
-
-
 @triton.jit
 def _load_x(s, batch, token, heads_H1, c):
     """x + x_bias of one token."""
@@ -257,24 +249,3 @@ def backward(sections, targets, configs, mean_ptr, rstd_ptr, num_rows, num_token
             )
         program -= num_programs
         group += num_rows_i.to(tl.int64) * configs[i].NUM_GROUPS
-
-
-@triton.jit
-def add_up(sums, num_partials, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sums of the partial sums of every parameter; a program owns COLS elements of one."""
-    program = tl.program_id(0)
-    for i in tl.static_range(len(sums)):
-        num_programs = tl.cdiv(sums[i].WIDTH, COLS)
-        cols = program * COLS + tl.arange(0, COLS)[None, :]
-        mask = cols < sums[i].WIDTH
-        if (program >= 0) & (program < num_programs):
-            total = tl.zeros((ROWS, COLS), sums[i].partial.dtype.element_ty)
-            for start in tl.range(0, size(num_partials[i]), ROWS):
-                rows = start + tl.arange(0, ROWS)[:, None]
-                inside = mask & (rows < size(num_partials[i]))
-                total += tl.load(
-                    sums[i].partial + rows * sums[i].WIDTH + cols, mask=inside, other=0.0
-                )
-            total = tl.sum(total, axis=0, keep_dims=True)
-            tl.store(sums[i].out + cols, total.to(sums[i].out.dtype.element_ty), mask=mask)
-        program -= num_programs

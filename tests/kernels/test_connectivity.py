@@ -80,11 +80,11 @@ def of_quantized(recipe: str, keeps_x: bool) -> Run:
 
 
 def of_activation(packing: str) -> Run:
-    return lambda t: [gated_activation(t["gate"], t.get("up"), "silu", packing)]
+    return lambda t: [gated_activation(t["gate"], t.get("up"), "silu", packing, t.get("bias"))]
 
 
 def of_activation_linear(t: dict[str, Tensor]) -> list[Tensor]:
-    arguments = (t["gate"], t["up"], "silu", "none", t["beside"])
+    arguments = (t["gate"], None, "silu", "none", t["beside"], t["bias"])
     return [gated_activation_linear(*arguments, t["w"], t["b"])]
 
 
@@ -103,10 +103,13 @@ CALLS: dict[str, tuple[Run, Shapes]] = {
     "qk_norm_rope": (of_heads(False), heads(False)),
     "qk_norm_rope across heads": (of_heads(True), heads(True)),
     "gated_activation": (of_activation("none"), {"gate": (B, S, D), "up": (B, S, D)}),
-    "gated_activation packed": (of_activation("gate_up"), {"gate": (B, S, D)}),
+    "gated_activation packed": (
+        of_activation("gate_up"),
+        {"gate": (B, S, D), "bias": (D,)},
+    ),
     "gated_activation_linear": (
         of_activation_linear,
-        {"gate": (B, S, D), "up": (B, S, D), "beside": (B, S, 4), "w": (N, D + 4), "b": (N,)},
+        {"gate": (B, S, D), "bias": (D,), "beside": (B, S, 4), "w": (N, D + 4), "b": (N,)},
     ),
     "linears": (of_linears, {"x": (B, S, D)} | LINEARS),
     "quantized_linears fp8": (of_quantized("fp8", True), {"x": (B, S, D)} | LINEARS),

@@ -25,25 +25,31 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def made(form: str, activation: str = "gelu_tanh") -> tuple[list[Any], list[Any]]:
-    """Calls of `gated_activation` and of its backward, one of each per stream."""
+    """Calls of `gated_activation` and of its backward, one of each per stream.
+
+    The first stream has a bias where there can be one.
+    """
     packing = "none" if form == "up" else form
     calls, back = [], []
     for shape in SHAPES:
         gate = draw(*shape[:-1], 48 if form == "gate_up" else 24)
         up = draw(*shape).flip(-1) if form == "up" else None
-        calls.append((gate, up, activation, packing))
-        back.append((draw(*shape).neg(), gate, up, activation, packing, True))
+        bias = draw(gate.shape[-1]) if form != "up" and not calls else None
+        calls.append((gate, up, activation, packing, bias))
+        settings = activation, packing, True, bias, bias is not None
+        back.append((draw(*shape).neg(), gate, up, *settings))
     return calls, back
 
 
 def joined(calls: list[Any]) -> tuple[Any, ...]:
-    gates, ups, activation, packing = zip(*calls, strict=True)
-    return list(gates), list(ups), activation[0], packing[0]
+    gates, ups, activation, packing, biases = zip(*calls, strict=True)
+    return list(gates), list(ups), list(biases), activation[0], packing[0]
 
 
 def joined_backward(calls: list[Any]) -> tuple[Any, ...]:
-    *tensors, activation, packing, recompute = zip(*calls, strict=True)
-    return (*map(list, tensors), activation[0], packing[0], list(recompute))
+    *tensors, activation, packing, recompute, biases, needs = zip(*calls, strict=True)
+    tensors = [*tensors, biases]
+    return (*map(list, tensors), activation[0], packing[0], list(recompute), list(needs))
 
 
 @pytest.mark.parametrize("provider", ["native", "triton"])
@@ -70,7 +76,7 @@ def test_each_stream_is_as_alone(provider: str, form: str):
 def test_streams_of_other_kinds_are_refused():
     for other in (draw(2, 8), draw(2, 24).half()):
         with pytest.raises(ValueError, match="call gated_activation for each"):
-            gated_activation_streams([draw(2, 24), other], [None, None], "silu", "none")
+            gated_activation_streams([draw(2, 24), other], [None] * 2, [None] * 2, "silu", "none")
 
 
 @pytest.mark.parametrize("form", PACKINGS)
@@ -86,13 +92,15 @@ def test_with_linears(which: slice):
     gates = [draw(2, 5, 8, dtype=torch.float64), draw(2, 3, 8, dtype=torch.float64)]
     weights = [draw(4, 12, dtype=torch.float64), draw(4, 8, dtype=torch.float64)]
     beside, bias = draw(2, 5, 4, dtype=torch.float64), draw(4, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (*gates, *weights, beside, bias)]
+    gate_bias = draw(8, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*gates, *weights, beside, bias, gate_bias)]
+    biases = [None, gate_bias], weights, [None, bias]
     found = gated_activation_linear_streams(
-        gates, [None, None], "gelu_erf", "none", [beside, None], weights, [None, bias]
+        gates, [None, None], "gelu_erf", "none", [beside, None], *biases
     )
     expected = [
         F.linear(torch.cat([beside, F.gelu(gates[0])], -1), weights[0]),
-        F.linear(F.gelu(gates[1]), weights[1], bias),
+        F.linear(F.gelu(gates[1] + gate_bias), weights[1], bias),
     ]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     grads, expected_grads = (

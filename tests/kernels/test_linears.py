@@ -96,7 +96,7 @@ def plain_activation(gate, beside, w, b):
 
 
 def fused_activation(gate, beside, w, b):
-    return [gated_activation_linear(gate, None, "gelu_tanh", "none", beside, w, b)]
+    return [gated_activation_linear(gate, None, "gelu_tanh", "none", beside, None, w, b)]
 
 
 @pytest.mark.parametrize("width", [0, 4])
@@ -129,4 +129,4 @@ def test_opcheck():
     x, w = (t.detach().float().requires_grad_() for t in (draw(B, S, K), draw(N, K)))
     # Composites have no kernel of their own to check but for schema, fakes and tracing.
     torch.library.opcheck(linears, (x, [w], [None], [0, 0, N]))
-    torch.library.opcheck(gated_activation_linear, (x, None, "silu", "none", None, w, None))
+    torch.library.opcheck(gated_activation_linear, (x, None, "silu", "none", None, None, w, None))

@@ -172,7 +172,7 @@ def test_a_node_that_no_gradient_reaches_gives_none():
     weight.requires_grad_()
     settings = ("layer", EPS, 1.0, 1.0, torch.float64, torch.float64)
     (x,), _ = norm_modulate_linears(text, *[None] * 7, *settings, [weight], [None], [0, 0, 24])
-    x = gated_activation_linear(x, None, "silu", "none", None, weight, None)
+    x = gated_activation_linear(x, None, "silu", "none", None, None, weight, None)
     calls[1] = (x, *calls[1][1:])
     calls[0][0].requires_grad_()
     outs, _ = norm_modulate_linears_streams(*with_linears(calls, [weight, weight]))

@@ -106,7 +106,7 @@ def test_codes_of_an_activation(case: Any, rows: str, columns: str | None) -> No
     assert torch.equal(found[2], op.amax_for(y, columns))
     width = y.shape[-1] - (0 if beside is None else beside.shape[-1])
     grad = draw(3, 15, y.shape[-1], seed=3)[..., -width:]
-    *grads, _ = gated_activation.triton_backward(grad, gate, up, *names, False)
+    *grads, _, _ = gated_activation.triton_backward(grad, gate, up, *names, False)
     *found_grads, codes, scales = op.triton_activation_backward(grad, *args, columns, found[2])
     assert same(codes, codes_t) and same(scales, scales_t)
     for f, g in zip(found_grads, grads, strict=True):

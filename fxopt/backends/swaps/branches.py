@@ -127,7 +127,7 @@ class Mlp(NamedTuple):
                 fire_low("gated_activation", 1, recipe)
                 return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
             fire("merge_linears", "gated_activation")
-            return ops.gated_activation_linear(*operands, *parameters)
+            return ops.gated_activation_linear(*operands, None, *parameters)
         y = ops.gated_activation(gate, up, self.activation, self.packing)
         if self.dropout is not None:
             y = self.dropout(y)

@@ -130,7 +130,8 @@ def branches(mlps: Sequence[Mlp], hidden: Sequence[Sequence[Tensor]]) -> list[Br
         waiting = [mlps[i].waiting_bias(hidden[i]) for i in streams]
         weights = [m.out.weight for m in own]
         biases = [m.out.bias if w is None else None for m, w in zip(own, waiting, strict=True)]
-        settings = (own[0].activation, own[0].packing, [None] * len(own))
+        nothing = [None] * len(own)
+        settings = (own[0].activation, own[0].packing, nothing, nothing)
         outs = ops.gated_activation_linear_streams(gates, ups, *settings, weights, biases)
         return [Branch(x, bias) for x, bias in zip(outs, waiting, strict=True)]
 

@@ -45,7 +45,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
                 yield Reason(f"gate is {ir.dtype(x)}, the other half {ir.dtype(up)}", node)
             else:
                 yield _bind(anchor, activation, node, up)
-        if _feeds_a_linear(activation.out) or anchor.target in DECOMPOSED:
+        if feeds_a_linear(activation.out) or anchor.target in DECOMPOSED:
             yield _bind(anchor, activation, activation.out, None)
 
 
@@ -111,11 +111,12 @@ def _gate_of(product: fx.Node, out: fx.Node) -> fx.Node | None:
     return up if ir.tensor(up) is not None and ir.same(ir.shape(up), ir.shape(out)) else None
 
 
-def _feeds_a_linear(out: fx.Node) -> bool:
+def feeds_a_linear(out: fx.Node) -> bool:
+    """Whether a linear reads `out`, or a copy of it, alone or beside something else."""
     for user in out.users:
         if ir.is_call(user, ir.LINEAR):
             return True
-        if ir.is_call(user, aten.cat.default, *ir.COPIES) and _feeds_a_linear(user):
+        if ir.is_call(user, aten.cat.default, *ir.COPIES) and feeds_a_linear(user):
             return True
     return False
 

@@ -152,15 +152,16 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
     if found is None:
         return None
     activation, beside = found
-    gate, up, name, packing = activation.args
+    of_op = ir.arguments(activation)
+    settings = of_op["activation"], of_op["packing"]
     (weight,), (bias,) = _parameters([linear])
-    listed = (gate, up, beside, weight, bias)
+    listed = (of_op["gate"], of_op["up"], beside, of_op["gate_bias"], weight, bias)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
-        gate, up, beside, weight, bias = (given[n] for n in listed)
-        return call(gated_activation_linear, gate, up, name, packing, beside, weight, bias)
+        gate, up, *others = (given[n] for n in listed)
+        return call(gated_activation_linear, gate, up, *settings, *others)
 
     return Binding(
         linear, inputs, (linear,), emit, "gated_activation", regroups=True, carries=(activation,)

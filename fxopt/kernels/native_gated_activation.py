@@ -1,0 +1,242 @@
+"""Native provider of `fxopt::gated_activation`: ATen, block by block on a CPU.
+
+Shape legend: N rows (all leading dims), F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.registration import opmath_of
+
+aten = torch.ops.aten
+
+# Elements per core of one step of the native provider: its fp32 temporaries stay in L2.
+BLOCK = 1 << 16
+
+# gelu_tanh(x) = x * (1 + tanh(x * q)) / 2, where q = GELU_LINEAR + GELU_CUBIC * x**2.
+GELU_LINEAR = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+
+
+def native(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    require_one(up, gate_bias)
+    if gate_bias is not None:
+        y = native(_biased(gate, gate_bias), None, activation, packing)
+        return y.to(gate.dtype)
+    gate, up = halves(gate, up, packing)
+    value = _ACTIVATIONS[activation].forward(gate)
+    return (value if up is None else value * up).contiguous()
+
+
+def native_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    recompute: bool,
+    gate_bias: Tensor | None = None,
+    needs_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_one(up, gate_bias)
+    args = activation, packing, recompute
+    if gate_bias is not None:
+        x = _biased(gate, gate_bias)
+        dgate, dup, value, dbias = native_backward(grad.to(x.dtype), x, None, *args)
+        if needs_bias:
+            dbias = dgate.sum_to_size(gate_bias.shape).to(gate_bias.dtype)
+        return dgate.to(gate.dtype), dup.to(gate.dtype), value.to(gate.dtype), dbias
+    outputs = outputs_backward(grad, gate, up, *args)
+    (x, u), (dx, du), y = split_backward(gate, up, packing, outputs, recompute)
+    backward = _ACTIVATIONS[activation].backward
+    if u is None:
+        backward(grad, x, dx, y)
+    else:
+        assert du is not None
+        value = du if y is None else y
+        backward(torch.mul(grad, u, out=dx), x, dx, value)
+        torch.mul(grad, value, out=du)
+        if y is not None:
+            y.mul_(u)
+    return outputs
+
+
+def _biased(gate: Tensor, bias: Tensor) -> Tensor:
+    opmath = opmath_of(gate)
+    return gate.to(opmath) + bias.to(opmath)
+
+
+class _Activation(NamedTuple):
+    """`forward(x)` is f(x); `backward(grad, x, dx, y)` writes grad * f'(x) to dx and, unless it is
+    None, f(x) to y. dx may be a view with strided rows; y is contiguous."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor | None], Any]
+
+
+def _of_aten(forward: torch._ops.OpOverloadPacket, backward: Callable[..., Any]) -> _Activation:
+    def write_backward(grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None) -> None:
+        backward(grad, x, grad_input=dx)
+        if y is not None:
+            forward.out(x, out=y)
+
+    return _Activation(forward, write_backward)
+
+
+# Not aten.gelu, whose inlined tanh takes five times as long as aten.tanh (torch 2.13, fp32, x86)
+# and which the backward would call twice when it also recomputes the activation.
+def _gelu_tanh(x: Tensor) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    linear, half = (x.new_full((), c, dtype=opmath_of(x)) for c in (GELU_LINEAR, 0.5))
+    for x_block, y_block, (cdf, x_opmath) in _blocks(x, y, num_scratch=2):
+        x = x_block if x_block.dtype == cdf.dtype else x_opmath.copy_(x_block)
+        torch.addcmul(linear, x, x, value=GELU_CUBIC, out=cdf).mul_(x).tanh_()
+        torch.add(half, cdf, alpha=0.5, out=cdf)
+        _mul_rounded(cdf, x, y_block)
+    return y
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None) -> None:
+    linear, half = (x.new_full((), c, dtype=opmath_of(x)) for c in (GELU_LINEAR, 0.5))
+    slope_linear = -2 * linear
+    for grad_block, x_block, dx_block, y_block, scratch in _blocks(grad, x, dx, y, num_scratch=5):
+        q, cdf, tail, x, grad = scratch
+        if x_block.dtype == q.dtype:
+            x, grad = x_block, grad_block
+        else:
+            x.copy_(x_block)
+            grad.copy_(grad_block)
+        torch.addcmul(linear, x, x, value=GELU_CUBIC, out=q)
+        torch.mul(x, q, out=cdf).tanh_()
+        # f' = cdf + x (1 - tanh**2) (xq)' / 2, where (xq)' = 3q - 2 GELU_LINEAR.
+        aten.tanh_backward.grad_input(x, cdf, grad_input=tail)
+        torch.add(half, cdf, alpha=0.5, out=cdf)
+        torch.add(slope_linear, q, alpha=3, out=q)
+        torch.addcmul(cdf, tail, q, value=0.5, out=tail)
+        if y_block is not None:
+            _mul_rounded(cdf, x, y_block)
+        _mul_rounded(tail, grad, dx_block)
+
+
+def _mul_rounded(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a * b into out, rounded to its dtype; overwrites a."""
+    if out.dtype == a.dtype:
+        torch.mul(a, b, out=out)
+    else:
+        out.copy_(a.mul_(b))
+
+
+def _sigmoid_backward(grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None) -> None:
+    sigmoid = torch.sigmoid(x) if y is None else torch.sigmoid(x, out=y)
+    aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=dx)
+
+
+def _relu_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> None:
+    aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)
+
+
+_ACTIVATIONS = {
+    "gelu_tanh": _Activation(_gelu_tanh, _gelu_tanh_backward),
+    "gelu_erf": _of_aten(aten.gelu, aten.gelu_backward.grad_input),
+    "silu": _of_aten(aten.silu, aten.silu_backward.grad_input),
+    "sigmoid": _Activation(torch.sigmoid, _sigmoid_backward),
+    "relu": _of_aten(aten.relu, _relu_backward),
+}
+
+
+def halves(gate: Tensor, up: Tensor | None, packing: str) -> tuple[Tensor, Tensor | None]:
+    """What is activated and what it is multiplied by, unpacked."""
+    if packing == "none":
+        return gate, up
+    first, second = gate.chunk(2, dim=-1)
+    return (first, second) if packing == "gate_up" else (second, first)
+
+
+def require_one(up: Tensor | None, gate_bias: Tensor | None) -> None:
+    """Raise ValueError for a bias beside an `up` of its own."""
+    if up is not None and gate_bias is not None:
+        raise ValueError(
+            "gated_activation takes gate_bias where gate is all it reads, but up is "
+            f"{list(up.shape)}: add the biases of gate and up before it"
+        )
+
+
+def split_backward(
+    gate: Tensor,
+    up: Tensor | None,
+    packing: str,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    recompute: bool,
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None], Tensor | None]:
+    """(gate, up), (dgate, dup) and y, unpacked; None for those that there are not."""
+    dgate, dup, y, _ = outputs
+    return (
+        halves(gate, up, packing),
+        halves(dgate, None if up is None else dup, packing),
+        y if recompute else None,
+    )
+
+
+def _blocks(*tensors: Tensor | None, num_scratch: int) -> Iterator[tuple[Any, ...]]:
+    """Blocks of rows of [..., F] tensors (None stays None), then opmath scratch of their shape."""
+    like = cast(Tensor, tensors[0])
+    num_features = max(like.shape[-1], 1)
+    step = max(like.numel() // num_features, 1)
+    if like.device.type == "cpu":
+        step = min(step, max(BLOCK * torch.get_num_threads() // num_features, 1))
+    scratch = like.new_empty(num_scratch, step, num_features, dtype=opmath_of(like)).unbind()
+    blocks_NF = [
+        repeat(None) if t is None else t.reshape(-1, num_features).split(step) for t in tensors
+    ]
+    for blocks in zip(*blocks_NF, strict=False):
+        num_rows = len(blocks[0])
+        yield *blocks, [s if num_rows == step else s[:num_rows] for s in scratch]
+
+
+def output(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """Uninitialised y."""
+    require_one(up, gate_bias)
+    num_halves = 1 if packing == "none" else 2
+    return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // num_halves)
+
+
+def outputs_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    recompute: bool,
+    gate_bias: Tensor | None = None,
+    needs_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dgate, dup, y and dbias; those that there are not have 0 elements."""
+    require_one(up, gate_bias)
+    dbias = gate.new_empty(0)
+    if gate_bias is not None and needs_bias:
+        dbias = torch.empty_like(gate_bias)
+    return (
+        gate.new_empty(gate.shape),
+        gate.new_empty(0 if up is None else up.shape),
+        gate.new_empty(grad.shape if recompute else 0),
+        dbias,
+    )
