@@ -103,3 +103,66 @@ def test_wide_rows_keep_their_bias():
 
     found = rewritten(normed_wide, *rows(3), **wide)
     assert not found.count("fuse_bias")
+
+
+def mlp(m, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, m.w, m.b)), m.out)
+
+
+def geglu(m, x: Tensor) -> Tensor:
+    up, gate = F.linear(x, m.w, m.b).chunk(2, -1)
+    return F.linear(up * F.gelu(gate), m.out)
+
+
+def beside(m, x: Tensor) -> Tensor:
+    activation = F.gelu(F.linear(x, m.w, m.b), approximate="tanh")
+    return F.linear(torch.cat([x, activation], -1), m.out)
+
+
+# The width of the projection, and of what the last linear reads.
+MLPS = {mlp: (32, 32), geglu: (32, 16), beside: (32, 48)}
+
+
+def mlp_parameters(forward, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    width, read = MLPS[forward]
+    drawn = {"w": (width, D), "b": (width,), "out": (D, read)}
+    return {name: normal(*shape, dtype=dtype) for name, shape in drawn.items()}
+
+
+def test_fires_on_an_activation():
+    found = rewritten(mlp, normal(2, 5, D), **mlp_parameters(mlp))
+    assert_expected_inline(found.code(), "")
+    assert found.count("fuse_bias") == found.count("gated_activation") == 1
+    found.assert_as_accurate(normal(3, 7, D))
+
+
+@pytest.mark.parametrize("forward", MLPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_of_mlps(forward, dtype: torch.dtype):
+    found = rewritten(forward, normal(2, 5, D, dtype=dtype), **mlp_parameters(forward, dtype))
+    assert found.count("fuse_bias") == 1, found.code()
+    found.assert_as_accurate(normal(3, 7, D, dtype=dtype))
+
+
+def two_inputs(m, x: Tensor) -> Tensor:
+    """Gate and up by linears of their own."""
+    return F.linear(F.silu(F.linear(x, m.w, m.b)) * F.linear(x, m.w.flip(0), m.b), m.out)
+
+
+def kept_for_another(m, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, m.w, m.b)
+    return F.linear(F.gelu(y), m.out), y.sin()
+
+
+def no_linear_behind(m, x: Tensor) -> Tensor:
+    """Decomposed, so that the activation is an op all the same."""
+    y = F.linear(x, m.w, m.b)
+    return (0.5 * y * (1 + torch.erf(y / 2**0.5))).sin() * m.out.sum()
+
+
+@pytest.mark.parametrize("forward", [two_inputs, kept_for_another, no_linear_behind])
+def test_near_misses_of_mlps_stay(forward):
+    found = rewritten(forward, normal(2, 5, D), **mlp_parameters(mlp))
+    assert found.count("gated_activation") == 1, found.code()
+    assert not found.count("fuse_bias"), found.code()
+    found.assert_as_accurate(normal(2, 5, D))

@@ -69,7 +69,7 @@ def test_an_activation_beside_attention_and_its_linear():
         found.code(),
         """\
 gated_activation_linear = fxopt.gated_activation_linear(inputs_1, None, 'gelu_erf', 'none',
-    inputs_0, p_down, None)
+    inputs_0, None, p_down, None)
 return (gated_activation_linear,)""",
     )
     found.assert_as_accurate(normal(1, 3, D), normal(1, 3, F_))

@@ -132,7 +132,7 @@ def test_activations():
         found.code(),
         """\
 gated_activation_linear_streams = fxopt.gated_activation_linear_streams([inputs_0, inputs_1],
-    [None, None], 'gelu_erf', 'none', [None, None], [p_q, p_k], [None, p_b])
+    [None, None], 'gelu_erf', 'none', [None, None], [None, None], [p_q, p_k], [None, p_b])
 getitem = gated_activation_linear_streams[0]
 getitem_1 = gated_activation_linear_streams[1]
 return (getitem, getitem_1)""",
