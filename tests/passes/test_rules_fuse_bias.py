@@ -131,7 +131,14 @@ def mlp_parameters(forward, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 def test_fires_on_an_activation():
     found = rewritten(mlp, normal(2, 5, D), **mlp_parameters(mlp))
-    assert_expected_inline(found.code(), "")
+    assert_expected_inline(
+        found.code(),
+        """\
+linear = aten.linear(inputs_0, p_w)
+gated_activation_linear = fxopt.gated_activation_linear(linear, None, 'gelu_erf', 'none', None,
+    p_b, p_out, None)
+return (gated_activation_linear,)""",
+    )
     assert found.count("fuse_bias") == found.count("gated_activation") == 1
     found.assert_as_accurate(normal(3, 7, D))
 
