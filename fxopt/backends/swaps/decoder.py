@@ -38,7 +38,7 @@ def fused_layer(
 ) -> Tensor:
     attn, x = layer.self_attn, hidden_states
     cos, sin = (t.unsqueeze(2) for t in position_embeddings)
-    rotation = Rotation("half", cos, sin)
+    rotation = Rotation("half", "channels", cos, sin)
     linears = (attn.q_proj, attn.k_proj, attn.v_proj)
     (q, k, v), x = Normed(layer.input_layernorm, x).into(*linears)
     norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)

@@ -92,7 +92,7 @@ def single(
 def tables(cos_sin: tuple[Tensor, Tensor]) -> Rotation:
     """[S, d] each, joint over both streams."""
     cos, sin = (t[None, :, None] for t in cos_sin)
-    return Rotation("interleaved", cos, sin)
+    return Rotation("interleaved", "channels", cos, sin)
 
 
 def draw_tables(draw: Draw, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -227,16 +227,17 @@ def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
 
 
 class Rotation(NamedTuple):
-    """Rotary tables that broadcast to [B, S, H, d] or, with one entry per pair, [B, S, H, d/2]."""
+    """`kind`, `tables`, cos and sin of `fxopt::qk_norm_rope`; the latter are [B, S, H, width]."""
 
     kind: str
+    tables: str
     cos: Tensor
     sin: Tensor
 
     def split(self, length: int) -> tuple[Rotation, Rotation]:
         """The tables of the first `length` tokens, and those of the others."""
         first, second = (
-            Rotation(self.kind, self.cos[:, part], self.sin[:, part])
+            self._replace(cos=self.cos[:, part], sin=self.sin[:, part])
             for part in (slice(0, length), slice(length, None))
         )
         return first, second
@@ -245,7 +246,7 @@ class Rotation(NamedTuple):
 def of_complex(freqs: Tensor) -> Rotation:
     """Tables [..., S, d/2] that hold cos + i sin, as a rotation of interleaved pairs."""
     tables = torch.view_as_real(freqs).unsqueeze(-3)
-    return Rotation("interleaved", tables[..., 0], tables[..., 1])
+    return Rotation("interleaved", "pairs", tables[..., 0], tables[..., 1])
 
 
 class Section(NamedTuple):
@@ -285,9 +286,10 @@ def _operands(
     norms = [read_norm(s.norm, s.x) for s in sections]
     x, unbiased = [heads(s.x, head_dim) for s in sections], [None] * len(sections)
     affine = [n.weight for n in norms], [n.bias for n in norms]
-    tables = ([s.rotation and s.rotation[i] for s in sections] for i in (1, 2))
-    kind = next((s.rotation.kind for s in sections if s.rotation is not None), "none")
-    settings = (norms[0].kind, [n.eps for n in norms], 0.0, across_heads, kind, sections[0].x.dtype)
+    tables = ([s.rotation and s.rotation[i] for s in sections] for i in (2, 3))
+    kind = next((s.rotation[:2] for s in sections if s.rotation is not None), ("none", "channels"))
+    eps, dtype = [n.eps for n in norms], sections[0].x.dtype
+    settings = (norms[0].kind, eps, 0.0, across_heads, *kind, dtype)
     outs: list[Tensor] = ops.qk_norm_rope(
         x, unbiased, *affine, *tables, [len(o) for o in operands], *settings
     )

@@ -65,7 +65,7 @@ def fused_block(
 def tables(rotary_emb: tuple[Tensor, Tensor]) -> Rotation:
     """[1, S, 1, d] each, every entry twice."""
     cos, sin = rotary_emb
-    return Rotation("interleaved", cos[..., 0::2], sin[..., 1::2])
+    return Rotation("interleaved", "pairs", cos[..., 0::2], sin[..., 1::2])
 
 
 def attention(
