@@ -18,8 +18,8 @@ def rotary_dim(head_dim: int, width: int, tables: str) -> int:
     rotated = 2 * width if tables == "pairs" else width
     if rotated % 2 or rotated > head_dim:
         raise ValueError(
-            f'tables of {width} entries ("{tables}") rotate {rotated} of the {head_dim} channels of '
-            "a head: qk_norm_rope rotates pairs, within a head"
+            f'tables of {width} entries ("{tables}") rotate {rotated} of {head_dim} channels: '
+            "qk_norm_rope rotates pairs, within a head"
         )
     return rotated
 
