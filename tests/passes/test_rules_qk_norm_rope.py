@@ -208,6 +208,15 @@ NEAR_MISSES = {
         lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + 2 * a * s, _stack
     ),
     "shifted tokens": lambda x, cos, sin: halves(x, cos.roll(1, 0), sin).roll(1, 1),
+    "rest doubled": lambda x, cos, sin: torch.cat(
+        [halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4]), 2 * x[..., d // 2 :]], -1
+    ),
+    "rest first": lambda x, cos, sin: torch.cat(
+        [x[..., d // 2 :], halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4])], -1
+    ),
+    "matrices of other pairs": _pairs(
+        lambda a, b, c, s: a * c + b.flip(-1) * s, lambda a, b, c, s: b * c + a * s, _stack
+    ),
     "not linear": lambda x, cos, sin: halves(x, cos, sin).sin(),
 }
 
