@@ -154,7 +154,9 @@ class Reading(NamedTuple):
 
 
 def _readings(node: fx.Node, value: torch.Tensor, heads: Heads) -> Iterator[Reading]:
-    """All ways to read a table."""
+    """All ways to read a table; none if what it would rotate are no pairs."""
+    if heads.rotary_dim % 2:
+        return
     widths = {"channels": heads.rotary_dim, "pairs": heads.rotary_dim // 2}
     for parts in _parts(value):
         part = Table(node, parts).view(value)

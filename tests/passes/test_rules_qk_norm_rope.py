@@ -208,6 +208,9 @@ NEAR_MISSES = {
         lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + 2 * a * s, _stack
     ),
     "shifted tokens": lambda x, cos, sin: halves(x, cos.roll(1, 0), sin).roll(1, 1),
+    "an odd number of channels": lambda x, cos, sin: torch.cat(
+        [x[..., :3] * cos[:, None, :3] + x[..., :3] * sin[:, None, :3], x[..., 3:]], -1
+    ),
     "rest doubled": lambda x, cos, sin: torch.cat(
         [halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4]), 2 * x[..., d // 2 :]], -1
     ),
