@@ -19,12 +19,16 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 def within(own: Any) -> Callable[..., Any]:
     """What a module's own forward, or that of another door, runs within its checkpoint."""
-    found: Callable[..., Any] = getattr(own, "within_checkpoint", own)
-    function: Any = getattr(found, "__func__", None)
+    if not _is_wrapper(getattr(own, "__func__", None)):
+        return getattr(own, "within_checkpoint", own)
+    return unwrapped(own.__func__).__get__(own.__self__)
+
+
+def unwrapped(function: Any) -> Any:
+    """A class's forward less wrappers around it; each subclass adds one of its own."""
     while _is_wrapper(function):
         function = function.__wrapped__
-        found = function.__get__(own.__self__)
-    return found
+    return function
 
 
 def call(own: Any, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -137,15 +137,19 @@ def test_evaluation_makes_no_checkpoint(door) -> None:
     assert num_calls(model, inputs) == 2 * once
 
 
-def test_a_class_that_changes_later(door) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_class_that_changes(door, when: str) -> None:
     """FSDP2 gives each layer a class of its own, whose wrapper is the one that counts."""
     family = FAMILIES["llama-sdpa"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     judge = Judge(model, inputs)
     switch_on(model)
-    door(model)
+    if when == "after":
+        door(model)
     for layer in model.model.layers:
         layer.__class__ = type("Sharded", (type(layer),), {})
+    if when == "before":
+        door(model)
     judge(model)
     assert num_calls(model, inputs) == 2 * NUM_CALLS
 
