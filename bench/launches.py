@@ -99,7 +99,8 @@ def qk_norm_rope(
     width: int,
     norm: str = "rms",
     rotation: str = "interleaved",
-    tables: str = "full",
+    tables: str = "channels",
+    rotary_dim: int = HEAD_DIM,
     across_heads: bool = False,
     joint: bool = False,
     biased: bool = False,
@@ -108,7 +109,8 @@ def qk_norm_rope(
     """Queries and keys of width / HEAD_DIM heads.
 
     Args:
-        tables: "full", or "complex" for the two parts of [S, d/2] complex numbers.
+        tables: as the op takes them; "pairs" are the two parts of [S, d/2] complex numbers.
+        rotary_dim: how many channels of a head are rotated.
         joint: a section of text and one of image for each.
         biased: x_bias is there.
         merged: x is a view of one projection to q, k and v.
@@ -126,9 +128,12 @@ def qk_norm_rope(
     def make_tables(length: int) -> tuple[Tensor | None, ...]:
         if rotation == "none":
             return None, None
-        if tables == "complex":
-            return randn(1, length, 1, HEAD_DIM // 2, 2, dtype=FP32).unbind(-1)
-        cos_sin = randn(2, 1, length, 1, HEAD_DIM, dtype=FP32)
+        if tables == "matrices":
+            columns = randn(1, length, 1, rotary_dim // 2, 2, 2, dtype=FP32).unbind(-1)
+            return tuple(column.flatten(-2) for column in columns)
+        if tables == "pairs":
+            return randn(1, length, 1, rotary_dim // 2, 2, dtype=FP32).unbind(-1)
+        cos_sin = randn(2, 1, length, 1, rotary_dim, dtype=FP32)
         return cos_sin.unbind(0)
 
     x = [make_x(length) for _ in range(2) for length in lengths]
@@ -139,7 +144,8 @@ def qk_norm_rope(
     cos, sin = zip(*[make_tables(length) for length in lengths] * 2, strict=True)
     fields = (x, x_bias, weight, [None] * num_sections, cos, sin)
     settings = (
-        [len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads, rotation, BF16,
+        *([len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads),
+        *(rotation, tables, BF16),
     )  # fmt: skip
     *outs, mean, rstd = provider.forward(*fields, *settings)
     needs = [t is not None for field in fields[:4] for t in field]
@@ -248,17 +254,19 @@ def _cases() -> Iterator[Case]:
     for variant, widths, options in (
         ("joint, x_bias", (3072,), {"joint": True, "biased": True}),
         ("views of one projection", wide, {"merged": True}),
-        ("complex tables", wide, {"tables": "complex"}),
+        ("complex tables", wide, {"tables": "pairs"}),
         ("joint, no rotation", (3072,), {"joint": True, "rotation": "none"}),
         (
             "across heads, complex tables, x_bias",
             (1536, 5120),
-            {"across_heads": True, "tables": "complex", "biased": True},
+            {"across_heads": True, "tables": "pairs", "biased": True},
         ),
         ("across heads, no rotation", (5120,), {"across_heads": True, "rotation": "none"}),
         ("layer norm", (3072,), {"norm": "layer"}),
         ("half", wide, {"rotation": "half"}),
         ("no norm, half", (3072,), {"norm": "none", "rotation": "half"}),
+        ("half, part of a head", (3072,), {"rotation": "half", "rotary_dim": HEAD_DIM // 4}),
+        ("matrices", (3072,), {"tables": "matrices"}),
     ):
         yield Case(f"qk_norm_rope {variant}", partial(qk_norm_rope, **options), widths)
     for activation, form in (

@@ -76,7 +76,10 @@ SPARSE = {
     for width in (5120, 6144, 8192)
 }
 # Half a head is 64 contiguous elements; at 8 for a thread it took 168 registers on sm_80.
-NARROW = {"qk_norm_rope half D=3072 backward", "qk_norm_rope half D=5120 backward"}
+NARROW = {
+    f"qk_norm_rope {case} backward"
+    for case in ("half D=3072", "half D=5120", "half, part of a head D=3072")
+}
 
 
 class Device:

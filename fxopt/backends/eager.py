@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxopt.backends import options, precision, state
+from fxopt.backends import checkpoints, options, precision, state
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.failures import described
 from fxopt.backends.precision import source
@@ -157,7 +157,8 @@ class SwappedForward:
         first = next(module.parameters(), None)
         target = None if first is None else options.target_of(first.device)
         self.theta = options.threshold(recipe, target)
-        self.original: Callable[..., Any] = module.forward
+        self.own: Callable[..., Any] = module.forward
+        self.original = checkpoints.within(self.own)
         self.names = [
             p.name
             for p in inspect.signature(module.forward).parameters.values()
@@ -187,7 +188,8 @@ class SwappedForward:
         memo[id(self)] = twin
         twin.__dict__ |= self.__dict__ | {"refusals": {}}
         twin.module = copy.deepcopy(self.module, memo)
-        twin.original = type(twin.module).forward.__get__(twin.module)
+        twin.own = type(twin.module).forward.__get__(twin.module)
+        twin.original = checkpoints.within(twin.own)
         twin.watches = None  # the copy of the module is not complete yet
         return twin
 
@@ -196,7 +198,11 @@ class SwappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or len(args) > len(self.names):
-            return self.original(*args, **kwargs)
+            return self.own(*args, **kwargs)
+        return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
+
+    def within_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the fused form, or else the own."""
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         arguments = {n: v for n, v in arguments.items() if not _is_absent(v)}
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.backends import options, precision, state, trial
+from fxopt.backends import checkpoints, options, precision, state, trial
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
@@ -133,7 +133,9 @@ def rewrite_block(
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(block, block.forward, args, kwargs, rules, planned_for=planned_for)
+    plan = capture(
+        block, checkpoints.within(block.forward), args, kwargs, rules, planned_for=planned_for
+    )
     return RewrittenCallable(block, plan, chosen)
 
 

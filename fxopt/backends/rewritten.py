@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from fxopt.backends import trial
+from fxopt.backends import checkpoints, trial
 from fxopt.backends.calls import Call, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
@@ -88,9 +88,13 @@ class RewrittenForward:
     def __init__(self, fqn: str, module: nn.Module, captures: Captures) -> None:
         self.fqn, self.module, self.captures = fqn, module, captures
         self.installed: Any = module.__dict__.get("forward")
-        self.original: Callable[..., Any] = module.forward
+        self._take(module.forward)
         self.device: torch.device | None = None
         self._forget()
+
+    def _take(self, own: Callable[..., Any]) -> None:
+        """The forward to stand in for, and what it runs within its checkpoint, if it makes one."""
+        self.own, self.original = own, checkpoints.within(own)
 
     def _forget(self) -> None:
         self.bounds: list[Bound] = []
@@ -103,8 +107,8 @@ class RewrittenForward:
         twin.__dict__ |= self.__dict__
         twin.module = copy.deepcopy(self.module, memo)
         twin.installed = copy.deepcopy(self.installed, memo)
-        function = getattr(self.original, "__func__", None)
-        twin.original = function.__get__(twin.module) if function else twin.installed
+        function = getattr(self.own, "__func__", None)
+        twin._take(function.__get__(twin.module) if function else twin.installed)
         twin._forget()
         return twin
 
@@ -119,7 +123,11 @@ class RewrittenForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_transformed():
-            return self.original(*args, **kwargs)
+            return self.own(*args, **kwargs)
+        return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
+
+    def within_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the call by a graph, or else as it was."""
         call = Call.of(args, kwargs)
         found = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
         if isinstance(found, Bound):

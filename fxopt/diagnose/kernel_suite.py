@@ -64,7 +64,8 @@ def _qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     from fxopt.kernels.qk_norm_rope import qk_norm_rope
 
     tensors = [x], [None], [weight], [None], [cos], [sin]
-    out: Tensor = qk_norm_rope(*tensors, [1], "rms", [1e-6], 0.0, False, "interleaved", x.dtype)[0]
+    settings = [1], "rms", [1e-6], 0.0, False, "interleaved", "channels", x.dtype
+    out: Tensor = qk_norm_rope(*tensors, *settings)[0]
     return out
 
 

@@ -16,13 +16,11 @@ from fxopt.kernels.qk_norm_rope import (
     Arguments,
     Section,
     grouped,
-    joined_pairs,
     math_tables,
     outputs,
-    pairs,
-    rotate,
     split_backward_arguments,
 )
+from fxopt.kernels.rotary import joined_pairs, pairs, rotate_into
 
 aten = torch.ops.aten
 Tables = tuple[Tensor, Tensor]
@@ -55,10 +53,8 @@ def forward(*args: Any) -> list[Tensor]:
         out, found = outs[s.output][:, s.rows], tables(s)
         if found is None:
             out.copy_(n)
-        elif out.dtype == n.dtype:
-            rotate(n, *found, a.rotation, out)
         else:
-            out.copy_(rotate(n, *found, a.rotation))
+            rotate_into(out, n, *found, a.rotation)
     return [*outs, mean, rstd]
 
 
@@ -73,7 +69,8 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
             continue
         g, own_tables = grads[s.output][:, s.rows].to(a.math), tables(s)
         if own_tables is not None:
-            g = rotate(g, *own_tables, a.rotation, g.new_empty(g.shape))
+            rotated, g = g, g.new_empty(g.shape)
+            rotate_into(g, rotated, *own_tables, a.rotation)
         else:
             # dx may not alias grad.
             g = g.clone(memory_format=torch.contiguous_format) if a.norm == "none" else g

@@ -1,6 +1,6 @@
 """`fxopt::qk_norm_rope`: norm the query and key heads, rotate them, write one joint buffer of each.
 
-Shape suffixes: B batch, S tokens of a section, H heads, d head dim.
+Shape suffixes: B batch, S tokens of a section, H heads, d head dim, r rotated channels of a head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.registration import below_autograd, opmath_of, register
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
@@ -35,7 +36,7 @@ class Section(NamedTuple):
 
     @property
     def tables(self) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin) of the section's own tokens."""
+        """Both tables of the section's own tokens."""
         if self.cos is None or self.sin is None:
             return None
         return self._own(self.cos), self._own(self.sin)
@@ -53,15 +54,18 @@ class Arguments(NamedTuple):
         x: [B, S, H, d] each, any strides.
         x_bias: [H*d], added to x before the norm: that of the linear that made x, or None.
         weight, bias: [d], or [H*d] with `across_heads`; None for no scale, no shift.
-        cos, sin: broadcastable to [B, S, H, d], or to [B, S, H, d/2] with one entry per pair, where
+        cos, sin: broadcastable to [B, S, H, r], or to [B, S, H, r/2] with one entry per pair, where
             S is the section's own tokens or all of its output's; None leaves the section unrotated.
-            Constants: they get no gradient.
+            The first r channels of a head are rotated, the others go through. Constants: they get
+            no gradient.
         joined: how many of the sections, in order, make up each output; they share B, H and d.
         norm: "rms", "layer" (biased variance) or "none".
         eps: added to the mean square or variance.
         weight_offset: 1.0 for norms that store the weight minus one, else 0.0.
         across_heads: norm over all H*d elements of a token instead of over each head's d.
-        rotation: "interleaved", "half" or "none".
+        rotation: which of the r channels are a pair: "interleaved", "half" or "none".
+        tables: what cos and sin hold. "channels": an entry for each channel. "pairs": one for each
+            pair. "matrices": the columns of a 2x2 matrix for each pair, one pair after the other.
         dtype: of the outputs.
     """
 
@@ -77,6 +81,7 @@ class Arguments(NamedTuple):
     weight_offset: float
     across_heads: bool
     rotation: str
+    tables: str
     dtype: torch.dtype
 
     @property
@@ -112,12 +117,17 @@ def reference(*args: Any) -> list[Tensor]:
         n = norm(x + x_bias) * (weight_offset + weight) + bias
         interleaved: out[2i] = n[2i] cos[2i] - n[2i+1] sin[2i]
                      out[2i+1] = n[2i+1] cos[2i+1] + n[2i] sin[2i+1]
-        half:        the same with the pairs (i, i + d/2) in place of (2i, 2i+1)
+        half:        the same with the pairs (i, i + r/2) in place of (2i, 2i+1)
+        matrices:    out[2i] = n[2i] cos[2i] + n[2i+1] sin[2i]
+                     out[2i+1] = n[2i] cos[2i+1] + n[2i+1] sin[2i+1], or its like by halves
 
     Args: those of `Arguments`.
 
     Returns:
         One [B, sum of S, H, d] per entry of `joined`.
+
+    Raises:
+        ValueError: tables rotate no whole pairs, or more than a head.
 
     Numerics: fp32 throughout (fp64 if x or the output is fp64) and one cast to `dtype`.
     """
@@ -138,7 +148,7 @@ def reference(*args: Any) -> list[Tensor]:
             n = n + s.bias.to(a.math)
         n = n.view(s.x_BSHd.shape)
         if a.rotation != "none" and s.tables is not None:
-            n = rotate(n, *math_tables(a, s), a.rotation)
+            n = rotary.rotate(n, *math_tables(a, s), a.rotation)
         parts[s.output].append(n)
     return [torch.cat(part, 1).to(a.dtype) for part in parts]
 
@@ -148,32 +158,18 @@ def grouped(x_BSHd: Tensor, across_heads: bool) -> Tensor:
     return x_BSHd.flatten(2).unsqueeze(2) if across_heads else x_BSHd
 
 
+def rotary_dim(a: Arguments, s: Section) -> int:
+    """How many channels of a head are rotated; 0 where there are no tables."""
+    if a.rotation == "none" or s.cos is None:
+        return 0
+    return rotary.rotary_dim(s.x_BSHd.shape[-1], s.cos.shape[-1], a.tables)
+
+
 def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:
-    """The section's (cos, sin) in the math dtype, one entry per element, signed for `rotate`."""
-    assert s.tables is not None
+    """The section's (cos, sin) in the math dtype, one entry per channel, signed for `rotate`."""
+    assert s.tables is not None and rotary_dim(a, s)
     cos, sin = (t.to(a.math) for t in s.tables)
-    if cos.shape[-1] < s.x_BSHd.shape[-1]:
-        return joined_pairs(cos, cos, a.rotation), joined_pairs(-sin, sin, a.rotation)
-    sin_p, sin_q = pairs(sin, a.rotation)
-    return cos, joined_pairs(-sin_p, sin_q, a.rotation)
-
-
-def rotate(n: Tensor, cos: Tensor, sin: Tensor, rotation: str, out: Tensor | None = None) -> Tensor:
-    """(p, q) -> (p cos_p + q sin_p, q cos_q + p sin_q) for every pair."""
-    p, q = pairs(n, rotation)
-    return torch.mul(n, cos, out=out).addcmul_(joined_pairs(q, p, rotation), sin)
-
-
-def pairs(x: Tensor, rotation: str) -> tuple[Tensor, ...]:
-    """Views of the first and the second members of all pairs."""
-    return x.chunk(2, -1) if rotation == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
-
-
-def joined_pairs(first: Tensor, second: Tensor, rotation: str) -> Tensor:
-    """Inverse of `pairs`."""
-    if rotation == "half":
-        return torch.cat((first, second), -1)
-    return torch.stack((first, second), -1).flatten(-2)
+    return rotary.signed(cos, sin, a.rotation, a.tables)
 
 
 def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -296,7 +292,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "int[] joined, str norm, float[] eps, float weight_offset, bool across_heads, str rotation, "
-    "ScalarType dtype"
+    "str tables, ScalarType dtype"
 )
 
 # One gradient per x, x_bias, weight and bias, field by field; 0 elements where `needs` is false.

@@ -1,7 +1,8 @@
 """Tiles of rotated pairs: how the kernels of `qk_norm_rope` load, store and average them.
 
 A tile is [H, P]: heads by pairs of a head, both padded to powers of two. p holds the first members
-of the pairs, its twin q the second. `c` is the kernel's Config.
+of the pairs, its twin q the second. The rotated pairs come first; channels that are not rotated are
+paired as well, so that a tile is a head. `c` is the kernel's Config.
 """
 
 # Kernel parameters have no Python types.
@@ -20,11 +21,24 @@ def load_pairs(ptr, heads_H1, stride, c):
         x = tl.load(ptr + cols * stride, mask=mask, other=0.0).to(c.MATH)
         return tl.split(tl.reshape(x, (x.shape[0], c.P, 2)))
     else:
-        cols = tl.arange(0, c.P)[None, :].to(tl.int64)
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        p = tl.load(ptr + cols * stride, mask=mask, other=0.0).to(c.MATH)
-        q = tl.load(ptr + (cols + c.D // 2) * stride, mask=mask, other=0.0).to(c.MATH)
+        cols_p, cols_q, mask = _halves(heads_H1, c)
+        p = tl.load(ptr + cols_p.to(tl.int64) * stride, mask=mask, other=0.0).to(c.MATH)
+        q = tl.load(ptr + cols_q.to(tl.int64) * stride, mask=mask, other=0.0).to(c.MATH)
         return p, q
+
+
+@triton.jit
+def _halves(heads_H1, c):
+    """Channels of the members p and q [1, P], and which of the tile's elements there are."""
+    cols = tl.arange(0, c.P)[None, :]
+    mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
+    if c.ROTARY_DIM == c.D:
+        return cols, cols + c.D // 2, mask
+    else:
+        half: tl.constexpr = c.ROTARY_DIM // 2
+        is_rotated = cols < half
+        cols_p = tl.where(is_rotated, cols, cols + half)
+        return cols_p, tl.where(is_rotated, cols + half, cols + c.D // 2), mask
 
 
 @triton.jit
@@ -36,25 +50,49 @@ def store_pairs(ptr, heads_H1, p, q, c):
         x = tl.reshape(tl.join(p, q), (p.shape[0], 2 * c.P))
         tl.store(ptr + cols, x.to(ptr.dtype.element_ty), mask=mask)
     else:
-        cols = tl.arange(0, c.P)[None, :]
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        tl.store(ptr + cols, p.to(ptr.dtype.element_ty), mask=mask)
-        tl.store(ptr + cols + c.D // 2, q.to(ptr.dtype.element_ty), mask=mask)
+        cols_p, cols_q, mask = _halves(heads_H1, c)
+        tl.store(ptr + cols_p, p.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + cols_q, q.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_table(ptr, strides, batch, token, heads_H1, c):
-    """cos or sin of one token, [H, P] or [1, P]."""
+def load_rotation(s, batch, token, heads_H1, c):
+    """(cos_p, cos_q, sin_p, sin_q) of one token, [H, P] or [1, P]: the rotation is
+
+    (p, q) -> (p cos_p - q sin_p, q cos_q + p sin_q).
+    """
+    cos_p, cos_q = _load_table(s.cos, s.cos_strides, batch, token, heads_H1, c)
+    sin_p, sin_q = _load_table(s.sin, s.sin_strides, batch, token, heads_H1, c)
+    if c.TABLES == "matrices":
+        cos_q, sin_p, sin_q = sin_q, -sin_p, cos_q
+    if c.ROTARY_DIM < c.D:
+        is_rotated = tl.arange(0, c.P)[None, :] < c.ROTARY_DIM // 2
+        cos_p = tl.where(is_rotated, cos_p, 1.0)
+        cos_q = tl.where(is_rotated, cos_q, 1.0)
+    return cos_p, cos_q, sin_p, sin_q
+
+
+@triton.jit
+def _load_table(ptr, strides, batch, token, heads_H1, c):
+    """The entries for the first and the second members of pairs; 0 for what is not rotated."""
     if not c.TABLE_PER_HEAD:
         heads_H1 = tl.zeros((1, 1), tl.int32)
     ptr += batch * strides[0] + token * strides[1] + heads_H1.to(tl.int64) * strides[2]
-    if c.TABLE_WIDTH == c.D:
-        return load_pairs(ptr, heads_H1, strides[3], c)
+    is_head = heads_H1 < c.NUM_HEADS
+    if c.TABLES == "matrices" or (c.TABLES == "channels" and c.INTERLEAVED):
+        cols = tl.arange(0, 2 * c.P)[None, :].to(tl.int64)
+        mask = is_head & (cols < c.ROTARY_DIM)
+        table = tl.load(ptr + cols * strides[3], mask=mask, other=0.0).to(c.MATH)
+        return tl.split(tl.reshape(table, (table.shape[0], c.P, 2)))
     else:
+        half: tl.constexpr = c.ROTARY_DIM // 2
         cols = tl.arange(0, c.P)[None, :].to(tl.int64)
-        mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D // 2)
-        both = tl.load(ptr + cols * strides[3], mask=mask, other=0.0).to(c.MATH)
-        return both, both
+        mask = is_head & (cols < half)
+        p = tl.load(ptr + cols * strides[3], mask=mask, other=0.0).to(c.MATH)
+        if c.TABLES == "pairs":
+            return p, p
+        else:
+            return p, tl.load(ptr + (cols + half) * strides[3], mask=mask, other=0.0).to(c.MATH)
 
 
 @triton.jit

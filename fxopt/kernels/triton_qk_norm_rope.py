@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels import triton_tables
-from fxopt.kernels.qk_norm_rope import Arguments, Section, outputs, split_backward_arguments
+from fxopt.kernels.qk_norm_rope import (
+    Arguments,
+    Section,
+    outputs,
+    rotary_dim,
+    split_backward_arguments,
+)
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
 from fxopt.kernels.triton_sizes import unspecialized
@@ -110,12 +116,11 @@ def _plan(a: Arguments, s: Section, chosen: Mapping[str, int]) -> Plan:
         heads = min(sizes, key=lambda size: (-(-num_heads // size) * size, -size))
     num_blocks = triton.cdiv(num_heads, heads)
     tables = s.tables if a.rotation != "none" else None
-    width = tables[0].shape[-1] if tables else 0
     per_head = tables is not None and any(t.dim() > 1 and t.shape[-2] > 1 for t in tables)
     compiled = (
         *(num_heads, dim, 1 if a.across_heads else num_heads, num_blocks, heads, pairs),
         *(a.norm, a.across_heads, a.rotation != "half", a.weight_offset, MATH[a.math]),
-        *(s.eps, width, per_head),
+        *(s.eps, rotary_dim(a, s) or dim, a.tables, per_head),
     )
     num_warps = max(1, min(16, 2 * heads * pairs // (chosen["elements_per_thread"] * 32)))
     return Plan(Config(*map(tl.constexpr, compiled)), num_blocks, num_warps)

@@ -25,7 +25,7 @@ from fxopt.kernels.triton_pairs import (
     load_head_pairs,
     load_pairs,
     load_parameter,
-    load_table,
+    load_rotation,
     statistic,
     store_pairs,
 )
@@ -47,7 +47,8 @@ class Config(NamedTuple):
     WEIGHT_OFFSET: tl.constexpr
     MATH: tl.constexpr
     EPS: tl.constexpr
-    TABLE_WIDTH: tl.constexpr
+    ROTARY_DIM: tl.constexpr
+    TABLES: tl.constexpr
     TABLE_PER_HEAD: tl.constexpr
 
 
@@ -123,8 +124,7 @@ def _forward_token(s, mean_ptr, rstd_ptr, row, block, num_tokens, c):
         p += bias_p
         q += bias_q
     if s.cos is not None:
-        cos_p, cos_q = load_table(s.cos, s.cos_strides, batch, token, heads_H1, c)
-        sin_p, sin_q = load_table(s.sin, s.sin_strides, batch, token, heads_H1, c)
+        cos_p, cos_q, sin_p, sin_q = load_rotation(s, batch, token, heads_H1, c)
         p, q = p * cos_p - q * sin_p, q * cos_q + p * sin_q
     y_ptr = s.y + batch * s.y_strides[0] + token * s.y_strides[1]
     store_pairs(y_ptr + heads_H1 * c.D, heads_H1, p, q, c)
@@ -184,8 +184,7 @@ def _backward_section(
         y_ptr = s.y + batch * s.y_strides[0] + token * s.y_strides[1] + heads * s.y_strides[2]
         g_p, g_q = load_pairs(y_ptr, heads_H1, s.y_strides[3], c)
         if s.cos is not None:
-            cos_p, cos_q = load_table(s.cos, s.cos_strides, batch, token, heads_H1, c)
-            sin_p, sin_q = load_table(s.sin, s.sin_strides, batch, token, heads_H1, c)
+            cos_p, cos_q, sin_p, sin_q = load_rotation(s, batch, token, heads_H1, c)
             g_p, g_q = g_p * cos_p + g_q * sin_q, g_q * cos_q - g_p * sin_p
         x_p, x_q = _load_x(s, batch, token, heads_H1, c)
         stat, stat_mask = statistic(row, heads_H1, c)

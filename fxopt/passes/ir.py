@@ -118,9 +118,14 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a tensor; one that the graph's own checks have settled is an integer."""
     val = tensor(node)
     assert val is not None, f"{node} is not a tensor"
-    return tuple(val.shape)
+    return tuple(int(expression(s)) if _is_settled(s) else s for s in val.shape)
+
+
+def _is_settled(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.expr.is_number
 
 
 def dtype(node: fx.Node) -> torch.dtype:

@@ -1,23 +1,25 @@
 """Find out what rotation a piece of graph applies, by running it.
 
 The piece maps n (normed heads) and some tables to rotated heads. Every rotary embedding is
-`out = n * cos + swap(n) * sin`, where swap exchanges (and negates) the members of each pair:
-neighbours (interleaved) or halves. Which tensor is cos, which is sin, and how its dims lie is
-found by trying: there are a few dozen combinations, each a handful of flops.
+`out = n * cos + swap(n) * sin` for the first r channels of a head, where swap exchanges (and
+negates) the members of each pair: neighbours (interleaved) or halves. The other channels come out
+as they went in, which tells r. Which tensor is cos, which is sin, and how its dims lie is found by
+trying: there are a few dozen combinations, each a handful of flops.
 
-Shapes: B batch, S tokens, H heads, d head dim, w table width (d or d/2).
+Shapes: B batch, S tokens, H heads, d head dim, r rotated channels, w table width (r or r/2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxopt.kernels import rotary
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.prove import Runnable, Sizes, raised
@@ -50,6 +52,7 @@ class Table:
 @dataclass(frozen=True)
 class Rotation:
     kind: str  # "interleaved" | "half"
+    tables: str  # what they hold, as `fxopt::qk_norm_rope` takes them
     cos: Table
     sin: Table
 
@@ -86,26 +89,25 @@ def find_rotation(
     n_BSHd, out_BSHd = (_to_BSHd(x, layout) for x in (n, out))
     if n_BSHd is None or out_BSHd is None:
         return Reason("heads and tokens cannot be told apart between norm and attention", end)
-    views = [(t, v) for node in tables for t, v in _readings(node, values[node], layout)]
-    for kind, swap in SWAPS.items():
-        swapped = swap(n_BSHd)
-        for cos, c in views:
-            for sin, s in views:
-                guess = n_BSHd * _widen(c, head_dim, kind) + swapped * _widen(s, head_dim, kind)
+    is_rotated = _is_rotated(n_BSHd, out_BSHd)
+    heads = Heads(*layout[:3], int(is_rotated.nonzero().max()) + 1 if is_rotated.any() else 0)
+    readings = [r for node in tables for r in _readings(node, values[node], heads)]
+    for kind in ("interleaved", "half"):
+        for c in readings:
+            for s in (s for s in readings if s.form == c.form):
+                guess = rotary.rotate(n_BSHd, *rotary.signed(c.value, s.value, kind, c.form), kind)
                 if guess.shape == out_BSHd.shape and (guess - out_BSHd).abs().max() < TOLERANCE:
-                    return Rotation(kind, cos, sin)
-    return Reason(_why_unknown(n_BSHd, out_BSHd, values.values()), end)
+                    return Rotation(kind, c.form, c.table, s.table)
+    if not is_rotated[: heads.rotary_dim].all():
+        return Reason("the rotated channels are not the first ones of a head", end)
+    return Reason("what stands between the norm and attention is no known rotation", end)
 
 
-def _why_unknown(n_BSHd: torch.Tensor, out_BSHd: torch.Tensor, tables: Iterable[Any]) -> str:
-    if any(table.shape[-2:] == (2, 2) for table in tables):
-        return "each pair of channels is multiplied by a 2x2 matrix, which need not be a rotation"
-    if n_BSHd.shape == out_BSHd.shape:
-        head_dim = n_BSHd.shape[-1]
-        num_rotated = int((n_BSHd != out_BSHd).flatten(0, 2).any(0).sum())
-        if num_rotated < head_dim:
-            return f"only {num_rotated} of {head_dim} channels are rotated, the op rotates all"
-    return "what stands between the norm and attention is no known rotation"
+def _is_rotated(n_BSHd: torch.Tensor, out_BSHd: torch.Tensor) -> torch.Tensor:
+    """For each channel of a head whether it comes out other than it went in."""
+    if n_BSHd.shape != out_BSHd.shape:
+        return torch.ones(n_BSHd.shape[-1], dtype=torch.bool)
+    return (n_BSHd != out_BSHd).flatten(0, 2).any(0)
 
 
 def _extract(
@@ -134,60 +136,68 @@ def _to_BSHd(x: torch.Tensor, layout: tuple[int, int, int, int]) -> torch.Tensor
     return x.view(layout) if x.shape == (b, s, h * d) else None
 
 
-def _swap_neighbours(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+class Heads(NamedTuple):
+    """Sizes of what is rotated."""
+
+    batch: int
+    num_tokens: int
+    num_heads: int
+    rotary_dim: int
 
 
-def _swap_halves(x: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+class Reading(NamedTuple):
+    """A table as [B, S, H, w], and what it would hold, in the words of `rotary.signed`."""
+
+    table: Table
+    value: torch.Tensor
+    form: str
 
 
-SWAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "interleaved": _swap_neighbours,
-    "half": _swap_halves,
-}
+def _readings(node: fx.Node, value: torch.Tensor, heads: Heads) -> Iterator[Reading]:
+    """All ways to read a table; none if what it would rotate are no pairs."""
+    if heads.rotary_dim % 2:
+        return
+    widths = {"channels": heads.rotary_dim, "pairs": heads.rotary_dim // 2}
+    for parts in _parts(value):
+        part = Table(node, parts).view(value)
+        columns = parts[-1:] == (COLUMN,)
+        for form, width in {"matrices": heads.rotary_dim}.items() if columns else widths.items():
+            for steps in _layouts(part, width, heads.num_heads):
+                table = Table(node, (*parts, *steps))
+                view = table.view(value)
+                sizes = zip(view.shape[:3], heads[:3], strict=True)
+                if view.shape[-1] == width and all(size in (1, whole) for size, whole in sizes):
+                    yield Reading(table, view, form)
 
 
-def _widen(table: torch.Tensor, head_dim: int, kind: str) -> torch.Tensor:
-    if table.shape[-1] == head_dim:
-        return table
-    return table.repeat_interleave(2, -1) if kind == "interleaved" else table.repeat(1, 1, 1, 2)
+COLUMN: Step = (aten.flatten.using_ints, (-2, -1))  # [..., r/2, 2] to [..., r]
 
 
-def _readings(
-    node: fx.Node, value: torch.Tensor, layout: tuple[int, int, int, int]
-) -> Iterator[tuple[Table, torch.Tensor]]:
-    """All ways to read a table as [B, S, H, w] with w = d or d/2."""
-    for steps in _layouts(value, layout):
-        table = Table(node, steps)
-        view = table.view(value)
-        widths = (layout[3], layout[3] // 2)
-        if view.dim() == 4 and view.shape[-1] in widths:
-            sizes = zip(view.shape[:3], layout[:3], strict=True)
-            if all(size in (1, whole) for size, whole in sizes):
-                yield table, view
-
-
-def _layouts(value: torch.Tensor, layout: tuple[int, int, int, int]) -> Iterator[tuple[Step, ...]]:
-    starts: list[tuple[Step, ...]] = [()]
+def _parts(value: torch.Tensor) -> Iterator[tuple[Step, ...]]:
+    """What may be a table by itself: real and imaginary part, halves of a stack, columns."""
+    selects = [(aten.select.int, (-1, part)) for part in (0, 1)]
     if value.is_complex():
-        as_real = (aten.view_as_real.default, ())
-        starts = [(as_real, (aten.select.int, (-1, part))) for part in (0, 1)]
-    elif value.dim() > 2 and value.shape[-1] <= 2:
-        starts = [((aten.select.int, (-1, part)),) for part in range(value.shape[-1])]
-    rank = value.dim() - (0 if value.is_complex() or starts == [()] else 1)
-    width = layout[2] * layout[3]
-    for start in starts:
-        if value.shape[-1] in (width, width // 2) and not value.is_complex() and rank <= 3:
-            heads = (aten.unflatten.int, (-1, [layout[2], value.shape[-1] // layout[2]]))
-            lead = ((aten.unsqueeze.default, (0,)),) * (3 - rank)
-            yield (*start, *lead, heads)
-        if rank == 2:
-            yield (*start, (aten.unsqueeze.default, (0,)), (aten.unsqueeze.default, (2,)))
-        elif rank == 3:
-            yield (*start, (aten.unsqueeze.default, (2,)))
-            yield (*start, (aten.unsqueeze.default, (0,)))
-        elif rank == 4:
-            yield start
-            yield (*start, (aten.permute.default, ([0, 2, 1, 3],)))
+        yield from (((aten.view_as_real.default, ()), select) for select in selects)
+        return
+    yield ()
+    if value.dim() > 2 and value.shape[-1] == 2:
+        yield from ((select,) for select in selects)
+        yield (COLUMN,)
+        if value.shape[-2] == 2:
+            yield from ((select, COLUMN) for select in selects)
+
+
+def _layouts(value: torch.Tensor, width: int, num_heads: int) -> Iterator[tuple[Step, ...]]:
+    """Views that bring a table to four dims."""
+    rank = value.dim()
+    if value.shape[-1] == num_heads * width and rank <= 3:
+        lead = ((aten.unsqueeze.default, (0,)),) * (3 - rank)
+        yield (*lead, (aten.unflatten.int, (-1, [num_heads, width])))
+    if rank == 2:
+        yield ((aten.unsqueeze.default, (0,)), (aten.unsqueeze.default, (2,)))
+    elif rank == 3:
+        yield ((aten.unsqueeze.default, (2,)),)
+        yield ((aten.unsqueeze.default, (0,)),)
+    elif rank == 4:
+        yield ()
+        yield ((aten.permute.default, ([0, 2, 1, 3],)),)

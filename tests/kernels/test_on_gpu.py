@@ -124,9 +124,16 @@ def test_norm_modulate_streams(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotation", ["none", "interleaved", "half"])
+@pytest.mark.parametrize(
+    ("rotation", "form", "width"),
+    [
+        ("none", "channels", 128),
+        *((kind, "channels", width) for kind in ("interleaved", "half") for width in (128, 32)),
+        *((kind, "matrices", 64) for kind in ("interleaved", "half")),
+    ],
+)
 @pytest.mark.parametrize("across_heads", [False, True])
-def test_qk_norm_rope(across_heads, rotation, dtype):
+def test_qk_norm_rope(across_heads, rotation, form, width, dtype):
     heads, dim = (24, 24, 8, 8), 128  # two sections of queries, two of keys
     tokens, joined = (19, 33, 19, 33), [2, 2]
     widths = [h * dim if across_heads else dim for h in heads]
@@ -136,8 +143,8 @@ def test_qk_norm_rope(across_heads, rotation, dtype):
         *((w,) for w in widths),
         dtype=dtype,
     )
-    tables = [[torch.randn(1, 52, 1, dim, device="cuda")] * 4 for _ in range(2)]
-    settings = (joined, "rms", [1e-6] * 4, 0.0, across_heads, rotation)
+    tables = [[torch.randn(1, 52, 1, width, device="cuda")] * 4 for _ in range(2)]
+    settings = (joined, "rms", [1e-6] * 4, 0.0, across_heads, rotation, form)
 
     def arguments(*tensors):
         return tensors[:4], tensors[4:8], tensors[8:], [None] * 4, *tables, *settings

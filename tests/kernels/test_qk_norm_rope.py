@@ -34,7 +34,7 @@ class Case:
     norm: str = "rms"
     across_heads: bool = False
     rotation: str = "interleaved"
-    pair_tables: bool = False
+    tables: str = "channels"
     sections: str = "one"  # "one", "two", or "text": the second section has no tables
     dtype: torch.dtype = torch.float32
     affine: str = "weight"  # of "weight", "bias" and "x_bias", joined by "+"; or "none"
@@ -43,6 +43,7 @@ class Case:
     seed: int = 0
     keys: bool = False
     joint_tables: bool = False
+    rotated: float = 1.0  # the share of a head
 
     def section(self, generator: torch.Generator, num_tokens: int, heads: int) -> list[Any]:
         batch, _, _, dim = self.shape
@@ -58,19 +59,23 @@ class Case:
         bias = randn(width).to(self.dtype) if "bias" in affine else None
         return [x, x_bias, weight, bias]
 
-    def tables(self, generator: torch.Generator, num_tokens: int) -> list[Tensor]:
-        dim = self.shape[-1] // 2 if self.pair_tables else self.shape[-1]
+    def cos_sin(self, generator: torch.Generator, num_tokens: int) -> list[Tensor]:
+        dim = int(self.shape[-1] * self.rotated) // (2 if self.tables == "pairs" else 1)
         angle = torch.randn(1, num_tokens, 1, dim, generator=generator, dtype=torch.float64) * 3
         dtype = torch.promote_types(self.dtype, torch.float32)
+        if self.tables == "matrices":
+            matrices = angle.unflatten(-1, (-1, 2)).unsqueeze(-2).expand(*[-1] * 4, 2, 2)
+            matrices = matrices + torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # no rotations
+            return [m.flatten(-2) for m in matrices.sin().to(dtype).unbind(-1)]
         return [angle.cos().to(dtype), angle.sin().to(dtype)]
 
     @property
     def args(self) -> list[Any]:
         generator = torch.Generator().manual_seed(self.seed)
         lengths = [self.shape[1]] + [2] * (self.sections != "one")
-        tables = [self.tables(generator, n) for n in lengths]
+        tables = [self.cos_sin(generator, n) for n in lengths]
         if self.joint_tables:
-            tables = [self.tables(generator, sum(lengths))] * len(lengths)
+            tables = [self.cos_sin(generator, sum(lengths))] * len(lengths)
         if self.sections == "text":
             tables[1] = [None, None]
         heads = [self.shape[2]] + [max(1, self.shape[2] // 2)] * self.keys
@@ -81,7 +86,7 @@ class Case:
         ]
         fields = [list(field) for field in zip(*sections, strict=True)]
         joined, eps = [len(lengths)] * len(heads), [EPS * (i + 1) for i in range(len(sections))]
-        scalars = [self.weight_offset, self.across_heads, self.rotation, self.dtype]
+        scalars = [self.weight_offset, self.across_heads, self.rotation, self.tables, self.dtype]
         return [*fields, joined, self.norm, eps, *scalars]
 
     @property
@@ -121,9 +126,7 @@ def fused(*args: Any) -> list[Tensor]:
 
 def eager(*args: Any) -> list[Tensor]:
     """The op as diffusers' FLUX writes it, or, for what FLUX lacks, in the same manner."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    joined, norm, eps, weight_offset, across_heads, rotation, _ = args[NUM_FIELDS:]
+    joined, norm, eps, weight_offset, across_heads, rotation, form, _ = args[NUM_FIELDS:]
     parts = []
     for x, x_bias, weight, bias, cos, sin, section_eps in zip(*args[:NUM_FIELDS], eps, strict=True):
         n = x if x_bias is None else (x.flatten(2) + x_bias).view(x.shape)
@@ -140,21 +143,34 @@ def eager(*args: Any) -> list[Tensor]:
                 n = n + bias
         n = n.view(x.shape)
         if rotation != "none" and cos is not None:
-            if cos.shape[-1] < x.shape[-1]:
-                cos, sin = (
-                    t.repeat_interleave(2, -1)
-                    if rotation == "interleaved"
-                    else torch.cat([t, t], -1)
-                    for t in (cos, sin)
-                )
-            unbind_dim = -1 if rotation == "interleaved" else -2
-            tables = (cos[0, :, 0], sin[0, :, 0])
-            n = apply_rotary_emb(n, tables, use_real_unbind_dim=unbind_dim, sequence_dim=1)
+            width = cos.shape[-1] * (2 if form == "pairs" else 1)
+            turned = _eager_rotation(n[..., :width], cos, sin, rotation, form)
+            n = torch.cat([turned, n[..., width:]], -1) if width < n.shape[-1] else turned
         parts.append(n)
     return [
         torch.cat(list(itertools.islice(iter(parts[sum(joined[:i]) :]), n)), 1)
         for i, n in enumerate(joined)
     ]
+
+
+def _eager_rotation(n: Tensor, cos: Tensor, sin: Tensor, rotation: str, form: str) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    if form == "matrices":  # one product and one sum in fp32, as FLUX was first published
+        split = (-1, 2) if rotation == "interleaved" else (2, -1)
+        p, q = n.float().unflatten(-1, split).unbind(-1 if rotation == "interleaved" else -2)
+        (pp, qp), (pq, qq) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (cos, sin))
+        members = [p * pp + q * pq, p * qp + q * qq]
+        joined = torch.stack(members, -1) if rotation == "interleaved" else torch.cat(members, -1)
+        return joined.view(n.shape).to(n.dtype)
+    if form == "pairs":
+        cos, sin = (
+            t.repeat_interleave(2, -1) if rotation == "interleaved" else torch.cat([t, t], -1)
+            for t in (cos, sin)
+        )
+    unbind_dim = -1 if rotation == "interleaved" else -2
+    tables = (cos[0, :, 0], sin[0, :, 0])
+    return apply_rotary_emb(n, tables, use_real_unbind_dim=unbind_dim, sequence_dim=1)
 
 
 def _diffusers_rms_norm(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
@@ -184,10 +200,10 @@ ACROSS = pytest.mark.parametrize("across_heads", [False, True], ids=["per_head",
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
 def test_error_is_at_most_twice_that_of_eager(norm, across_heads, rotation, affine, dtype):
-    for pair_tables, sections in itertools.product([False, True], SECTIONS):
-        case = Case(norm, across_heads, rotation, pair_tables, sections, dtype, affine)
+    for tables, sections in itertools.product(["channels", "pairs"], SECTIONS):
+        case = Case(norm, across_heads, rotation, tables, sections, dtype, affine)
         # Enough rows for the error of a gradient sum to be a mean and not one draw.
-        case.shape, case.keys = (2, 32, 4, 24), pair_tables
+        case.shape, case.keys = (2, 32, 4, 24), tables == "pairs"
         args, grads = case.args, case.grads
         exact = results(reference, to_double(args), [g.double() for g in grads])
         ours = results(fused, args, grads)
@@ -201,15 +217,13 @@ def test_error_is_at_most_twice_that_of_eager(norm, across_heads, rotation, affi
 
 
 @pytest.mark.parametrize("sections", SECTIONS)
-@pytest.mark.parametrize("pair_tables", [False, True], ids=["full_tables", "pair_tables"])
+@pytest.mark.parametrize("tables", ["channels", "pairs"])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
-def test_fp64_agrees_with_the_reference(norm, across_heads, rotation, pair_tables, sections):
+def test_fp64_agrees_with_the_reference(norm, across_heads, rotation, tables, sections):
     for offset, affine in ((0.0, "none"), (1.0, "weight"), (0.0, "x_bias+weight+bias")):
-        case = Case(
-            norm, across_heads, rotation, pair_tables, sections, torch.float64, affine, offset
-        )
+        case = Case(norm, across_heads, rotation, tables, sections, torch.float64, affine, offset)
         case.keys = case.joint_tables = affine != "none"
         ours = results(fused, case.args, case.grads)
         # assert_close's own fp64 tolerance: any step in fp32 would be 1e-8 off.
@@ -222,7 +236,7 @@ def test_fp64_agrees_with_the_reference(norm, across_heads, rotation, pair_table
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("rotation", ["interleaved", "half"])
 def test_gradcheck(norm, rotation):
-    case = Case(norm, False, rotation, False, "text", torch.float64, "x_bias+weight+bias")
+    case = Case(norm, False, rotation, "channels", "text", torch.float64, "x_bias+weight+bias")
     case.keys = True
     args = case.args
     leaves = [t.requires_grad_() for field in args[:4] for t in field]
@@ -259,18 +273,18 @@ def assert_triton_matches_native(case: Case, args: list[Any] | None = None, grad
 @ACROSS
 @pytest.mark.parametrize("norm", NORMS)
 def test_triton_agrees_with_native(norm, across_heads, rotation):
-    # Over these six every pair of (table width, sections, affine, dtype) occurs; the calls with one
+    # Over these six every pair of (tables, sections, affine, dtype) occurs; the calls with one
     # table entry per pair have keys.
-    for pair_tables, sections, affine, dtype in (
-        (False, "one", "weight", torch.float32),
-        (False, "two", "x_bias+weight+bias", torch.float16),
-        (False, "text", "x_bias", torch.float32),
-        (True, "one", "x_bias+weight+bias", torch.float16),
-        (True, "two", "none", torch.float32),
-        (True, "text", "weight", torch.float16),
+    for tables, sections, affine, dtype in (
+        ("channels", "one", "weight", torch.float32),
+        ("channels", "two", "x_bias+weight+bias", torch.float16),
+        ("channels", "text", "x_bias", torch.float32),
+        ("pairs", "one", "x_bias+weight+bias", torch.float16),
+        ("pairs", "two", "none", torch.float32),
+        ("pairs", "text", "weight", torch.float16),
     ):
-        case = Case(norm, across_heads, rotation, pair_tables, sections, dtype, affine, 1.0)
-        case.keys, case.joint_tables = pair_tables, affine == "none"
+        case = Case(norm, across_heads, rotation, tables, sections, dtype, affine, 1.0)
+        case.keys, case.joint_tables = tables == "pairs", affine == "none"
         assert_triton_matches_native(case)
 
 
@@ -289,7 +303,8 @@ def test_head_dims_and_small_shapes(dim, batch, tokens, heads):
 
 def strided_args(layout: str) -> list[Any]:
     """`Case().args` with other memory: same values seen through a view."""
-    args = Case(pair_tables=layout == "complex_tables", sections="two", affine="x_bias+weight").args
+    tables = "pairs" if layout == "complex_tables" else "channels"
+    args = Case(tables=tables, sections="two", affine="x_bias+weight").args
     x, weight, cos, sin = (args[i][0] for i in (0, 2, 4, 5))
     batch, tokens, heads, dim = x.shape
     if layout == "merged_projection":

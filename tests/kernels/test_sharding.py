@@ -94,7 +94,8 @@ def qk(call: str, dim: int, sections: int = 1, across_heads: bool = False, **oth
         tables = [[t[f"{f} {n}"] for n in names] for f in ("cos", "sin")]
         none = [None] * len(names)
         settings = (
-            [sections] * 2, "layer", [1e-6] * len(names), 0.0, across_heads, "interleaved", FP32,
+            [sections] * 2, "layer", [1e-6] * len(names), 0.0, across_heads, "interleaved",
+            "channels", FP32,
         )  # fmt: skip
         return qk_norm_rope(*fields, none, *tables, *settings)[:2]
 

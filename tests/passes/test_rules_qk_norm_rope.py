@@ -89,11 +89,11 @@ repeat_interleave_1 = aten.repeat_interleave.self_int(inputs_2, 2, -1)
 unsqueeze_2 = aten.unsqueeze(repeat_interleave_1, 0)
 unsqueeze_3 = aten.unsqueeze(unsqueeze_2, 2)
 qk_norm_rope = fxopt.qk_norm_rope([unflatten], [None], [p_norm_q], [None], [unsqueeze_1],
-    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', float32)
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
 qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_1], [None], [p_norm_k], [None], [unsqueeze_1],
-    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', float32)
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
@@ -133,12 +133,12 @@ unflatten_5 = aten.unflatten.int(linear_5, -1, [2, 8])
 cat_2 = aten.cat([unflatten_4, unflatten_5], 1)
 qk_norm_rope = fxopt.qk_norm_rope([unflatten, unflatten_1], [None, None], [p_norm_q, p_norm_q],
     [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms', [1e-06,
-    1e-06], 0.0, False, 'interleaved', float32)
+    1e-06], 0.0, False, 'interleaved', 'channels', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
 qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_2, unflatten_3], [None, None], [p_norm_k,
     p_norm_k], [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms',
-    [1e-06, 1e-06], 0.0, False, 'interleaved', float32)
+    [1e-06, 1e-06], 0.0, False, 'interleaved', 'channels', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(cat_2, 1, 2)
@@ -208,6 +208,18 @@ NEAR_MISSES = {
         lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + 2 * a * s, _stack
     ),
     "shifted tokens": lambda x, cos, sin: halves(x, cos.roll(1, 0), sin).roll(1, 1),
+    "an odd number of channels": lambda x, cos, sin: torch.cat(
+        [x[..., :3] * cos[:, None, :3] + x[..., :3] * sin[:, None, :3], x[..., 3:]], -1
+    ),
+    "rest doubled": lambda x, cos, sin: torch.cat(
+        [halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4]), 2 * x[..., d // 2 :]], -1
+    ),
+    "rest first": lambda x, cos, sin: torch.cat(
+        [x[..., d // 2 :], halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4])], -1
+    ),
+    "matrices of other pairs": _pairs(
+        lambda a, b, c, s: a * c + b.flip(-1) * s, lambda a, b, c, s: b * c + a * s, _stack
+    ),
     "not linear": lambda x, cos, sin: halves(x, cos, sin).sin(),
 }
 
@@ -232,29 +244,143 @@ keys: what stands between the norm and attention is no known rotation""",
     )
 
 
-def partly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = halves(x[..., : d // 2], cos[:, : d // 4], sin[:, : d // 4])
-    return torch.cat([turned, x[..., d // 2 :]], dim=-1)
+PART = d // 2  # of a head's channels
 
 
-def by_matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """FLUX as it was first published; the matrices come from outside in real models."""
-    a, b = x.unflatten(-1, (-1, 1, 2)).unbind(-1)
-    column, other = cos.unflatten(-1, (-1, 2, 2)).unbind(-1)
-    return (a * column[None, :, None] + b * other[None, :, None]).flatten(-2)
+def first_channels(rope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """GPT-NeoX, Phi, GLM: the tables are for the first channels, the others go through."""
+
+    def partly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = rope(x[..., :PART], cos[:, : PART // 2], sin[:, : PART // 2])
+        return torch.cat([turned, x[..., PART:]], dim=-1)
+
+    return partly
 
 
-@pytest.mark.parametrize(
-    ("rope", "width", "why"),
-    [
-        (partly, d // 2, "only 4 of 8 channels are rotated"),
-        (by_matrices, 2 * d, "no known rotation"),
-    ],
-)
-def test_what_is_not_a_rotation_of_all_channels(rope: Callable, width: int, why: str):
-    inputs = normal(2, 5, D), *(torch.randn(5, width) for _ in range(2))
-    found = rewritten(attention(rope), *inputs, **projections())
-    assert any(why in reason for reason in found.reasons("qk_norm_rope"))
+def last_channels(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = halves(x[..., PART:], cos[:, : PART // 2], sin[:, : PART // 2])
+    return torch.cat([x[..., :PART], turned], dim=-1)
+
+
+@pytest.mark.parametrize("norm", [F.rms_norm, lambda x, *_, eps: x], ids=["rms", "no norm"])
+@pytest.mark.parametrize("rope", [neighbours, halves])
+def test_a_part_of_the_channels(rope, norm):
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(attention(first_channels(rope), norm), *inputs, **projections())
+    assert found.count("qk_norm_rope") == 2, found.reasons("qk_norm_rope")
+    assert "slice" not in found.code().partition("qk_norm_rope")[2]  # nor anything of the rotation
+    found.assert_as_accurate(normal(1, 7, D), *tables(7))
+
+
+def test_a_part_that_is_not_the_first_declines_with_the_reason():
+    inputs = normal(2, 5, D), *tables(5)
+    found = rewritten(attention(last_channels), *inputs, **projections())
+    assert_expected_inline(
+        "\n".join(found.reasons("qk_norm_rope")),
+        """\
+queries: the rotated channels are not the first ones of a head
+keys: the rotated channels are not the first ones of a head""",
+    )
+    found.assert_as_accurate(*inputs)
+
+
+def in_neighbours(x: Tensor) -> Tensor:
+    """[..., d / 2, 2]"""
+    return x.unflatten(-1, (-1, 2))
+
+
+def in_halves(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2)
+
+
+def by_columns(x: Tensor, matrices: Tensor) -> Tensor:
+    """As FLUX was first published: a column times each member of a pair."""
+    p, q = x.float().split(1, dim=-1)
+    return matrices[..., 0] * p + matrices[..., 1] * q
+
+
+def by_einsum(x: Tensor, matrices: Tensor) -> Tensor:
+    return torch.einsum("...ij,...j->...i", matrices.expand(*x.shape, 2), x.float())
+
+
+def by_matmul(x: Tensor, matrices: Tensor) -> Tensor:
+    return (matrices @ x.float().unsqueeze(-1)).squeeze(-1)
+
+
+def flux_block(product, pairs=in_neighbours, num_text: int = 3):
+    """Text and image in one attention, matrices [B, 1, S, d/2, 2, 2] for all heads."""
+
+    def turn(x_BHSd: Tensor, matrices: Tensor) -> Tensor:
+        turned = product(pairs(x_BHSd), matrices).to(x_BHSd.dtype)
+        if pairs is in_halves:
+            turned = turned.transpose(-1, -2)
+        return turned.flatten(-2)
+
+    def forward(m, x: Tensor, text: Tensor, matrices: Tensor) -> Tensor:
+        operands = []
+        for w, norm in ((m.q, m.norm_q), (m.k, m.norm_k), (m.v, None)):
+            parts = [heads(F.linear(t, w)).transpose(1, 2) for t in (text, x)]
+            if norm is not None:
+                parts = [F.rms_norm(t, (d,), norm, eps=1e-6) for t in parts]
+            operands.append(torch.cat(parts, dim=2))
+        q, k = (turn(t, matrices) for t in operands[:2])
+        return F.scaled_dot_product_attention(q, k, operands[2]).transpose(1, 2).flatten(2)
+
+    return forward
+
+
+def matrices(batch: int, tokens: int) -> Tensor:
+    """[B, 1, S, d/2, 2, 2], no rotations: nothing but its values says that a matrix is one."""
+    return normal(batch, 1, tokens, d // 2, 2, 2).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pairs", [in_neighbours, in_halves])
+@pytest.mark.parametrize("product", [by_columns, by_einsum, by_matmul])
+def test_matrices(product, pairs, dtype):
+    inputs = normal(2, 5, D, dtype=dtype), normal(2, 3, D, dtype=dtype), matrices(2, 8)
+    found = rewritten(flux_block(product, pairs), *inputs, **projections(dtype))
+    assert found.count("qk_norm_rope") == 2, found.reasons("qk_norm_rope")
+    found.assert_as_accurate(
+        normal(1, 6, D, dtype=dtype), normal(1, 2, D, dtype=dtype), matrices(1, 8)
+    )
+
+
+def test_columns_of_matrices_are_views():
+    inputs = normal(2, 5, D), normal(2, 3, D), matrices(2, 8)
+    found = rewritten(flux_block(by_columns), *inputs, **projections())
+    before, _, _ = found.code().partition("qk_norm_rope")
+    lines = [line for line in before.splitlines() if "linear" not in line]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+transpose = aten.transpose.int(unflatten, 1, 2)
+transpose_1 = aten.transpose.int(unflatten_1, 1, 2)
+transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
+transpose_3 = aten.transpose.int(unflatten_3, 1, 2)
+transpose_4 = aten.transpose.int(unflatten_4, 1, 2)
+transpose_5 = aten.transpose.int(unflatten_5, 1, 2)
+cat_2 = aten.cat([transpose_4, transpose_5], 2)
+select = aten.select.int(inputs_2, 5, 0)
+select_1 = aten.select.int(inputs_2, 5, 1)
+flatten_using_ints = aten.flatten.using_ints(select, -2, -1)
+permute = aten.permute(flatten_using_ints, [0, 2, 1, 3])
+flatten_using_ints_1 = aten.flatten.using_ints(select_1, -2, -1)
+permute_1 = aten.permute(flatten_using_ints_1, [0, 2, 1, 3])
+permute_2 = aten.permute(transpose, [0, 2, 1, 3])
+permute_3 = aten.permute(transpose_1, [0, 2, 1, 3])""",
+    )
+
+
+def test_matrices_that_are_trained_decline_with_the_reason():
+    def forward(m, x, text):
+        return flux_block(by_columns)(m, x, text, m.matrices)
+
+    found = rewritten(
+        forward, normal(2, 5, D), normal(2, 3, D), matrices=matrices(2, 8), **projections()
+    )
+    assert not found.count("qk_norm_rope")
+    assert any("p_matrices is trained" in why for why in found.reasons("qk_norm_rope"))
 
 
 @pytest.mark.parametrize("dim", [1, 2])

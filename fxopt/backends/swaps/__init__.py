@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fxopt.backends.checkpoints import unwrapped
 from fxopt.backends.swaps import (
     adaln,
     attention,
@@ -47,8 +48,9 @@ def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[
     """Swaps worth a proof on `module` under `recipe`, the likeliest first."""
     if "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
         return
+    forward = unwrapped(type(module).forward)
     for family in FAMILIES:
-        if any(type(module).forward is _forward(name) for name in family.classes):
+        if any(forward is unwrapped(_forward(name)) for name in family.classes):
             yield family.swap
     yield from mlps.candidates(module)
     yield from norms.candidates(module)

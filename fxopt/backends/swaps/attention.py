@@ -11,8 +11,8 @@ from fxopt.backends.swaps import ltx, wan
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.flux import tables
 from fxopt.backends.swaps.fused import project
+from fxopt.backends.swaps.operands import Part
 from fxopt.backends.swaps.streams import (
-    Part,
     dispatch,
     draw_streams,
     joint_attention,
@@ -31,12 +31,18 @@ def joint(
     """FLUX: one stream, or image and text."""
     rotation, norms = tables(image_rotary_emb), (attn.norm_q, attn.norm_k)
     out, attend = Out(getattr(attn, "to_out", ())), dispatch(attn)
-    image = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+    of_image = rotation
+    if encoder_hidden_states is not None:
+        of_text, of_image = rotation.split(encoder_hidden_states.shape[1])
+    linears, part = Part(norms, of_image).holding(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+    image = project(hidden_states, *linears)
     if encoder_hidden_states is None:
-        return out(joint_attention([image], [Part(norms, rotation)], attn.head_dim, attend)[0])
-    of_text, of_image = rotation.split(encoder_hidden_states.shape[1])
-    parts = (Part((attn.norm_added_q, attn.norm_added_k), of_text), Part(norms, of_image))
-    text = project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        return out(joint_attention([image], [part], attn.head_dim, attend)[0])
+    linears, part_text = Part((attn.norm_added_q, attn.norm_added_k), of_text).holding(
+        encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    )
+    text = project(encoder_hidden_states, *linears)
+    parts = (part_text, part)
     text_out, image_out = joint_attention((text, image), parts, attn.head_dim, attend)
     return out(image_out), Out((attn.to_add_out,))(text_out)
 
@@ -78,13 +84,16 @@ def across_heads(
         rotation = wan.tables(rotary_emb)
     elif image_rotary_emb is not None:
         rotation = ltx.tables(image_rotary_emb, attn.head_dim)
+    linears, part = Part((attn.norm_q, attn.norm_k), rotation).holding(
+        hidden_states, attn.to_q, attn.to_k, attn.to_v, keys_of=encoder_hidden_states
+    )
     if encoder_hidden_states is None:
-        qkv = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        qkv = project(hidden_states, *linears)
     else:
-        kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
-        qkv = [*project(hidden_states, attn.to_q), *kv]
+        kv = project(encoder_hidden_states, *linears[1:])
+        qkv = [*project(hidden_states, linears[0]), *kv]
         mask = ltx.per_head(attn, attention_mask, encoder_hidden_states)
-    return Out(attn.to_out)(wan.attention(attn, qkv, rotation, mask))
+    return Out(attn.to_out)(wan.attention(attn, qkv, part, mask))
 
 
 def wan_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:

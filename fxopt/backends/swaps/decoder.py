@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.branches import Mlp
-from fxopt.backends.swaps.fused import (
-    Normed,
-    Rotation,
-    Section,
-    fire,
-    heads,
-    project,
-    queries_keys,
-)
+from fxopt.backends.swaps.fused import Normed, fire, project
 from fxopt.backends.swaps.mlps import activation
+from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
@@ -38,13 +31,12 @@ def fused_layer(
 ) -> Tensor:
     attn, x = layer.self_attn, hidden_states
     cos, sin = (t.unsqueeze(2) for t in position_embeddings)
-    rotation = Rotation("half", cos, sin)
-    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
-    (q, k, v), x = Normed(layer.input_layernorm, x).into(*linears)
     norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-    queries, keys = ([Section(t, n, rotation)] for t, n in zip((q, k), norms, strict=True))
-    q, k = queries_keys(queries, keys, attn.head_dim)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, heads(v, attn.head_dim)))
+    part = Part(norms, Rotation("half", "channels", cos, sin))
+    linears, part = part.holding(x, attn.q_proj, attn.k_proj, attn.v_proj)
+    qkv, x = Normed(layer.input_layernorm, x).into(*linears)
+    operands = (*queries_keys([qkv], [part], attn.head_dim), heads(qkv[2], attn.head_dim))
+    q, k, v = (t.transpose(1, 2) for t in operands)
     attended = attend(attn, q, k, v, attention_mask, passed_on)
     (branch,) = project(attended, attn.o_proj, keeps_x=True)
 

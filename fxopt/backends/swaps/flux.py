@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Mlp, Out
 from fxopt.backends.swaps.fused import (
     Normed,
-    Rotation,
     clip_half,
     gated_residual,
     modulation,
 )
 from fxopt.backends.swaps.mlps import activation, feed_forward
+from fxopt.backends.swaps.operands import Part, Rotation
 from fxopt.backends.swaps.streams import (
-    Part,
     Stream,
     dispatch,
     draw_streams,
@@ -80,9 +79,9 @@ def single(
     x = torch.cat([encoder_hidden_states, hidden_states], 1)
     shift, scale, gate = modulation(temb, block.norm.linear)[0].chunk(3, -1)
     mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out)
-    linears = (block.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
-    (hidden, *qkv), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    (*qkv, hidden), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
     out, bias = mlp.branch([hidden], beside=attended)
     x = clip_half(gated_residual(x, gate, out, x_bias=bias))
@@ -92,7 +91,7 @@ def single(
 def tables(cos_sin: tuple[Tensor, Tensor]) -> Rotation:
     """[S, d] each, joint over both streams."""
     cos, sin = (t[None, :, None] for t in cos_sin)
-    return Rotation("interleaved", cos, sin)
+    return Rotation("interleaved", "channels", cos, sin)
 
 
 def draw_tables(draw: Draw, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Mlp, Out
 from fxopt.backends.swaps.flux import draw_tables, tables
 from fxopt.backends.swaps.fused import Normed, clip_half, gated_residual
+from fxopt.backends.swaps.operands import Part
 from fxopt.backends.swaps.streams import (
-    Part,
     Stream,
     dispatch,
     draw_streams,

@@ -1,9 +1,9 @@
-"""The words in which a fused forward is written: norms, linears, attention operands, as fxopt ops.
+"""The words in which a fused forward is written: norms and linears, as fxopt ops.
 
 Each reads parameters off the modules at the time of the call. A linear that is no plain `nn.Linear`
 any more (LoRA, quantized, sharded) is called as a module, on the tensor that the op then makes.
 
-Shapes: B batch, S tokens, D features, H heads, d head dim.
+Shapes: B batch, S tokens, D features.
 """
 
 from __future__ import annotations
@@ -224,79 +224,6 @@ def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
         return [i for index, w in enumerate(weights) for i in (index, 0, w.shape[0])]
     ends = list(itertools.accumulate(sizes))
     return [i for size, end in zip(sizes, ends, strict=True) for i in (0, end - size, end)]
-
-
-class Rotation(NamedTuple):
-    """Rotary tables that broadcast to [B, S, H, d] or, with one entry per pair, [B, S, H, d/2]."""
-
-    kind: str
-    cos: Tensor
-    sin: Tensor
-
-    def split(self, length: int) -> tuple[Rotation, Rotation]:
-        """The tables of the first `length` tokens, and those of the others."""
-        first, second = (
-            Rotation(self.kind, self.cos[:, part], self.sin[:, part])
-            for part in (slice(0, length), slice(length, None))
-        )
-        return first, second
-
-
-def of_complex(freqs: Tensor) -> Rotation:
-    """Tables [..., S, d/2] that hold cos + i sin, as a rotation of interleaved pairs."""
-    tables = torch.view_as_real(freqs).unsqueeze(-3)
-    return Rotation("interleaved", tables[..., 0], tables[..., 1])
-
-
-class Section(NamedTuple):
-    """One run of tokens [B, S, H * d] of a query or key, its norm and its rotation."""
-
-    x: Tensor
-    norm: nn.Module | None = None
-    rotation: Rotation | None = None
-
-
-def queries_keys(
-    queries: Sequence[Section],
-    keys: Sequence[Section],
-    head_dim: int,
-    *,
-    across_heads: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, S, H, d]: each section normed and rotated, all of each in one buffer."""
-    q_kind, k_kind = (read_norm(s[0].norm, s[0].x).kind for s in (queries, keys))
-    if q_kind == k_kind:
-        q, k = _operands((queries, keys), head_dim, across_heads)
-    else:
-        q, k = (_operands((s,), head_dim, across_heads)[0] for s in (queries, keys))
-    return q, k
-
-
-def _operands(
-    operands: Sequence[Sequence[Section]], head_dim: int, across_heads: bool
-) -> list[Tensor]:
-    sections = [s for operand in operands for s in operand]
-    if all(s.norm is None and s.rotation is None for s in sections):
-        return [heads(torch.cat([s.x for s in o], 1), head_dim) for o in operands]
-    for _ in operands:
-        fire("qk_norm_rope", "qk_norm_rope")
-    if len(operands) > 1:
-        fire("merge_qk", "qk_norm_rope")
-    norms = [read_norm(s.norm, s.x) for s in sections]
-    x, unbiased = [heads(s.x, head_dim) for s in sections], [None] * len(sections)
-    affine = [n.weight for n in norms], [n.bias for n in norms]
-    tables = ([s.rotation and s.rotation[i] for s in sections] for i in (1, 2))
-    kind = next((s.rotation.kind for s in sections if s.rotation is not None), "none")
-    settings = (norms[0].kind, [n.eps for n in norms], 0.0, across_heads, kind, sections[0].x.dtype)
-    outs: list[Tensor] = ops.qk_norm_rope(
-        x, unbiased, *affine, *tables, [len(o) for o in operands], *settings
-    )
-    return outs[: len(operands)]
-
-
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B, S, H * d] to [B, S, H, d]."""
-    return x.unflatten(-1, (-1, head_dim))
 
 
 def modulation(temb: Tensor, *linears: nn.Module) -> list[Tensor]:

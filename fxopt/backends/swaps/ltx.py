@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.branches import Out
-from fxopt.backends.swaps.fused import Normed, Rotation, gated_residual, heads, project
+from fxopt.backends.swaps.fused import Normed, gated_residual, project
 from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.operands import Part, Rotation, heads
 from fxopt.backends.swaps.streams import draw_streams
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 from fxopt.backends.swaps.wan import attention
@@ -27,17 +28,21 @@ def fused_block(
     x, mlp = hidden_states, feed_forward(block.ff)
     modulation = block.scale_shift_table + temb.unflatten(-1, block.scale_shift_table.shape)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(2)
-    rotation = tables(image_rotary_emb, block.attn1.head_dim)
 
     attn = block.attn1
-    qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
-    out, bias = Out(attn.to_out).branch(attention(attn, qkv, rotation), all_sums=False)
+    part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb, attn.head_dim))
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.norm1, x, scale, shift).into(*linears)
+    out, bias = Out(attn.to_out).branch(attention(attn, qkv, part), all_sums=False)
     x = gated_residual(x, gate, out, x_bias=bias)
 
     attn = block.attn2
-    kv = project(encoder_hidden_states, attn.to_k, attn.to_v)
+    (to_q, *to_kv), part = Part((attn.norm_q, attn.norm_k)).holding(
+        x, attn.to_q, attn.to_k, attn.to_v, keys_of=encoder_hidden_states
+    )
+    kv = project(encoder_hidden_states, *to_kv)
     mask = per_head(attn, encoder_attention_mask, encoder_hidden_states)
-    attended = attention(attn, [*project(x, attn.to_q), *kv], mask=mask)
+    attended = attention(attn, [*project(x, to_q), *kv], part, mask)
     out, bias = Out(attn.to_out).branch(attended, all_sums=False)
 
     normed = Normed(block.norm2, out, scale_mlp, shift_mlp, x, x_bias=bias)
@@ -48,7 +53,7 @@ def fused_block(
 
 def tables(cos_sin: tuple[Tensor, Tensor], head_dim: int) -> Rotation:
     """[B, S, H * d] each: other angles for each head."""
-    return Rotation("interleaved", *(heads(t, head_dim) for t in cos_sin))
+    return Rotation("interleaved", "channels", *(heads(t, head_dim) for t in cos_sin))
 
 
 def per_head(attn: Any, mask: Tensor | None, keys: Tensor) -> Tensor | None:

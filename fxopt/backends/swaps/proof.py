@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxopt.backends import checkpoints
 from fxopt.backends.reads import Reads, recording
 from fxopt.backends.swaps.branches import standing_for
 from fxopt.backends.swaps.fused import counting
@@ -199,7 +200,7 @@ def _compare(
     dtypes = [p.dtype for p in module.parameters()]
     for p, dtype in zip(twin.parameters(), dtypes, strict=True):
         p.data = p.data.to(dtype).to(p.dtype)  # what the model's own dtype can hold
-    own = partial(twin.forward, **_left_out(twin, example))
+    own = partial(checkpoints.within(twin.forward), **_left_out(twin, example))
     fused = partial(swap.forward, twin)
     first = next(iter(example))
     with Raised():

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -63,9 +64,19 @@ def quantizing(formats: Formats, theta: float | None, module: nn.Module) -> Iter
         _active.reset(token)
 
 
-def is_plain(linear: nn.Module) -> bool:
+class Unbiased(NamedTuple):
+    """Stands in for a plain linear whose bias is left to the op that reads it."""
+
+    weight: Tensor
+    bias: None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def is_plain(linear: Any) -> bool:
     """Whether `linear` is its weight and bias and nothing else."""
-    return (
+    return type(linear) is Unbiased or (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__
         and not is_traceable_wrapper_subclass(linear.weight)

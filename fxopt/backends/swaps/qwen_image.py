@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.branches import Out
-from fxopt.backends.swaps.fused import clip_half, modulation, of_complex
+from fxopt.backends.swaps.fused import clip_half, modulation
 from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.operands import of_complex
 from fxopt.backends.swaps.streams import (
     Stream,
     dispatch,

@@ -12,9 +12,9 @@ from fxopt.backends.swaps import merged
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.operands import Part
 from fxopt.backends.swaps.streams import (
     Ending,
-    Part,
     draw_streams,
     finish,
     image_and_text,
@@ -38,24 +38,23 @@ def joint_block(
         text_shift, text_scale, *of_text_branch = of_text.chunk(6, -1)
     norm, norm_text = block.norm1.norm, block.norm1_context.norm
     normed = [Normed(norm, x, scale, shift), Normed(norm_text, text, text_scale, text_shift)]
-    linears = list(image_and_text(attn))
+    of_parts = [(attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)]
+    linears = [*image_and_text(attn)]
     if block.use_dual_attention:
         attn2 = block.attn2
         normed.append(Normed(norm, x, scale2, shift2))
+        of_parts.append((attn2.norm_q, attn2.norm_k))
         linears.append((attn2.to_q, attn2.to_k, attn2.to_v))
+    held = [Part(p).holding(n.x, *m) for p, n, m in zip(of_parts, normed, linears, strict=True)]
+    linears, parts = zip(*held, strict=True)
     (projected, x), (projected_text, text), *own = merged.into(normed, linears)
-    parts = (
-        Part((attn.norm_q, attn.norm_k)),
-        Part((attn.norm_added_q, attn.norm_added_k)),
-    )
     head_dim = projected[0].shape[-1] // attn.heads
     projections = (projected, projected_text)
-    attended, attended_text = joint_attention(projections, parts, head_dim, attend)
+    attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend)
     branch = Out(attn.to_out).branch(attended, all_sums=not own)
     if own:
         x = gated_residual(x, image[0], branch.x, x_bias=branch.bias)
-        part = Part((attn2.norm_q, attn2.norm_k))
-        (attended,) = joint_attention([own[0][0]], [part], head_dim, attend)
+        (attended,) = joint_attention([own[0][0]], parts[2:], head_dim, attend)
         branch = Out(attn2.to_out).branch(attended, all_sums=True)
         image = [gate2, *image[1:]]
     ending = Ending(x, branch, image, block.norm2, feed_forward(block.ff))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fxopt.backends.swaps import merged
 from fxopt.backends.swaps.branches import Branch, Mlp, Out
-from fxopt.backends.swaps.fused import Normed, Rotation, Section, heads, queries_keys
+from fxopt.backends.swaps.fused import Normed
+from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
 
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -73,21 +74,16 @@ def finish(*endings: Ending) -> list[Tensor]:
     return merged.gated_residuals(hs, mlp_gates, merged.branches(mlps, hidden))
 
 
-class Part(NamedTuple):
-    """What attention needs to know of a section that is no Stream."""
-
-    qk_norms: tuple[nn.Module | None, nn.Module | None]
-    rotation: Rotation | None = None
-
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
     """The text and the image stream behind the block; attention sees them in this order."""
-    found = merged.into([s.normed() for s in streams], [s.qkv for s in streams])
+    held = [Part(s.qk_norms, s.rotation).holding(s.x, *s.qkv) for s in streams]
+    linears, parts = zip(*held, strict=True)
+    found = merged.into([s.normed() for s in streams], linears)
     projections, residuals = zip(*found, strict=True)
-    attended = joint_attention(projections, streams, head_dim, attend)
+    attended = joint_attention(projections, parts, head_dim, attend)
     each = list(zip(streams, residuals, attended, strict=True))
     # Image first, as the blocks do it.
     return finish(*(s.ending(residual, part) for s, residual, part in reversed(each)))[::-1]
@@ -95,19 +91,15 @@ def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tens
 
 def joint_attention(
     projections: Sequence[Sequence[Tensor]],
-    parts: Sequence[Stream | Part],
+    parts: Sequence[Part],
     head_dim: int,
     attend: Attend,
 ) -> Sequence[Tensor]:
     """The result of one attention over all sections, section by section, [B, S, H * d] each.
 
-    parts: for each section its `qk_norms` and its `rotation`.
+    projections: queries, keys and values of each section.
     """
-    queries, keys = (
-        [Section(p[i], s.qk_norms[i], s.rotation) for p, s in zip(projections, parts, strict=True)]
-        for i in (0, 1)
-    )
-    q, k = queries_keys(queries, keys, head_dim)
+    q, k = queries_keys(projections, parts, head_dim)
     values = [p[2] for p in projections]
     v = heads(values[0] if len(values) == 1 else torch.cat(values, 1), head_dim)
     return attend(q, k, v).split([p[0].shape[1] for p in projections], 1)

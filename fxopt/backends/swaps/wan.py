@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import (
     Normed,
-    Rotation,
-    Section,
     gated_residual,
     project,
-    queries_keys,
 )
-from fxopt.backends.swaps.fused import heads as in_heads
 from fxopt.backends.swaps.mlps import feed_forward
+from fxopt.backends.swaps.operands import Part, Rotation, queries_keys
+from fxopt.backends.swaps.operands import heads as in_heads
 from fxopt.backends.swaps.streams import dispatch, draw_streams
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
 
@@ -44,15 +42,20 @@ def fused_block(
     )
 
     attn = block.attn1
-    qkv, x = Normed(block.norm1, x, scale, shift).into(attn.to_q, attn.to_k, attn.to_v)
-    attended = attention(attn, qkv, tables(rotary_emb))
+    part = Part((attn.norm_q, attn.norm_k), tables(rotary_emb))
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.norm1, x, scale, shift).into(*linears)
+    attended = attention(attn, qkv, part)
     has_weight = getattr(block.norm2, "weight", None) is not None
     out, bias = Out(attn.to_out).branch(attended, all_sums=has_weight)
 
     attn = block.attn2
     normed = Normed(block.norm2, out, None, None, x, gate, h_dtype=dtype, x_bias=bias)
-    (q,), x = normed.into(attn.to_q)
-    attended = attention(attn, [q, *project(encoder_hidden_states, attn.to_k, attn.to_v)])
+    (to_q, *to_kv), part = Part((attn.norm_q, attn.norm_k)).holding(
+        out, attn.to_q, attn.to_k, attn.to_v, keys_of=encoder_hidden_states
+    )
+    (q,), x = normed.into(to_q)
+    attended = attention(attn, [q, *project(encoder_hidden_states, *to_kv)], part)
     out, bias = Out(attn.to_out).branch(attended, all_sums=False)
 
     mlp = feed_forward(block.ffn)
@@ -65,17 +68,13 @@ def fused_block(
 def tables(rotary_emb: tuple[Tensor, Tensor]) -> Rotation:
     """[1, S, 1, d] each, every entry twice."""
     cos, sin = rotary_emb
-    return Rotation("interleaved", cos[..., 0::2], sin[..., 1::2])
+    return Rotation("interleaved", "pairs", cos[..., 0::2], sin[..., 1::2])
 
 
-def attention(
-    attn: Any, qkv: list[Tensor], rotation: Rotation | None = None, mask: Tensor | None = None
-) -> Tensor:
+def attention(attn: Any, qkv: list[Tensor], part: Part, mask: Tensor | None = None) -> Tensor:
     """Attention whose queries and keys are normed across heads; qkv are [B, S, H * d]."""
     head_dim = qkv[0].shape[-1] // attn.heads
-    norms = (attn.norm_q, attn.norm_k)
-    queries, keys = ([Section(x, n, rotation)] for x, n in zip(qkv, norms, strict=False))
-    q, k = queries_keys(queries, keys, head_dim, across_heads=True)
+    q, k = queries_keys([qkv], [part], head_dim, across_heads=True)
     return dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim))
 
 

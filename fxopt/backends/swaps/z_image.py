@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.branches import Mlp, Out
-from fxopt.backends.swaps.fused import Normed, of_complex
-from fxopt.backends.swaps.streams import Part, dispatch, joint_attention
+from fxopt.backends.swaps.fused import Normed
+from fxopt.backends.swaps.operands import Part, of_complex
+from fxopt.backends.swaps.streams import dispatch, joint_attention
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 
@@ -29,8 +30,9 @@ def fused_block(
         gate, gate_mlp = gate.tanh(), gate_mlp.tanh()
     mask = attn_mask[:, None, None] if attn_mask is not None and attn_mask.dim() == 2 else attn_mask
 
-    qkv, x = Normed(block.attention_norm1, x, scale).into(attn.to_q, attn.to_k, attn.to_v)
     part = Part((attn.norm_q, attn.norm_k), of_complex(freqs_cis))
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v)
+    qkv, x = Normed(block.attention_norm1, x, scale).into(*linears)
     head_dim = qkv[0].shape[-1] // attn.heads
     (attended,) = joint_attention([qkv], [part], head_dim, dispatch(attn, mask))
     branch = Out(attn.to_out)(attended)

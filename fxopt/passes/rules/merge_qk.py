@@ -68,7 +68,7 @@ def _arguments(out: fx.Node) -> Arguments:
 
 
 def _agree(q: Arguments, k: Arguments) -> bool:
-    rotations = {a.rotation for a in (q, k)} - {"none"}
+    rotations = {(a.rotation, a.tables) for a in (q, k) if a.rotation != "none"}
     same = all(
         getattr(q, name) == getattr(k, name)
         for name in ("norm", "weight_offset", "across_heads", "dtype")
@@ -126,10 +126,8 @@ def _bind(attention: fx.Node, outs: Sequence[fx.Node]) -> Binding:
             if b is not None:
                 x, weight, bias = (given[n] for n in b.operands)
                 fields[0][i], fields[1][i] = b.emit(call, x, weight), bias
-        settings = calls[0]._replace(
-            eps=[eps for a in calls for eps in a.eps],
-            rotation=next((a.rotation for a in calls if a.rotation != "none"), "none"),
-        )[7:]
+        rotated = next((a for a in calls if a.rotation != "none"), calls[0])
+        settings = rotated._replace(eps=[eps for a in calls for eps in a.eps])[7:]
         op = call(qk_norm_rope, *fields, joined, *settings)
         return tuple(call(operator.getitem, op, i) for i in range(len(outs)))
 

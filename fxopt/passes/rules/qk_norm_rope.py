@@ -3,9 +3,9 @@
 The region is everything between the projections and the operand of attention. Its norms are read
 off; its rotation is not: it is run on random inputs and compared with the two ways to pair
 channels, over every way to read the tables. So interleaved stacks, rotated halves, complex
-products, even/odd writes and whatever comes next are one rule.
+products, 2x2 matrices, even/odd writes, parts of a head and whatever comes next are one rule.
 
-Shapes: B batch, S tokens, H heads, d head dim, w table width (d or d/2).
+Shapes: B batch, S tokens, H heads, d head dim.
 """
 
 from __future__ import annotations
@@ -228,8 +228,7 @@ def _with_rotation(
         )
     if all(s.norm is None and s.rotation is None for s in found):
         return
-    kinds = {s.rotation.kind for s in found if s.rotation} | {"none"}
-    if len(kinds) > 2:
+    if len({(s.rotation.kind, s.rotation.tables) for s in found if s.rotation}) > 1:
         yield Reason("the sections pair channels differently", operand)
         return
     if not _agree([s.norm for s in found if s.norm]) or len({s.norm is None for s in found}) > 1:
@@ -250,7 +249,8 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
     norm = sections[0].norm
     width = heads.num_heads * heads.head_dim
     across = norm is not None and _normed_width(norm) == str(width) and heads.num_heads > 1
-    kind = next((s.rotation.kind for s in sections if s.rotation), "none")
+    rotation = next((s.rotation for s in sections if s.rotation), None)
+    kind = (rotation.kind, rotation.tables) if rotation else ("none", "channels")
     tables = [t for s in sections if s.rotation for t in (s.rotation.cos, s.rotation.sin)]
     affine = [p for s in sections if s.norm for p in (s.norm.weight, s.norm.bias)]
     listed = [*(s.source for s in sections), *affine, *(t.node for t in tables)]
@@ -273,7 +273,7 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
             [s.norm.eps if s.norm else 0.0 for s in sections],
             norm.weight_offset if norm else 0.0,
             across,
-            kind,
+            *kind,
             dtype,
         )
         unbiased = [None] * len(sections)

@@ -39,16 +39,16 @@ def rotated(pick: Pick) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tenso
     cut = pick(
         "cut",
         lambda x: x.chunk(2, dim=-1),
-        lambda x: x.split(d // 2, dim=-1),
-        lambda x: (x[..., : d // 2], x[..., d // 2 :]),
-        lambda x: x.unflatten(-1, (2, d // 2)).unbind(-2),
+        lambda x: x.split(x.shape[-1] // 2, dim=-1),
+        lambda x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
+        lambda x: x.unflatten(-1, (2, -1)).unbind(-2),
     )
     pairs = pick(
         "pairs",
         lambda x: x.unflatten(-1, (-1, 2)).unbind(-1),
         lambda x: x.reshape(*x.shape[:-1], -1, 2).unbind(-1),
         lambda x: (x[..., 0::2], x[..., 1::2]),
-        lambda x: (x.view(*x.shape[:-1], d // 2, 2)[..., 0], x.unflatten(-1, (d // 2, 2))[..., 1]),
+        lambda x: (x.unflatten(-1, (-1, 2))[..., 0], x.reshape(*x.shape[:-1], -1, 2)[..., 1]),
     )
 
     def flat(a: Tensor, b: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def rotated(pick: Pick) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tenso
         return write(a * c - b * s, multiply(a, s) + multiply(b, c))
 
     def written(even: Tensor, odd: Tensor) -> Tensor:
-        out = torch.empty(*even.shape[:-1], d, dtype=even.dtype)
+        out = torch.empty(*even.shape[:-1], 2 * even.shape[-1], dtype=even.dtype)
         out[..., 0::2] = even
         out[..., 1::2] = odd
         return out
@@ -78,6 +78,11 @@ def rotated(pick: Pick) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tenso
         turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(turned * torch.complex(c, s)).flatten(-2)
 
+    def by_matrices(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        matrices = torch.stack([c, -s, s, c], dim=-1).unflatten(-1, (2, 2))
+        a, b = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)
+        return (matrices[..., 0] * a + matrices[..., 1] * b).flatten(-2)
+
     rotate = pick(
         "rotate",
         turned_halves,
@@ -87,8 +92,17 @@ def rotated(pick: Pick) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tenso
         lambda x, c, s: neighbours(x, c, s, flat),
         lambda x, c, s: neighbours(x, c, s, written),
         by_complex,
+        by_matrices,
     )
-    return lambda x, c, s: rotate(raise_(x), c, s).to(x.dtype), pick(
+    num_rotated = pick("rotated channels", d, d, d // 2)
+
+    def first(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        c, s = (t[..., : num_rotated // 2] for t in (c, s))
+        turned = rotate(x[..., :num_rotated], c, s)
+        return torch.cat([turned, x[..., num_rotated:].to(turned.dtype)], dim=-1)
+
+    turn = first if num_rotated < d else rotate
+    return lambda x, c, s: turn(raise_(x), c, s).to(x.dtype), pick(
         "tables", lambda t: t, lambda t: t[None], lambda t: t.unsqueeze(0)
     )
 

@@ -1,0 +1,75 @@
+"""Rotary tables and what they do to normed heads, in plain PyTorch.
+
+Shape suffixes: B batch, S tokens, H heads, d head dim, r rotated channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_dim(head_dim: int, width: int, tables: str) -> int:
+    """How many channels tables of `width` entries rotate.
+
+    Raises:
+        ValueError: no even number, or more than there are.
+    """
+    rotated = 2 * width if tables == "pairs" else width
+    if rotated % 2 or rotated > head_dim:
+        raise ValueError(
+            f'tables of {width} entries ("{tables}") rotate {rotated} of {head_dim} channels: '
+            "qk_norm_rope rotates pairs, within a head"
+        )
+    return rotated
+
+
+def signed(cos: Tensor, sin: Tensor, rotation: str, tables: str) -> tuple[Tensor, Tensor]:
+    """Tables of any form as (cos, sin) of `rotate`: one entry per channel, sin with its sign."""
+    if tables == "pairs":
+        return joined_pairs(cos, cos, rotation), joined_pairs(-sin, sin, rotation)
+    if tables == "matrices":
+        (pp, qp), (pq, qq) = (pairs(column, "interleaved") for column in (cos, sin))
+        return joined_pairs(pp, qq, rotation), joined_pairs(pq, qp, rotation)
+    sin_p, sin_q = pairs(sin, rotation)
+    return cos, joined_pairs(-sin_p, sin_q, rotation)
+
+
+def rotate(n_BSHd: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
+    """(p, q) -> (p cos_p + q sin_p, q cos_q + p sin_q) for the pairs of the first r channels."""
+    width = cos.shape[-1]
+    if width < n_BSHd.shape[-1]:
+        rotated = rotate(n_BSHd[..., :width], cos, sin, rotation)
+        return torch.cat((rotated, n_BSHd[..., width:]), -1)
+    return _rotate(n_BSHd, cos, sin, rotation)
+
+
+def rotate_into(out_BSHd: Tensor, n_BSHd: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
+    """`rotate`, written where it is wanted; not differentiable."""
+    width = cos.shape[-1]
+    if width < n_BSHd.shape[-1]:
+        out_BSHd[..., width:] = n_BSHd[..., width:]
+        out_BSHd, n_BSHd = out_BSHd[..., :width], n_BSHd[..., :width]
+    if out_BSHd.dtype == n_BSHd.dtype:
+        _rotate(n_BSHd, cos, sin, rotation, out_BSHd)
+    else:
+        out_BSHd.copy_(_rotate(n_BSHd, cos, sin, rotation))
+
+
+def _rotate(
+    n: Tensor, cos: Tensor, sin: Tensor, rotation: str, out: Tensor | None = None
+) -> Tensor:
+    p, q = pairs(n, rotation)
+    return torch.mul(n, cos, out=out).addcmul_(joined_pairs(q, p, rotation), sin)
+
+
+def pairs(x: Tensor, rotation: str) -> tuple[Tensor, ...]:
+    """Views of the first and the second members of all pairs."""
+    return x.chunk(2, -1) if rotation == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
+
+
+def joined_pairs(first: Tensor, second: Tensor, rotation: str) -> Tensor:
+    """Inverse of `pairs`."""
+    if rotation == "half":
+        return torch.cat((first, second), -1)
+    return torch.stack((first, second), -1).flatten(-2)
