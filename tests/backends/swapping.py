@@ -30,12 +30,12 @@ def expected(
 
 
 COUNTS = {
-    "flux": expected(16, 8, 6, 18, fuse_bias=10, merge_streams=8),
+    "flux": expected(16, 8, 6, 18, fuse_bias=16, merge_streams=8),
     "flux2": expected(16, 8, 6, 16, merge_streams=8),
-    "sd3.5": expected(32, 14, 9, 35, fuse_bias=20, merge_streams=17),
-    "qwen-image": expected(12, 4, 4, 14, fuse_bias=8, merge_streams=8),
-    "wan": expected(8, 8, 2, 10, fuse_bias=6),
-    "ltx": expected(8, 8, 2, 8, fuse_bias=6),
+    "sd3.5": expected(32, 14, 9, 35, fuse_bias=29, merge_streams=17),
+    "qwen-image": expected(12, 4, 4, 14, fuse_bias=12, merge_streams=8),
+    "wan": expected(8, 8, 2, 10, fuse_bias=8),
+    "ltx": expected(8, 8, 2, 8, fuse_bias=8),
     "z-image": expected(20, 12, 6, 18, rms_norm=4),
     "qwen3-eager": expected(2, 4, 2, 6, rms_norm=2, attention=2),
     "qwen3-sdpa": expected(2, 4, 2, 6, rms_norm=2),

@@ -152,7 +152,7 @@ def test_tables_in_double_precision_are_proved_when_they_come(flux: Family) -> N
     arguments["image_rotary_emb"] = tuple(t.double() for t in arguments["image_rotary_emb"])
     with counting() as fired:
         found = block(**arguments)
-    assert len(fired) == 26
+    assert len(fired) == 28
     for a, b in zip(found, forward.original(**arguments), strict=True):
         assert a.dtype == b.dtype
         # 1e-5: fp32 through one block, values of order one.

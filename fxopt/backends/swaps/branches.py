@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.fused import fire, fire_low, ops, project
-from fxopt.backends.swaps.quantized import is_plain
+from fxopt.backends.swaps.quantized import Unbiased, is_plain
 from fxopt.passes.rules.fuse_bias import has_room
 from fxopt.passes.rules.merge_streams import common_of_activations
 
@@ -80,6 +80,7 @@ class Mlp(NamedTuple):
     """inputs -> act(gate) * up -> dropout -> out, as `fxopt::gated_activation` names them.
 
     inputs: one linear, or those of gate and up. `out` may take features beside the activation.
+    gate_bias: what the activation has still to add to what the one of `inputs` made.
     """
 
     inputs: tuple[nn.Module, ...]
@@ -87,6 +88,21 @@ class Mlp(NamedTuple):
     packing: str
     out: nn.Module
     dropout: nn.Module | None = None
+    gate_bias: Tensor | None = None
+
+    def holding(self, x: Tensor) -> Mlp:
+        """The same on `x`, the bias of a single input linear left to the activation if it can be.
+
+        As the rule `fuse_bias` does it: where a plain linear follows.
+        """
+        linear: Any = self.inputs[0]
+        plain = len(self.inputs) == 1 and is_plain(linear) and self._is_direct()
+        if not plain or linear.bias is None:
+            return self
+        if any(quantized.quantizes(x, m) is not None for m in (linear, self.out)):
+            return self
+        held: Any = Unbiased(linear.weight)
+        return self._replace(inputs=(held,), gate_bias=linear.bias)
 
     def __call__(self, hidden: Sequence[Tensor], beside: Tensor | None = None) -> Tensor:
         """`out([beside | act])` for the outputs of `inputs`."""
@@ -118,17 +134,20 @@ class Mlp(NamedTuple):
         gate, up = (*hidden, None)[:2]
         assert gate is not None
         fire("gated_activation", "gated_activation")
+        if self.gate_bias is not None:
+            fire("fuse_bias", "gated_activation")
         recipe = quantized.quantizes(gate, self.out)
         bias = self.out.bias if waiting is None else None
         if self._is_direct():
             operands = (gate, up, self.activation, self.packing, beside)
             parameters = (self.out.weight, bias)
-            if recipe is not None:
+            if recipe is not None and self.gate_bias is None:
                 fire_low("gated_activation", 1, recipe)
                 return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
-            fire("merge_linears", "gated_activation")
-            return ops.gated_activation_linear(*operands, None, *parameters)
-        y = ops.gated_activation(gate, up, self.activation, self.packing)
+            if recipe is None:
+                fire("merge_linears", "gated_activation")
+                return ops.gated_activation_linear(*operands, self.gate_bias, *parameters)
+        y = ops.gated_activation(gate, up, self.activation, self.packing, self.gate_bias)
         if self.dropout is not None:
             y = self.dropout(y)
         y = y if beside is None else torch.cat([beside, y], -1)

@@ -78,9 +78,9 @@ def single(
     attn, length = block.attn, encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], 1)
     shift, scale, gate = modulation(temb, block.norm.linear)[0].chunk(3, -1)
-    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out)
+    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out).holding(x)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
-    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, *mlp.inputs)
     (*qkv, hidden), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
     (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
     out, bias = mlp.branch([hidden], beside=attended)

@@ -25,7 +25,7 @@ def fused_block(
     image_rotary_emb: tuple[Tensor, Tensor],
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
-    x, mlp = hidden_states, feed_forward(block.ff)
+    x, mlp = hidden_states, feed_forward(block.ff).holding(hidden_states)
     modulation = block.scale_shift_table + temb.unflatten(-1, block.scale_shift_table.shape)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(2)
 

@@ -121,8 +121,10 @@ def branches(mlps: Sequence[Mlp], hidden: Sequence[Sequence[Tensor]]) -> list[Br
     """`Mlp.branch` of each stream."""
 
     def together(streams: list[int]) -> list[Branch]:
-        for _ in streams:
+        for i in streams:
             fire("gated_activation", "gated_activation")
+            if mlps[i].gate_bias is not None:
+                fire("fuse_bias", "gated_activation")
             fire("merge_linears", "gated_activation")
         fire("merge_streams", "gated_activation_streams")
         gates, ups = zip(*((*hidden[i], None)[:2] for i in streams), strict=True)
@@ -130,8 +132,8 @@ def branches(mlps: Sequence[Mlp], hidden: Sequence[Sequence[Tensor]]) -> list[Br
         waiting = [mlps[i].waiting_bias(hidden[i]) for i in streams]
         weights = [m.out.weight for m in own]
         biases = [m.out.bias if w is None else None for m, w in zip(own, waiting, strict=True)]
-        nothing = [None] * len(own)
-        settings = (own[0].activation, own[0].packing, nothing, nothing)
+        gate_biases = [m.gate_bias for m in own]
+        settings = (own[0].activation, own[0].packing, [None] * len(own), gate_biases)
         outs = ops.gated_activation_linear_streams(gates, ups, *settings, weights, biases)
         return [Branch(x, bias) for x, bias in zip(outs, waiting, strict=True)]
 

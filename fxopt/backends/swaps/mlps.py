@@ -73,8 +73,9 @@ def _swap(argument: str, inputs: tuple[str, ...], out: str, name: str, packing: 
         if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
             raise Unfit("a dropout with p > 0 stands between the linears")
         linears = tuple(module.get_submodule(path) for path in inputs)
-        mlp = Mlp(linears, name, packing, module.get_submodule(out))
-        return mlp(project(arguments[argument], *linears))
+        x = arguments[argument]
+        mlp = Mlp(linears, name, packing, module.get_submodule(out)).holding(x)
+        return mlp(project(x, *mlp.inputs))
 
     def examples(module: nn.Module, draw: Draw) -> Iterator[Arguments]:
         width = module.get_submodule(inputs[0]).in_features

@@ -69,7 +69,7 @@ def finish(*endings: Ending) -> list[Tensor]:
         Normed(e.norm, e.branch.x, scale, shift, e.residual, gate, x_bias=e.branch.bias)
         for e, gate, shift, scale in zip(endings, gates, shifts, scales, strict=True)
     ]
-    mlps = [e.mlp for e in endings]
+    mlps = [e.mlp.holding(e.residual) for e in endings]
     hidden, hs = zip(*merged.into(normed, [m.inputs for m in mlps]), strict=True)
     return merged.gated_residuals(hs, mlp_gates, merged.branches(mlps, hidden))
 

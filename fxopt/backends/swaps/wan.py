@@ -58,7 +58,7 @@ def fused_block(
     attended = attention(attn, [q, *project(encoder_hidden_states, *to_kv)], part)
     out, bias = Out(attn.to_out).branch(attended, all_sums=False)
 
-    mlp = feed_forward(block.ffn)
+    mlp = feed_forward(block.ffn).holding(x)
     normed = Normed(block.norm3, out, scale_mlp, shift_mlp, x, x_bias=bias)
     hidden, x = normed.into(*mlp.inputs)
     out, bias = mlp.branch(hidden)
