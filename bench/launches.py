@@ -154,7 +154,12 @@ def qk_norm_rope(
 
 
 def gated_activation(
-    batch: int, num_tokens: int, width: int, activation: str, form: str = "none"
+    batch: int,
+    num_tokens: int,
+    width: int,
+    activation: str,
+    form: str = "none",
+    biased: bool = False,
 ) -> None:
     """`form`: "none", "up" for a second tensor, a packing, or "streams" for two calls in one."""
     from fxopt.kernels.gated_activation import triton_backward_of, triton_forward_of
@@ -166,8 +171,11 @@ def gated_activation(
         up = randn(batch, num, width) if form == "up" else None
         calls.append((gate, up, activation, "gate_up" if is_packed else "none"))
         grads.append(randn(batch, num, width))
-    triton_forward_of(calls)
-    triton_backward_of([(grad, *call, True) for grad, call in zip(grads, calls, strict=True)])
+    bias = randn(calls[0][0].shape[-1]) if biased else None
+    triton_forward_of([(*call, bias) for call in calls])
+    triton_backward_of(
+        [(grad, *call, True, bias, biased) for grad, call in zip(grads, calls, strict=True)]
+    )
 
 
 def quantize(
@@ -269,12 +277,16 @@ def _cases() -> Iterator[Case]:
         ("matrices", (3072,), {"tables": "matrices"}),
     ):
         yield Case(f"qk_norm_rope {variant}", partial(qk_norm_rope, **options), widths)
-    for activation, form in (
-        ("gelu_tanh", "none"), ("gelu_erf", "none"), ("sigmoid", "none"), ("relu", "none"),
-        ("silu", "up"), ("silu", "gate_up"), ("gelu_tanh", "gate_up"), ("gelu_tanh", "streams"),
-    ):  # fmt: skip
-        name = f"gated_activation {activation}" + (f" {form}" if form != "none" else "")
-        run = partial(gated_activation, activation=activation, form=form)
+    for activation, form, biased in (
+        *(("gelu_tanh", "none", False), ("gelu_erf", "none", False), ("sigmoid", "none", False)),
+        *(("relu", "none", False), ("silu", "up", False), ("silu", "gate_up", False)),
+        *(("gelu_tanh", "gate_up", False), ("gelu_tanh", "streams", False)),
+        *(("gelu_tanh", "none", True), ("gelu_tanh", "gate_up", True)),
+        ("gelu_tanh", "streams", True),
+    ):
+        words = ("gated_activation", activation, *(form,) * (form != "none"), *("bias",) * biased)
+        name = " ".join(words)
+        run = partial(gated_activation, activation=activation, form=form, biased=biased)
         yield Case(name, run, (12288,))
     fp8 = partial(Case, widths=(3072,), capabilities=FP8_CAPABILITIES)
     for rows, columns in (

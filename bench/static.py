@@ -59,7 +59,7 @@ WIDTH = 128
 # Kernels that store a few sums: 128-bit stores would leave threads idle.
 STORE_SUMS = {
     "reduce_kernel",
-    "add_up",
+    "add_up_kernel",
     "amax_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
 }
