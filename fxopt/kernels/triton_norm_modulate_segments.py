@@ -43,15 +43,15 @@ from fxopt.kernels.triton_norm_modulate_sums import Reduce, add_group, no_totals
 from fxopt.kernels.triton_rows import rows_of, store
 from fxopt.kernels.triton_sizes import size, unspecialized
 
-ORDER_BLOCK = 4096
+ORDER_BLOCK = 2048
 
 
 @triton.jit
-def _segment(index, group, row, num_segments, mask):
+def _segment(index, token, num_segments, mask):
     """Of tokens the row of their group's table, -1 if there is none."""
-    i = tl.load(index[0] + group * index[1] + row * index[2], mask, other=0).to(tl.int64)
+    i = tl.load(index + token, mask, other=0).to(tl.int64)
     i = tl.where(i < 0, i + num_segments, i)
-    return tl.where((i >= 0) & (i < num_segments), i, -1)
+    return tl.where((i >= 0) & (i < num_segments), i, -1).to(tl.int32)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def forward_kernel(
     """One program is one token."""
     token = tl.program_id(0).to(tl.int64)
     group, row = token // size(s.num_rows), token % size(s.num_rows)
-    segment = _segment(index, group, row, num_segments, True)
+    segment = _segment(index, token, num_segments, True)
     if segment >= 0:
         m = _modulation(s, group, segment)
         forward_row(s, m, group, row, num_features, NORM, BLOCK_D)
@@ -101,16 +101,16 @@ def order_kernel(index, order, ends, num_rows, num_segments, BLOCK: tl.constexpr
     """
     group = tl.program_id(0).to(tl.int64) // num_segments
     segment = tl.program_id(0) % num_segments
-    end = group * num_rows
+    own, end = index + group * num_rows, group * num_rows
     for first in range(0, num_rows, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         mask = rows < num_rows
-        found = tl.maximum(_segment(index, group, rows, num_segments, mask), 0)
+        found = tl.maximum(_segment(own, rows, num_segments, mask), 0)
         end += tl.sum(tl.where(mask & (found < segment), 1, 0), 0)
     for first in range(0, num_rows, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         mask = rows < num_rows
-        found = tl.maximum(_segment(index, group, rows, num_segments, mask), 0)
+        found = tl.maximum(_segment(own, rows, num_segments, mask), 0)
         is_mine = tl.where(mask & (found == segment), 1, 0)
         at = end + tl.cumsum(is_mine, 0) - 1
         tl.store(order + at, (group * num_rows + rows).to(tl.int32), is_mine > 0)
@@ -130,8 +130,7 @@ def backward_kernel(
     while at < last:
         token = tl.load(order + at).to(tl.int64)
         group = token // size(s.num_rows)
-        row = token % size(s.num_rows)
-        segment = tl.maximum(_segment(index, group, row, num_segments, True), 0)
+        segment = tl.maximum(_segment(index, token, num_segments, True), 0)
         key = group * num_segments + segment
         end = tl.minimum(last, tl.load(ends + key))
         m = _modulation(s, group, segment)
@@ -174,9 +173,8 @@ class _Segments:
         self.every, self.of_tables = every, op.Groups(every, (every[..., :1, :],))
         self.keys = op.Groups(every, (every,))
         sizes = self.groups.num_groups, self.groups.num_rows
-        index = index.view(torch.uint8) if index.dtype == torch.bool else index
-        index = index.expand(x.shape[:-1]).reshape(sizes)
-        self.index = index, index.stride(0), index.stride(1)
+        index = index.view(torch.int8) if index.dtype == torch.bool else index
+        self.index = index.expand(x.shape[:-1]).contiguous()
         self.num_tokens = sizes[0] * sizes[1]
         self.sizes = tuple(map(unspecialized, sizes))
 
@@ -193,7 +191,7 @@ class _Segments:
         ends = self.x.new_empty(num_keys, dtype=torch.int64)
         order_kernel[(num_keys,)](
             self.index, order, ends, self.groups.num_rows, self.num_segments,
-            BLOCK=ORDER_BLOCK, num_warps=4,
+            BLOCK=ORDER_BLOCK, num_warps=8,
         )  # fmt: skip
         return order, ends
 
