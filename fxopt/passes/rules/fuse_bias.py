@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
@@ -30,7 +31,7 @@ def has_room(num_features: int, *, all_sums: bool) -> bool:
 
 
 def propose(op: fx.Node) -> Iterator[Binding | Reason]:
-    assert ir.is_call(op, norm_modulate)
+    assert ir.is_call(op, norm_modulate, norm_modulate_segments)
     linear, residual, gate, *affine, x_bias = op.args[:8]
     if residual is None or x_bias is not None:
         return
@@ -43,14 +44,16 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     if not has_room(ir.shape(linear)[-1], all_sums=all_sums):
         return
     listed = (x, weight, bias, residual, gate, *affine)
-    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+    index = [a for a in op.args[8:] if isinstance(a, fx.Node)]
+    inputs = tuple(dict.fromkeys(n for n in (*listed, *index) if n is not None))
     outputs = tuple(op.users)
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         x, weight, bias, *operands = (given[n] for n in listed)
         product = call(ir.LINEAR, x, weight)
-        fused = call(norm_modulate, product, *operands, bias, *op.args[8:])
+        rest = (given[a] if isinstance(a, fx.Node) else a for a in op.args[8:])
+        fused = call(op.target, product, *operands, bias, *rest)
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
     # A probe would have the size of the weight: seconds and gigabytes at real widths.
@@ -60,7 +63,7 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
 RULE = Rule(
     name="fuse_bias",
     version=1,
-    anchors=(norm_modulate,),
+    anchors=(norm_modulate, norm_modulate_segments),
     propose=propose,
     compiled=False,
 )

@@ -1,0 +1,89 @@
+"""Reading off a graph that a tensor holds, for each token, a row of a small table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxopt.passes import algebra, ir
+from fxopt.passes.ir import aten
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """table[index] for each token.
+
+    table: nodes [..., N, D] that make up the table: one, or two of one row for a condition.
+    index: of each token, behind as many dims of 1 as `num_trailing`; bool for a condition.
+    """
+
+    table: tuple[fx.Node, ...]
+    index: fx.Node
+    num_trailing: int = 0
+
+    @property
+    def num_rows(self) -> object:
+        """N; a size, maybe symbolic."""
+        return 2 if len(self.table) == 2 else ir.shape(self.table[0])[-2]
+
+
+def lookup(node: fx.Node | None) -> Lookup | None:
+    """How `node`, [..., S, D], looks its rows up; None if it does not.
+
+    Reads where(condition, a, b) with a condition per token and one row on both sides, and
+    index_select, table[index], embedding and gather of a table.
+    """
+    if node is None or ir.tensor(node) is None or len(ir.shape(node)) < 2:
+        return None
+    node = algebra.skip_upcasts(node)
+    if ir.is_call(node, aten.where.self):
+        condition, a, b = (_unexpanded(n) for n in node.args)
+        if ir.same(ir.shape(condition)[-1:], (1,)) and is_one_row(a) and is_one_row(b):
+            return Lookup((b, a), condition, 1)
+        return None
+    found = _indexed(node)
+    if found is None or ir.is_floating(found.index) or ir.dtype(found.index).is_complex:
+        return None
+    return found
+
+
+def _indexed(node: fx.Node) -> Lookup | None:
+    if ir.is_call(node, aten.index_select.default):
+        table, dim, index = node.args
+        rank = len(ir.shape(table))
+        return Lookup((table,), index) if rank > 1 and dim % rank == rank - 2 else None
+    if ir.is_call(node, aten.gather.default):
+        table, dim, index = node.args[0], node.args[1], _unexpanded(node.args[2])
+        rank = len(ir.shape(table))
+        is_per_token = rank > 1 and dim % rank == rank - 2 and ir.same(ir.shape(index)[-1], 1)
+        return Lookup((table,), index, 1) if is_per_token else None
+    if ir.is_call(node, aten.index.Tensor):
+        table, (index, *others) = node.args
+        is_rows = len(ir.shape(table)) == 2 and not others and index is not None
+        # A mask would pick some of the rows.
+        return Lookup((table,), index) if is_rows and not _is_mask(index) else None
+    if ir.is_call(node, aten.embedding.default):
+        a = ir.arguments(node)
+        # The row of the padding gets no gradient.
+        is_plain = a["padding_idx"] < 0 and not a["scale_grad_by_freq"]
+        return Lookup((a["weight"],), a["indices"]) if is_plain else None
+    return None
+
+
+def is_one_row(node: fx.Node) -> bool:
+    """Whether all tokens share what `node` holds."""
+    sizes = ir.shape(node)
+    return len(sizes) == 1 or (len(sizes) > 1 and ir.same(sizes[-2], 1))
+
+
+def _unexpanded(node: fx.Node) -> fx.Node:
+    """`node` before it was expanded or cast to a wider dtype."""
+    while ir.is_call(node, aten.expand.default, aten.expand_as.default):
+        node = node.args[0]
+    return algebra.skip_upcasts(node) if ir.is_floating(node) else node
+
+
+def _is_mask(node: fx.Node) -> bool:
+    value = ir.tensor(node)
+    return value is None or value.element_size() == 1
