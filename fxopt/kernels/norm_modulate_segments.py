@@ -22,7 +22,7 @@ from fxopt.kernels import norm_modulate as plain
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import operand_gradients
 from fxopt.kernels.registration import below_autograd, opmath_of, register
-from fxopt.kernels.sharding import rows
+from fxopt.kernels.sharding import Arguments, rows
 
 TABLES = ("gate", "scale", "shift")
 
@@ -37,6 +37,7 @@ def reference(
     shift: Tensor | None,
     x_bias: Tensor | None,
     index: Tensor,
+    shift_per_token: bool,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """`norm_modulate.reference` with gate, scale and shift looked up: table[index] per token.
@@ -48,9 +49,11 @@ def reference(
         index: `[S]`, or any shape that broadcasts to `[*B, S]`; integers, or bool for two rows.
             From -N to N - 1, as in `table[index]`. Another one raises nothing, which would wait for
             the device, and reads nothing outside the table: the token is NaN.
+        shift_per_token: whether shift is `[*B, S, D]` and not looked up: what a sandwich norm is
+            added to.
         residual, weight, bias, x_bias, settings: as in `norm_modulate.reference`.
     """
-    gate, scale, shift = (_looked_up(t, index, x.dim()) for t in (gate, scale, shift))
+    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return plain.reference(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
@@ -75,21 +78,33 @@ def _looked_up(table: Tensor | None, index: Tensor, rank: int) -> Tensor | None:
     return torch.where(rows < 0, torch.nan, torch.take_along_dim(table, rows.clamp(0), -2))
 
 
+def _per_token(
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    index: Tensor,
+    shift_per_token: bool,
+    rank: int,
+) -> tuple[Tensor | None, ...]:
+    """gate, scale and shift as `norm_modulate` takes them."""
+    gate, scale = (_looked_up(t, index, rank) for t in (gate, scale))
+    return gate, scale, shift if shift_per_token else _looked_up(shift, index, rank)
+
+
 def _native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    residual, gate, weight, bias, scale, shift, x_bias, index, *settings = args
-    gate, scale, shift = (_looked_up(t, index, x.dim()) for t in (gate, scale, shift))
+    residual, gate, weight, bias, scale, shift, x_bias, index, shift_per_token, *settings = args
+    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return native.forward(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
 def _native_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    gate, weight, bias, scale, shift, x_bias, index, mean, rstd, *settings = args
-    tables = {2: gate, 5: scale, 6: shift}
+    gate, weight, bias, scale, shift, x_bias, index, shift_per_token, mean, rstd, *settings = args
+    tables = {2: gate, 5: scale} | ({} if shift_per_token else {6: shift})
     # In fp32, as what is summed must not be rounded before.
-    gate, scale, shift = (
-        None if t is None else _looked_up(t.to(rstd.dtype), index, h.dim()) for t in tables.values()
-    )
+    gate, scale, shift = (None if t is None else t.to(rstd.dtype) for t in (gate, scale, shift))
+    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, h.dim())
     operands = (gate, weight, bias, scale, shift, x_bias)
     found = [*native.backward(grad_y, grad_h, h, x, *operands, mean, rstd, *settings)]
     wants = wanted(grad_y, operands, settings[-2])
@@ -113,7 +128,7 @@ def _summed(grad: Tensor, index: Tensor, table: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return outputs(x, residual, *(args[i] for i in (7, 11, 12)))
+    return outputs(x, residual, *(args[i] for i in (8, 12, 13)))
 
 
 def _fake_backward(
@@ -130,8 +145,8 @@ class NormModulateSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, h, mean, rstd = below_autograd(norm_modulate_segments, *args)
-        x, residual, *operands, index = args[:9]
-        norm, _, weight_offset, scale_offset, _, dtype = args[9:]
+        (x, residual, *operands), (index, ctx.shift_per_token) = args[:8], args[8:10]
+        norm, _, weight_offset, scale_offset, _, dtype = args[10:]
         ctx.constants = norm, weight_offset, scale_offset, dtype
         ctx.x_dtype = x.dtype
         ctx.residual_dtype = x.dtype if residual is None else residual.dtype
@@ -147,17 +162,21 @@ class NormModulateSegments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y, grad_h = grads[:2]
-        no_grads = (None,) * 7  # index, settings
+        no_grads = (None,) * 8
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
         kept, branch, *operands, index, mean, rstd = ctx.saved_tensors
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
-        needs = ctx.needs_input_grad[:8]
-        found = norm_modulate_segments_backward(
-            grad_y, grad_h, h, x, *operands, index, mean, rstd, *ctx.constants, needs, False
+        # The gradient of a shift per token is that of y.
+        needs, per_token = ctx.needs_input_grad[:8], ctx.shift_per_token
+        asks = [*needs[:6], needs[6] and not per_token, needs[7]]
+        saved = (*operands, index, per_token, mean, rstd, *ctx.constants)
+        found = norm_modulate_segments_backward(grad_y, grad_h, h, x, *saved, asks, False)
+        shift = operands[4] if per_token else None
+        dx, dresidual, *rest = operand_gradients(
+            found, grad_y, grad_h, h, operands[0], shift, needs
         )
-        dx, dresidual, *rest = operand_gradients(found, grad_y, grad_h, h, operands[0], None, needs)
         dx = None if dx is None else dx.to(ctx.x_dtype)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return dx, dresidual, *rest, *no_grads
@@ -165,16 +184,16 @@ class NormModulateSegments(torch.autograd.Function):
 
 SCHEMA = (
     "norm_modulate_segments(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, "
-    "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, Tensor index, str norm, "
-    "float eps, float weight_offset, float scale_offset, ScalarType h_dtype, ScalarType dtype) "
-    "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, Tensor index, "
+    "bool shift_per_token, str norm, float eps, float weight_offset, float scale_offset, "
+    "ScalarType h_dtype, ScalarType dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 BACKWARD_SCHEMA = (
     "norm_modulate_segments_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor? x, "
     "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, "
-    "Tensor index, Tensor mean, Tensor rstd, str norm, float weight_offset, float scale_offset, "
-    "ScalarType dtype, bool[8] needs, bool recompute) -> (Tensor dh, Tensor dx, Tensor dgate, "
-    "Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dx_bias, Tensor y)"
+    "Tensor index, bool shift_per_token, Tensor mean, Tensor rstd, str norm, "
+    "float weight_offset, float scale_offset, ScalarType dtype, bool[8] needs, bool recompute) "
+    "-> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dx_bias, Tensor y)"
 )
 
 
@@ -195,11 +214,16 @@ def _triton(*args: Any) -> Any:
 def _triton_backward(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate_segments
 
-    in_fp64 = args[12].dtype == torch.float64
+    in_fp64 = args[13].dtype == torch.float64
     return _native_backward(*args) if in_fp64 else triton_norm_modulate_segments.backward(*args)
 
 
-_OPERANDS: Sequence[str] = ("gate", "weight", "bias", "scale", "shift", "x_bias")
+_OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
+
+
+def _tables(a: Arguments) -> Sequence[str]:
+    return TABLES[:2] if a["shift_per_token"] else TABLES
+
 
 norm_modulate_segments = register(
     SCHEMA,
@@ -207,7 +231,7 @@ norm_modulate_segments = register(
     fake=_fake,
     triton=_triton,
     function=NormModulateSegments,
-    sharding=rows("x", "residual", operands=_OPERANDS, tables=TABLES, outputs=[None] * 4),
+    sharding=rows("x", "residual", operands=_OPERANDS, tables=_tables, outputs=[None] * 4),
     reference=reference,
 )
 norm_modulate_segments_backward = register(
@@ -217,7 +241,7 @@ norm_modulate_segments_backward = register(
     triton=_triton_backward,
     launches=_launches_backward,
     sharding=rows(
-        "h", "grad_h", "grad_y", operands=_OPERANDS, tables=TABLES,
+        "h", "grad_h", "grad_y", operands=_OPERANDS, tables=_tables,
         outputs=[None, None, *_OPERANDS, None],
     ),
 )  # fmt: skip

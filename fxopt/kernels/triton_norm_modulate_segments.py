@@ -64,22 +64,26 @@ def _row(table, group, segment):
 
 
 @triton.jit
-def _modulation(s, group, segment):
+def _modulation(s, group, segment, SHIFT_PER_TOKEN: tl.constexpr):
     """gate, scale and shift of a segment."""
     gate, scale = _row(s.gate, group, segment), _row(s.scale, group, segment)
-    return gate, scale, _row(s.shift, group, segment)
+    if SHIFT_PER_TOKEN:
+        return gate, scale, s.shift
+    else:
+        return gate, scale, _row(s.shift, group, segment)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
 def forward_kernel(
-    s, index, num_segments, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr
+    s, index, num_segments, num_features,
+    SHIFT_PER_TOKEN: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program is one token."""
     token = tl.program_id(0).to(tl.int64)
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     segment = _segment(index, token, num_segments, True)
     if segment >= 0:
-        m = _modulation(s, group, segment)
+        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
         forward_row(s, m, group, row, num_features, NORM, BLOCK_D)
     else:
         cols = tl.arange(0, BLOCK_D)
@@ -121,7 +125,7 @@ def order_kernel(index, order, ends, num_rows, num_segments, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["num_segments", "num_tokens", "tokens_per_program"])
 def backward_kernel(
     s, index, order, ends, num_segments, num_tokens, tokens_per_program, num_features,
-    NORM: tl.constexpr, BLOCKS,
+    SHIFT_PER_TOKEN: tl.constexpr, NORM: tl.constexpr, BLOCKS,
 ):  # fmt: skip
     """One program goes through tokens that follow one another in `order`."""
     program = tl.program_id(0).to(tl.int64)
@@ -133,7 +137,7 @@ def backward_kernel(
         segment = tl.maximum(_segment(index, token, num_segments, True), 0)
         key = group * num_segments + segment
         end = tl.minimum(last, tl.load(ends + key))
-        m = _modulation(s, group, segment)
+        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
         sums = no_sums(BLOCKS)
         for i in range(at, end):
             row = tl.load(order + i).to(tl.int64) % size(s.num_rows)
@@ -198,20 +202,23 @@ class _Segments:
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """The op's forward, with fp32 statistics."""
-    x, residual, gate, weight, bias, scale, shift, x_bias, index, norm, eps, *offsets = args[:13]
-    results = op.outputs(x, residual, norm, *args[13:])
+    x, residual, gate, weight, bias, scale, shift, x_bias, index, shift_per_token = args[:10]
+    norm, eps, weight_offset, scale_offset, *dtypes = args[10:]
+    results = op.outputs(x, residual, norm, *dtypes)
     if not x.numel():
         return results
-    segments = _Segments(x, (gate, scale, shift), index)
+    segments = _Segments(x, (gate, scale, None if shift_per_token else shift), index)
     rows, table = segments.rows, segments.table
+    shift_row = rows(shift) if shift_per_token else table(shift)
     stream = Forward._make((
-        rows(x), rows(residual), table(gate), rows(weight), rows(bias), table(scale), table(shift),
-        rows(x_bias), *results, eps, *offsets, *segments.sizes,
+        rows(x), rows(residual), table(gate), rows(weight), rows(bias), table(scale), shift_row,
+        rows(x_bias), *results, eps, weight_offset, scale_offset, *segments.sizes,
     ))  # fmt: skip
     num_features = x.shape[-1]
     with torch.cuda.device_of(x):
         forward_kernel[(segments.num_tokens,)](
-            stream, segments.index, segments.num_segments, num_features, NORM=norm,
+            stream, segments.index, segments.num_segments, num_features,
+            SHIFT_PER_TOKEN=shift_per_token, NORM=norm,
             BLOCK_D=triton.next_power_of_2(num_features),
             **triton_tables.parameters(
                 "norm_modulate forward", num_features, segments.num_tokens, x
@@ -224,8 +231,8 @@ def backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     """The op's backward: the tokens in order, a pass over them, one over the partial sums."""
-    operands, index, mean, rstd, norm = args[:6], *args[6:10]
-    weight_offset, scale_offset, dtype, needs, recompute = args[10:]
+    operands, index, shift_per_token, mean, rstd, norm = args[:6], *args[6:11]
+    weight_offset, scale_offset, dtype, needs, recompute = args[11:]
     wants = op.wanted(grad_y, operands, needs)
     results = op.outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
     if not h.numel():
@@ -233,8 +240,9 @@ def backward(
     gate, weight, bias, scale, shift, x_bias = operands
     affine = any(wants[1:5])
     summed = (wants[0], affine, affine, wants[5])
-    segments, num_features = _Segments(h, (gate, scale, shift), index), h.shape[-1]
-    rows, table = segments.rows, segments.table
+    segments = _Segments(h, (gate, scale, None if shift_per_token else shift), index)
+    rows, table, num_features = segments.rows, segments.table, h.shape[-1]
+    shift_row = rows(shift) if shift_per_token else table(shift)
     kernel = "norm_modulate backward" + (" of four sums" if all(summed) else "")
     num_tokens, num_segments = segments.num_tokens, segments.num_segments
     chosen = triton_tables.parameters(kernel, num_features, num_tokens, h)
@@ -249,7 +257,7 @@ def backward(
     dh, dx, *_, y = map(present, results)
     stream = Backward._make((
         rows(grad_y), rows(grad_h), rows(h), rows(x if wants[0] else None),
-        table(gate), rows(weight), rows(bias), table(scale), table(shift), rows(x_bias), mean, rstd,
+        table(gate), rows(weight), rows(bias), table(scale), shift_row, rows(x_bias), mean, rstd,
         dh, dx, None, None, y, *sums, weight_offset, scale_offset,
         *segments.sizes, unspecialized(num_programs), tl.constexpr(False),
     ))  # fmt: skip
@@ -257,8 +265,8 @@ def backward(
         order, ends = segments.order()
         backward_kernel[(num_programs,)](
             stream, segments.index, order, ends, num_segments, num_tokens, tokens_per_program,
-            num_features, NORM=norm, BLOCKS=blocks_of(num_features, chosen["pieces"]),
-            num_warps=chosen["num_warps"],
+            num_features, SHIFT_PER_TOKEN=shift_per_token, NORM=norm,
+            BLOCKS=blocks_of(num_features, chosen["pieces"]), num_warps=chosen["num_warps"],
         )  # fmt: skip
         if any(summed):
             reduction = Reduce._make((

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fxopt.passes import algebra, ir
+from fxopt.passes import ir
 from fxopt.passes.ir import aten
+
+# Of each element by itself: f(table[index]) is f(table)[index].
+POINTWISE = (
+    *ir.CASTS,
+    *ir.COPIES,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.silu.default,
+    aten.neg.default,
+)
 
 
 @dataclass(frozen=True)
@@ -16,11 +26,13 @@ class Lookup:
 
     table: nodes [..., N, D] that make up the table: one, or two of one row for a condition.
     index: of each token, behind as many dims of 1 as `num_trailing`; bool for a condition.
+    functions: nodes of `POINTWISE` that follow, in order, to be applied to the table.
     """
 
     table: tuple[fx.Node, ...]
     index: fx.Node
     num_trailing: int = 0
+    functions: tuple[fx.Node, ...] = ()
 
     @property
     def num_rows(self) -> object:
@@ -36,16 +48,19 @@ def lookup(node: fx.Node | None) -> Lookup | None:
     """
     if node is None or ir.tensor(node) is None or len(ir.shape(node)) < 2:
         return None
-    node = algebra.skip_upcasts(node)
-    if ir.is_call(node, aten.where.self):
-        condition, a, b = (_unexpanded(n) for n in node.args)
-        if ir.same(ir.shape(condition)[-1:], (1,)) and is_one_row(a) and is_one_row(b):
-            return Lookup((b, a), condition, 1)
+    functions: list[fx.Node] = []
+    while ir.is_call(node, *POINTWISE):
+        functions.append(node)
+        node = node.args[0]
+    found = _condition(node) if ir.is_call(node, aten.where.self) else _indexed(node)
+    return found and replace(found, functions=tuple(functions[::-1]))
+
+
+def _condition(where: fx.Node) -> Lookup | None:
+    condition, a, b = (_unexpanded(n) for n in where.args)  # type: ignore[arg-type]
+    if not (ir.same(ir.shape(condition)[-1:], (1,)) and is_one_row(a) and is_one_row(b)):
         return None
-    found = _indexed(node)
-    if found is None or ir.is_floating(found.index) or ir.dtype(found.index).is_complex:
-        return None
-    return found
+    return Lookup((b, a), condition, 1)
 
 
 def _indexed(node: fx.Node) -> Lookup | None:
@@ -78,10 +93,9 @@ def is_one_row(node: fx.Node) -> bool:
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
-    """`node` before it was expanded or cast to a wider dtype."""
     while ir.is_call(node, aten.expand.default, aten.expand_as.default):
         node = node.args[0]
-    return algebra.skip_upcasts(node) if ir.is_floating(node) else node
+    return node
 
 
 def _is_mask(node: fx.Node) -> bool:

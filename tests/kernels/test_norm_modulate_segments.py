@@ -41,7 +41,7 @@ CASES = [
         gate=("no residual", *FORMS),
         affine=((False, False), (True, False), (False, True), (True, True)),
         scale=FORMS,
-        shift=FORMS,
+        shift=(*FORMS, "token"),
         offset=(0.0, 1.0),
         biased=(False, True),
         index=INDICES,
@@ -97,10 +97,12 @@ def indices(name: str, B: int, S: int) -> Tensor:
     }[name]
 
 
-def written_out(tables: list[Tensor | None], index: Tensor) -> list[Tensor | None]:
+def written_out(
+    tables: list[Tensor | None], index: Tensor, shift: str | None = None
+) -> list[Tensor | None]:
     """The inputs as models look them up: by a `where` for each row of a table."""
     found = list(tables)
-    for at in (2, 5, 6):
+    for at in (2, 5) if shift == "token" else (2, 5, 6):
         table = found[at]
         if table is None or table.dim() == 1 or table.shape[-2] == 1:
             continue
@@ -152,13 +154,15 @@ def drawn(case: dict[str, Any], number: int) -> tuple[dict[str, Tensor], ...]:
         grads = [grad[:1, :1].expand(grad.shape) for grad in grads]
     else:
         grads = [laid_out(grad, case["grads"]) for grad in grads]
-    constants = norm, EPS, offset, 1.0
+    constants = case["shift"] == "token", norm, EPS, offset, 1.0
     exact = run(
         lambda t: reference(*t, index, *constants, torch.float64, torch.float64),
         {n: t.double() for n, t in leaves.items()},
         [grad.double() for grad in grads],
     )
-    theirs = run(lambda t: eager_outputs(written_out(t, index), norm, offset), leaves, grads)
+    theirs = run(
+        lambda t: eager_outputs(written_out(t, index, case["shift"]), norm, offset), leaves, grads
+    )
     with Interpreted(case["provider"] == "triton"), poisoned_allocations():
         found = run(
             lambda t: norm_modulate_segments(*t, index, *constants, dtype, dtype), leaves, grads
@@ -172,7 +176,9 @@ def test_the_reference_is_what_models_write() -> None:
     inputs = [t.double() for t in inputs if t is not None]
     for name in INDICES[:-1]:
         index = indices(name, 3, 5)
-        y, h = reference(*inputs, index, "layer", EPS, 0.0, 1.0, torch.float64, torch.float64)
+        y, h = reference(
+            *inputs, index, False, "layer", EPS, 0.0, 1.0, torch.float64, torch.float64
+        )
         expected = eager(written_out(inputs, index), "layer", 0.0)
         # fp64, in another order.
         torch.testing.assert_close((y, h), expected, rtol=1e-12, atol=1e-12)
@@ -191,9 +197,9 @@ def called(
     inputs = [None if t is None else t.to(dtype) for t in operands(LONG, shape)]
     grads = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with Interpreted(provider == "triton"), poisoned_allocations():
-        outs = norm_modulate_segments(*inputs, index, "layer", EPS, 0.0, 1.0, dtype, dtype)
+        outs = norm_modulate_segments(*inputs, index, False, "layer", EPS, 0.0, 1.0, dtype, dtype)
         _, h, mean, rstd = outs
-        saved = (h, inputs[0], *inputs[2:], index, mean, rstd)
+        saved = (h, inputs[0], *inputs[2:], index, False, mean, rstd)
         constants = "layer", 0.0, 1.0, dtype, [True] * 8, True
         return *outs, *norm_modulate_segments_backward(*grads, *saved, *constants)
 
@@ -284,7 +290,7 @@ def test_launches() -> None:
     assert names == ["forward_kernel", "order_kernel", "backward_kernel", "reduce_kernel"]
     count = LAUNCHES["fxopt::norm_modulate_segments_backward"]
     inputs = [None if t is None else t for t in operands(LONG, (2, 9, 24))]
-    saved = (inputs[0], inputs[0], *inputs[2:], indices("random", 2, 9), None, None)
+    saved = (inputs[0], inputs[0], *inputs[2:], indices("random", 2, 9), False, None, None)
     assert count(None, inputs[0], *saved, "layer", 0.0, 1.0, None, [True] * 8, True) == 3
     assert count(None, inputs[0], *saved, "layer", 0.0, 1.0, None, [False] * 8, True) == 2
 
@@ -294,13 +300,13 @@ def test_opcheck(norm: str) -> None:
     inputs = operands({**LONG, "norm": norm}, (2, 3, 8))
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
     index = indices("random", 2, 3)
-    constants = (norm, EPS, 1.0, 1.0, torch.float32, torch.float32)
+    constants = (False, norm, EPS, 1.0, 1.0, torch.float32, torch.float32)
     torch.library.opcheck(norm_modulate_segments, (*leaves, index, *constants))
     with torch.no_grad():
         _, h, mean, rstd = norm_modulate_segments(*leaves, index, *constants)
     grad_y = torch.randn_like(h) if norm != "none" else None
     saved = [None if t is None else t.detach() for t in (h, inputs[0], *inputs[2:])]
-    rest = (index, mean, rstd, norm, 1.0, 1.0, torch.float32, [True] * 8, norm != "none")
+    rest = (index, False, mean, rstd, norm, 1.0, 1.0, torch.float32, [True] * 8, norm != "none")
     torch.library.opcheck(
         norm_modulate_segments_backward, (grad_y, torch.randn_like(h), *saved, *rest)
     )
@@ -312,7 +318,7 @@ def test_saves_no_table_per_token() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         norm_modulate_segments(
-            *leaves, indices("random", 2, 20), "layer", EPS, 0.0, 1.0, torch.float32, torch.float32
+            *leaves, indices("random", 2, 20), False, "layer", EPS, 0.0, 1.0, *[torch.float32] * 2
         )
     large = {t.data_ptr() for t in saved if t.numel() == leaves[0].numel()}
     assert large == {leaves[0].data_ptr()}
@@ -321,7 +327,7 @@ def test_saves_no_table_per_token() -> None:
 @pytest.mark.parametrize("norm", ("layer", "rms"))
 def test_gradcheck(norm: str) -> None:
     leaves = [t.double().requires_grad_() for t in operands(LONG, (2, 3, 8)) if t is not None]
-    index, constants = indices("random", 2, 3), (norm, EPS, 1.0, 1.0, torch.float64, torch.float64)
+    index, constants = indices("random", 2, 3), (False, norm, EPS, 1.0, 1.0, *[torch.float64] * 2)
     assert torch.autograd.gradcheck(
         lambda *t: norm_modulate_segments(*t, index, *constants)[:2], leaves
     )

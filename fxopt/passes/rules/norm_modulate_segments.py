@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import fx
 
@@ -28,7 +29,8 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     first = next(iter(found.values()))
     for name, node in given.items():
         read = found.get(name)
-        if read is None and not is_one_row(node):
+        is_addend = name == "shift" and ir.same(ir.shape(node), ir.shape(named["x"]))
+        if read is None and not is_addend and not is_one_row(node):
             yield Reason(f"the {name} differs per token, and is no row of a table", op)
             return
         if read is not None and not _share_index(read, first):
@@ -49,6 +51,8 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
     listed = [n for name, n in tensors.items() for n in tables.get(name, (n,))]
     inputs = tuple(dict.fromkeys(n for n in (*listed, first.index) if n is not None))
     outputs = tuple(op.users)
+    shift = named["shift"]
+    shift_per_token = shift is not None and "shift" not in found and not is_one_row(shift)
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
@@ -59,7 +63,7 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
         index = given[first.index]
         if first.num_trailing:
             index = call(aten.squeeze.dim, index, -1)
-        fused = call(norm_modulate_segments, *operands, index, *op.args[8:])
+        fused = call(norm_modulate_segments, *operands, index, shift_per_token, *op.args[8:])
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
     return Binding(op, inputs, outputs, emit, "norm_modulate_segments", carries=outputs)
@@ -67,9 +71,16 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
 
 def _table(call: Call, read: Lookup, given: Mapping[fx.Node | None, fx.Node | None]) -> fx.Node:
     """The table as one node."""
-    nodes = [given[n] for n in read.table]
+    table = _joined(call, read, [given[n] for n in read.table])
+    for function in read.functions:
+        table = call(function.target, table, *function.args[1:], **function.kwargs)
+    return table
+
+
+def _joined(call: Call, read: Lookup, nodes: list[Any]) -> fx.Node:
     if len(nodes) == 1:
-        return nodes[0]  # type: ignore[return-value]
+        found: fx.Node = nodes[0]
+        return found
     shapes = [ir.shape(n) for n in read.table]
     a, b = (
         call(aten.unsqueeze.default, node, 0) if len(shape) == 1 else node
