@@ -193,7 +193,8 @@ BACKWARD_SCHEMA = (
     "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, "
     "Tensor index, bool shift_per_token, Tensor mean, Tensor rstd, str norm, "
     "float weight_offset, float scale_offset, ScalarType dtype, bool[8] needs, bool recompute) "
-    "-> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dx_bias, Tensor y)"
+    "-> (Tensor dh, Tensor dx, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, "
+    "Tensor dshift, Tensor dx_bias, Tensor y)"
 )
 
 
