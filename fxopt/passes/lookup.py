@@ -68,10 +68,17 @@ def _indexed(node: fx.Node) -> Lookup | None:
         table, dim, index = node.args
         rank = len(ir.shape(table))
         return Lookup((table,), index) if rank > 1 and dim % rank == rank - 2 else None
-    if ir.is_call(node, aten.gather.default):
-        table, dim, index = node.args[0], node.args[1], _unexpanded(node.args[2])
+    if ir.is_call(node, aten.gather.default, aten.take_along_dim.default):
+        a = ir.arguments(node)
+        table, dim, index = a["self"], a["dim"], a.get("index") or a["indices"]
+        index = _unexpanded(index)
         rank = len(ir.shape(table))
-        is_per_token = rank > 1 and dim % rank == rank - 2 and ir.same(ir.shape(index)[-1], 1)
+        is_per_token = (
+            rank > 1
+            and dim is not None
+            and dim % rank == rank - 2
+            and ir.same(ir.shape(index)[-1], 1)
+        )
         return Lookup((table,), index, 1) if is_per_token else None
     if ir.is_call(node, aten.index.Tensor):
         table, (index, *others) = node.args
