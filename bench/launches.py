@@ -258,7 +258,7 @@ def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
     softmax(logits, target, randn(dtype=FP32), -100, losses, True)
 
 
-def _cases() -> Iterator[Case]:
+def _norm_cases() -> Iterator[Case]:
     all_widths, wide = (1536, 3072, 5120), (3072, 5120)
     modulated = "residual gate scale shift"
     for variant, widths, options in (
@@ -289,6 +289,11 @@ def _cases() -> Iterator[Case]:
         name = " ".join(["norm_modulate_segments", options.get("norm", "layer"), variant])
         name += ", shift per token" if "per_token" in options else ""
         yield Case(name, partial(norm_modulate_segments, operands=variant, **options), widths)
+
+
+def _cases() -> Iterator[Case]:
+    wide = (3072, 5120)
+    yield from _norm_cases()
     for variant, widths, options in (
         ("joint, x_bias", (3072,), {"joint": True, "biased": True}),
         ("views of one projection", wide, {"merged": True}),
