@@ -168,18 +168,36 @@ class NormModulateSegments(torch.autograd.Function):
         kept, branch, *operands, index, mean, rstd = ctx.saved_tensors
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
-        # The gradient of a shift per token is that of y.
-        needs, per_token = ctx.needs_input_grad[:8], ctx.shift_per_token
-        asks = [*needs[:6], needs[6] and not per_token, needs[7]]
-        saved = (*operands, index, per_token, mean, rstd, *ctx.constants)
-        found = norm_modulate_segments_backward(grad_y, grad_h, h, x, *saved, asks, False)
-        shift = operands[4] if per_token else None
-        dx, dresidual, *rest = operand_gradients(
-            found, grad_y, grad_h, h, operands[0], shift, needs
+        needs, saved = ctx.needs_input_grad[:8], (h, x, *operands, index, mean, rstd)
+        (dx, dresidual, *rest), _ = gradients(
+            grad_y, grad_h, saved, ctx.shift_per_token, ctx.constants, needs, False
         )
         dx = None if dx is None else dx.to(ctx.x_dtype)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return dx, dresidual, *rest, *no_grads
+
+
+def gradients(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    saved: Sequence[Any],
+    shift_per_token: bool,
+    constants: tuple[Any, ...],
+    needs: Sequence[bool],
+    recompute: bool,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of x, residual, gate, weight, bias, scale, shift and x_bias, and y if recomputed.
+
+    saved: h, x, gate, weight, bias, scale, shift, x_bias, index, mean, rstd.
+    """
+    (h, _, gate), shift, (mean, rstd) = saved[:3], saved[6], saved[9:]
+    # The gradient of a shift per token is that of y.
+    asks = [*needs[:6], needs[6] and not shift_per_token, needs[7]]
+    found = norm_modulate_segments_backward(
+        grad_y, grad_h, *saved[:9], shift_per_token, mean, rstd, *constants, asks, recompute
+    )
+    shift = shift if shift_per_token else None
+    return operand_gradients(found, grad_y, grad_h, h, gate, shift, needs), found[-1]
 
 
 SCHEMA = (

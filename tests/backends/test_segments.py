@@ -132,7 +132,7 @@ COUNTS = {
         "norm_modulate_segments": 6,
         "gated_activation": 4,
         "fuse_bias": 8,
-        "merge_linears": 10,
+        "merge_linears": 12,
         "merge_streams": 2,
     },
     "qwen-image-2.1": {
@@ -159,7 +159,7 @@ COUNTS = {
         "norm_modulate": 7,
         "norm_modulate_segments": 6,
         "gated_activation": 3,
-        "merge_linears": 7,
+        "merge_linears": 9,
     },
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.diagnose.numerics import poisoned_allocations
@@ -16,6 +17,7 @@ from fxopt.kernels.norm_modulate_segments import (
     norm_modulate_segments_backward,
     reference,
 )
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.registration import LAUNCHES
 from tests.kernels.interpreted import LAYOUTS, Interpreted, laid_out
 from tests.kernels.moved import launches
@@ -331,3 +333,65 @@ def test_gradcheck(norm: str) -> None:
     assert torch.autograd.gradcheck(
         lambda *t: norm_modulate_segments(*t, index, *constants)[:2], leaves
     )
+
+
+def composite(seed: int, dtype: torch.dtype, **forms: Any) -> tuple[list[Any], list[Any]]:
+    """Leaves (operands, weights, biases), and the other arguments of the composite."""
+    operands_of = operands({**LONG, **forms}, (2, 5, 8), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(12, 8, generator=generator) for _ in range(2)]
+    leaves = [*operands_of, *weights, torch.randn(12, generator=generator)]
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in leaves]
+    settings = [forms.get("shift") == "token", "layer", EPS, 0.0, 1.0, dtype, dtype]
+    return leaves, [indices("random", 2, 5), *settings]
+
+
+def separate(leaves: list[Any], rest: list[Any]) -> list[Tensor]:
+    y, h, *_ = norm_modulate_segments(*leaves[:8], *rest)
+    outs = F.linear(y, leaves[8]), F.linear(y, leaves[9], leaves[10])
+    return [outs[0], *outs[1].split([5, 7], -1), leaves[0] if leaves[1] is None else h]
+
+
+def as_one(leaves: list[Any], rest: list[Any]) -> list[Tensor]:
+    pieces = [0, 0, 12, 1, 0, 5, 1, 5, 12]
+    linears = leaves[8:10], [None, leaves[10]], pieces
+    outs, h = norm_modulate_segments_linears(*leaves[:8], *rest, *linears)
+    return [*outs, h]
+
+
+@pytest.mark.parametrize("forms", ({}, {"gate": "no residual"}, {"shift": "token"}), ids=str)
+def test_linears_behind_it(forms: dict[str, str]) -> None:
+    leaves, rest = composite(0, torch.float64, **forms)
+    present = [t for t in leaves if t is not None]
+    for used in ([0, 1, 2, 3], [1], [3], [0, 3]):
+        found, expected = ([function(leaves, rest)[i] for i in used] for function in FUNCTIONS)
+        # The same products in fp64, added up in another order.
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        grads = [torch.randn_like(t) for t in expected]
+        torch.testing.assert_close(
+            torch.autograd.grad(found, present, grads, allow_unused=True, materialize_grads=True),
+            torch.autograd.grad(
+                expected, present, grads, allow_unused=True, materialize_grads=True
+            ),
+            rtol=1e-10,
+            atol=1e-10,
+        )
+
+
+FUNCTIONS = (as_one, separate)
+
+
+def test_linears_keep_no_normed_tensor() -> None:
+    leaves, rest = composite(0, torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        *_, h = as_one(leaves, rest)
+    large = {t.data_ptr() for t in kept if t.shape == h.shape}
+    assert large == {h.data_ptr(), leaves[0].data_ptr()}  # and x for the gradient of the gate
+
+
+def test_linears_behind_it_under_a_tracer() -> None:
+    leaves, rest = composite(0, torch.float32)
+    arguments = (*leaves[:8], *rest, leaves[8:10], [None, leaves[10]], [0, 0, 12, 1, 0, 12])
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(norm_modulate_segments_linears, arguments, test_utils=checks)
