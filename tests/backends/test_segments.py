@@ -210,3 +210,13 @@ def test_the_compiled_door(name: str, num_norms: int) -> None:
     assert_as_accurate(*draw(0), what=name, again=draw)
     counts = fxopt.report(model).counts()
     assert counts["norm_modulate"] == num_norms and "norm_modulate_segments" not in counts
+
+
+def test_swap_says_what_it_leaves() -> None:
+    build, make_inputs = MODELS["qwen-image-edit"]
+    model, inputs = seeded(build)(), make_inputs(2, 0, torch.float32)
+    judge = Judge(model, inputs)
+    fxopt.swap(model)
+    judge(model, "swap", run(model, inputs))
+    reasons = [why for d in fxopt.report(model).declined if d.rule == "swap" for why in d.reasons]
+    assert len(reasons) == 2 and all("modulates the image by segment" in why for why in reasons)

@@ -364,7 +364,7 @@ def test_linears_behind_it(forms: dict[str, str]) -> None:
     leaves, rest = composite(0, torch.float64, **forms)
     present = [t for t in leaves if t is not None]
     for used in ([0, 1, 2, 3], [1], [3], [0, 3]):
-        found, expected = ([function(leaves, rest)[i] for i in used] for function in FUNCTIONS)
+        found, expected = ([run(leaves, rest)[i] for i in used] for run in (as_one, separate))
         # The same products in fp64, added up in another order.
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         grads = [torch.randn_like(t) for t in expected]
@@ -376,9 +376,6 @@ def test_linears_behind_it(forms: dict[str, str]) -> None:
             rtol=1e-10,
             atol=1e-10,
         )
-
-
-FUNCTIONS = (as_one, separate)
 
 
 def test_linears_keep_no_normed_tensor() -> None:

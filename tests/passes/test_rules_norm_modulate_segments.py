@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.passes.rewriting import Rewritten, Written, normal, rewrite
 
@@ -17,7 +17,7 @@ D, N = 16, 3
 RULES = ["norm_modulate", "norm_modulate_segments"]
 
 
-def rewritten(forward: Callable[..., Any], *inputs: Tensor, **parameters: Tensor) -> Rewritten:
+def rewritten(forward: Callable[..., Any], *inputs: Tensor, **parameters: Any) -> Rewritten:
     return rewrite(Written(forward, **parameters), *inputs, rules=RULES)
 
 
@@ -231,3 +231,32 @@ def test_a_table_that_is_written_declines_with_the_reason() -> None:
     assert not found.count("norm_modulate_segments")
     assert "mul is written in place by add_" in found.reasons("norm_modulate_segments")
     found.assert_as_accurate(*inputs)
+
+
+def test_linears_before_and_behind() -> None:
+    """The bias of the linear before waits, and the normed tensor between is not kept."""
+
+    def forward(m: Any, x: Tensor, branch: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        h, n = packed(m, x, m.before(branch), index)
+        return h, m.behind(n)
+
+    linears = {"before": nn.Linear(D, D), "behind": nn.Linear(D, 8)}
+    module = Written(forward, table=normal(N, 3 * D), **linears)
+    found = rewrite(module, *by_index(2, 5), rules=[*RULES, "fuse_bias", "merge_linears"])
+    assert_expected_inline(
+        found.code(),
+        """\
+chunk = aten.chunk(p_table, 3, -1)
+getitem = chunk[0]
+getitem_1 = chunk[1]
+getitem_2 = chunk[2]
+linear = aten.linear(inputs_1, p_before_weight)
+norm_modulate_segments_linears = fxopt.norm_modulate_segments_linears(linear, inputs_0,
+    getitem_2, None, None, getitem, getitem_1, p_before_bias, inputs_2, False, 'rms', 1e-06,
+    0.0, 1.0, float32, float32, [p_behind_weight], [p_behind_bias], [0, 0, 8])
+getitem_9 = norm_modulate_segments_linears[0]
+getitem_10 = getitem_9[0]
+getitem_11 = norm_modulate_segments_linears[1]
+return (getitem_11, getitem_10)""",
+    )
+    found.assert_as_accurate(*by_index(2, 7))
