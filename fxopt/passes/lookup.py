@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
+from fxopt.passes.rule import Call
 
 # Of each element by itself: f(table[index]) is f(table)[index].
 POINTWISE = (
@@ -20,19 +22,30 @@ POINTWISE = (
 )
 
 
+SPLITS = (
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+)
+
+
 @dataclass(frozen=True)
 class Lookup:
     """table[index] for each token.
 
     table: nodes [..., N, D] that make up the table: one, or two of one row for a condition.
     index: of each token, behind as many dims of 1 as `num_trailing`; bool for a condition.
-    functions: nodes of `POINTWISE` that follow, in order, to be applied to the table.
+    functions: nodes that follow, in order, to be applied to the table: of `POINTWISE`, and views of
+        part of the last dim.
+    nodes: all that lies between the table and what was read.
     """
 
     table: tuple[fx.Node, ...]
     index: fx.Node
     num_trailing: int = 0
     functions: tuple[fx.Node, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
 
     @property
     def num_rows(self) -> object:
@@ -44,16 +57,40 @@ def lookup(node: fx.Node | None) -> Lookup | None:
     """How `node`, [..., S, D], looks its rows up; None if it does not.
 
     Reads where(condition, a, b) with a condition per token and one row on both sides, and
-    index_select, table[index], embedding and gather of a table.
+    index_select, table[index], embedding and gather of a table, each of which may be wider than
+    what `node` takes of it.
     """
     if node is None or ir.tensor(node) is None or len(ir.shape(node)) < 2:
         return None
     functions: list[fx.Node] = []
-    while ir.is_call(node, *POINTWISE):
+    while ir.is_call(node, *POINTWISE) or _is_part(node):
         functions.append(node)
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
     found = _condition(node) if ir.is_call(node, aten.where.self) else _indexed(node)
-    return found and replace(found, functions=tuple(functions[::-1]))
+    if found is None:
+        return None
+    between = (node, *(n for n in node.all_input_nodes if n not in (*found.table, found.index)))
+    return replace(found, functions=tuple(functions[::-1]), nodes=(*functions, *between))
+
+
+def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
+    """One of a lookup's functions, on its table."""
+    args = list(function.args[1:])
+    if ir.is_call(function, *SPLITS):
+        args = [args[0], -1]
+    elif ir.is_call(function, aten.slice.Tensor):
+        args[0] = -1
+    return call(function.target, table, *args, **function.kwargs)
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether `node` is part of the last dim of its input, or splits that dim."""
+    if ir.is_call(node, operator.getitem):
+        return ir.is_call(node.args[0], *SPLITS)
+    if not ir.is_call(node, *SPLITS, aten.slice.Tensor):
+        return False
+    rank = len(ir.shape(node.args[0]))
+    return ir.arguments(node)["dim"] % rank == rank - 1
 
 
 def _condition(where: fx.Node) -> Lookup | None:

@@ -207,6 +207,21 @@ def test_other_indices_decline_with_the_reason() -> None:
     ]
 
 
+def test_a_wide_table_that_is_split_after_the_lookup() -> None:
+    """Both ops take their part, and what was looked up whole is gone."""
+
+    def forward(m: Any, x: Tensor, branch: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        scale, gate = m.table[i][..., : 2 * D].tanh().chunk(2, -1)
+        n = norm(x) * (1 + scale) + m.table[i][..., 2 * D :]
+        return n, n + gate * branch
+
+    inputs = [*by_index(2, 5)[:2], drawn(2, 5)]
+    found = rewritten(forward, *inputs, table=normal(N, 3 * D))
+    assert found.count("norm_modulate_segments") == 2
+    assert "aten.index" not in found.code()
+    found.assert_as_accurate(*by_index(3, 7)[:2], drawn(3, 7))
+
+
 def test_what_others_use_stays() -> None:
     def forward(m: Any, x: Tensor, t: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
         scale = t[i]
@@ -214,8 +229,19 @@ def test_what_others_use_stays() -> None:
 
     inputs = [normal(2, 5, D), normal(N, D), drawn(2, 5)]
     found = rewritten(forward, *inputs)
+    assert found.count("norm_modulate_segments") == 1 and "aten.index" in found.code()
+    found.assert_as_accurate(*inputs)
+
+
+def test_a_lookup_without_gradient_declines() -> None:
+    def forward(m: Any, x: Tensor, t: Tensor, i: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = t[i]
+        return norm(x) * (1 + scale)
+
+    inputs = [normal(2, 5, D), normal(N, D), drawn(2, 5)]
+    found = rewritten(forward, *inputs)
     assert not found.count("norm_modulate_segments")
-    assert any("is also used by sin" in why for why in found.reasons("norm_modulate_segments"))
     found.assert_as_accurate(*inputs)
 
 

@@ -16,7 +16,7 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_segments import TABLES, norm_modulate_segments
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
-from fxopt.passes.lookup import Lookup, is_one_row, lookup
+from fxopt.passes.lookup import Lookup, apply, is_one_row, lookup
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -66,14 +66,16 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
         fused = call(norm_modulate_segments, *operands, index, shift_per_token, *op.args[8:])
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
-    return Binding(op, inputs, outputs, emit, "norm_modulate_segments", carries=outputs)
+    stays = tuple(n for read in found.values() for n in read.nodes)
+    name = "norm_modulate_segments"
+    return Binding(op, inputs, outputs, emit, name, carries=outputs, stays=stays)
 
 
 def _table(call: Call, read: Lookup, given: Mapping[fx.Node | None, fx.Node | None]) -> fx.Node:
     """The table as one node."""
     table = _joined(call, read, [given[n] for n in read.table])
     for function in read.functions:
-        table = call(function.target, table, *function.args[1:], **function.kwargs)
+        table = apply(call, function, table)
     return table
 
 
