@@ -208,12 +208,12 @@ def called(
 
 @pytest.mark.parametrize("provider", DTYPES)
 def test_runs_are_bit_equal(provider: str) -> None:
-    index = indices("random", 2, 33)
-    first, second = (called(provider, (2, 33, 24), index) for _ in range(2))
+    index = indices("random", 2, 17)
+    first, second = (called(provider, (2, 17, 24), index) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("num_programs", (1, 3, 7, 100))
+@pytest.mark.parametrize("num_programs", (1, 3, 100))
 def test_sums_do_not_depend_on_what_a_program_gets(
     num_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,11 +230,11 @@ def test_sums_do_not_depend_on_what_a_program_gets(
     monkeypatch.setattr(triton_norm_modulate_segments.triton_tables, "parameters", lambda *_: row)
     monkeypatch.setattr(Tensor, "new_empty", noted)
     for name in ("random", "one segment", "one unused"):
-        index = indices(name, 2, 33)
-        found = called("triton", (2, 33, 24), index)
-        # fp32 sums of 66 terms of size 1 to 10 in another order.
+        index = indices(name, 2, 17)
+        found = called("triton", (2, 17, 24), index)
+        # fp32 sums of 34 terms of size 1 to 10 in another order.
         torch.testing.assert_close(
-            found, called("native", (2, 33, 24), index), rtol=1e-5, atol=2e-4
+            found, called("native", (2, 17, 24), index), rtol=1e-5, atol=2e-4
         )
     assert allocated and max(allocated) <= num_programs + 2 * N - 1
 
