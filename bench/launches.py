@@ -93,6 +93,40 @@ def norm_modulate(
     provider.backward_of(backwards)
 
 
+def norm_modulate_segments(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    operands: str,
+    norm: str = "layer",
+    per_token: bool = False,
+) -> None:
+    """`operands` as for `norm_modulate`; gate, scale and shift have two rows, for a condition.
+
+    Args:
+        per_token: whether shift differs per token and is not looked up.
+    """
+    from fxopt.kernels import triton_norm_modulate_segments as provider
+
+    shapes = {
+        "residual": (batch, num_tokens, width),
+        **dict.fromkeys(("gate", "scale", "shift"), (batch, 2, width)),
+        **({"shift": (batch, num_tokens, width)} if per_token else {}),
+        **dict.fromkeys(("weight", "bias", "x_bias"), (width,)),
+    }
+    names = ("residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
+    x = randn(batch, num_tokens, width)
+    tensors = [x, *(randn(*shapes[n]) if n in operands.split() else None for n in names)]
+    index = randn(batch, num_tokens) > 0
+    _, h, mean, rstd = provider.forward(*tensors, index, per_token, norm, EPS, 0.0, 1.0, BF16, BF16)
+    saved = (h if "residual" in operands else x, x, *tensors[2:], index, per_token, mean, rstd)
+    grad_y = torch.randn_like(x) if norm != "none" else None
+    grad_h = torch.randn_like(x) if "residual" in operands else None
+    needs = [t is not None for t in tensors]
+    needs[6] &= not per_token
+    provider.backward(grad_y, grad_h, *saved, norm, 0.0, 1.0, BF16, needs, norm != "none")
+
+
 def qk_norm_rope(
     batch: int,
     num_tokens: int,
@@ -238,7 +272,7 @@ def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
     softmax(logits, target, randn(dtype=FP32), -100, losses, True)
 
 
-def _cases() -> Iterator[Case]:
+def _norm_cases() -> Iterator[Case]:
     all_widths, wide = (1536, 3072, 5120), (3072, 5120)
     modulated = "residual gate scale shift"
     for variant, widths, options in (
@@ -259,6 +293,21 @@ def _cases() -> Iterator[Case]:
         name += f", {options['per_token']} per token" if "per_token" in options else ""
         name += ", two streams" if "num_streams" in options else ""
         yield Case(name, partial(norm_modulate, operands=variant, **options), widths)
+    for variant, widths, options in (
+        ("scale shift", (3072,), {}),
+        (f"{modulated} x_bias", wide, {}),
+        ("residual gate x_bias", (3072,), {"norm": "none"}),
+        ("weight scale", (5376,), {"norm": "rms"}),
+        ("weight scale shift", (3072,), {"norm": "rms", "per_token": True}),
+    ):
+        name = " ".join(["norm_modulate_segments", options.get("norm", "layer"), variant])
+        name += ", shift per token" if "per_token" in options else ""
+        yield Case(name, partial(norm_modulate_segments, operands=variant, **options), widths)
+
+
+def _cases() -> Iterator[Case]:
+    wide = (3072, 5120)
+    yield from _norm_cases()
     for variant, widths, options in (
         ("joint, x_bias", (3072,), {"joint": True, "biased": True}),
         ("views of one projection", wide, {"merged": True}),

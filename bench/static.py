@@ -72,13 +72,18 @@ SPILLING = {
 }
 # 8 warps for the registers of four sums; a thread loads 10 or more times 16 bytes instead of 4.
 SPARSE = {
-    f"norm_modulate layer residual gate scale shift x_bias D={width} backward_kernel"
+    f"{op} layer residual gate scale shift x_bias D={width} backward_kernel"
+    for op in ("norm_modulate", "norm_modulate_segments")
     for width in (5120, 6144, 8192)
 }
-# Half a head is 64 contiguous elements; at 8 for a thread it took 168 registers on sm_80.
+# Half a head is 64 contiguous elements; at 8 for a thread it took 168 registers on sm_80. And one
+# number per token.
 NARROW = {
-    f"qk_norm_rope {case} backward"
-    for case in ("half D=3072", "half D=5120", "half, part of a head D=3072")
+    *(
+        f"qk_norm_rope {case} backward"
+        for case in ("half D=3072", "half D=5120", "half, part of a head D=3072")
+    ),
+    "order_kernel",
 }
 
 
@@ -184,7 +189,7 @@ def table(case: Case, width: int, capability: int) -> Iterator[rows.Row]:
             at_least["occupancy [%]"] = round(100 * WARPS / max_warps, 1)
         if name not in SPILLING:
             at_most["spills [B]"] = SPILLS
-        if name not in NARROW:
+        if not {kernel, name} & NARROW:
             at_least["loads [bit]"] = WIDTH
             if not {kernel, name} & STORE_SUMS:
                 at_least["stores [bit]"] = WIDTH

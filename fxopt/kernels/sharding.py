@@ -50,6 +50,7 @@ class Rule:
 def rows(
     *names: str,
     operands: Sequence[str] = (),
+    tables: Callable[[Arguments], Sequence[str]] = lambda a: (),
     outputs: Sequence[str | None],
     is_elementwise: Callable[[Arguments], bool] = lambda a: False,
 ) -> Rule:
@@ -58,6 +59,8 @@ def rows(
     Args:
         names: the arguments that decide.
         operands: arguments that broadcast to the rows; all others have rows of their own.
+        tables: those of them whose rows the argument `index` picks, which broadcasts to the rows
+            without their last dim.
         outputs: for each output the operand whose gradient it is; None for one that has rows.
         is_elementwise: whether the last dim can be sharded too.
     """
@@ -65,16 +68,24 @@ def rows(
     def rank(a: Arguments) -> int:
         return max(len(a[name].shape) for name in names if isinstance(a.get(name), Meta))
 
+    def broadcast(a: Arguments, name: str, shape: torch.Size) -> torch.Size:
+        """The shape as it broadcasts to the rows."""
+        if name in tables(a) and len(shape) > 1:
+            return torch.Size([*shape[:-2], 1, shape[-1]])
+        return torch.Size([*shape, 1]) if name == "index" else shape
+
     def inputs(a: Arguments, dim: int) -> list[Any]:
+        given = [(name, t) for name, t in a.items() if isinstance(t, Meta)]
         return [
-            operand(t.shape, dim, rank(a)) if name in operands else row(t.shape, dim)
-            for name, t in a.items()
-            if isinstance(t, Meta)
+            operand(broadcast(a, name, t.shape), dim, rank(a))
+            if name in operands or name == "index"
+            else row(t.shape, dim)
+            for name, t in given
         ]
 
     def placed(a: Arguments, dim: int, shapes: list[torch.Size]) -> list[Any]:
         return [
-            row(shape, dim) if name is None else gradient(shape, dim, rank(a))
+            row(shape, dim) if name is None else gradient(broadcast(a, name, shape), dim, rank(a))
             for name, shape in zip(outputs, shapes, strict=True)
         ]
 

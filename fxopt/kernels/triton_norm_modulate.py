@@ -67,7 +67,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
 
 def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     """`backward` of each call, in one launch of each kernel."""
-    streams = [_Stream(_Arguments(*call)) for call in calls]
+    streams = [_Stream(Arguments(*call)) for call in calls]
     present = [s for s in streams if s.num_tokens]
     if present:
         a = present[0].arguments
@@ -77,7 +77,7 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         if any(all(s.summed) for s in present):
             kernel += " of four sums"
         chosen = triton_tables.parameters(kernel, num_features, num_tokens, a.h)
-        num_resident = _num_sms(a.h) * chosen["programs"]
+        num_resident = num_sms(a.h) * chosen["programs"]
         for s in present:
             s.share(max(1, num_resident * s.num_tokens // num_tokens))
         num_programs = sum(s.groups.num_groups * s.num_programs for s in present)
@@ -85,7 +85,7 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         with torch.cuda.device_of(a.h):
             kernels.backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
-                NORM=a.norm, BLOCKS=_blocks(num_features, chosen["pieces"]),
+                NORM=a.norm, BLOCKS=blocks_of(num_features, chosen["pieces"]),
                 num_warps=chosen["num_warps"],
             )  # fmt: skip
             if summed:
@@ -96,7 +96,7 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     return [s.finished() for s in streams]
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """Arguments of `norm_modulate_backward`."""
 
     grad_y: Tensor | None
@@ -122,7 +122,7 @@ class _Arguments(NamedTuple):
 class _Stream:
     """One call of the backward: what it writes, its partial sums, and what is made of them."""
 
-    def __init__(self, a: _Arguments) -> None:
+    def __init__(self, a: Arguments) -> None:
         self.arguments, self.operands = a, a[4:10]
         self.wants = op.wanted(a.grad_y, self.operands, a.needs)
         self.results = op.outputs_backward(
@@ -149,7 +149,7 @@ class _Stream:
         parts = [next(each) if want else None for want in self.summed]
         self.sums = parts if any(self.summed) else []
         self.targets = [
-            _Target(grad if want and t is None else None, operand, groups)
+            Target(grad if want and t is None else None, operand, groups)
             for grad, operand, want, t in zip(
                 self.results[2:-1], self.operands, wants, self.elementwise(), strict=True
             )
@@ -168,7 +168,7 @@ class _Stream:
         sizes = groups.num_groups, groups.num_rows, self.num_programs
         return kernels.Backward._make((
             *(rows_of(t, a.h, groups) for t in inputs), a.mean, a.rstd,
-            _present(dh), _present(dx), self.dgate, self.dscale, _present(y),
+            present(dh), present(dx), self.dgate, self.dscale, present(y),
             *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
         ))  # fmt: skip
@@ -198,7 +198,7 @@ class _Stream:
         return self.results
 
 
-class _Target:
+class Target:
     """Where the second kernel writes the gradient of an operand: one row, or one per group."""
 
     def __init__(self, grad: Tensor | None, operand: Tensor | None, groups: op.Groups) -> None:
@@ -226,11 +226,11 @@ def _sum(t: Tensor, operand: Tensor) -> Tensor:
     return t.sum(dims, dtype=torch.float32).view(operand.shape) if dims else t.view(operand.shape)
 
 
-def _present(t: Tensor) -> Tensor | None:
+def present(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def _blocks(num_features: int, num_pieces: int) -> tuple[Any, ...]:
+def blocks_of(num_features: int, num_pieces: int) -> tuple[Any, ...]:
     """Sizes of the one or two pieces in which the backward holds a row."""
     whole = triton.next_power_of_2(num_features)
     half = whole // 2
@@ -238,7 +238,7 @@ def _blocks(num_features: int, num_pieces: int) -> tuple[Any, ...]:
     return tuple(map(tl.constexpr, (whole,) if num_pieces == 1 else (half, rest)))
 
 
-def _num_sms(x: Tensor) -> int:
+def num_sms(x: Tensor) -> int:
     if not x.is_cuda:
         return 1
     return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -92,12 +92,14 @@ class Backward(NamedTuple):
 
 
 @triton.jit
-def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
-    group, row = token // size(s.num_rows), token % size(s.num_rows)
+def forward_row(s, m, group, row, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """y, h and statistics of a row of a stream, modulated by m: gate, scale and shift."""
+    gate, scale, shift = m
+    token = group * size(s.num_rows) + row
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
     if s.residual[0] is not None:
-        value = gated_residual(s.x, s.residual, s.gate, s.x_bias, group, row, cols, mask)
+        value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
         rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
@@ -112,8 +114,8 @@ def _forward_row(s, token, num_features, NORM: tl.constexpr, BLOCK_D: tl.constex
         row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + s.eps)
         tl.store(s.rstd + token, row_rstd)
         n = affine_of(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
-        factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
-        out = modulate(n, factor, s.shift, group, row, cols, mask)
+        factor = modulation_of(scale, s.scale_offset, group, row, cols, mask)
+        out = modulate(n, factor, shift, group, row, cols, mask)
         tl.store(s.y + token * num_features + cols, out.to(s.y.dtype.element_ty), mask=mask)
 
 
@@ -124,7 +126,9 @@ def forward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.conste
     for i in tl.static_range(len(streams)):
         num_tokens = size(streams[i].num_groups).to(tl.int64) * size(streams[i].num_rows)
         if (token >= 0) & (token < num_tokens):
-            _forward_row(streams[i], token, num_features, NORM, BLOCK_D)
+            s = streams[i]
+            group, row = token // size(s.num_rows), token % size(s.num_rows)
+            forward_row(s, (s.gate, s.scale, s.shift), group, row, num_features, NORM, BLOCK_D)
         token -= num_tokens
 
 
@@ -139,16 +143,19 @@ def _columns(i: tl.constexpr, num_features, BLOCKS):
 
 
 @triton.jit
-def _normed(s, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num_features, BLOCKS):
+def _normed(
+    s, m, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num_features, BLOCKS
+):
     """n of a piece, its gradient, and the sums of the gradients of n's factor and addend."""
     cols, mask = _columns(i, num_features, BLOCKS)
+    _, scale, shift = m
     offsets = token * num_features + cols
     _, a_sum, c_sum, _ = sums
     n = tl.where(mask, load(s.h, group, row, cols, mask) - row_mean, 0.0) * row_rstd
-    factor = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
+    factor = modulation_of(scale, s.scale_offset, group, row, cols, mask)
     if s.y is not None:
         out = affine_of(n, s.weight, s.bias, s.weight_offset, cols, mask)
-        out = modulate(out, factor, s.shift, group, row, cols, mask)
+        out = modulate(out, factor, shift, group, row, cols, mask)
         store(s.y, offsets, out, mask)
     dn = tl.zeros([BLOCKS[i]], tl.float32)
     if s.grad_y[0] is not None:
@@ -161,15 +168,15 @@ def _normed(s, group, row, token, row_mean, row_rstd, sums, i: tl.constexpr, num
         if s.a_sums is not None:
             a_sum += dn * n
             c_sum += dn
-        if s.scale[0] is not None and not s.SCALE_PER_ROW:
-            dn = dn * (s.scale_offset + load(s.scale, group, 0, cols, mask))
+        if scale[0] is not None and not s.SCALE_PER_ROW:
+            dn = dn * (s.scale_offset + load(scale, group, 0, cols, mask))
         if s.weight[0] is not None:
             dn = dn * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
     return n, dn, a_sum, c_sum
 
 
 @triton.jit
-def _gated(s, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BLOCKS):
+def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BLOCKS):
     """Store the gradients of h and x of a piece; the sums of those of the gate and of x."""
     cols, mask = _columns(i, num_features, BLOCKS)
     offsets = token * num_features + cols
@@ -184,8 +191,8 @@ def _gated(s, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BL
         store(s.dgate, offsets, dvalue * value, mask)
         if s.gate_sums is not None:
             gate_sum += dvalue * value
-    if s.gate[0] is not None:
-        dvalue *= load(s.gate, group, row, cols, mask)
+    if gate[0] is not None:
+        dvalue *= load(gate, group, row, cols, mask)
     store(s.dx, offsets, dvalue, mask)
     if s.x_sums is not None:
         x_sum += dvalue
@@ -193,7 +200,7 @@ def _gated(s, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BL
 
 
 @triton.jit
-def _backward_row(s, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS):
+def backward_row(s, m, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS):
     """Store the gradients of a row; the sums with its share, `sums` being those before it."""
     token = group * size(s.num_rows) + row
     row_mean, row_rstd, along_n, along_1 = 0.0, 0.0, 0.0, 0.0
@@ -205,7 +212,7 @@ def _backward_row(s, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS)
     for i in tl.static_range(len(BLOCKS)):
         if NORM != "none":
             piece = _normed(
-                s, group, row, token, row_mean, row_rstd, sums[i], i, num_features, BLOCKS
+                s, m, group, row, token, row_mean, row_rstd, sums[i], i, num_features, BLOCKS
             )
             along_n += tl.sum(piece[1] * piece[0], 0)
             if NORM == "layer":
@@ -218,7 +225,9 @@ def _backward_row(s, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS)
         if NORM != "none":
             n, dn, a_sum, c_sum = pieces[i]
             dvalue = (dn - n * (along_n / num_features) - along_1 / num_features) * row_rstd
-        gate_sum, x_sum = _gated(s, group, row, token, dvalue, sums[i], i, num_features, BLOCKS)
+        gate_sum, x_sum = _gated(
+            s, m[0], group, row, token, dvalue, sums[i], i, num_features, BLOCKS
+        )
         found += ((gate_sum, a_sum, c_sum, x_sum),)
     return found
 
@@ -226,15 +235,29 @@ def _backward_row(s, group, row, sums, num_features, NORM: tl.constexpr, BLOCKS)
 @triton.jit
 def _backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
     """Rows `program`, `program + num_programs`, ... of a group."""
+    sums = no_sums(BLOCKS)
+    m = s.gate, s.scale, s.shift
+    for row in range(program, size(s.num_rows), size(s.num_programs)):
+        sums = backward_row(s, m, group, row, sums, num_features, NORM, BLOCKS)
+    store_sums(s, group * size(s.num_programs) + program, sums, num_features, BLOCKS)
+
+
+@triton.jit
+def no_sums(BLOCKS):
+    """The sums of each piece before the first row."""
     sums = ()
     for i in tl.static_range(len(BLOCKS)):
         zero = tl.zeros([BLOCKS[i]], tl.float32)
         sums += ((zero, zero, zero, zero),)
-    for row in range(program, size(s.num_rows), size(s.num_programs)):
-        sums = _backward_row(s, group, row, sums, num_features, NORM, BLOCKS)
+    return sums
+
+
+@triton.jit
+def store_sums(s, at, sums, num_features, BLOCKS):
+    """Write row `at` of the partial sums."""
     for i in tl.static_range(len(BLOCKS)):
         cols, mask = _columns(i, num_features, BLOCKS)
-        partial = (group * size(s.num_programs) + program) * num_features + cols
+        partial = at * num_features + cols
         store(s.gate_sums, partial, sums[i][0], mask)
         store(s.a_sums, partial, sums[i][1], mask)
         store(s.c_sums, partial, sums[i][2], mask)

@@ -44,15 +44,15 @@ class Reduce(NamedTuple):
 
 
 @triton.jit
-def _column_sum(sums, group, num_programs, num_features, cols, mask, BLOCK_P: tl.constexpr):
-    """Sum `[G, P, D]` partial sums of one group over P, always in the same order."""
+def _column_sum(sums, first_row, num_rows, num_features, cols, mask, BLOCK_P: tl.constexpr):
+    """Sum rows of partial sums, always in the same order."""
     total = tl.zeros([BLOCK_P, cols.shape[0]], tl.float32)
     if sums is not None:
-        own = sums + group * num_programs * num_features
-        for first in range(0, num_programs, BLOCK_P):
-            programs = first + tl.arange(0, BLOCK_P)
-            offsets = programs[:, None] * num_features + cols[None, :]
-            valid = (programs < num_programs)[:, None] & mask[None, :]
+        own = sums + first_row * num_features
+        for first in range(0, num_rows, BLOCK_P):
+            rows = first + tl.arange(0, BLOCK_P)
+            offsets = rows[:, None] * num_features + cols[None, :]
+            valid = (rows < num_rows)[:, None] & mask[None, :]
             total += tl.load(own + offsets, mask=valid, other=0.0)
     return tl.sum(total, 0)
 
@@ -73,39 +73,65 @@ def _stored(out, total, cols, mask):
 
 
 @triton.jit
-def _reduce_stream(
-    s, cols, mask, num_features,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+def add_group(
+    s, totals, group, scale, first_row, num_rows, cols, mask, num_features, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    num_programs = size(s.num_programs)
+    """Store the gradients of a group, the sums of which are these rows; totals with its share.
+
+    `scale` is that of the group.
+    """
+    dg = _column_sum(s.gate_sums, first_row, num_rows, num_features, cols, mask, BLOCK_P)
+    da = _column_sum(s.a_sums, first_row, num_rows, num_features, cols, mask, BLOCK_P)
+    dc = _column_sum(s.c_sums, first_row, num_rows, num_features, cols, mask, BLOCK_P)
+    dx = _column_sum(s.x_sums, first_row, num_rows, num_features, cols, mask, BLOCK_P)
+    factor, affine_da = tl.zeros([cols.shape[0]], tl.float32) + 1.0, da
+    if scale[0] is not None:
+        factor = s.scale_offset + load(scale, group, 0, cols, mask)
+    if s.weight[0] is not None:
+        affine_da = da * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
+    if s.bias[0] is not None:
+        affine_da += dc * load(s.bias, 0, 0, cols, mask)
+    gate_total, weight_total, bias_total, scale_total, shift_total, x_total = totals
+    gate_total = _reduced(s.dgate, gate_total, dg, group, cols, mask)
+    weight_total = _reduced(s.dweight, weight_total, da * factor, group, cols, mask)
+    bias_total = _reduced(s.dbias, bias_total, dc * factor, group, cols, mask)
+    scale_total = _reduced(s.dscale, scale_total, affine_da, group, cols, mask)
+    shift_total = _reduced(s.dshift, shift_total, dc, group, cols, mask)
+    x_total = _reduced(s.dx_bias, x_total, dx, group, cols, mask)
+    return gate_total, weight_total, bias_total, scale_total, shift_total, x_total
+
+
+@triton.jit
+def no_totals(BLOCK_D: tl.constexpr):
     zero = tl.zeros([BLOCK_D], tl.float32)
-    gate_total, weight_total, bias_total = zero, zero, zero
-    scale_total, shift_total, x_total = zero, zero, zero
-    for i in range(size(s.num_groups)):
-        group = tl.cast(i, tl.int64)
-        dg = _column_sum(s.gate_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        da = _column_sum(s.a_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        dc = _column_sum(s.c_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        dx = _column_sum(s.x_sums, group, num_programs, num_features, cols, mask, BLOCK_P)
-        factor, affine_da = zero + 1.0, da
-        if s.scale[0] is not None:
-            factor = s.scale_offset + load(s.scale, group, 0, cols, mask)
-        if s.weight[0] is not None:
-            affine_da = da * (s.weight_offset + load(s.weight, 0, 0, cols, mask))
-        if s.bias[0] is not None:
-            affine_da += dc * load(s.bias, 0, 0, cols, mask)
-        gate_total = _reduced(s.dgate, gate_total, dg, group, cols, mask)
-        weight_total = _reduced(s.dweight, weight_total, da * factor, group, cols, mask)
-        bias_total = _reduced(s.dbias, bias_total, dc * factor, group, cols, mask)
-        scale_total = _reduced(s.dscale, scale_total, affine_da, group, cols, mask)
-        shift_total = _reduced(s.dshift, shift_total, dc, group, cols, mask)
-        x_total = _reduced(s.dx_bias, x_total, dx, group, cols, mask)
+    return zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def store_totals(s, totals, cols, mask):
+    gate_total, weight_total, bias_total, scale_total, shift_total, x_total = totals
     _stored(s.dgate, gate_total, cols, mask)
     _stored(s.dweight, weight_total, cols, mask)
     _stored(s.dbias, bias_total, cols, mask)
     _stored(s.dscale, scale_total, cols, mask)
     _stored(s.dshift, shift_total, cols, mask)
     _stored(s.dx_bias, x_total, cols, mask)
+
+
+@triton.jit
+def _reduce_stream(
+    s, cols, mask, num_features,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    num_programs = size(s.num_programs)
+    totals = no_totals(BLOCK_D)
+    for i in range(size(s.num_groups)):
+        group = tl.cast(i, tl.int64)
+        totals = add_group(
+            s, totals, group, s.scale, group * num_programs, num_programs,
+            cols, mask, num_features, BLOCK_P,
+        )  # fmt: skip
+    store_totals(s, totals, cols, mask)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from typing_extensions import TypeIs
 
@@ -135,12 +136,17 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two sizes or shapes are equal by construction; adds no guard to the graph."""
+    """Whether two sizes or shapes are equal by construction or by a guard; adds no guard."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return str(expression(a)) == str(expression(b))
+    x, y = expression(a), expression(b)
+    if str(x) == str(y):
+        return True
+    # What is known of plain symbols stands in them: they are one symbol then.
+    is_plain = all(isinstance(e, int) or e.is_Atom for e in (x, y))
+    return not is_plain and statically_known_true(a == b)
 
 
 def same_memory(a: fx.Node, b: fx.Node) -> bool:

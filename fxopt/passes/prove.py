@@ -131,9 +131,10 @@ class Spec:
 
     def sample(self, scale: float) -> torch.Tensor:
         if self.dtype == torch.bool:
-            # Both values in each row: what is masked whole has no defined attention.
             value = torch.rand(self.shape) > 0.3
-            value[..., :1], value[..., -1:] = True, False
+            if self.shape and self.shape[-1] > 1:
+                # Both values in each row: what is masked whole has no defined attention.
+                value[..., :1], value[..., -1:] = True, False
             return value
         if not (self.dtype.is_floating_point or self.dtype.is_complex):
             return torch.randint(0, 2, self.shape, dtype=self.dtype)

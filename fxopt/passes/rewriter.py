@@ -113,8 +113,9 @@ class _Rewriter:
         region, reasons = self.region(binding)
         outputs, inputs = set(binding.outputs), set(binding.inputs)
         kept = _kept(region, inputs | outputs)
+        inner = region - kept - set(binding.stays)
         segments = ir.segments(self.graph)
-        for node in sorted(region - outputs - kept):
+        for node in sorted(inner - outputs):
             strangers = [u for u in node.users if u not in region]
             if strangers and ir.tensor(node) is not None:
                 why = f"{node.name} is also used by {strangers[0].name} ({strangers[0].target})"
@@ -123,7 +124,7 @@ class _Rewriter:
         if len({segments[n] for n in region - kept}) > 1:
             why = "a write, a random number or a change of grad mode stands inside the region"
             reasons.append(Reason(why, binding.anchor))
-        after = _descendants(region - kept) - region
+        after = _descendants(inner) - region
         if after & inputs:
             reasons.append(Reason("an input of the region depends on its output", binding.anchor))
         for node in binding.constants:

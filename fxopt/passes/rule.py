@@ -37,6 +37,7 @@ class Binding:
     constants: inputs that get no gradient from the replacement; the model must not train them.
     op: the `fxopt::` op that does the work, for the report and its provider.
     regroups: the replacement computes the region's own ops, grouped otherwise; nothing to prove.
+    stays: inner nodes that others may go on to use, as the replacement has no need of them.
     carries: nodes of earlier replacements that go on inside this one and stay in the report.
     count: of what the rule replaces, for the report.
     """
@@ -48,6 +49,7 @@ class Binding:
     op: str
     constants: tuple[fx.Node, ...] = ()
     regroups: bool = False
+    stays: tuple[fx.Node, ...] = ()
     carries: tuple[fx.Node, ...] = ()
     count: int = 1
 

@@ -92,6 +92,6 @@ def test_the_model_here_is_rewritten() -> None:
         "merge_qk": 2,
         "gated_activation": 2,
         "norm_modulate": 2,
-        "fuse_bias": 2,
+        "fuse_bias": 4,
         "merge_linears": 6,
     }

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxopt.kernels import (
     gated_activation,
     norm_modulate,
+    norm_modulate_segments,
     qk_norm_rope,
     quantize,
     quantize_group,
@@ -19,6 +20,10 @@ from fxopt.kernels import (
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
     torch.ops.fxopt.norm_modulate_backward.default: norm_modulate._triton_backward,
+    torch.ops.fxopt.norm_modulate_segments.default: norm_modulate_segments._triton,
+    torch.ops.fxopt.norm_modulate_segments_backward.default: (
+        norm_modulate_segments._triton_backward
+    ),
     torch.ops.fxopt.qk_norm_rope.default: qk_norm_rope._triton,
     torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,

@@ -14,6 +14,8 @@ from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_linears import quantized_linears
 from tests.kernels.interpreted import Interpreted
@@ -27,6 +29,8 @@ Run = Callable[[dict[str, Tensor]], list[Tensor]]
 ROWS = dict.fromkeys(("x", "residual"), (B, S, D))
 OPERANDS = dict.fromkeys(("gate", "scale", "shift"), (B, 1, D))
 PER_TOKEN = dict.fromkeys(("gate", "scale", "shift"), (B, S, D))
+TABLES = dict.fromkeys(("gate", "scale", "shift"), (B, 2, D))
+INDEX = torch.tensor([0, 1, 0])
 VECTORS = dict.fromkeys(("weight", "bias", "x_bias"), (D,))
 LINEARS = {"w": (N, D), "b": (N,), "w2": (N, D), "b2": (N,)}
 
@@ -47,6 +51,19 @@ def of_norm(norm: str) -> Run:
 def of_norm_linears(t: dict[str, Tensor]) -> list[Tensor]:
     products = [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES
     outs, h = norm_modulate_linears(*norm_arguments(t, "layer"), *products)
+    return [*outs, h]
+
+
+def of_segments(t: dict[str, Tensor]) -> list[Tensor]:
+    operands, settings = (norm_arguments(t, "layer")[part] for part in (slice(8), slice(8, None)))
+    y, h, _, _ = norm_modulate_segments(*operands, INDEX, False, *settings)
+    return [out for out in (y, h) if out.requires_grad]
+
+
+def of_segments_linears(t: dict[str, Tensor]) -> list[Tensor]:
+    operands, settings = (norm_arguments(t, "layer")[part] for part in (slice(8), slice(8, None)))
+    products = [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES
+    outs, h = norm_modulate_segments_linears(*operands, INDEX, False, *settings, *products)
     return [*outs, h]
 
 
@@ -100,6 +117,8 @@ CALLS: dict[str, tuple[Run, Shapes]] = {
         {"x": (B, S, D), "scale": (B, 1, D), "shift": (B, S, D)},
     ),
     "norm_modulate_linears": (of_norm_linears, ROWS | OPERANDS | VECTORS | LINEARS),
+    "norm_modulate_segments": (of_segments, ROWS | TABLES | VECTORS),
+    "norm_modulate_segments_linears": (of_segments_linears, ROWS | TABLES | VECTORS | LINEARS),
     "qk_norm_rope": (of_heads(False), heads(False)),
     "qk_norm_rope across heads": (of_heads(True), heads(True)),
     "gated_activation": (of_activation("none"), {"gate": (B, S, D), "up": (B, S, D)}),

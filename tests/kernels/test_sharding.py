@@ -26,6 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantize import quantize_pair
 from fxopt.recipes import Operand
@@ -34,7 +35,7 @@ from tests.kernels import test_connectivity
 WORLD_SIZE = 2
 B, S, H, D, HEAD_DIM = 3, 5, 4, 32, 8  # samples and tokens that two processes share unevenly
 FP32 = torch.float32
-CONSTANTS = ("cos", "sin", "target")
+CONSTANTS = ("cos", "sin", "target", "index")
 OPERAND = Operand.parse("e4m3/row/fp32")
 
 
@@ -71,6 +72,31 @@ def norm(call: str, dim: int, norm: str = "layer", per_token: bool = False, **ot
     if norm == "none":
         tensors = {n: tensors[n] for n in ("x", "residual", "gate", "x_bias")}
     return Call(f"norm_modulate {norm} {call}", run, tensors | other, sharded)
+
+
+def segments(call: str, dim: int, norm: str = "layer", shift_per_token: bool = False) -> Call:
+    """Tables of two rows for each sample, and one for all."""
+    sharded, whole = Shard(dim), (Replicate(), Partial())
+    of_sample = (sharded, sharded) if dim == 0 else whole
+    rows = ((B, S, D), sharded, sharded)
+    tensors = {
+        "x": rows,
+        "residual": rows,
+        "gate": ((B, 2, D), *of_sample),
+        "scale": ((1, 2, D), *whole),
+        "shift": rows if shift_per_token else ((B, 2, D), *of_sample),
+        **dict.fromkeys(("weight", "bias", "x_bias"), ((D,), *whole)),
+        "index": ((B, S), Replicate() if dim == 2 else sharded, None),
+    }
+
+    def run(t: dict[str, Any]) -> list[Any]:
+        operands = (t[n] for n in tensors if n != "index")
+        x, residual, gate, scale, shift, weight, bias, x_bias = operands
+        constants = (shift_per_token, norm, 1e-6, 0.0, 1.0, FP32, FP32)
+        affine, index = (weight, bias, scale, shift, x_bias), t["index"] > 0
+        return norm_modulate_segments(x, residual, gate, *affine, index, *constants)[:2]
+
+    return Call(f"norm_modulate_segments {call}", run, tensors, sharded)
 
 
 def qk(call: str, dim: int, sections: int = 1, across_heads: bool = False, **other: Any) -> Call:
@@ -148,6 +174,9 @@ CALLS = [
     norm("tokens", 1, "none"),
     # To the second process the shift has the shape of x: still its gradient is a sum.
     norm("one token", 1, **dict.fromkeys(("x", "residual"), ((B, 3, D), Shard(1), Shard(1)))),
+    segments("batch", 0),
+    segments("tokens", 1),
+    segments("tokens, shift per token", 1, "rms", shift_per_token=True),
     qk("batch", 0),
     qk("batch, joint", 0, sections=2),
     qk("tokens", 1),
@@ -163,6 +192,7 @@ CALLS = [
         norm("partial sums", 1, x=((B, S, D), Partial(), Shard(1))), communicates=True
     ),
     gathered(norm("features", 2)),
+    gathered(segments("features", 2)),
     gathered(qk("tokens, joint", 1, sections=2)),
     gathered(qk("heads, across heads", 2, across_heads=True)),
     gathered(gated("features, packed", 2, "gate_up")),
@@ -244,7 +274,7 @@ def worker(rank: int, folder: str) -> None:
             check_composite(name, mesh)
         gate = distributed(torch.ones(4, 32), mesh, Shard(0))
         with pytest.raises(NotImplementedError, match=r"_streams.*sharding strategy"):
-            torch.ops.fxopt.gated_activation_streams([gate], [None], "silu", "none")
+            torch.ops.fxopt.gated_activation_streams([gate], [None], [None], "silu", "none")
         with pytest.raises(NotImplementedError, match=r"fxopt.quantize.*sharding strategy"):
             quantize_pair(distributed(torch.ones(4, 32), mesh, Shard(0)), OPERAND, OPERAND)
     finally:

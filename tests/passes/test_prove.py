@@ -61,6 +61,14 @@ def test_a_replacement_that_does_not_run_is_rejected_with_its_error():
     assert found is not None and found.startswith("it does not run on a probe: RuntimeError")
 
 
+def test_a_condition_per_token_takes_both_values():
+    rows = Spec((2, 1, D), FP32, needs_grad=True)
+    specs = [Spec((2, 5, 1), torch.bool, needs_grad=False), rows, rows]
+    region = runnable(torch.where, specs)
+    for wrong in (lambda c, a, b: torch.where(c, b, a), lambda c, a, b: b + 0 * c * a):
+        assert "differs" in prove(region, runnable(wrong, specs), specs)
+
+
 def test_fewer_digits_than_eager_are_rejected():
     def rounded(x):
         return rms(x.to(BF16).to(FP32))

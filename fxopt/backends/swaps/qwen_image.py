@@ -31,7 +31,9 @@ def double(
     encoder_hidden_states_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if block.zero_cond_t:
-        raise Unfit("zero_cond_t gives the two streams different embeddings")
+        raise Unfit(
+            "zero_cond_t modulates the image by segment, which optimize fuses and swap does not"
+        )
     attn = block.attn
     qkv, qkv_text = image_and_text(attn)
     image_tables, text_tables = image_rotary_emb

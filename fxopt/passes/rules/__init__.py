@@ -12,6 +12,7 @@ from fxopt.passes.rules import (
     merge_quantized,
     merge_streams,
     norm_modulate,
+    norm_modulate_segments,
     qk_norm_rope,
     quantized_linear,
     rms_norm,
@@ -23,6 +24,7 @@ CATALOGUE: tuple[Rule, ...] = (
     rms_norm.RULE,
     qk_norm_rope.RULE,
     norm_modulate.RULE,
+    norm_modulate_segments.RULE,
     gated_activation.RULE,
     linear_cross_entropy.RULE,
     quantized_linear.RULE,  # before rules that make linears anew, at the place of another module

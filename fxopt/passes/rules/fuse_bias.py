@@ -16,6 +16,7 @@ from torch import fx
 
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.rules.gated_activation import feeds_a_linear
@@ -75,14 +76,16 @@ def _norm(op: fx.Node) -> Iterator[Binding | Reason]:
     if not has_room(ir.shape(linear)[-1], all_sums=all_sums):
         return
     listed = (x, weight, bias, residual, gate, *affine)
-    inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
+    index = [a for a in op.args[8:] if isinstance(a, fx.Node)]
+    inputs = tuple(dict.fromkeys(n for n in (*listed, *index) if n is not None))
     outputs = tuple(op.users)
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         x, weight, bias, *operands = (given[n] for n in listed)
         product = call(ir.LINEAR, x, weight)
-        fused = call(norm_modulate, product, *operands, bias, *op.args[8:])
+        rest = (given[a] if isinstance(a, fx.Node) else a for a in op.args[8:])
+        fused = call(op.target, product, *operands, bias, *rest)
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
     # A probe would have the size of the weight: seconds and gigabytes at real widths.
@@ -92,7 +95,7 @@ def _norm(op: fx.Node) -> Iterator[Binding | Reason]:
 RULE = Rule(
     name="fuse_bias",
     version=2,
-    anchors=(norm_modulate, gated_activation),
+    anchors=(norm_modulate, norm_modulate_segments, gated_activation),
     propose=propose,
     compiled=False,
 )

@@ -17,6 +17,8 @@ from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
@@ -30,9 +32,11 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
         return
     others = [u for u in shared.users if u not in group]
-    producer = norm_operands(shared)
+    segments = _segment_operands(shared)
+    producer = segments or norm_operands(shared)
     if producer is not None and not others:
-        yield _bind_norm(shared, producer, group)
+        composite = norm_modulate_linears if segments is None else norm_modulate_segments_linears
+        yield _bind_norm(shared, composite, producer, group)
         return
     if len(group) == 1 and not others:
         binding = _bind_activation(anchor, shared)
@@ -56,6 +60,12 @@ def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     x = norm.x
     operands = (x, None, None, norm.weight, norm.bias, None, None, None)
     return (*operands, norm.kind, norm.eps, norm.weight_offset, 0.0, ir.dtype(x), ir.dtype(y))
+
+
+def _segment_operands(y: fx.Node) -> tuple[Any, ...] | None:
+    """Arguments of the norm_modulate_segments that makes `y`, if one does."""
+    op = y.args[0] if ir.is_call(y, operator.getitem) and y.args[1] == 0 else None
+    return op.args if ir.is_call(op, norm_modulate_segments) else None
 
 
 def _parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
@@ -109,8 +119,11 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
     return list(parts.values()) if whole and fixed else None
 
 
-def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> Binding:
-    tensors, settings = operands[:8], operands[8:]
+def _bind_norm(
+    y: fx.Node, composite: Any, operands: tuple[Any, ...], group: list[fx.Node]
+) -> Binding:
+    num_tensors = 8 if composite is norm_modulate_linears else 9  # with the index
+    tensors, settings = operands[:num_tensors], operands[num_tensors:]
     weights, biases = _parameters(group)
     products, pieces = _split(group)
     h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
@@ -120,7 +133,7 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         operands, w, b = ([given[n] for n in nodes] for nodes in (tensors, weights, biases))
-        op = call(norm_modulate_linears, *operands, *settings, w, b, pieces)
+        op = call(composite, *operands, *settings, w, b, pieces)
         outs = call(operator.getitem, op, 0)
         results = [call(operator.getitem, outs, i) for i in range(len(products))]
         if h is not None:
@@ -129,7 +142,8 @@ def _bind_norm(y: fx.Node, operands: tuple[Any, ...], group: list[fx.Node]) -> B
 
     outputs = (*products, h) if h is not None else tuple(products)
     carries = (y, h) if h is not None else (y,)
-    return Binding(group[0], inputs, outputs, emit, "norm_modulate", regroups=True, carries=carries)
+    op = "norm_modulate" if composite is norm_modulate_linears else "norm_modulate_segments"
+    return Binding(group[0], inputs, outputs, emit, op, regroups=True, carries=carries)
 
 
 def activation_operands(shared: fx.Node) -> tuple[Any, Any] | None:

@@ -25,6 +25,8 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear,
@@ -45,6 +47,7 @@ STEPS = (
     gated_activation_quantized_linear,
     norm_modulate_linears,
     norm_modulate_linears_streams,
+    norm_modulate_segments_linears,
     norm_modulate_quantized_linears,
 )
 
@@ -223,9 +226,10 @@ def share_residual(graph: fx.Graph) -> None:
 NODES_OF_NORMS = (
     norm_modulate_linears,
     norm_modulate_linears_streams,
+    norm_modulate_segments_linears,
     norm_modulate_quantized_linears,
 )
-FUSED_NORMS = (norm_modulate, *NODES_OF_NORMS)
+FUSED_NORMS = (norm_modulate, norm_modulate_segments, *NODES_OF_NORMS)
 
 RULE = Rule(
     name="merge_streams",

@@ -13,6 +13,7 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
+from fxopt.passes.lookup import lookup
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -110,7 +111,8 @@ def gated_residual(h: fx.Node, *, gate_required: bool) -> GatedResidual | None:
         residual, a, b = found
         for gate, branch in ((a, b), (b, a)):
             whole = ir.same(ir.shape(branch), ir.shape(total))
-            if whole and _is_smaller(gate, branch) and algebra.broadcasts_into(gate, branch):
+            is_gate = _is_smaller(gate, branch) or lookup(gate) is not None
+            if whole and is_gate and algebra.broadcasts_into(gate, branch):
                 return _whole(h, total, residual, branch, gate)
     pair = algebra.terms(total)
     if gate_required or pair is None or not all(ir.tensor(p) is not None for p in pair):
@@ -237,7 +239,7 @@ def _emit_one(
 
 RULE = Rule(
     name="norm_modulate",
-    version=1,
+    version=2,
     anchors=(
         aten.layer_norm.default,
         aten.native_layer_norm.default,

@@ -19,6 +19,7 @@ from torch import fx
 
 from fxopt import cost
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.scaled_matmul import MULTIPLE, op_of
 from fxopt.passes import ir
@@ -122,7 +123,7 @@ def _only_modulates(linear: fx.Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if ir.is_call(user, norm_modulate):
+            if ir.is_call(user, norm_modulate, norm_modulate_segments):
                 if any(a is node for i, a in enumerate(user.args) if i not in MODULATION_OPERANDS):
                     return False
             elif ir.is_call(user, *ir.VIEWS, *ir.CASTS, *ir.COPIES, aten.add.Tensor):

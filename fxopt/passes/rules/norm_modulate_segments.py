@@ -1,0 +1,104 @@
+"""norm_modulate by a gate, scale or shift per token that are rows of a small table, as one op.
+
+What `where` or an index writes out for each token is then never in memory. A compiler computes it
+where it is read, so the rule serves eager execution only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx
+
+from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_segments import TABLES, norm_modulate_segments
+from fxopt.passes import ir
+from fxopt.passes.ir import aten
+from fxopt.passes.lookup import Lookup, apply, is_one_row, lookup
+from fxopt.passes.rule import Binding, Call, Reason, Rule
+
+
+def propose(op: fx.Node) -> Iterator[Binding | Reason]:
+    named = ir.arguments(op)
+    given = {name: named[name] for name in TABLES if named[name] is not None}
+    found = {name: read for name, node in given.items() if (read := lookup(node)) is not None}
+    if not found:
+        return
+    first = next(iter(found.values()))
+    for name, node in given.items():
+        read = found.get(name)
+        is_addend = name == "shift" and ir.same(ir.shape(node), ir.shape(named["x"]))
+        if read is None and not is_addend and not is_one_row(node):
+            yield Reason(f"the {name} differs per token, and is no row of a table", op)
+            return
+        if read is not None and not _share_index(read, first):
+            yield Reason(f"the {name} is looked up by another index than {next(iter(found))}", op)
+            return
+    yield _bind(op, found, first)
+
+
+def _share_index(a: Lookup, b: Lookup) -> bool:
+    is_same = a.index is b.index and a.num_trailing == b.num_trailing
+    return is_same and ir.same(a.num_rows, b.num_rows)
+
+
+def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
+    named = ir.arguments(op)
+    tensors = dict(list(named.items())[:8])
+    tables = {name: read.table for name, read in found.items()}
+    listed = [n for name, n in tensors.items() for n in tables.get(name, (n,))]
+    inputs = tuple(dict.fromkeys(n for n in (*listed, first.index) if n is not None))
+    outputs = tuple(op.users)
+    shift = named["shift"]
+    shift_per_token = shift is not None and "shift" not in found and not is_one_row(shift)
+
+    def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
+        operands = [
+            _table(call, found[name], given) if name in found else given[n]
+            for name, n in tensors.items()
+        ]
+        index = given[first.index]
+        if first.num_trailing:
+            index = call(aten.squeeze.dim, index, -1)
+        fused = call(norm_modulate_segments, *operands, index, shift_per_token, *op.args[8:])
+        return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
+
+    stays = tuple(n for read in found.values() for n in read.nodes)
+    name = "norm_modulate_segments"
+    return Binding(op, inputs, outputs, emit, name, carries=outputs, stays=stays)
+
+
+def _table(call: Call, read: Lookup, given: Mapping[fx.Node | None, fx.Node | None]) -> fx.Node:
+    """The table as one node."""
+    table = _joined(call, read, [given[n] for n in read.table])
+    for function in read.functions:
+        table = apply(call, function, table)
+    return table
+
+
+def _joined(call: Call, read: Lookup, nodes: list[Any]) -> fx.Node:
+    if len(nodes) == 1:
+        found: fx.Node = nodes[0]
+        return found
+    shapes = [ir.shape(n) for n in read.table]
+    a, b = (
+        call(aten.unsqueeze.default, node, 0) if len(shape) == 1 else node
+        for node, shape in zip(nodes, shapes, strict=True)
+    )
+    if not ir.same(*shapes):
+        a, b = (
+            call(operator.getitem, call(aten.broadcast_tensors.default, [a, b]), i) for i in (0, 1)
+        )
+    return call(aten.cat.default, [a, b], -2)
+
+
+RULE = Rule(
+    name="norm_modulate_segments",
+    version=1,
+    anchors=(norm_modulate,),
+    propose=propose,
+    compiled=False,
+)
