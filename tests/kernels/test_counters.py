@@ -277,8 +277,8 @@ def test_codes_are_the_same_and_the_schema_says_what_is_written() -> None:
     assert written == ["counters", "counters_t"]
     assert not torch.ops.fxopt.quantize.default._schema.is_mutable  # for compilers
     for name, args in (
-        ("quantize_counting", (x, *PAIRS[0], None, True, line(), line())),
-        ("quantize_rows_counting", ([x, x], *PAIRS[0], [line(), line()])),
+        ("quantize_counting", (x, *PAIRS[0], None, True, line(), line(), None, None)),
+        ("quantize_rows_counting", ([x, x], *PAIRS[0], [line(), line()], None, None)),
     ):
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")
