@@ -133,7 +133,7 @@ class _Line(NamedTuple):
         return slot._replace(known=known, seen=self.seen[operand] if records else None)
 
 
-_Key = tuple[int, int, int]  # of a weight: its id; of the recipe: history and margin
+_Key = tuple[int, str, int, int]  # the id of a weight, and `_numbers` of the recipe
 # Of the process, as the step that is told: checkpoints run their forwards on autograd's threads.
 _lines: dict[_Key, _Line] = {}
 _histories: list[History] = []
@@ -186,7 +186,7 @@ def _go_on(step: int | None) -> None:
 def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
     """The line of the parameter that a weight is, or is a cast of; None if there is none yet."""
     leaf = leaf_of(weight)
-    key = id(leaf), recipe.history, recipe.margin
+    key = id(leaf), *_numbers(recipe)
     line = _lines.get(key)
     if line is not None and line.weight() is leaf:
         return line
@@ -205,11 +205,14 @@ def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
 
 
 def _has_room(history: History, leaf: Tensor, recipe: Recipe) -> bool:
-    same_numbers = history.recipe.history == recipe.history and (
-        history.recipe.margin == recipe.margin
-    )
-    same_place = history.past.device == leaf.device and _mode(history.past) is _mode(leaf)
-    return same_numbers and same_place and len(history.weights) < NUM_LINEARS
+    is_same = _numbers(history.recipe) == _numbers(recipe)
+    is_there = history.past.device == leaf.device and _mode(history.past) is _mode(leaf)
+    return is_same and is_there and len(history.weights) < NUM_LINEARS
+
+
+def _numbers(recipe: Recipe) -> tuple[str, int, int]:
+    """What a recipe has in common with itself in another phase of its schedule."""
+    return recipe.name, recipe.history, recipe.margin
 
 
 def _mode(tensor: Tensor) -> object:
