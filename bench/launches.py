@@ -299,6 +299,13 @@ def _cases() -> Iterator[Case]:
         name = f"gated_activation {activation}" + (f" {form}" if form != "none" else "")
         run = partial(gated_activation, activation=activation, form=form)
         yield Case(name, run, (12288,))
+    yield from _fp8_cases()
+    yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
+    vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3
+    yield Case("linear_cross_entropy", linear_cross_entropy, vocabularies, num_launches=1)
+
+
+def _fp8_cases() -> Iterator[Case]:
     fp8 = partial(Case, widths=(3072,), capabilities=FP8_CAPABILITIES)
     for rows, columns in (
         ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
@@ -327,9 +334,6 @@ def _cases() -> Iterator[Case]:
         ),
     ):
         yield fp8(f"delayed {case}", partial(run, is_delayed=True))
-    yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
-    vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3
-    yield Case("linear_cross_entropy", linear_cross_entropy, vocabularies, num_launches=1)
 
 
 CASES = tuple(_cases())

@@ -75,7 +75,14 @@ OF_CURRENT = {
     "z-image block": Gate(4.9, 2.41, 1.76),
     "wan2.1-14b block": Gate(5.6, 1.74, 1.61),
 }
-OF_DELAYED: dict[str, Gate] = {}
+OF_DELAYED = {
+    "flux-dev double": Gate(4.7, 1.96, 1.24),
+    "flux-dev single": Gate(3.0, 1.7, 1.27),
+    "flux2-dev single": Gate(3.5, 2.92, 1.88),
+    "qwen-image block": Gate(4.7, 1.96, 1.24),
+    "z-image block": Gate(2.75, 1.94, 1.45),
+    "wan2.1-14b block": Gate(4.2, 1.44, 1.35),
+}
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED}
 GB = 1e9
 
