@@ -237,7 +237,7 @@ def quantize_matrix(
     scaled = (x * spread(factor, rows, columns))[:num_rows]
     rounded = round_to(scaled, format, uniform)
     if known is not None:
-        rounded = rounded.masked_fill(~x[:num_rows].isfinite(), float("nan"))
+        rounded = rounded.masked_fill(~scaled.isfinite(), float("nan"))
     if counters is not None:
         of_blocks = decode_scales(scales) * (1 if tensor_scale is None else tensor_scale)
         count(counters, x[:num_rows], scaled, rounded, amax, of_blocks, format.largest)

@@ -26,8 +26,6 @@ from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_quantize_kernels import (
-    INF_BITS,
-    NAN_CODE,
     code_of,
     count,
     factor_of,
@@ -108,7 +106,6 @@ def rows_kernel(
                 tl.store(scales + token, scale_of(factor))
             scaled = tl.where(mask, y * factor, 0.0)
             code = code_of(scaled, LARGEST, FORMAT)
-            code = tl.where(bits >= INF_BITS, NAN_CODE, code)
             if counters is not None:
                 count(counters, y, scaled, code, factor, token == 0, LARGEST)
             tl.store(codes + token * padded_columns + cols, code, mask=cols < padded_columns)

@@ -111,14 +111,14 @@ def scale_of(factor):
 
 @triton.jit
 def code_of(value, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
-    """Bytes of the FP8 values nearest to `value`, saturating; NaN stays.
+    """Bytes of the FP8 values nearest to `value`, saturating; Inf and NaN are NaN.
 
     As bytes, since transposed stores of FP8 values were miscompiled.
     Source: https://github.com/triton-lang/triton/issues/11111
     """
     clamped = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
     code = clamped.to(FORMAT).to(tl.uint8, bitcast=True)
-    return tl.where(value != value, NAN_CODE, code)
+    return tl.where(tl.abs(value) < float("inf"), code, NAN_CODE)
 
 
 @triton.jit
@@ -173,7 +173,6 @@ def scaled_codes(
         tl.store(scales, scale_of(factor), first)
     scaled = value * factor
     code = code_of(scaled, LARGEST, FORMAT)
-    code = tl.where(magnitude(value) >= INF_BITS, NAN_CODE, code)
     if counters is not None:
         count(counters, value, scaled, code, factor, first, LARGEST)
     return code

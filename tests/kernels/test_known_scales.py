@@ -99,11 +99,13 @@ def test_what_is_not_finite_is_nan_by_itself(provider: str, value: float) -> Non
 
 
 @providers
-def test_a_finite_value_that_overflows_saturates(provider: str) -> None:
-    x = torch.tensor([[3e38, -3e38, 1.0] + [0.0] * 13])
+def test_what_is_far_too_large_saturates(provider: str) -> None:
+    """And what is beyond fp32 when it is scaled is NaN, as if it were Inf."""
+    x = torch.tensor([[3e5, -3e5, 1e-30, 3e38] + [0.0] * 12])
     known = torch.tensor([1e-30])
     found = PROVIDERS[provider](x, FORMATS[0], None, None, False, None, None, known, None)
     assert found[0].float()[0, :3].tolist() == [448.0, -448.0, 448.0]
+    assert found[0].float()[0].isnan().nonzero().tolist() == [[3]]
 
 
 @providers
