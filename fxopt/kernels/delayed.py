@@ -15,9 +15,10 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
@@ -26,6 +27,7 @@ from fxopt.kernels.counters import Slot, Slots
 from fxopt.kernels.in_force import Decision
 from fxopt.recipe_errors import NoHistory, Saturated
 from fxopt.recipes import Recipe
+from fxopt.schedule import current_group
 
 X, WEIGHT, GRADIENT = range(3)
 NUM_LINEARS = 256  # of one history; a further one takes the next
@@ -179,8 +181,21 @@ def _go_on(step: int | None) -> None:
     for key in [key for key, line in _lines.items() if line.weight() is None]:
         del _lines[key]
     _histories[:] = [h for h in _histories if any(w() is not None for w in h.weights)]
+    group = current_group()
+    if group is not None:
+        _join([history.seen for history in _histories], group)
     for history in _histories:
         history.advance()
+
+
+def _join(seen: Sequence[Tensor], group: Any) -> None:
+    """Make what was seen the largest of all processes, in one collective per device."""
+    for device in dict.fromkeys(t.device for t in seen):
+        there = [t for t in seen if t.device == device and not isinstance(t, FakeTensor)]
+        joined = torch.cat([t.view(-1) for t in there])
+        dist.all_reduce(joined, dist.ReduceOp.MAX, group)
+        for own, values in zip(there, joined.split([t.numel() for t in there]), strict=True):
+            own.copy_(values.view_as(own))
 
 
 def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
