@@ -31,6 +31,7 @@ from fxopt.schedule import current_group
 
 X, WEIGHT, GRADIENT = range(3)
 NUM_LINEARS = 256  # of one history; a further one takes the next
+SPACING = 4  # lines are 16 bytes apart, as Triton compiles anew for another alignment
 # What is this far beyond the largest e4m3 is rounded to it in any case: the next would be 480.
 SLACK = 464 / 448
 
@@ -51,12 +52,12 @@ class History:
         self.recipe = recipe
         with torch.inference_mode(False):
             self.past = like.new_zeros((recipe.history, *shape), dtype=torch.float32)
-            self.known = like.new_zeros(shape, dtype=torch.float32)
-            self.seen = like.new_zeros(shape, dtype=torch.int32)
+            self.known = like.new_zeros((*shape, SPACING), dtype=torch.float32)[..., 0]
+            self.seen = like.new_zeros((*shape, SPACING), dtype=torch.int32)[..., 0]
             self.has_past = like.new_zeros(shape, dtype=torch.bool)  # as the host knows it
         # The same. What has no values is taken to have a past: this is what later steps do.
         self.usable = [[isinstance(like, FakeTensor)] * 3 for _ in range(NUM_LINEARS)]
-        self.known_lines = self.known.view(-1, 1).unbind()  # by linear and operand
+        self.known_lines = self._lines()  # by linear and operand
         self.weights: list[weakref.ref[Tensor]] = []
         self.num_steps_saturated = 0
         self._readings: list[_Reading] = []
@@ -72,8 +73,9 @@ class History:
             self.past = torch.where(is_new, rolled, self.past)
             largest = self.past.amax(0) * 2.0**self.recipe.margin
             # Another tensor: nodes of the step before hold on to theirs.
-            self.known = largest.clamp(max=torch.finfo(torch.float32).max)
-            self.known_lines = self.known.view(-1, 1).unbind()
+            self.known = largest.new_empty((*largest.shape, SPACING))[..., 0]
+            self.known.copy_(largest.clamp(max=torch.finfo(torch.float32).max))
+            self.known_lines = self._lines()
             has_past = self.known > 0
             self.seen.zero_()
             self._readings.append(_read(torch.stack([has_past, saturated]), has_past))
@@ -82,6 +84,9 @@ class History:
         self._num_read = len(self.weights)
         while len(self._readings) > num_later:
             self._learn(self._readings.pop(0))
+
+    def _lines(self) -> Sequence[Tensor]:
+        return self.known.flatten(0, 1).unsqueeze(-1).unbind()
 
     def _learn(self, reading: _Reading) -> None:
         self.has_past = reading.has_past
@@ -100,9 +105,9 @@ class History:
     def _warning(self, num_saturated: int) -> Saturated:
         return Saturated(
             f"recipe {self.recipe.name!r}: {num_saturated} operands had values larger than the "
-            f"largest of the {self.recipe.history} steps before, which became that "
-            f"(margin {self.recipe.margin}); so far in {self.num_steps_saturated} steps. "
-            "A larger history or margin makes that rarer; fxopt.telemetry counts the values."
+            f"largest of the {self.recipe.history} steps before (margin {self.recipe.margin}) and "
+            f"were clipped; so far in {self.num_steps_saturated} steps. A larger history or margin "
+            "makes that rarer; fxopt.telemetry counts the values"
         )
 
 
@@ -142,13 +147,12 @@ _histories: list[History] = []
 _step: int | None = None
 
 
-def slots_for(decision: Decision, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> Slots:
+def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
     """`counters.slots_for` of a node, with what is known of its tensors and where to record them.
 
     Args:
-        decision: the node's.
+        decision: the node's; without gradients nothing is recorded.
         weights: on one input, which has the line of the first.
-        needs: which of the node's inputs need gradients; without any nothing is recorded.
 
     Raises:
         NoHistory: a node is to record and has no parameter to record it for.
@@ -157,7 +161,7 @@ def slots_for(decision: Decision, weights: Sequence[Tensor | None], needs: Seque
     if not recipe.history:
         return slots
     _go_on(decision.step)
-    records = decision.has_grad and any(needs)
+    records = decision.has_grad
     found = [_line(weight, recipe, records) for weight in weights if weight is not None]
     lines = [line for line in found if line is not None]
     if len(lines) < len(found):
@@ -190,9 +194,10 @@ def _go_on(step: int | None) -> None:
 
 def _join(seen: Sequence[Tensor], group: Any) -> None:
     """Make what was seen the largest of all processes, in one collective per device."""
-    for device in dict.fromkeys(t.device for t in seen):
-        there = [t for t in seen if t.device == device and not isinstance(t, FakeTensor)]
-        joined = torch.cat([t.view(-1) for t in there])
+    real = [t for t in seen if not isinstance(t, FakeTensor)]
+    for device in dict.fromkeys(t.device for t in real):
+        there = [t for t in real if t.device == device]
+        joined = torch.cat([t.flatten() for t in there])
         dist.all_reduce(joined, dist.ReduceOp.MAX, group)
         for own, values in zip(there, joined.split([t.numel() for t in there]), strict=True):
             own.copy_(values.view_as(own))

@@ -81,7 +81,7 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         x, residual, gate, *others = operands
         assert x is not None
         y: Tensor | Quantized
-        slot = (slots := slots_for(decision, weights, ctx.needs_input_grad)).x
+        slot = (slots := slots_for(decision, weights)).x
         if fuses(recipe):
             call = norm_modulate_quantize, [slot.rows, slot.known, slot.seen], *operands, *settings
             found = below_autograd(call_counting, *call, *_formats(recipe, trains, slot))
@@ -153,7 +153,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         recipe = ctx.recipe
         trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
         y: Tensor | Quantized
-        slot = (slots := slots_for(decision, [weight], ctx.needs_input_grad)).x
+        slot = (slots := slots_for(decision, [weight])).x
         if fuses(recipe):
             lines = slot.rows, slot.known, slot.seen
             call = gated_activation_quantize, lines, gate, up, beside, *settings

@@ -50,7 +50,7 @@ class QuantizedLinears(torch.autograd.Function):
         ctx.recipe, ctx.step, _ = decision
         recipe = ctx.recipe
         fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
-        ctx.shape, ctx.slots = x.shape, slots_for(decision, weights, ctx.needs_input_grad)
+        ctx.shape, ctx.slots = x.shape, slots_for(decision, weights)
         ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
         x = x.contiguous() if keeps_x else x
         ctx.set_materialize_grads(False)

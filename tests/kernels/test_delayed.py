@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -179,6 +180,24 @@ def test_signal_to_noise(dtype: torch.dtype, fallen_to: float, floors: tuple[int
     for f, p, floor in zip(found, plain, floors, strict=True):
         noise = (f.double() - p.double()).norm() / p.double().norm()
         assert -20 * noise.log10() > floor, -20 * noise.log10()
+
+
+@pytest.mark.parametrize(
+    "without", [("fprop",), ("dgrad",), ("wgrad",), ("fprop", "dgrad")], ids=str
+)
+@nodes
+def test_some_gemms_alone(node: Node, without: tuple[str, ...]) -> None:
+    """Who meets the same tensors again scales as by itself."""
+    case = Case(node)
+    x, grad = case.at(0)
+    case.at = lambda *_: (x.detach().requires_grad_(), grad)
+    some: dict[str, Any] = dict.fromkeys(without)
+    current = case.run(replace(FP8, **some), 0)
+    for step in range(3):
+        assert same(case.run(replace(DELAYED, **some), step), current)
+    case.at = lambda *_: ((x.detach() * 1.5).requires_grad_(), grad * 1.5)
+    changed = case.run(replace(DELAYED, **some), 3)
+    assert not same(changed, case.run(replace(FP8, **some), 3))
 
 
 @nodes

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxopt
 from fxopt.kernels import counters, delayed
 from fxopt.kernels.counters import FIELDS, Slot, Slots
-from fxopt.kernels.in_force import high_precision
+from fxopt.kernels.in_force import decide, high_precision
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipe_errors import HistoryInGraph, NoHistory, StepNotTold
 from fxopt.recipes import Recipe
@@ -193,3 +193,29 @@ def test_no_graph_has_a_history() -> None:
     case = Case(linears)
     with pytest.raises(HistoryInGraph, match="'delayed'"), fxopt.at_step(0):
         make_fx(lambda x: linears(x, case.weight.detach(), DELAYED.key))(case.at(0)[0].detach())
+
+
+def test_lines_are_aligned_alike() -> None:
+    """Triton compiles anew for pointers that are not."""
+    cases = [Case(linears) for _ in range(3)]
+    for step in range(2):
+        for case in cases:
+            case.run(DELAYED, step)
+    with fxopt.at_step(1):
+        found = [delayed.slots_for(decide(DELAYED.key, []), [case.weight]) for case in cases]
+    slots = [slot for s in found for slot in (s.x, *s.weights, *s.gradients)]
+    tensors = [t for slot in slots for t in (slot.known, slot.seen)]
+    assert len({t.data_ptr() for t in tensors}) == 18
+    assert all(t.shape == (1,) and t.storage_offset() % 4 == 0 for t in tensors)
+
+
+def test_frozen_linears_have_lines() -> None:
+    """Blocks before the first adapter: nothing of them needs a gradient."""
+    case, emulation = Case(linears), Emulation(N)
+    case.weight.requires_grad_(False)
+    for step in range(3):
+        x, _ = case.at(step)
+        expected = case.expected(emulation, step)[0]
+        emulation.advance()
+        with fxopt.at_step(step):
+            assert torch.equal(linears(x.detach(), case.weight, DELAYED.key), expected)
