@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from bench import floor_traffic, rows
 from bench.floor_traffic import Floor
 from fxopt import traffic
+from fxopt.errors import InvalidRecipe
 from fxopt.fakes import faked
 from fxopt.kernels.weight_casts import cast_weights_once
 from fxopt.presets import PRESETS, PresetBlock
@@ -253,8 +254,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     recipe = args.recipe
     if args.history:
+        if not RECIPES[recipe].quantizes:
+            parser.error(f"--history is for a recipe that quantizes, not for {recipe}")
         changes: dict[str, Any] = {"name": f"{recipe}_delayed", "history": args.history}
-        recipe = replace(RECIPES[recipe], **changes).key
+        try:
+            recipe = replace(RECIPES[recipe], **changes).key
+        except InvalidRecipe as error:
+            parser.error(str(error))
     selected = list(cases(args.only))
     if not selected:
         known = ", ".join(case for case, _ in cases())

@@ -219,3 +219,19 @@ def test_frozen_linears_have_lines() -> None:
         emulation.advance()
         with fxopt.at_step(step):
             assert torch.equal(linears(x.detach(), case.weight, DELAYED.key), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    case, emulation = Case(linears), Emulation(N)
+    weight = nn.Parameter(case.weight.detach().cuda())
+    for step in range(5):
+        x, grad = case.at(step)
+        with fxopt.at_step(step):
+            y = linears(x.detach().cuda(), weight, DELAYED.key)
+            y.backward(grad.cuda())
+        expected = case.expected(emulation, step)
+        # Sums of 48 products in another order, and by Hopper's units in fewer bits.
+        torch.testing.assert_close(y.cpu(), expected[0], rtol=1e-2, atol=1e-2)
+        emulation.advance()

@@ -216,3 +216,16 @@ def test_opcheck() -> None:
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=checks[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@formats
+def test_on_a_gpu(name: str) -> None:
+    x, known, seen = draw(700, 1500), torch.tensor([1.3]), recorder().cuda()
+    args = x.cuda(), name, name, None, True, None, None, known.cuda(), seen
+    found = [t.cpu() for t in quantize.triton(*args)]
+    assert agree(found[:2], x, name, known) and agree(found[3:5], x.t(), name, known)
+    assert largest(seen.cpu()) == x.abs().max()
+    # fp32 sums of 700 numbers of size one.
+    torch.testing.assert_close(found[6], x.sum(0), rtol=1e-5, atol=1e-3)
