@@ -74,13 +74,13 @@ class HistoryInGraph(FxoptError):
 
 @dataclass(eq=False)
 class NoHistory(FxoptError):
-    """A weight that trains under delayed scaling is another tensor in each forward."""
+    """A weight under delayed scaling is another tensor in each forward."""
 
     recipe: str
     shape: Sequence[int]
     template = (
         "recipe {recipe!r} has a history, but a weight {shape} is neither a parameter nor a cast "
-        "of one that trains: nothing says what it was in the step before; give its linear an "
+        "of one: nothing says what it was in the step before; give its linear an "
         "override with history=0, or keep it"
     )
 
