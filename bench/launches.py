@@ -212,27 +212,54 @@ def gated_activation(
     )
 
 
+def known_and_seen() -> tuple[Tensor, Tensor]:
+    return torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+
 def quantize(
-    batch: int, num_tokens: int, width: int, rows: str | None, columns: str | None
+    batch: int,
+    num_tokens: int,
+    width: int,
+    rows: str | None,
+    columns: str | None,
+    is_delayed: bool = False,
 ) -> None:
+    """Both copies; with delayed scaling of a gradient, the bias's as well."""
     from fxopt.kernels import quantize as provider
 
-    provider.triton(randn(batch, num_tokens, width), rows, columns, None, False)
+    line = known_and_seen() if is_delayed else (None, None)
+    x = randn(batch, num_tokens, width)
+    provider.triton(x, rows, columns, None, is_delayed, None, None, *line)
 
 
 def quantize_group(
-    batch: int, num_tokens: int, width: int, name: str, num_weights: int = 0
+    batch: int,
+    num_tokens: int,
+    width: int,
+    name: str,
+    num_weights: int = 0,
+    is_delayed: bool = False,
 ) -> None:
     """Both copies of weights, or of an activation if there are none."""
     from fxopt.kernels import quantize_group as provider
 
     xs = [randn(NUM_OUT, width) for _ in range(num_weights)] or [randn(batch, num_tokens, width)]
-    *_, amax_t = provider.triton_rows(xs, name, name)
+    if is_delayed:
+        known, seen = zip(*(known_and_seen() for _ in xs), strict=True)
+        provider.triton_rows(xs, name, None, None, list(known), list(seen))
+        amax_t = list(known)
+    else:
+        *_, amax_t = provider.triton_rows(xs, name, name)
     provider.triton_columns(xs, name, amax_t)
 
 
 def quantized_producers(
-    batch: int, num_tokens: int, width: int, name: str, is_joined: bool = False
+    batch: int,
+    num_tokens: int,
+    width: int,
+    name: str,
+    is_joined: bool = False,
+    is_delayed: bool = False,
 ) -> None:
     """A modulated norm and a gated activation that write codes quantized as `name` says.
 
@@ -246,12 +273,16 @@ def quantized_producers(
     residual = gated if is_joined else (None, None)
     operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
     constants = ("layer", EPS, 0.0, 1.0, BF16)
-    given = x, *residual, *operands, None, *constants, BF16, name, name
-    _, _, amax_t, h, mean, rstd = provider.triton_norm(*given)
+    given = x, *residual, *operands, None, *constants, BF16
+    known, seen = known_and_seen()
+    formats = (name, None, None, known, seen) if is_delayed else (name, name)
+    _, _, amax_t, h, mean, rstd = provider.triton_norm(*given, *formats)
+    amax_t = known if is_delayed else amax_t
     saved = h if is_joined else x, *operands, mean, rstd
     provider.triton_norm_columns(*saved, *constants[:4], BF16, name, amax_t)
     arguments = gate, up, x if is_joined else None, "silu", "none"
-    *_, amax_t = provider.triton_activation(*arguments, name, name)
+    *_, amax_t = provider.triton_activation(*arguments, *formats)
+    amax_t = known if is_delayed else amax_t
     grad = randn(batch, num_tokens, 2 * width if is_joined else width)[..., -width:]
     provider.triton_activation_backward(grad, *arguments, name, amax_t)
 
@@ -337,6 +368,13 @@ def _cases() -> Iterator[Case]:
         name = " ".join(words)
         run = partial(gated_activation, activation=activation, form=form, biased=biased)
         yield Case(name, run, (12288,))
+    yield from _fp8_cases()
+    yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
+    vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3
+    yield Case("linear_cross_entropy", linear_cross_entropy, vocabularies, num_launches=1)
+
+
+def _fp8_cases() -> Iterator[Case]:
     fp8 = partial(Case, widths=(3072,), capabilities=FP8_CAPABILITIES)
     for rows, columns in (
         ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
@@ -353,9 +391,18 @@ def _cases() -> Iterator[Case]:
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
-    yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
-    vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3
-    yield Case("linear_cross_entropy", linear_cross_entropy, vocabularies, num_launches=1)
+    name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
+    for case, run in (
+        (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),
+        (f"quantize_group {name}, 4 weights", partial(quantize_group, name=name, num_weights=4)),
+        (f"quantize_group {name}, an activation", partial(quantize_group, name=name)),
+        (f"quantized producers {name}", partial(quantized_producers, name=name)),
+        (
+            f"quantized producers, gated residual and joined, {name}",
+            partial(quantized_producers, name=name, is_joined=True),
+        ),
+    ):
+        yield fp8(f"delayed {case}", partial(run, is_delayed=True))
 
 
 CASES = tuple(_cases())

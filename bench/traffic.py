@@ -4,8 +4,9 @@ For every preset block at batch 1 in bfloat16, forward and backward: glue bytes,
 bytes saved for backward, in eager and as fxopt's eager door rewrites it, next to the floor of
 perfect fusion and to what min-cut saves. With `--recipe`, the same under a recipe next to fxopt's
 bf16, what quantization moves for each element of a linear's x, weight and gradient, and how many
-kernels it launches; once more for a further micro-batch in `fxopt.cast_weights_once`. Everything
-runs on fake tensors, so the figures are exact and repeat.
+kernels it launches; once more for a further micro-batch in `fxopt.cast_weights_once`. With
+`--history N` its scales are delayed, and what is counted is a later step. Everything runs on fake
+tensors, so the figures are exact and repeat.
 `fxopt.traffic` and `bench.floor_traffic` hold the definitions. The tensors are fake CPU
 tensors that count as CUDA runs them, because autograd refuses fake CUDA tensors in a PyTorch that
 was built without CUDA.
@@ -17,6 +18,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,12 @@ from torch.utils._pytree import tree_leaves
 from bench import floor_traffic, rows
 from bench.floor_traffic import Floor
 from fxopt import traffic
+from fxopt.errors import InvalidRecipe
 from fxopt.fakes import faked
 from fxopt.kernels.weight_casts import cast_weights_once
 from fxopt.presets import PRESETS, PresetBlock
-from fxopt.recipes import RECIPES
+from fxopt.recipes import RECIPES, find
+from fxopt.schedule import at_step
 
 Rewrite = Callable[..., Callable[..., Any]]  # as `rewrite_block`
 
@@ -48,11 +52,10 @@ SAVED_OVER_EAGER = 0.65
 SAVED_OVER_MIN_CUT = 1.0
 LAUNCHES_OVER_EAGER = 0.4
 # Under a recipe: quantization's bytes per element and launches per linear, glue and saved bytes
-# over those of fxopt's bf16. What was asked for, and by case what `fp8` reaches, which is its gate.
+# over those of fxopt's bf16. What was asked for, and by recipe and case what is reached, the gate.
 QUANTIZATION_BYTES = 8.0
 ASKED = {"launches": 5.0, "glue": 1.25, "saved": 0.75}
 SAVED_OVER_BF16 = 1.005
-GATED = "fp8"
 
 
 class Gate(NamedTuple):
@@ -64,7 +67,7 @@ class Gate(NamedTuple):
     further: float
 
 
-GATES = {
+OF_CURRENT = {
     "flux-dev double": Gate(6.0, 2.45, 1.5),
     "flux-dev single": Gate(3.8, 2.1, 1.53),
     # Its one input projection is split: the gradients of the pieces are joined.
@@ -73,6 +76,15 @@ GATES = {
     "z-image block": Gate(4.9, 2.41, 1.76),
     "wan2.1-14b block": Gate(5.6, 1.74, 1.61),
 }
+OF_DELAYED = {
+    "flux-dev double": Gate(4.7, 1.96, 1.24),
+    "flux-dev single": Gate(3.0, 1.7, 1.27),
+    "flux2-dev single": Gate(3.5, 2.92, 1.88),
+    "qwen-image block": Gate(4.7, 1.96, 1.24),
+    "z-image block": Gate(2.75, 1.94, 1.45),
+    "wan2.1-14b block": Gate(4.2, 1.44, 1.35),
+}
+GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED}
 GB = 1e9
 
 
@@ -89,7 +101,7 @@ def count(
     block: nn.Module, inputs: dict[str, Any], function: Callable[..., Any] | None = None
 ) -> traffic.Traffic:
     """Forward and backward of `block`, or of `function` on its parameters."""
-    with faked(block, (), inputs) as (args, kwargs):
+    with faked(block, (), inputs) as (args, kwargs), at_step(0):
         forward, backward = traffic.measure(function or block, block, args, kwargs)
     return forward + backward
 
@@ -119,20 +131,21 @@ def measure(
 def measure_recipe(
     case: str, preset: PresetBlock, rewrite: Rewrite, recipe: str, detail: bool
 ) -> list[rows.Row]:
-    """Figures of fxopt's bf16 and of `recipe`, and the targets of the latter."""
+    """Figures of fxopt's bf16 and of `recipe`, a key, and the targets of the latter."""
+    name = find(recipe).name
     with torch.device("meta"):
         block, inputs = preset.build(), preset.inputs()
     plain = count(block, inputs, rewrite(block, (), inputs))
     low = count(block, inputs, rewrite(block, (), inputs, recipe))
     further = count_further(block, inputs, rewrite(block, (), inputs, recipe))
     if detail:
-        print(by_op(recipe, low), file=sys.stderr)
+        print(by_op(name, low), file=sys.stderr)
     glue, glue_further = (t.glue.total() / plain.glue.total() for t in (low, further))
-    gate = GATES.get(case) if recipe == GATED else None
+    gate = GATES.get(name, {}).get(case)
     launches, glue_gate, further_gate = gate or (None, None, None)
     return [
         *figures(case, "bf16", plain),
-        *figures(case, recipe, low),
+        *figures(case, name, low),
         rows.Row(
             case,
             "quantization [B / element]",
@@ -160,7 +173,7 @@ def count_further(
     block: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]
 ) -> traffic.Traffic:
     """The second of two micro-batches between which no weight changes, accumulation left out."""
-    with faked(block, (), inputs) as (args, kwargs), cast_weights_once():
+    with faked(block, (), inputs) as (args, kwargs), cast_weights_once(), at_step(0):
         traffic.measure(function, block, args, kwargs)
         for tensor in (*block.parameters(), *tree_leaves((args, kwargs))):
             if isinstance(tensor, torch.Tensor):
@@ -186,12 +199,12 @@ def per_element(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> 
     """Bytes of quantization for each element of x, weight and gradient of a quantized linear."""
     # Each of the products of a linear has all three sizes.
     elements = sum(m * n + n * k + m * k for m, n, k in low_products(found))
-    return quantization(found.glue, plain.glue) * len(RECIPES[recipe].gemms) / elements
+    return quantization(found.glue, plain.glue) * len(find(recipe).gemms) / elements
 
 
 def per_linear(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> float:
     """Launches of quantization, forward and backward."""
-    num_linears = len(low_products(found)) / len(RECIPES[recipe].gemms)
+    num_linears = len(low_products(found)) / len(find(recipe).gemms)
     return quantization(found.launches, plain.launches) / num_linears
 
 
@@ -235,7 +248,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--baselines", action="store_true", help="measure eager and floor only")
     parser.add_argument("--by-op", action="store_true", help="list the ops on standard error")
     parser.add_argument("--recipe", default="bf16", choices=[*RECIPES], help="default: bf16")
+    parser.add_argument(
+        "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
+    )
     args = parser.parse_args(argv)
+    recipe = args.recipe
+    if args.history:
+        if not RECIPES[recipe].quantizes:
+            parser.error(f"--history is for a recipe that quantizes, not for {recipe}")
+        changes: dict[str, Any] = {"name": f"{recipe}_delayed", "history": args.history}
+        try:
+            recipe = replace(RECIPES[recipe], **changes).key
+        except InvalidRecipe as error:
+            parser.error(str(error))
     selected = list(cases(args.only))
     if not selected:
         known = ", ".join(case for case, _ in cases())
@@ -244,10 +269,10 @@ def main(argv: list[str] | None = None) -> int:
     table: list[rows.Row] = []
     for index, (case, block) in enumerate(selected, start=1):
         print(f"[{index}/{len(selected)}] {case}", file=sys.stderr)
-        if args.recipe == "bf16":
+        if recipe == "bf16":
             table += measure(case, block, rewrite, args.by_op)
         else:
-            table += measure_recipe(case, block, eager_door(), args.recipe, args.by_op)
+            table += measure_recipe(case, block, eager_door(), recipe, args.by_op)
     return rows.publish(args, table)
 
 

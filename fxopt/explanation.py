@@ -26,6 +26,7 @@ from fxopt.backends.capture import CannotCapture
 from fxopt.backends.exported import rewrite_block
 from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
+from fxopt.schedule import at_step
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
@@ -82,7 +83,8 @@ def explain(
     report = Report("explain", chosen.name, device.name)
     for index, block in enumerate(blocks):
         progress(index, len(blocks), block.name)
-        report = report.merge(_explain_block(block, chosen, device))
+        with at_step(0):  # for a history, of which fake tensors are taken to have one
+            report = report.merge(_explain_block(block, chosen, device))
     progress(len(blocks), len(blocks), "done")
     return report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -106,6 +106,28 @@ class Gemm:
         if self.accumulation not in ACCUMULATIONS:
             known = ", ".join(ACCUMULATIONS)
             yield f"unknown accumulation {self.accumulation!r}; known: {known}"
+
+
+def history_problems(history: int, margin: int, gemms: Iterable[tuple[str, Gemm]]) -> Iterator[str]:
+    """What contradicts delayed scaling, in GEMMs by name."""
+    for name, value in (("history", history), ("margin", margin)):
+        if type(value) is not int or value < 0:
+            yield f"{name} is {value!r}, not an integer from 0"
+            return
+    if margin and not history:
+        yield f"margin {margin} is for delayed scaling, but history is 0"
+    if not history:
+        return
+    for name, product in gemms:
+        for which in ("a", "b"):
+            operand = getattr(product, which)
+            if operand.block != "tensor":
+                yield (
+                    f"history {history} is for one scale per tensor, but {name}.{which} has blocks "
+                    f"{operand.block}, which are scaled by themselves"
+                )
+            elif operand.stochastic:
+                yield f"history {history} rounds to nearest, but {name}.{which} is stochastic"
 
 
 def gemm(a: str, b: str, accumulation: str = "fp32") -> Gemm:

@@ -25,11 +25,15 @@ class InvalidStep(FxoptError):
 
 @dataclass(eq=False)
 class StepNotTold(FxoptError):
-    """A linear of a recipe with a schedule ran outside of `at_step`."""
+    """A linear of a recipe that depends on the step ran outside of `at_step`.
+
+    why: a schedule, or a history.
+    """
 
     recipe: str
+    why: str = "a schedule"
     template = (
-        "recipe {recipe!r} has a schedule and was not told the step; put forward and backward, and "
+        "recipe {recipe!r} has {why} and was not told the step; put forward and backward, and "
         "validation, into `with fxopt.at_step(step):`"
     )
 
@@ -55,6 +59,34 @@ class ScheduleInGraph(FxoptError):
         "recipe {recipe!r} has a schedule, but a compiled graph keeps the formats it was made "
         "with; use fxopt.optimize(model) or fxopt.swap(model), or compile without a schedule"
     )
+
+
+@dataclass(eq=False)
+class HistoryInGraph(FxoptError):
+    """A compiler was given a recipe with a history; its graphs have no state."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has a history, but in a compiled graph a step knows nothing of the ones "
+        "before; use fxopt.optimize(model) or fxopt.swap(model), or history=0"
+    )
+
+
+@dataclass(eq=False)
+class NoHistory(FxoptError):
+    """A weight under delayed scaling is another tensor in each forward."""
+
+    recipe: str
+    shape: Sequence[int]
+    template = (
+        "recipe {recipe!r} has a history, but a weight {shape} is neither a parameter nor a cast "
+        "of one: nothing says what it was in the step before; give its linear an "
+        "override with history=0, or keep it"
+    )
+
+
+class Saturated(UserWarning):
+    """Values were larger than what delayed scales were made for, and became that."""
 
 
 @dataclass(eq=False)

@@ -22,7 +22,16 @@ from typing import Any
 from fxopt import roles
 from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
-from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
+from fxopt.gemms import (
+    GEMMS,
+    HIGH_PRECISION,
+    Gemm,
+    Operand,
+    from_data,
+    gemm,
+    history_problems,
+    to_data,
+)
 from fxopt.recipe_errors import NoStoredRecipe, OtherStoredRecipe
 from fxopt.schedule import Phase
 
@@ -47,6 +56,10 @@ class Recipe:
     schedule: steps in which a GEMM has other formats; `fxopt.at_step` says which step it is.
     overrides: pairs of a glob or role as in `keep` and a recipe, whose GEMMs and schedule its
         linears have instead of these; the first that matches counts.
+    history: delayed scaling: a tensor is scaled by the largest magnitude that it had in this many
+        steps before, so that it is quantized in one pass; 0 for its own. Larger values saturate.
+        For blocks "tensor"; `fxopt.at_step` says which step it is.
+    margin: powers of two between that magnitude and the format's largest value.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -61,6 +74,8 @@ class Recipe:
     emulate: bool = True
     schedule: tuple[Phase, ...] = ()
     overrides: tuple[tuple[str, Recipe], ...] = ()
+    history: int = 0
+    margin: int = 0
 
     def __post_init__(self) -> None:
         problems = list(self._misshapen())
@@ -73,6 +88,7 @@ class Recipe:
         ]
         problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
         problems += schedules.problems(self.schedule)
+        problems += history_problems(self.history, self.margin, self.gemms)
         problems += [
             f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
             "the forward of a checkpoint runs twice and would draw twice"
@@ -117,6 +133,11 @@ class Recipe:
     def is_scheduled(self) -> bool:
         """Whether any linear's formats depend on the step."""
         return any(part.schedule for part in self.parts)
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether any linear's scales depend on the steps before."""
+        return any(part.history for part in self.parts)
 
     def of(self, fqn: str) -> Recipe | None:
         """Under which recipe the linear of this name runs; None for the model's dtype."""
@@ -164,7 +185,7 @@ class Recipe:
         """What changes numbers, as it stands in JSON."""
         data = self._to_data()
         del data["name"], data["emulate"]
-        formats = (*GEMMS, "schedule")
+        formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
 

@@ -92,11 +92,11 @@ def problems(schedule: Sequence[Phase]) -> Iterator[str]:
 
 # Of the process and not of a context: a backward on CUDA computes checkpoints again in a thread of
 # autograd's own, which has none of the caller's context variables.
-_told: list[int] = []
+_told: list[tuple[int, Any]] = []
 
 
 @contextmanager
-def at_step(step: int) -> Iterator[None]:
+def at_step(step: int, *, group: Any = None) -> Iterator[None]:
     """Say which step this is, around the forward and backward of all its micro-batches.
 
         for step, batch in enumerate(loader):
@@ -104,12 +104,15 @@ def at_step(step: int) -> Iterator[None]:
                 loss(model, batch).backward()
             optimizer.step()
 
-    A recipe with a schedule asks for it whenever its linears run, in validation as well; other
-    recipes do not care. It holds for the whole process. A CUDA graph repeats the formats of the
-    step in which it was recorded.
+    A recipe with a schedule or a history asks for it whenever its linears run, in validation as
+    well; other recipes do not care. It holds for the whole process. A CUDA graph repeats the
+    formats of the step in which it was recorded.
 
     Args:
         step: the loop's count of optimizer steps, from 0, the same on all ranks.
+        group: processes that scale by the same magnitudes where a recipe has a history, in one
+            collective for all tensors with the first forward of a step. All run the same linears
+            in the same order. None: each scales by its own.
 
     Raises:
         InvalidStep: it is no such number.
@@ -120,7 +123,7 @@ def at_step(step: int) -> Iterator[None]:
         raise InvalidStep(step) from None
     if count < 0:
         raise InvalidStep(step)
-    _told.append(count)
+    _told.append((count, group))
     try:
         yield
     finally:
@@ -129,4 +132,9 @@ def at_step(step: int) -> Iterator[None]:
 
 def current_step() -> int | None:
     """The step that was told; None outside of `at_step`."""
-    return _told[-1] if _told else None
+    return _told[-1][0] if _told else None
+
+
+def current_group() -> Any:
+    """The processes that were told with the step, or None."""
+    return _told[-1][1] if _told else None

@@ -31,6 +31,9 @@ CASES = [
     (errors.NotNative("fp8", "cpu", "x 9.0"), ["'fp8'", "cpu", "x 9.0", "emulate=True"]),
     (recipe_errors.InvalidStep(-1), ["step -1", "integer from 0", "optimizer steps"]),
     (recipe_errors.StepNotTold("late"), ["'late'", "schedule", "fxopt.at_step(step)"]),
+    (recipe_errors.StepNotTold("late", "a history"), ["'late' has a history", "at_step(step)"]),
+    (recipe_errors.HistoryInGraph("late"), ["'late'", "fxopt.swap(model)", "history=0"]),
+    (recipe_errors.NoHistory("late", [4, 8]), ["'late'", "weight [4, 8]", "override", "keep"]),
     (recipe_errors.StepChanged(3, 4), ["of step 3", "in step 4", "fxopt.at_step(step)"]),
     (recipe_errors.ScheduleInGraph("late"), ["'late'", "compiled", "fxopt.swap(model)"]),
     (

@@ -3,10 +3,12 @@
 import json
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fxopt import errors, recipe_errors
+from fxopt.gemms import GEMMS
 from fxopt.recipes import RECIPES, Gemm, Operand, Phase, Recipe, find, gemm
 
 NAMES = [
@@ -82,6 +84,44 @@ def test_stochastic_rounding_is_for_gradients(name: str, which: str) -> None:
         Recipe("mine", **{name: drawn})
 
 
+def test_a_history_is_data() -> None:
+    recipe = replace(RECIPES["fp8"], name="delayed", history=16, margin=1)
+    assert recipe.is_delayed and not RECIPES["fp8"].is_delayed and not recipe.is_scheduled
+    assert Recipe.from_json(recipe.to_json()) == recipe == find(recipe.key)
+    assert recipe.at(3) == recipe and hash(recipe) != hash(replace(recipe, history=8))
+    assert replace(RECIPES["fp8"], overrides=(("role:qkv", recipe),)).is_delayed
+    # A phase without a GEMM that is quantized keeps it for the others.
+    assert replace(recipe, schedule=tuple(Phase(g, 0) for g in GEMMS)).at(0).history == 16
+
+
+@pytest.mark.parametrize(
+    "name, changes, problem",
+    [
+        ("fp8_rowwise", {"history": 4}, "fprop.a has blocks row, which are scaled by themselves"),
+        ("fp8_rowwise_gw_hp", {"history": 4}, "dgrad.a has blocks row"),
+        ("fp8_blockwise", {"history": 4}, "wgrad.b has blocks 1x128"),
+        ("mxfp8", {"history": 4}, "history 4 is for one scale per tensor, but fprop.a"),
+        ("nvfp4", {"history": 4}, "fprop.b has blocks 16x16"),
+        ("fp8", {"history": 4, "schedule": (Phase("fprop", 2, None, ROW),)}, "has blocks row"),
+        ("fp8", {"history": -1}, "history is -1, not an integer from 0"),
+        ("fp8", {"history": 2.0}, "history is 2.0, not an integer from 0"),
+        ("fp8", {"history": True}, "history is True, not an integer from 0"),
+        ("fp8", {"history": 4, "margin": -1}, "margin is -1"),
+        ("fp8", {"margin": 1}, "margin 1 is for delayed scaling, but history is 0"),
+    ],
+)
+def test_what_contradicts_a_history(name: str, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(errors.InvalidRecipe) as caught:
+        replace(RECIPES[name], **changes)
+    assert problem in str(caught.value)
+
+
+def test_a_history_rounds_to_nearest() -> None:
+    drawn = replace(RECIPES["fp8"].dgrad, a=Operand.parse("e5m2/tensor/fp32/stochastic"))
+    with pytest.raises(errors.InvalidRecipe, match=r"dgrad\.a is stochastic"):
+        replace(RECIPES["fp8"], dgrad=drawn, history=4)
+
+
 @pytest.mark.parametrize(
     "data, problem",
     [
@@ -113,6 +153,11 @@ def test_a_recipe_lies_beside_a_checkpoint(tmp_path: Path) -> None:
     first = replace(RECIPES["mxfp8"], name="first", profit="always")
     replace(mine, overrides=(("role:qkv", first),)).save(tmp_path)
     replace(mine, overrides=(("role:qkv", RECIPES["mxfp8"]),)).check(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match="history is 0, not 16"):
+        replace(mine, history=16).check(tmp_path)
+    delayed = replace(RECIPES["fp8"], history=16)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match=r"overrides is .* not .*: 16"):
+        replace(mine, overrides=(("role:qkv", delayed),)).check(tmp_path)
     with pytest.raises(recipe_errors.OtherStoredRecipe, match=r"overrides is .* not "):
         replace(mine, overrides=(("role:qkv", RECIPES["nvfp4"]),)).check(tmp_path)
     RECIPES["mxfp8"].save(str(tmp_path))

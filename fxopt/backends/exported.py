@@ -70,7 +70,7 @@ def optimize(
     if example_inputs is not None:
         try:
             # An example is of no step, and its result is not looked at.
-            with high_precision() if chosen.is_scheduled else nullcontext():
+            with high_precision() if chosen.is_scheduled or chosen.is_delayed else nullcontext():
                 _run(model, example_inputs)
         except BaseException:
             if check is not None:

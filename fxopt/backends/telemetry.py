@@ -23,6 +23,7 @@ from fxopt.backends.timesteps import bucket_labels, bucket_of
 from fxopt.errors import NoTelemetry
 from fxopt.kernels import counters
 from fxopt.kernels.counters import FIELDS, MAGNITUDE, Slot, Slots
+from fxopt.kernels.delayed import leaf_of
 from fxopt.telemetry_report import OperandRecord, TelemetryReport
 
 OPERANDS = ("x", "weight", "gradient")
@@ -160,7 +161,7 @@ class Telemetry:
 
     def _index(self, weight: Tensor) -> int | None:
         """Which parameter a weight is, or is a cast of."""
-        weight = _leaf(weight)
+        weight = leaf_of(weight)
         known = self.parameters.get(id(weight))
         if known is None or known[0]() is not weight:
             # Looked up when met: FSDP2 puts other tensors in place of the parameters.
@@ -251,15 +252,6 @@ def _magnitude(bits: int) -> float | None:
     """The fp32 number of these bits, None if it is not finite."""
     value = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
     return value if math.isfinite(value) else None
-
-
-def _leaf(weight: Tensor) -> Tensor:
-    """What a weight that autocast has cast was cast from; else the weight."""
-    node = weight.grad_fn
-    while node is not None and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-    found = getattr(node, "variable", None)
-    return weight if found is None else found
 
 
 def _require_counting(model: nn.Module) -> None:

@@ -29,10 +29,17 @@ SLACK = 1 + 2.0**-20
 
 
 class Slot(NamedTuple):
-    """The lines of a tensor's copies, as `quantize` makes them; None for what is not watched."""
+    """What else the quantization of a tensor reads and leaves; None for what is not wanted.
+
+    rows, columns: the lines of its two copies, as `quantize` makes them.
+    known: fp32 [1], the magnitude that its scale is taken from, in place of its own.
+    seen: int32 [1], raised to the bits of its largest magnitude.
+    """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    known: Tensor | None = None
+    seen: Tensor | None = None
 
 
 UNWATCHED = Slot()
@@ -93,6 +100,12 @@ def present(counters: Iterable[Tensor | None]) -> list[Tensor] | None:
     return [c for c in counters if c is not None] or None
 
 
+def lists(slots: Sequence[Slot]) -> list[list[Tensor] | None]:
+    """Counters of row-wise copies, what is known and what is seen, as `quantize_rows` wants it."""
+    fields = zip(*((s.rows, s.known, s.seen) for s in slots), strict=True)
+    return [present(field) for field in fields]
+
+
 def count(
     counters: Tensor,
     x: Tensor,
@@ -124,6 +137,13 @@ def count(
         (MAGNITUDE - scale_bits).masked_fill(of_zeros, 0).amax(),
     )
     merge(counters, torch.stack(found))
+
+
+def raise_to(seen: Tensor, x: Tensor) -> None:
+    """Raise `seen` to the bits of the largest magnitude of x."""
+    if x.numel():
+        bits = x.float().abs().amax().view(torch.int32) & MAGNITUDE
+        torch.maximum(seen, bits, out=seen)
 
 
 def merge(total: Tensor, more: Tensor) -> None:

@@ -211,6 +211,7 @@ def quantize_matrix(
     operand: Operand,
     uniform: Tensor | None = None,
     counters: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Quantized:
     """Quantize a matrix for a contraction over its columns, which are padded to whole blocks.
 
@@ -219,6 +220,8 @@ def quantize_matrix(
         uniform: random numbers as `round_to` takes them, of the padded shape; None for rounding
             to nearest.
         counters: a line as in `counters`, which is added to, or None.
+        known: fp32, the largest magnitude of each block, or another that the scales are taken
+            from: what is larger saturates, and what is not finite becomes NaN by itself.
     """
     format, num_rows = FORMATS[operand.format], x_RC.shape[0]
     x = _pad(x_RC.float(), 1, alignment(operand.block))
@@ -226,14 +229,15 @@ def quantize_matrix(
         x = hadamard(x)
     rows, columns = block_shape(operand.block, *x.shape)
     x = _pad(x, rows, columns)
-    amax = (
-        block_amax(x, rows, columns)
-        if x.numel()
-        else x.new_zeros(num_blocks(operand.block, *x.shape))
-    )
-    scales, factor, tensor_scale = scale_blocks(amax, operand.scale, format)
+    shape = num_blocks(operand.block, *x.shape)
+    if known is None or counters is not None:
+        amax = block_amax(x, rows, columns) if x.numel() else x.new_zeros(shape)
+    used = amax if known is None else known.view(shape)
+    scales, factor, tensor_scale = scale_blocks(used, operand.scale, format)
     scaled = (x * spread(factor, rows, columns))[:num_rows]
     rounded = round_to(scaled, format, uniform)
+    if known is not None:
+        rounded = rounded.masked_fill(~scaled.isfinite(), float("nan"))
     if counters is not None:
         of_blocks = decode_scales(scales) * (1 if tensor_scale is None else tensor_scale)
         count(counters, x[:num_rows], scaled, rounded, amax, of_blocks, format.largest)

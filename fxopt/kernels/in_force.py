@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxopt.kernels.counters import without_demoted
-from fxopt.recipe_errors import ScheduleInGraph, StepChanged, StepNotTold
+from fxopt.recipe_errors import HistoryInGraph, ScheduleInGraph, StepChanged, StepNotTold
 from fxopt.recipes import Recipe, find
 from fxopt.schedule import current_step
 
@@ -36,30 +36,36 @@ def is_high_precision() -> bool:
 
 
 class Decision(NamedTuple):
-    """The recipe of a forward and its backward, without a schedule; and the step, if it had one."""
+    """What a forward and its backward go by.
+
+    recipe: without a schedule.
+    step: if formats or scales depend on it.
+    has_grad: whether gradients are on.
+    """
 
     recipe: Recipe
     step: int | None
+    has_grad: bool
 
 
 def decide(recipe: str, weights: Sequence[Tensor]) -> Decision | None:
     """What holds now for a node with these weights; None where no GEMM is quantized.
 
     Raises:
-        StepNotTold, ScheduleInGraph: see there.
+        StepNotTold, ScheduleInGraph, HistoryInGraph: see there.
     """
     if _off.get():
         return None
     found, step = find(recipe), None
-    if found.schedule:
+    if found.schedule or found.history:
         if get_proxy_mode() is not None:
-            raise ScheduleInGraph(found.name)
+            raise (ScheduleInGraph if found.schedule else HistoryInGraph)(found.name)
         step = current_step()
         if step is None:
-            raise StepNotTold(found.name)
+            raise StepNotTold(found.name, "a schedule" if found.schedule else "a history")
         found = _at(recipe, step)
     found = without_demoted(found, weights)
-    return Decision(found, step) if found.gemms else None
+    return Decision(found, step, torch.is_grad_enabled()) if found.gemms else None
 
 
 @lru_cache(maxsize=64)

@@ -6,12 +6,13 @@ transposed one [C, R padded]; both are contracted over their last dim. e2m1 pack
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxopt.kernels.counters import UNWATCHED, Slot
+from fxopt.kernels.counters import UNWATCHED, Slot, raise_to
 from fxopt.kernels.formats import (
     FORMATS,
     Quantized,
@@ -63,6 +64,8 @@ def native(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """codes = round(x * factor), scale = 1 / factor by block, of x [R, C] and of its transpose.
 
@@ -74,10 +77,15 @@ def native(
         wants_sum: also return sum [C], that of x's rows in x's dtype: a bias's gradient, where x
             is that of the output.
         counters, counters_t: lines of the two copies as in `counters`, added to, or None.
+        known: fp32 [1], or the magnitude of each block, that scales are taken from; None for x's.
+        seen: int32 [1], raised to the bits of x's largest magnitude, or None.
 
     Numerics: exact emulation: codes and scales are those of the hardware's formats, rounded once
-    from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN.
+    from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN. By a `known`
+    magnitude what is larger saturates, and NaN and Inf become NaN by themselves.
     """
+    if seen is not None:
+        raise_to(seen, x)
     x_RC = x.reshape(-1, x.shape[-1])
     empty = x.new_empty(0, dtype=torch.float32)
     found: list[Tensor] = []
@@ -93,7 +101,7 @@ def native(
             assert seed is not None, "stochastic rounding takes a seed"
             shape = torch.Size((matrix.shape[0], padded_columns(operand, matrix.shape[1])))
             uniform = random_uniform(seed, shape, stream)
-        quantized = quantize_matrix(matrix, operand, uniform, line)
+        quantized = quantize_matrix(matrix, operand, uniform, line, known)
         found += [t.contiguous() for t in quantized]
     found.append(x_RC.sum(0) if wants_sum else x.new_empty(0))
     return tuple(found)
@@ -107,6 +115,8 @@ def triton(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_quantize
 
@@ -115,10 +125,10 @@ def triton(
     can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
     if x.numel() and can_cast and all(map(covers, operands)):
         x_RC = x.reshape(-1, x.shape[-1])
-        slot = Slot(counters, counters_t)
+        slot = Slot(counters, counters_t, known, seen)
         found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum, slot)
         return tuple(found)
-    return native(x, rows, columns, seed, wants_sum, counters, counters_t)
+    return native(x, rows, columns, seed, wants_sum, counters, counters_t, known, seen)
 
 
 def fake(
@@ -129,6 +139,8 @@ def fake(
     wants_sum: bool,
     counters: Tensor | None = None,
     counters_t: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     num_features = x.shape[-1]
     num_rows = x.numel() // num_features
@@ -157,6 +169,17 @@ def fake_matrix(x: Tensor, num_rows: int, num_columns: int, name: str | None) ->
     ]
 
 
+def _is_known(args: Sequence[Any]) -> bool:
+    """Whether scales are known beforehand, so that one pass does."""
+    return len(args) > 7 and args[7] is not None
+
+
+def _launches(*args: Any) -> int:
+    """Without scales their pass comes first; with them, sums of the tiles' sums come last."""
+    wants_sum = args[4]
+    return 1 if _is_known(args) and not wants_sum else 2
+
+
 quantize = register(
     "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum) "
     "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
@@ -164,7 +187,8 @@ quantize = register(
     native=native,
     fake=fake,
     triton=triton,
-    launches=lambda *_: 2,
-    rereads=lambda args, _: args[:1],  # for the scale, then for the values
-    counters="Tensor(a!)? counters, Tensor(b!)? counters_t",
+    launches=_launches,
+    # For the scale, then for the values.
+    rereads=lambda args, _: [] if _is_known(args) else args[:1],
+    counters="Tensor(a!)? counters, Tensor(b!)? counters_t, Tensor? known, Tensor(c!)? seen",
 )

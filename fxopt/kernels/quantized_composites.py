@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.counters import Slot, slots_for
+from fxopt.kernels.counters import Slot
+from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
@@ -46,10 +47,12 @@ def op_of(name: str, recipe: Recipe) -> str:
     return f"{name}_quantize" if fuses(recipe) else name
 
 
-def _formats(recipe: Recipe, trains: bool) -> tuple[str, str | None]:
-    """How a producer quantizes for the products, and for the gradients of weights that train."""
+def _formats(recipe: Recipe, trains: bool, slot: Slot) -> tuple[str, str | None]:
+    """How a producer quantizes for the products; and for the gradients of weights that train, where
+    the magnitude for that is still to be found."""
     assert recipe.fprop is not None
-    columns = recipe.wgrad.b if recipe.wgrad is not None and trains else None
+    is_open = recipe.wgrad is not None and trains and slot.known is None
+    columns = recipe.wgrad.b if recipe.wgrad is not None and is_open else None
     return str(recipe.fprop.a), None if columns is None else str(columns)
 
 
@@ -69,7 +72,8 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
     def forward(
         ctx: Any, decision: Decision, settings: tuple[Any, ...], *tensors: Tensor | None
     ) -> Any:
-        ctx.recipe, ctx.step = recipe, _ = decision
+        ctx.recipe, ctx.step, _ = decision
+        recipe = ctx.recipe
         operands, parameters = tensors[:8], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
@@ -77,11 +81,12 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         x, residual, gate, *others = operands
         assert x is not None
         y: Tensor | Quantized
-        slot = (slots := slots_for(weights)).x
+        slot = (slots := slots_for(decision, weights)).x
         if fuses(recipe):
-            call = norm_modulate_quantize, [slot.rows], *operands, *settings
-            found = below_autograd(call_counting, *call, *_formats(recipe, trains))
+            call = norm_modulate_quantize, [slot.rows, slot.known, slot.seen], *operands, *settings
+            found = below_autograd(call_counting, *call, *_formats(recipe, trains, slot))
             codes, scales, amax_t, h, mean, rstd = found
+            amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
             normed, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings)
@@ -144,13 +149,17 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.recipe, ctx.step = recipe, _ = decision
+        ctx.recipe, ctx.step, _ = decision
+        recipe = ctx.recipe
         trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
         y: Tensor | Quantized
-        slot = (slots := slots_for([weight])).x
+        slot = (slots := slots_for(decision, [weight])).x
         if fuses(recipe):
-            call = gated_activation_quantize, [slot.rows], gate, up, beside, *settings
-            codes, scales, amax_t = below_autograd(call_counting, *call, *_formats(recipe, trains))
+            lines = slot.rows, slot.known, slot.seen
+            call = gated_activation_quantize, lines, gate, up, beside, *settings
+            formats = _formats(recipe, trains, slot)
+            codes, scales, amax_t = below_autograd(call_counting, *call, *formats)
+            amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
             activation = below_autograd(gated_activation, gate, up, *settings)

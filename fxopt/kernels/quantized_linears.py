@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels import counters, weight_casts
 from fxopt.kernels.counters import UNWATCHED, Slot
+from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, decide, save_for_backward, saved_tensors
 from fxopt.kernels.linears import Linears, without_autocast
@@ -46,18 +47,22 @@ class QuantizedLinears(torch.autograd.Function):
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
-        ctx.recipe, ctx.step = recipe, _ = decision
+        ctx.recipe, ctx.step, _ = decision
+        recipe = ctx.recipe
         fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
-        ctx.shape, ctx.slots = x.shape, counters.slots_for(weights)
+        ctx.shape, ctx.slots = x.shape, slots_for(decision, weights)
         ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
         x = x.contiguous() if keeps_x else x
         ctx.set_materialize_grads(False)
         operand: Tensor | Quantized
         if ctx.keeps_x:
-            formats = str(fprop and fprop.a), None if wgrad is None else str(wgrad.b)
-            lines = counters.present([ctx.slots.x.rows])
-            (codes,), (scales,), (amax_t,) = call_counting(quantize_rows, [lines], [x], *formats)
-            operand, kept = Quantized(codes, scales, scales.new_empty(0)), [x, amax_t]
+            slot = ctx.slots.x
+            columns = wgrad.b if wgrad is not None and slot.known is None else None
+            formats = str(fprop and fprop.a), None if columns is None else str(columns)
+            lines = counters.lists([slot])
+            (codes,), (scales,), (amax_t,) = call_counting(quantize_rows, lines, [x], *formats)
+            operand = Quantized(codes, scales, scales.new_empty(0))
+            kept = [x, amax_t if slot.known is None else slot.known]
         else:
             pair = quantized(x, fprop and fprop.a, wgrad and wgrad.b, slot=ctx.slots.x)
             operand, kept = x if fprop is None else pair.rows, list(pair.columns)

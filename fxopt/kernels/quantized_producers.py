@@ -28,6 +28,7 @@ NORM_ARGUMENTS = (
 )
 
 COUNTERS = "Tensor(a!)? counters"
+OF_INPUT = f"{COUNTERS}, Tensor? known, Tensor(b!)? seen"
 
 
 def amax_for(y: Tensor, columns: str | None) -> Tensor:
@@ -60,13 +61,15 @@ def native_norm(*args: Any) -> tuple[Tensor, ...]:
     Args:
         args: those of `fxopt::norm_modulate`, then rows and columns: how y is quantized for the
             products (as `Operand` is written), and its transpose for weights' gradients or None;
-            last, where they are given, the counters of the copy (a line as in `counters`).
+            last, where they are given, the counters of the copy (a line as in `counters`), and
+            known and seen as in `quantize`.
 
     Returns codes, scales, amax_t (see `amax_for`), and h, mean, rstd as norm_modulate does.
     """
-    operands, (rows, columns, *counters) = args[:14], args[14:]
+    operands, (rows, columns, *more) = args[:14], args[14:]
     y, h, mean, rstd = native_norm_modulate.forward(*operands)
-    codes, scales = quantize.native(y, rows, None, None, False, *counters)[:2]
+    counters, known, seen = (*more, None, None, None)[:3]
+    codes, scales = quantize.native(y, rows, None, None, False, counters, None, known, seen)[:2]
     return codes, scales, amax_for(y, columns), h, mean, rstd
 
 
@@ -96,7 +99,7 @@ def native_norm_columns(
     """
     affine, settings = (weight, bias, scale, shift), (norm, eps, weight_offset, scale_offset)
     y = native_norm_modulate.forward(h, None, None, *affine, None, *settings, h.dtype, dtype)[0]
-    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters, amax_t)[3:5]
     return codes_t, scales_t
 
 
@@ -109,16 +112,18 @@ def native_activation(
     rows: str,
     columns: str | None,
     counters: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [M, K padded], scales [M or 1, 1] and amax_t of y = [beside | act(gate) * up].
 
     Args:
         gate, up, activation, packing: those of `fxopt::gated_activation`.
         beside: [..., K - F], what a linear takes beside F features of the activation, or None.
-        rows, columns, counters: as in `native_norm`.
+        rows, columns, counters, known, seen: as in `native_norm`.
     """
     y = _joined(gate, up, beside, activation, packing)
-    codes, scales = quantize.native(y, rows, None, None, False, counters)[:2]
+    codes, scales = quantize.native(y, rows, None, None, False, counters, None, known, seen)[:2]
     return codes, scales, amax_for(y, columns)
 
 
@@ -144,7 +149,7 @@ def native_activation_backward(
     found = native_gated_activation.native_backward(grad, gate, up, activation, packing, True)
     dgate, dup, y, _ = found
     y = y if beside is None else torch.cat([beside, y], -1)
-    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters)[3:5]
+    codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters, amax_t)[3:5]
     return dgate, dup, codes_t, scales_t
 
 
@@ -184,7 +189,7 @@ def _fake_activation(
     packing: str,
     rows: str,
     columns: str | None,
-    counters: Tensor | None = None,
+    *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, num_features = _size(gate, beside, packing)
     codes, scales, _ = quantize.fake_matrix(gate, num_tokens, num_features, rows)
@@ -242,16 +247,28 @@ def _is_of_tensor(operand: str | None) -> bool:
 
 
 def _norm_launches(*args: Any) -> int:
-    """Rows are cast where they are normed, unless they share one scale; else the magnitudes for
-    the transposed copy, which programs leave in parts, take a reduction."""
+    """Rows are cast where they are normed, unless they share a scale that is not known; else the
+    magnitudes for the transposed copy, which programs leave in parts, take a reduction."""
     rows, columns = args[14:16]
+    if _is_known(args, 17):
+        return 1
     return 2 if _is_of_tensor(rows) or columns is not None else 1
 
 
 def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
     """What is normed, where its cast waits for the scale."""
     x, residual, h = args[0], args[1], out[3]
-    return [x if residual is None else h] if _is_of_tensor(args[14]) else []
+    casts_later = _is_of_tensor(args[14]) and not _is_known(args, 17)
+    return [x if residual is None else h] if casts_later else []
+
+
+def _is_known(args: Any, index: int) -> bool:
+    """Whether the magnitude that scales come from is given at `index`."""
+    return len(args) > index and args[index] is not None
+
+
+def _activation_rereads(args: Any, _: Any) -> list[Tensor]:
+    return [] if _is_known(args, 8) else [t for t in args[:3] if t is not None]
 
 
 norm_modulate_quantize = register(
@@ -262,7 +279,7 @@ norm_modulate_quantize = register(
     triton=triton_norm,
     launches=_norm_launches,
     rereads=_norm_rereads,
-    counters=COUNTERS,
+    counters=OF_INPUT,
 )
 norm_modulate_quantize_columns = register(
     "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
@@ -280,9 +297,9 @@ gated_activation_quantize = register(
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
-    launches=lambda *_: 2,
-    rereads=lambda args, _: [t for t in args[:3] if t is not None],
-    counters=COUNTERS,
+    launches=lambda *args: 1 if _is_known(args, 8) else 2,
+    rereads=_activation_rereads,
+    counters=OF_INPUT,
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "

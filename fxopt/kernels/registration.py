@@ -71,7 +71,8 @@ def register(
         sharding: how it runs on DTensors; None to refuse them.
         rereads: from arguments and outputs, those that a second of these kernels reads again.
         counters: further arguments, of a second op `<name>_counting` with the same implementations,
-            that it writes; for `call_counting`. Compilers want ops that write nothing.
+            for `call_counting`: those that it writes, as compilers want ops that write nothing, and
+            magnitudes that are known beforehand.
         reference: the op in plain differentiable ATen, which compilers get in its place; None for
             ops that they get as they are, or never.
     """
@@ -109,7 +110,7 @@ def register(
 
 
 def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -> Any:
-    """Call `op`, or the op that counts as well if any of the lines of counters is not None."""
+    """Call `op`, or its second form if any of the further arguments, `lines`, is not None."""
     if all(line is None for line in lines):
         return op(*args)
     return COUNTING[op](*args, *lines)

@@ -1,7 +1,8 @@
 """Triton provider of `fxopt::gated_activation_quantize` and of its backward.
 
 The activation, and what the linear takes beside it, is made tile by tile where it is measured, and
-again where it is cast. The backward casts the transposed copy in the pass that makes gradients.
+again where it is cast; if the magnitude is known beforehand, it is only cast. The backward casts
+the transposed copy in the pass that makes gradients.
 
 Shapes: M tokens, K features, of which the last F are the activation's.
 """
@@ -79,7 +80,7 @@ def cast_kernel(
     gate, up, beside, width,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t,
+    padded_rows, padded_columns, counters, counters_t, seen,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -90,7 +91,7 @@ def cast_kernel(
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t,
+        padded_rows, padded_columns, counters, counters_t, seen,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def backward_kernel(
     grad, gate, up, beside, dgate, dup, width,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t,
+    padded_rows, padded_columns, counters, counters_t, seen,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -116,7 +117,7 @@ def backward_kernel(
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t,
+        padded_rows, padded_columns, counters, counters_t, seen,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -130,13 +131,18 @@ def forward(
     rows: str,
     columns: str | None,
     counters: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and amax_t; gate is not empty and not fp64."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrix = _matrix(gate, up, beside, activation, packing)
-    amax = launch.measure(amax_kernel, matrix, by_row, by_column)
+    if known is None:
+        amax = launch.measure(amax_kernel, matrix, by_row, by_column)
+    else:
+        amax = launch.Amax.known(None, known)
     amax_t = launch.amax_for(matrix, by_column)
-    slot = Slot(rows=counters)
+    slot = Slot(counters, None, known, seen)
     copy = launch.cast(cast_kernel, matrix, amax, by_row, None, amax_t, (), slot)[0]
     return copy.codes, copy.scales, launch.present(amax_t, gate)
 

@@ -1,7 +1,8 @@
 """Triton provider of `fxopt::norm_modulate_quantize` and of its transposed copy.
 
 A row's largest magnitude is known to the program that owns the row: rows with scales of their own
-are normed, rounded and cast in one pass, and a second pass casts where all rows share one scale.
+are normed, rounded and cast in one pass, and so are all rows where the magnitude behind their one
+scale is known beforehand; else a second pass casts where they share one scale.
 The transposed copy is cast tile by tile from the norm's input and its statistics.
 
 Shapes: M tokens are G groups of R rows that share per-group operands; K features; P programs.
@@ -29,6 +30,7 @@ from fxopt.kernels.triton_quantize_kernels import (
     count,
     factor_of,
     magnitude,
+    raise_to,
     scale_of,
     store_codes,
     tile_indices,
@@ -59,18 +61,23 @@ def rows_kernel(
     x, residual, gate, weight, bias, scale, shift, x_bias, h, mean, rstd, codes, scales,
     column_amax, tensor_amax,
     num_tokens, num_rows, num_features, padded_columns, eps, weight_offset, scale_offset, counters,
+    known, seen,
     NORM: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
     POW2: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program strides over tokens; inputs and operands are (pointer, group stride, row stride).
 
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met;
-    codes, scales and those two are None where not wanted.
+    codes, scales and those two are None where not wanted. All rows are scaled by the magnitude
+    known [1] if it is there; seen [1] is raised to the magnitudes.
     """
     cols = tl.arange(0, BLOCK_K)
     mask = cols < num_features
     largest = tl.zeros([BLOCK_K], tl.int32)
     program = tl.program_id(0).to(tl.int64)
+    if known is not None:
+        factor = factor_of(tl.load(known), LARGEST, POW2)
+        tl.store(scales, scale_of(factor), program == 0)
     for token in range(program, num_tokens, tl.num_programs(0)):
         group, row = token // num_rows, token % num_rows
         if residual[0] is not None:
@@ -94,8 +101,9 @@ def rows_kernel(
         bits = magnitude(y)
         largest = tl.maximum(largest, bits)
         if codes is not None:
-            factor = factor_of(tl.max(bits, 0), LARGEST, POW2)
-            tl.store(scales + token, scale_of(factor))
+            if known is None:
+                factor = factor_of(tl.max(bits, 0), LARGEST, POW2)
+                tl.store(scales + token, scale_of(factor))
             scaled = tl.where(mask, y * factor, 0.0)
             code = code_of(scaled, LARGEST, FORMAT)
             if counters is not None:
@@ -105,6 +113,8 @@ def rows_kernel(
         tl.store(column_amax + program * num_features + cols, largest, mask=mask)
     if tensor_amax is not None:
         tl.store(tensor_amax + program, tl.max(largest, 0))
+    if seen is not None:
+        raise_to(seen, tl.max(largest, 0))
 
 
 @triton.jit
@@ -123,7 +133,7 @@ def tiles_kernel(
     h, weight, bias, scale, shift, mean, rstd, group_rows, weight_offset, scale_offset,
     num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t,
+    padded_rows, padded_columns, counters, counters_t, seen,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -151,7 +161,7 @@ def tiles_kernel(
     store_codes(
         y, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t,
+        padded_rows, padded_columns, counters, counters_t, seen,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
 
@@ -174,6 +184,8 @@ def forward(
     rows: str,
     columns: str | None,
     counters: Tensor | None = None,
+    known: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Codes, scales, amax_t, h, mean and rstd; x is not empty and nothing is fp64."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
@@ -183,7 +195,7 @@ def forward(
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = x.new_empty(x.shape[:-1] if norm == "layer" else 0, dtype=torch.float32)
     groups = groups_of(x, (gate, scale, shift))
-    has_own = by_row.block == "row"
+    has_own = by_row.block == "row" or known is not None
     copy = launch.copy_for(x, by_row, num_tokens, num_features) if has_own else None
     of_columns = by_column is not None and by_column.block == "row"
     of_tensor = not has_own or (by_column is not None and not of_columns)
@@ -201,7 +213,8 @@ def forward(
             *(rows_of(t, x, groups) for t in given), h, mean, rstd,
             *launch.pointers(copy), amax.columns, amax.tensor,
             num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
-            counters, NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
+            counters, None if known is None else known.view(torch.int32), seen,
+            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
             BLOCK_K=triton.next_power_of_2(padded),
             **triton_tables.parameters("norm_modulate forward", padded, num_tokens, x),
         )  # fmt: skip

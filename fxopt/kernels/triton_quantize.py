@@ -1,7 +1,8 @@
 """Triton provider of `fxopt::quantize` for FP8 with one scale for a tensor or a row: two launches.
 
 The first leaves the largest magnitudes of tiles, the second takes the scales from them and writes
-both copies from one read. Producers of the matrix have kernels of their own for the same two steps.
+both copies from one read. Where a magnitude is known beforehand, the second is all, and a small one
+adds up the sums of its tiles. Producers of the matrix have kernels of their own for the same steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
-from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel
+from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel, sum_kernel
 from fxopt.recipes import Operand
 
 BLOCK_R, BLOCK_C = 64, 128
@@ -49,10 +50,11 @@ class Amax(NamedTuple):
         return parts.amax(0, keepdim=parts.dim() == 1).view(torch.float32)
 
     @staticmethod
-    def known(columns: Operand, amax_t: Tensor) -> Amax:
-        """The magnitudes for the transposed copy, as an earlier pass has found them."""
+    def known(operand: Operand | None, amax_t: Tensor) -> Amax:
+        """The magnitudes for the transposed copy, or for both if they share a scale; from an
+        earlier pass, or an earlier step."""
         bits = amax_t.view(torch.int32)
-        of_row = columns.block == "row"
+        of_row = operand is not None and operand.block == "row"
         return Amax(None, bits.view(1, -1) if of_row else None, None if of_row else bits)
 
 
@@ -86,7 +88,7 @@ def quantize(
     Args:
         x_RC: any strides, not empty.
         rows, columns: operands that `covers` holds for, or None.
-        slot: counters of both copies.
+        slot: counters of both copies, and what is known and seen of x.
     """
     matrix = of_tensor(x_RC)
     num_tiles = grid(matrix, rows, columns)[0]
@@ -94,9 +96,23 @@ def quantize(
     if wants_sum:
         sums = x_RC.new_empty((num_tiles, x_RC.shape[1]), dtype=torch.float32)
         column_sum = x_RC.new_empty(x_RC.shape[1])
-    amax = measure(amax_kernel, matrix, rows, columns, (sums,))
-    pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum), slot)
+    if slot.known is None:
+        amax = measure(amax_kernel, matrix, rows, columns, (sums,))
+        pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum), slot)
+    else:
+        amax = Amax.known(None, slot.known)
+        pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, None), slot)
+        if sums is not None and column_sum is not None:
+            _add_up(sums, column_sum)
     return [*pair[0], *pair[1], x_RC.new_empty(0) if column_sum is None else column_sum]
+
+
+def _add_up(sums: Tensor, out: Tensor) -> None:
+    num_partials, num_columns = sums.shape
+    with torch.cuda.device_of(sums):
+        sum_kernel[(1, triton.cdiv(num_columns, BLOCK_C))](
+            sums, num_partials, num_columns, out, BLOCK_C=BLOCK_C, CHUNK=CHUNK
+        )
 
 
 def measure(
@@ -144,7 +160,7 @@ def cast(
 
     Args:
         amax_out: fp32, where to put what later scales of the columns come from, or None.
-        slot: counters of both copies.
+        slot: counters of both copies, and where to record the magnitudes.
     """
     copies = copies_for(matrix, rows, columns)
     with torch.cuda.device_of(matrix.like):
@@ -193,7 +209,9 @@ def cast_arguments(
         None if amax_out is None else amax_out.view(torch.int32),
         padded_size(columns, num_rows),
         padded_size(rows, num_columns),
-        *slot,
+        slot.rows,
+        slot.columns,
+        slot.seen,
     )
 
 

@@ -61,23 +61,26 @@ def cast_kernel(
             value = load_tile(m[0], m[1], m[2], r, c, m[3], m[4])
             store_codes(
                 value, r, c, m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11], m[12],
-                m[13], m[14], m[15], m[16], m[17], m[18], m[19],
+                m[13], m[14], m[15], m[16], m[17], m[18], m[19], m[20],
                 FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
             )  # fmt: skip
 
 
 def rows(
-    xs: Sequence[Tensor], rows: str, columns: str | None, counters: Sequence[Tensor | None]
+    xs: Sequence[Tensor], rows: str, columns: str | None, slots: Sequence[Slot]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Codes, scales and amax_t; no x is empty."""
+    """Codes, scales and amax_t; no x is empty, and all magnitudes are known or none."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
-    amaxes = [launch.amax_buffers(m, by_row, by_column) for m in matrices]
-    pairs = zip(matrices, amaxes, strict=True)
-    arguments = [(*m.arguments, m.num_rows, m.num_columns, *amax) for m, amax in pairs]
-    _launch(amax_kernel, matrices, arguments, {})
+    known = [slot.known for slot in slots if slot.known is not None]
+    amaxes = [launch.Amax.known(None, amax) for amax in known]
+    if not known:
+        amaxes = [launch.amax_buffers(m, by_row, by_column) for m in matrices]
+        pairs = zip(matrices, amaxes, strict=True)
+        arguments = [(*m.arguments, m.num_rows, m.num_columns, *amax) for m, amax in pairs]
+        _launch(amax_kernel, matrices, arguments, {})
     amax_t = [launch.amax_for(m, by_column) for m in matrices]
-    copies = _cast(matrices, amaxes, by_row, None, amax_t, [Slot(rows=c) for c in counters])
+    copies = _cast(matrices, amaxes, by_row, None, amax_t, slots)
     kept = [launch.present(a, x) for a, x in zip(amax_t, xs, strict=True)]
     return [c.codes for c in copies], [c.scales for c in copies], kept
 

@@ -1,8 +1,8 @@
 """Triton kernels of `fxopt::quantize`, in parts that producers of its input share.
 
 A first pass leaves the largest magnitudes of tiles, a second takes the scales from them and writes
-codes. Magnitudes are compared as integers: the bits of a NaN are larger than those of any number,
-so that it comes through.
+codes; where a magnitude is known beforehand, the second pass is all. Magnitudes are compared as
+integers: the bits of a NaN are larger than those of any number, so that it comes through.
 
 A program owns a tile of BLOCK_R rows and BLOCK_C columns; r and c are its indices.
 """
@@ -111,14 +111,14 @@ def scale_of(factor):
 
 @triton.jit
 def code_of(value, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
-    """Bytes of the FP8 values nearest to `value`, saturating; NaN stays.
+    """Bytes of the FP8 values nearest to `value`, saturating; Inf and NaN are NaN.
 
     As bytes, since transposed stores of FP8 values were miscompiled.
     Source: https://github.com/triton-lang/triton/issues/11111
     """
     clamped = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
     code = clamped.to(FORMAT).to(tl.uint8, bitcast=True)
-    return tl.where(value != value, NAN_CODE, code)
+    return tl.where(tl.abs(value) < float("inf"), code, NAN_CODE)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def add(counter, amount):
 
 @triton.jit
 def raise_to(counter, value):
-    tl.atomic_max(counter, value.to(tl.int64), sem="relaxed")
+    tl.atomic_max(counter, value.to(counter.dtype.element_ty), sem="relaxed")
 
 
 @triton.jit
@@ -182,14 +182,16 @@ def scaled_codes(
 def store_codes(
     value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t,
+    padded_rows, padded_columns, counters, counters_t, seen,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """codes [R, padded C] and codes_t [C, padded R] of a tile with their scales; and
-    amax, that of the columns [C] if there are parts of it, else that of the tensor [1]. None for
-    what is not wanted."""
+    amax, that of the columns [C] if there are parts of it, else that of the tensor [1]. seen [1] is
+    raised to the magnitudes of the tile. None for what is not wanted."""
+    if seen is not None:
+        raise_to(seen, tl.max(tl.max(magnitude(value), 1), 0))
     of_tensor = tl.full([], 0, tl.int32)
     if tile_amax is not None:
         of_tensor = tl.max(reduce(tile_amax, num_tiles, tl.zeros([1], tl.int64), 1, 1, 1024), 0)
@@ -236,20 +238,32 @@ def store_sum(
 def cast_kernel(
     x, stride_R, stride_C, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
     row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t, column_sums, column_sum,
+    padded_rows, padded_columns, counters, counters_t, seen, column_sums, column_sum,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of a matrix, and its column_sum [C]."""
+    """`store_codes` of a matrix; and its column_sum [C] from the column_sums of tiles, or those."""
     r, c = tile_indices(BLOCK_R, BLOCK_C)
     value = load_tile(x, stride_R, stride_C, r, c, num_rows, num_columns)
     store_codes(
         value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
         row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t,
+        padded_rows, padded_columns, counters, counters_t, seen,
         FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
     )  # fmt: skip
     if column_sum is not None:
         num_partials = tl.num_programs(0)
         store_sum(column_sums, num_partials, c, num_columns, column_sum, BLOCK_C, CHUNK)
+    elif column_sums is not None:
+        column = tl.program_id(0).to(tl.int64) * num_columns + c
+        tl.store(column_sums + column, tl.sum(value, 0), c < num_columns)
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def sum_kernel(
+    column_sums, num_partials, num_columns, out, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """`store_sum` in a grid of one row."""
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    store_sum(column_sums, num_partials, c, num_columns, out, BLOCK_C, CHUNK)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxopt.kernels.counters import Slot, present
+from fxopt.kernels.counters import Slot, lists, present
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
@@ -24,6 +24,7 @@ from fxopt.recipes import Recipe
 class _Entry(NamedTuple):
     weight: weakref.ref[Tensor]
     state: tuple[object, ...]
+    known: Tensor | None
     pair: Pair
 
 
@@ -46,9 +47,10 @@ class WeightCasts:
         key = id(weight), str(rows), str(columns)
         state = weight._version, weight.untyped_storage()._cdata, weight.storage_offset()
         entry = self._entries.get(key)
-        if entry is None or entry.weight() is not weight or entry.state != state:
+        is_kept = entry is not None and entry.weight() is weight and entry.known is slot.known
+        if entry is None or not is_kept or entry.state != state:
             pair = quantize_pair(weight.detach(), rows, columns, slot=slot)
-            entry = self._entries[key] = _Entry(weakref.ref(weight), state, pair)
+            entry = self._entries[key] = _Entry(weakref.ref(weight), state, slot.known, pair)
         return entry.pair
 
 
@@ -108,16 +110,17 @@ def for_products(
     pairs = []
     if casts is not None:
         pairs = [casts.of(w, recipe, slot) for w, slot in zip(weights, slots, strict=True)]
-    known = [pair for pair in pairs if pair is not None]
-    if known and len(known) == len(weights):
-        return Copies([p.rows for p in known], [p.columns for p in known], [])
+    kept = [pair for pair in pairs if pair is not None]
+    if kept and len(kept) == len(weights):
+        return Copies([p.rows for p in kept], [p.columns for p in kept], [])
     if not covers(rows) or not covers(columns):
         apart = zip(weights, slots, strict=True)
         return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
-    formats = str(rows), None if columns is None else str(columns)
-    lines = present(slot.rows for slot in slots)
-    codes, scales, amax_t = call_counting(quantize_rows, [lines], list(weights), *formats)
-    return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
+    known = [slot.known for slot in slots if slot.known is not None]
+    formats = str(rows), None if columns is None or known else str(columns)
+    found = call_counting(quantize_rows, lists(slots), list(weights), *formats)
+    codes, scales, amax_t = found
+    return Copies(_joined(codes, scales), [], (known or amax_t) if columns is not None else [])
 
 
 def for_gradients(

@@ -11,6 +11,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
 
+from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir
 from fxopt.passes.autocast import suspended
@@ -229,7 +230,8 @@ class _Rewriter:
                 k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta
             }
             values = map_arg(args, lambda n: n.meta["val"])
-            with self.fake_mode or torch.no_grad(), torch.no_grad():
+            # Shapes and dtypes are the same in all formats, and a capture is of no step.
+            with self.fake_mode or torch.no_grad(), torch.no_grad(), high_precision():
                 node.meta["val"] = target(*values, **kwargs)
             return node
 

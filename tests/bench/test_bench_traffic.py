@@ -169,3 +169,21 @@ def test_a_recipe_is_compared_with_bf16(monkeypatch):
     assert table["quantization launches / linear (asked: 5)"].holds is False  # 7 is above the gate
     assert table["saved, recipe / bf16 (asked: 0.75)"].value == 1
     assert table["quantization [B / element]"].target == "<= 8"
+
+
+@pytest.mark.parametrize(
+    "recipe, reason", [("bf16", "that quantizes, not for bf16"), ("mxfp8", "scaled by themselves")]
+)
+def test_a_history_is_for_scales_per_tensor(recipe, reason, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        traffic.main(["--recipe", recipe, "--history", "4"])
+    assert reason in capsys.readouterr().err
+
+
+def test_delayed_scaling_moves_less(monkeypatch, capsys):
+    argv = ["--only", "flux-dev single", "--recipe", "fp8", "--history", "16", "--json", "-"]
+    assert traffic.main([*argv, "--check"]) == 0
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["glue, recipe / bf16 (asked: 1.25)"]["value"] == pytest.approx(1.691, abs=1e-3)
+    assert rows["quantization launches / linear (asked: 5)"]["value"] == 3
+    assert all(row["holds"] for row in rows.values() if row["target"])

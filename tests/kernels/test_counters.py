@@ -270,15 +270,15 @@ def compile_kernels() -> None:
 def test_codes_are_the_same_and_the_schema_says_what_is_written() -> None:
     x, op = planted(), torch.ops.fxopt.quantize_counting.default
     plain = torch.ops.fxopt.quantize(x, *PAIRS[1], None, True)
-    counted = op(x, *PAIRS[1], None, True, line(), line())
+    counted = op(x, *PAIRS[1], None, True, line(), line(), None, None)
     for p, c in zip(plain, counted, strict=True):
         assert torch.equal(p.view(torch.uint8), c.view(torch.uint8))
     written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == ["counters", "counters_t"]
+    assert written == ["counters", "counters_t", "seen"]
     assert not torch.ops.fxopt.quantize.default._schema.is_mutable  # for compilers
     for name, args in (
-        ("quantize_counting", (x, *PAIRS[0], None, True, line(), line())),
-        ("quantize_rows_counting", ([x, x], *PAIRS[0], [line(), line()])),
+        ("quantize_counting", (x, *PAIRS[0], None, True, line(), line(), None, None)),
+        ("quantize_rows_counting", ([x, x], *PAIRS[0], [line(), line()], None, None)),
     ):
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")

@@ -1,0 +1,249 @@
+"""Delayed scaling: tensors are scaled by the magnitudes that they had in the steps before.
+
+Every linear of a recipe with a history has three lines: of its input, its weight and the gradient
+of its output. Kernels raise `seen` of a line while they quantize. With the first forward of another
+step all lines move on at once, on their device: what was seen becomes the newest of `past`, and the
+largest of `past` is what the step scales by. A line without a past scales by its own tensor.
+
+Lines belong to parameters and are found by their identity; none is in a `state_dict`.
+
+Shapes: L linears, 3 operands, N steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from fxopt.kernels import counters
+from fxopt.kernels.counters import Slot, Slots
+from fxopt.kernels.in_force import Decision
+from fxopt.recipe_errors import NoHistory, Saturated
+from fxopt.recipes import Recipe
+from fxopt.schedule import current_group
+
+X, WEIGHT, GRADIENT = range(3)
+NUM_LINEARS = 256  # of one history; a further one takes the next
+SPACING = 4  # lines are 16 bytes apart, as Triton compiles anew for another alignment
+# What is this far beyond the largest e4m3 is rounded to it in any case: the next would be 480.
+SLACK = 464 / 448
+
+
+class _Reading(NamedTuple):
+    """What the host is to learn: bool [2, L, 3], which lines have a past and which saturated."""
+
+    status: Tensor
+    has_past: Tensor
+    event: torch.cuda.Event | None
+
+
+class History:
+    """The lines of up to NUM_LINEARS linears on one device, of one recipe's numbers."""
+
+    def __init__(self, recipe: Recipe, like: Tensor) -> None:
+        shape = (NUM_LINEARS, 3)
+        self.recipe = recipe
+        with torch.inference_mode(False):
+            self.past = like.new_zeros((recipe.history, *shape), dtype=torch.float32)
+            self.known = like.new_zeros((*shape, SPACING), dtype=torch.float32)[..., 0]
+            self.seen = like.new_zeros((*shape, SPACING), dtype=torch.int32)[..., 0]
+            self.has_past = like.new_zeros(shape, dtype=torch.bool)  # as the host knows it
+        # The same. What has no values is taken to have a past: this is what later steps do.
+        self.usable = [[isinstance(like, FakeTensor)] * 3 for _ in range(NUM_LINEARS)]
+        self.known_lines = self._lines()  # by linear and operand
+        self.weights: list[weakref.ref[Tensor]] = []
+        self.num_steps_saturated = 0
+        self._readings: list[_Reading] = []
+        self._num_read = 0  # lines that the host has asked about
+
+    def advance(self) -> None:
+        """Go on to the next step; what was not finite, or zero, leaves no past."""
+        with torch.no_grad(), torch.inference_mode(False):
+            amax = self.seen.view(torch.float32)
+            is_new = (amax > 0) & amax.isfinite()
+            saturated = is_new & self.has_past & (amax > self.known * SLACK)
+            rolled = torch.cat([amax[None], self.past[:-1]])
+            self.past = torch.where(is_new, rolled, self.past)
+            largest = self.past.amax(0) * 2.0**self.recipe.margin
+            # Another tensor: nodes of the step before hold on to theirs.
+            self.known = largest.new_empty((*largest.shape, SPACING))[..., 0]
+            self.known.copy_(largest.clamp(max=torch.finfo(torch.float32).max))
+            self.known_lines = self._lines()
+            has_past = self.known > 0
+            self.seen.zero_()
+            self._readings.append(_read(torch.stack([has_past, saturated]), has_past))
+        # New lines are worth a wait. Else the host reads what has long been there.
+        num_later = 0 if self._num_read < len(self.weights) else 1
+        self._num_read = len(self.weights)
+        while len(self._readings) > num_later:
+            self._learn(self._readings.pop(0))
+
+    def _lines(self) -> Sequence[Tensor]:
+        return self.known.flatten(0, 1).unsqueeze(-1).unbind()
+
+    def _learn(self, reading: _Reading) -> None:
+        self.has_past = reading.has_past
+        if isinstance(reading.status, FakeTensor):
+            return
+        if reading.event is not None:
+            reading.event.synchronize()
+        self.usable, saturated = reading.status.tolist()
+        num_saturated = sum(map(sum, saturated))
+        if num_saturated:
+            self.num_steps_saturated += 1
+            # The 1st, 2nd, 4th, 8th ... such step.
+            if self.num_steps_saturated & (self.num_steps_saturated - 1) == 0:
+                warnings.warn(self._warning(num_saturated), stacklevel=2)
+
+    def _warning(self, num_saturated: int) -> Saturated:
+        return Saturated(
+            f"recipe {self.recipe.name!r}: {num_saturated} operands had values larger than the "
+            f"largest of the {self.recipe.history} steps before (margin {self.recipe.margin}) and "
+            f"were clipped; so far in {self.num_steps_saturated} steps. A larger history or margin "
+            "makes that rarer; fxopt.telemetry counts the values"
+        )
+
+
+def _read(status: Tensor, has_past: Tensor) -> _Reading:
+    """Begin a copy to the host."""
+    if not status.is_cuda:
+        return _Reading(status, has_past, None)
+    event = torch.cuda.Event()
+    copy = status.to("cpu", non_blocking=True)
+    event.record(torch.cuda.current_stream(status.device))
+    return _Reading(copy, has_past, event)
+
+
+class _Line(NamedTuple):
+    """Of a linear, by its weight; seen: of its three operands."""
+
+    weight: weakref.ref[Tensor]
+    history: History
+    place: int
+    seen: tuple[Tensor, ...]
+
+    def is_known(self, operand: int) -> bool:
+        return self.history.usable[self.place][operand]
+
+    def put(self, slot: Slot, operand: int, records: bool, uses: bool = True) -> Slot:
+        """Put what is known into a slot, if it is to be used, and where to record."""
+        known = None
+        if uses and self.is_known(operand):
+            known = self.history.known_lines[3 * self.place + operand]
+        return slot._replace(known=known, seen=self.seen[operand] if records else None)
+
+
+_Key = tuple[int, str, int, int]  # the id of a weight, and `_numbers` of the recipe
+# Of the process, as the step that is told: checkpoints run their forwards on autograd's threads.
+_lines: dict[_Key, _Line] = {}
+_histories: list[History] = []
+_step: int | None = None
+
+
+def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
+    """`counters.slots_for` of a node, with what is known of its tensors and where to record them.
+
+    Args:
+        decision: the node's; without gradients nothing is recorded.
+        weights: on one input, which has the line of the first.
+
+    Raises:
+        NoHistory: a node is to record and has no parameter to record it for.
+    """
+    slots, recipe = counters.slots_for(weights), decision.recipe
+    if not recipe.history:
+        return slots
+    _go_on(decision.step)
+    records = decision.has_grad
+    found = [_line(weight, recipe, records) for weight in weights if weight is not None]
+    lines = [line for line in found if line is not None]
+    if len(lines) < len(found):
+        return slots
+    are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
+    of_weights = zip(slots.weights, lines, strict=True)
+    of_gradients = zip(slots.gradients, lines, strict=True)
+    return Slots(
+        lines[0].put(slots.x, X, records),
+        [line.put(slot, WEIGHT, records, are_known) for slot, line in of_weights],
+        [line.put(slot, GRADIENT, records) for slot, line in of_gradients],
+    )
+
+
+def _go_on(step: int | None) -> None:
+    """Have all lines move on, if this is another step."""
+    global _step
+    if step == _step:
+        return
+    _step = step
+    for key in [key for key, line in _lines.items() if line.weight() is None]:
+        del _lines[key]
+    _histories[:] = [h for h in _histories if any(w() is not None for w in h.weights)]
+    group = current_group()
+    if group is not None:
+        _join([history.seen for history in _histories], group)
+    for history in _histories:
+        history.advance()
+
+
+def _join(seen: Sequence[Tensor], group: Any) -> None:
+    """Make what was seen the largest of all processes, in one collective per device."""
+    real = [t for t in seen if not isinstance(t, FakeTensor)]
+    for device in dict.fromkeys(t.device for t in real):
+        there = [t for t in real if t.device == device]
+        joined = torch.cat([t.flatten() for t in there])
+        dist.all_reduce(joined, dist.ReduceOp.MAX, group)
+        for own, values in zip(there, joined.split([t.numel() for t in there]), strict=True):
+            own.copy_(values.view_as(own))
+
+
+def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
+    """The line of the parameter that a weight is, or is a cast of; None if there is none yet."""
+    leaf = leaf_of(weight)
+    key = id(leaf), *_numbers(recipe)
+    line = _lines.get(key)
+    if line is not None and line.weight() is leaf:
+        return line
+    if not records:
+        return None
+    if not (isinstance(leaf, nn.Parameter) or (leaf.is_leaf and leaf.requires_grad)):
+        raise NoHistory(recipe.name, list(weight.shape))
+    history = next((h for h in _histories if _has_room(h, leaf, recipe)), None)
+    if history is None:
+        _histories.append(history := History(recipe, leaf.detach()))
+    index = len(history.weights)
+    seen = tuple(history.seen[index, i : i + 1] for i in range(3))
+    line = _lines[key] = _Line(weakref.ref(leaf), history, index, seen)
+    history.weights.append(line.weight)
+    return line
+
+
+def _has_room(history: History, leaf: Tensor, recipe: Recipe) -> bool:
+    is_same = _numbers(history.recipe) == _numbers(recipe)
+    is_there = history.past.device == leaf.device and _mode(history.past) is _mode(leaf)
+    return is_same and is_there and len(history.weights) < NUM_LINEARS
+
+
+def _numbers(recipe: Recipe) -> tuple[str, int, int]:
+    """What a recipe has in common with itself in another phase of its schedule."""
+    return recipe.name, recipe.history, recipe.margin
+
+
+def _mode(tensor: Tensor) -> object:
+    """The mode of a fake tensor, which does not go with others; None of a real one."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
+def leaf_of(weight: Tensor) -> Tensor:
+    """What a weight that autocast has cast was cast from; else the weight."""
+    node = weight.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    found = getattr(node, "variable", None)
+    return weight if found is None else found
