@@ -1,4 +1,6 @@
-"""The mistakes that are made with schedules, and with recipes stored beside checkpoints."""
+"""The mistakes that are made with schedules, with recipes stored beside checkpoints, and with
+weights that are gathered as codes.
+"""
 
 from __future__ import annotations
 
@@ -86,4 +88,46 @@ class NoStoredRecipe(FxoptError):
     template = (
         "{path} does not exist: the checkpoint was saved without its recipe, or is another "
         "directory; if you know the recipe, put it there with its save(directory)"
+    )
+
+
+@dataclass(eq=False)
+class AllGatherInGraph(FxoptError):
+    """A compiler was given a recipe that gathers codes; its graphs read the weights."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has all_gather='fp8', but a compiled graph reads the weights; use "
+        "fxopt.optimize(model) or fxopt.swap(model), or compile with all_gather='model'"
+    )
+
+
+@dataclass(eq=False)
+class CannotGather(FxoptError):
+    """None of a model's quantized weights can be gathered as codes.
+
+    reasons: with how many weights each is about.
+    """
+
+    recipe: str
+    reasons: Sequence[tuple[str, int]]
+    template = (
+        "recipe {recipe!r} has all_gather='fp8', but FSDP2 can gather no weight so: {listing}; "
+        "change that, or use all_gather='model'"
+    )
+
+    def __str__(self) -> str:
+        listing = "; ".join(f"{reason} ({count} weights)" for reason, count in self.reasons)
+        return self.template.format(**vars(self), listing=listing)
+
+
+@dataclass(eq=False)
+class WeightGathered(FxoptError):
+    """Something reads a weight of which FSDP2 has gathered codes alone."""
+
+    weight: str
+    reader: str
+    template = (
+        "{weight!r} was gathered as FP8 codes, but {reader}; use all_gather='model', or leave "
+        "this linear out with keep"
     )

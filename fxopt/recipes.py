@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fxopt import roles
+from fxopt import all_gather, roles
 from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
 from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
@@ -47,6 +47,8 @@ class Recipe:
     schedule: steps in which a GEMM has other formats; `fxopt.at_step` says which step it is.
     overrides: pairs of a glob or role as in `keep` and a recipe, whose GEMMs and schedule its
         linears have instead of these; the first that matches counts.
+    all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
+        codes that their products read, with the same results.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -61,6 +63,7 @@ class Recipe:
     emulate: bool = True
     schedule: tuple[Phase, ...] = ()
     overrides: tuple[tuple[str, Recipe], ...] = ()
+    all_gather: str = "model"
 
     def __post_init__(self) -> None:
         problems = list(self._misshapen())
@@ -73,6 +76,7 @@ class Recipe:
         ]
         problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
         problems += schedules.problems(self.schedule)
+        problems += all_gather.problems(self)
         problems += [
             f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
             "the forward of a checkpoint runs twice and would draw twice"
@@ -163,7 +167,7 @@ class Recipe:
     def _numerics(self) -> dict[str, Any]:
         """What changes numbers, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"]
+        del data["name"], data["emulate"], data["all_gather"]
         formats = (*GEMMS, "schedule")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -228,7 +232,7 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name and `emulate` change no number, and may differ.
+        Its name, `emulate` and `all_gather` change no number, and may differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.counters import Slot, present
 from fxopt.kernels.formats import Quantized
+from fxopt.kernels.gathered import gathered
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import call_counting
@@ -32,10 +33,12 @@ class WeightCasts:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str, str], _Entry] = {}
+        self.epoch = object()  # another one after each step of an optimizer
 
     def forget(self, *_: object) -> None:
         """Cast again what comes: an optimizer has stepped, and wrote as it likes."""
         self._entries.clear()
+        self.epoch = object()
 
     def of(self, weight: Tensor, recipe: Recipe, slot: Slot) -> Pair | None:
         """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
@@ -79,6 +82,12 @@ def cast_weights_once() -> Iterator[None]:
         _active.reset(token)
 
 
+def epoch() -> object | None:
+    """The same while `cast_weights_once` takes the weights for unchanged; None outside of it."""
+    casts = _active.get()
+    return None if casts is None else casts.epoch
+
+
 class Copies(NamedTuple):
     """Of several weights: what fprop reads, and for dgrad the transposed copies or amax_t.
 
@@ -104,6 +113,9 @@ def for_products(
     assert recipe.fprop is not None
     rows = recipe.fprop.b
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
+    apart = zip(weights, slots, strict=True)
+    if any(gathered(w) for w in weights):
+        return Copies([_rows(w, recipe, slot) for w, slot in apart], [], [])
     casts = _active.get()
     pairs = []
     if casts is not None:
@@ -112,8 +124,7 @@ def for_products(
     if known and len(known) == len(weights):
         return Copies([p.rows for p in known], [p.columns for p in known], [])
     if not covers(rows) or not covers(columns):
-        apart = zip(weights, slots, strict=True)
-        return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
+        return Copies([_rows(w, recipe, slot) for w, slot in apart], [], [])
     formats = str(rows), None if columns is None else str(columns)
     lines = present(slot.rows for slot in slots)
     codes, scales, amax_t = call_counting(quantize_rows, [lines], list(weights), *formats)
@@ -128,10 +139,24 @@ def for_gradients(
     columns = recipe.dgrad.b
     if not amax_t:
         apart = zip(weights, slots, strict=True)
-        return [quantize_pair(w, None, columns, slot=slot).columns for w, slot in apart]
+        return [_columns(w, recipe, slot) for w, slot in apart]
     lines = present(slot.columns for slot in slots)
     matrices = list(weights), str(columns), list(amax_t)
     return _joined(*call_counting(quantize_columns, [lines], *matrices))
+
+
+def _rows(weight: Tensor, recipe: Recipe, slot: Slot) -> Quantized:
+    assert recipe.fprop is not None
+    found = gathered(weight)
+    return found.rows() if found else quantize_pair(weight, recipe.fprop.b, None, slot=slot).rows
+
+
+def _columns(weight: Tensor, recipe: Recipe, slot: Slot) -> Quantized:
+    assert recipe.dgrad is not None
+    found = gathered(weight)
+    if found:
+        return found.columns()
+    return quantize_pair(weight, None, recipe.dgrad.b, slot=slot).columns
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:
