@@ -27,7 +27,7 @@ from fxopt.recipes import Operand, Recipe
 from fxopt.report import Applied, Declined, Report
 
 RULE = "fp8_all_gather"
-NOT_SHARDED = "no forward has run under FSDP2 on several ranks since it was asked for"
+NOT_SETTLED = "it is gathered whole until a forward and a backward have run under FSDP2"
 OF_ANOTHER_RANK = "another rank reads it otherwise"
 
 
@@ -49,7 +49,7 @@ class Gathering:
     def __init__(self, model: nn.Module, door: Any) -> None:
         self.door: Reader = door
         self.settings: state.Settings = door.settings
-        self.has_run = self.is_settled = False
+        self.has_run = self.had_grad = self.is_settled = False
         self.magnitudes: list[Magnitudes] = []
         self.reasons: dict[str, str] = {}
         self.handle = model.register_forward_pre_hook(self)
@@ -61,15 +61,20 @@ class Gathering:
             magnitudes.expire()
         if self.is_settled or not dist.is_initialized():
             return
-        records = dict(_records(model))
+        records = {fqn: r for fqn, r in _records(model) if self._block(fqn) is not None}
         if not records:
             return
+        self.had_grad |= torch.is_grad_enabled()
         if not self.has_run:
             self.has_run = True
             self.handle.remove()  # to come before FSDP2's own, which gathers
             self.handle = model.register_forward_pre_hook(self, prepend=True)
-        elif all(group.is_sharded for group, _ in records.values()):
+        elif not any(self._is_in_use(group) for group in {g for g, _ in records.values()}):
             self._settle(records)
+
+    def _is_in_use(self, group: FSDPParamGroup) -> bool:
+        """Whether the group is gathered, or will be for a backward to come."""
+        return not group.is_sharded or (self.had_grad and bool(group._post_forward_indices))
 
     def _settle(self, records: dict[str, tuple[FSDPParamGroup, FSDPParam]]) -> None:
         self.is_settled = True
@@ -106,22 +111,23 @@ class Gathering:
             shard.remove()
 
     def report(self) -> Report:
-        by_block = Counter(self._block(shard.fqn) for shard in self._shards())
+        by_block = Counter(self._block(shard.fqn) or "" for shard in self._shards())
         applied = tuple(
             Applied(RULE, fqn, count, "fsdp2", "exact", "", block_class=self._class(fqn))
             for fqn, count in by_block.items()
         )
         reasons = self.reasons
         if not self.is_settled:
-            reasons = dict.fromkeys(self.settings.blocks, NOT_SHARDED)
+            reasons = dict.fromkeys(self.settings.blocks, NOT_SETTLED)
         declined = tuple(
-            Declined(RULE, fqn, "", "", (why,), block_class=self._class(self._block(fqn)))
+            Declined(RULE, fqn, "", "", (why,), block_class=self._class(self._block(fqn) or ""))
             for fqn, why in reasons.items()
         )
         return Report("", self.settings.recipe.name, "", applied, declined)
 
-    def _block(self, fqn: str) -> str:
-        return next((b for b in self.settings.blocks if not b or f"{fqn}.".startswith(f"{b}.")), "")
+    def _block(self, fqn: str) -> str | None:
+        blocks = self.settings.blocks
+        return next((b for b in blocks if not b or f"{fqn}.".startswith(f"{b}.")), None)
 
     def _class(self, block: str) -> str:
         found = self.settings.blocks.get(block)
@@ -143,10 +149,14 @@ def _records(model: nn.Module) -> Iterator[tuple[str, tuple[FSDPParamGroup, FSDP
         groups = getattr(of_module, "_fsdp_param_groups", None)
         for group in [of_module._fsdp_param_group] if groups is None else groups:  # one in 2.11
             for param in group.fsdp_params if group else ():
-                owner, is_sharded = param._module_info, isinstance(param.mesh_info, FSDPMeshInfo)
-                if is_sharded and owner.module in names and len(param._orig_size) == 2:
-                    fqn = ".".join(filter(None, (names[owner.module], owner.param_name)))
-                    yield fqn, (group, param)
+                owner = param._module_info
+                modules = owner.module, *owner.shared_modules
+                is_sharded = isinstance(param.mesh_info, FSDPMeshInfo)
+                if is_sharded and len(param._orig_size) == 2 and owner.module in names:
+                    for m, name in zip(
+                        modules, (owner.param_name, *owner.shared_param_names), strict=True
+                    ):
+                        yield ".".join(filter(None, (names[m], name))), (group, param)
 
 
 def _why_not(record: tuple[FSDPParamGroup, FSDPParam] | None, recipe: Recipe) -> str | None:

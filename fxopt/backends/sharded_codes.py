@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -59,7 +59,7 @@ class Shard:
         self.fqn, self.group, self.param, self.formats = fqn, group, param, formats
         self.dtype = param.param_dtype or param.orig_dtype
         (self.num_rows, self.num_columns), self.chunk = param._orig_size, self._padded()[0]
-        self.plain: tuple[type[FSDPParam], list[Tensor], nn.Parameter]
+        self.plain: tuple[type[FSDPParam], list[Tensor], Tensor]
 
     def _padded(self) -> torch.Size:
         return self.param.padded_sharded_param_size
@@ -106,23 +106,21 @@ class Shard:
         self.own, self.of_all, param = own, of_all, self.param
         rows, columns = bits.view(torch.float32).split(self.num_magnitudes())
         amax = rows.view(-1, 1), (columns if columns.numel() else rows).view(1, -1)
-        self.plain = type(param), param.all_gather_outputs, param._unsharded_param
+        unsharded = param._unsharded_param
+        self.plain = type(param), param.all_gather_outputs, unsharded.data
         nothing = torch.full((), torch.nan, dtype=self.dtype, device=param.device)
-        nothing = nothing.expand(self.num_rows, self.num_columns)
-        gathered = nn.Parameter(nothing, requires_grad=param._unsharded_param.requires_grad)
-        gathered.grad = param._unsharded_param.grad
+        unsharded.data = nothing.expand(self.num_rows, self.num_columns)
         self.weight = GatheredWeight(self.fqn, self.formats, amax)
-        setattr(gathered, ATTRIBUTE, self.weight)
-        param.__class__, param.shard = Fp8Param, self  # type: ignore[attr-defined]
-        param.all_gather_outputs, param._unsharded_param = [], gathered
+        setattr(unsharded, ATTRIBUTE, self.weight)
+        param.__class__, param.all_gather_outputs, param.shard = Fp8Param, [], self  # type: ignore[attr-defined]
         param._init_extensions()
 
     def remove(self) -> None:
         """Have FSDP2 gather the weight itself again."""
-        param, gradient = self.param, self.param._unsharded_param.grad
         self.group.reshard()
-        param.__class__, param.all_gather_outputs, param._unsharded_param = self.plain
-        param._unsharded_param.grad = gradient
+        param = self.param
+        delattr(param._unsharded_param, ATTRIBUTE)
+        param.__class__, param.all_gather_outputs, param._unsharded_param.data = self.plain
         del param.shard, param._extensions_data  # type: ignore[attr-defined]
 
     def fsdp_pre_all_gather(
@@ -172,6 +170,7 @@ class Magnitudes:
         for shard, own, bits in parts:
             shard.install(own, bits, self)
         self.epoch: object | None = None
+        self.is_known = False
         self.expire()
 
     def expire(self) -> None:
@@ -180,12 +179,12 @@ class Magnitudes:
 
     def prepare(self, shard: Shard) -> None:
         """See that the magnitudes are those of the weights as they are."""
-        if is_backward():
+        if is_backward() and self.is_known:
             return
         epoch = weight_casts.epoch()
         if epoch is not self.epoch or (epoch is None and shard in self.read):
             self._find()
-            self.epoch = epoch
+            self.epoch, self.is_known = epoch, True
             self.read.clear()
         self.read.add(shard)
 

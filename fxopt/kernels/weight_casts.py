@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.counters import Slot, present
 from fxopt.kernels.formats import Quantized
-from fxopt.kernels.gathered import gathered
+from fxopt.kernels.gathered import GatheredWeight, gathered
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import call_counting
-from fxopt.recipes import Recipe
+from fxopt.recipes import Operand, Recipe
 
 
 class _Entry(NamedTuple):
@@ -91,12 +91,12 @@ def epoch() -> object | None:
 class Copies(NamedTuple):
     """Of several weights: what fprop reads, and for dgrad the transposed copies or amax_t.
 
-    columns: where they were made already, else empty.
+    columns: where they were made already or come with the backward's all-gather, else empty.
     amax_t: what the transposed copies' scales come from, where they are to be made by it.
     """
 
     rows: list[Quantized]
-    columns: list[Quantized]
+    columns: list[Quantized | GatheredWeight]
     amax_t: list[Tensor]
 
 
@@ -113,9 +113,8 @@ def for_products(
     assert recipe.fprop is not None
     rows = recipe.fprop.b
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
-    apart = zip(weights, slots, strict=True)
     if any(gathered(w) for w in weights):
-        return Copies([_rows(w, recipe, slot) for w, slot in apart], [], [])
+        return _with_gathered(weights, rows, columns, slots)
     casts = _active.get()
     pairs = []
     if casts is not None:
@@ -124,11 +123,30 @@ def for_products(
     if known and len(known) == len(weights):
         return Copies([p.rows for p in known], [p.columns for p in known], [])
     if not covers(rows) or not covers(columns):
-        return Copies([_rows(w, recipe, slot) for w, slot in apart], [], [])
+        apart = zip(weights, slots, strict=True)
+        return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
     formats = str(rows), None if columns is None else str(columns)
     lines = present(slot.rows for slot in slots)
     codes, scales, amax_t = call_counting(quantize_rows, [lines], list(weights), *formats)
     return Copies(_joined(codes, scales), [], amax_t if columns is not None else [])
+
+
+def _with_gathered(
+    weights: Sequence[Tensor], rows: Operand, columns: Operand | None, slots: Sequence[Slot]
+) -> Copies:
+    # A checkpoint saves other tensors for the backward than these parameters, which alone have
+    # the codes: the node keeps what has them.
+    copies = Copies([], [], [])
+    for weight, slot in zip(weights, slots, strict=True):
+        found = gathered(weight)
+        if found is None:
+            pair = quantize_pair(weight, rows, columns, slot=slot)
+            copies.rows.append(pair.rows)
+            copies.columns.append(pair.columns)
+        else:
+            copies.rows.append(found.rows())
+            copies.columns.append(found)
+    return copies
 
 
 def for_gradients(
@@ -137,26 +155,18 @@ def for_gradients(
     """The transposed copies, which dgrad reads; `recipe` has one."""
     assert recipe.dgrad is not None
     columns = recipe.dgrad.b
-    if not amax_t:
+    if not amax_t or any(gathered(w) for w in weights):
         apart = zip(weights, slots, strict=True)
-        return [_columns(w, recipe, slot) for w, slot in apart]
+        pairs = [gathered(w) or quantize_pair(w, None, columns, slot=slot) for w, slot in apart]
+        return [p.columns() if isinstance(p, GatheredWeight) else p.columns for p in pairs]
     lines = present(slot.columns for slot in slots)
     matrices = list(weights), str(columns), list(amax_t)
     return _joined(*call_counting(quantize_columns, [lines], *matrices))
 
 
-def _rows(weight: Tensor, recipe: Recipe, slot: Slot) -> Quantized:
-    assert recipe.fprop is not None
-    found = gathered(weight)
-    return found.rows() if found else quantize_pair(weight, recipe.fprop.b, None, slot=slot).rows
-
-
-def _columns(weight: Tensor, recipe: Recipe, slot: Slot) -> Quantized:
-    assert recipe.dgrad is not None
-    found = gathered(weight)
-    if found:
-        return found.columns()
-    return quantize_pair(weight, None, recipe.dgrad.b, slot=slot).columns
+def columns_of(copy: Quantized | GatheredWeight) -> Quantized:
+    """The transposed copy, of one of `Copies.columns`."""
+    return copy.columns() if isinstance(copy, GatheredWeight) else copy
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:

@@ -51,10 +51,10 @@ def shard(model: nn.Module, policy: MixedPrecisionPolicy = BF16, **options: Any)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def batch(dtype: torch.dtype = torch.bfloat16, num_tokens: int = 6) -> Tensor:
+def batch(num_tokens: int = 6) -> Tensor:
     """This rank's part of a batch of 12, which 2, 3 and 4 ranks can share."""
     whole = tokens(batch=12, num_tokens=num_tokens)
-    return whole.chunk(dist.get_world_size())[dist.get_rank()].to(dtype)
+    return whole.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def backward(model: nn.Module, x: Tensor | None = None) -> Tensor:
