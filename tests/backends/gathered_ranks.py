@@ -24,17 +24,20 @@ from tests.backends.toys import stack, tokens
 BF16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def spawn(worker: Callable[..., None], folder: Path, world_size: int) -> None:
-    """Run `worker(rank, world_size)` in as many processes."""
-    mp.spawn(_start, args=(worker, str(folder), world_size), nprocs=world_size)
+def spawn(folder: Path, world_size: int, *workers: Callable[[int], None]) -> None:
+    """Run each `worker(world_size)` in as many processes, one after another."""
+    mp.spawn(_start, args=(workers, str(folder), world_size), nprocs=world_size)
 
 
-def _start(rank: int, worker: Callable[..., None], folder: str, world_size: int) -> None:
+def _start(
+    rank: int, workers: tuple[Callable[[int], None], ...], folder: str, world_size: int
+) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
-        worker(rank, world_size)
+        for worker in workers:
+            worker(world_size)
     finally:
         dist.destroy_process_group()
 
@@ -101,16 +104,16 @@ def num_gathered(model: nn.Module) -> int:
     return fxopt.report(model).count("fp8_all_gather")
 
 
-def assert_bit_equal(script: Script, **settings: Any) -> nn.Module:
-    """Run `script` on models that gather one and the other; return the one that gathers codes."""
-    _, expected = trained("model", script, **settings)
+def assert_bit_equal(script: Script, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """Run `script` on models that gather codes and weights, and return them."""
+    other, expected = trained("model", script, **settings)
     model, found = trained("fp8", script, **settings)
     assert num_gathered(model), fxopt.report(model)
     assert len(found) == len(expected)
     different = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not a.equal(b)]
     assert not different, f"of {len(found)} results {different} differ"
     assert all(t.isfinite().all() for t in found)
-    return model
+    return model, other
 
 
 class Collectives(TorchDispatchMode):

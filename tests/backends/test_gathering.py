@@ -41,11 +41,11 @@ FP32 = MixedPrecisionPolicy()
 NUM_LINEARS = 12  # of two blocks
 
 
-def half_the_bytes(rank: int, world_size: int) -> None:
+def half_the_bytes(world_size: int) -> None:
+    make, num_linears = (stack, NUM_LINEARS) if world_size == 2 else (narrow, 4)
     for recipe in ("fp8_tensorwise", "fp8_rowwise"):
-        model = assert_bit_equal(train, recipe=recipe)
-        assert num_gathered(model) == NUM_LINEARS
-        other, _ = trained("model", train, recipe=recipe)
+        model, other = assert_bit_equal(train, recipe=recipe, make=make)
+        assert num_gathered(model) == num_linears
         sizes = [(p.numel(), p.dim() == 2) for p in model.blocks.parameters()]
         weights = sum(size for size, is_weight in sizes if is_weight)
         rest = sum(size for size, is_weight in sizes if not is_weight)
@@ -60,14 +60,12 @@ def half_the_bytes(rank: int, world_size: int) -> None:
 @needs_gloo
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_half_the_bytes_and_one_reduction_a_step(tmp_path: Path, world_size: int) -> None:
-    spawn(half_the_bytes, tmp_path, world_size)
+    spawn(tmp_path, world_size, half_the_bytes)
 
 
-def other_models(rank: int, world_size: int) -> None:
-    # 32 rows over 3 ranks are 11, 11 and 10: the last rank pads.
-    for recipe in ("fp8_tensorwise", "fp8_rowwise_gw_hp"):
-        assert_bit_equal(train, recipe=recipe)
-    # A rank without a row, frozen weights; masters that are gathered as they are.
+def uneven(world_size: int) -> None:
+    # 32 rows over 3 ranks are 11, 11 and 10, and 16 are 6, 6 and 4: the last rank pads.
+    assert_bit_equal(train, recipe="fp8_rowwise_gw_hp", make=narrow)
     assert_bit_equal(train, make=narrow, sharding=in_fp32)
 
 
@@ -93,7 +91,7 @@ def in_fp32(model: nn.Module) -> None:
 
 @needs_gloo
 def test_uneven_shards(tmp_path: Path) -> None:
-    spawn(other_models, tmp_path, 3)
+    spawn(tmp_path, 3, uneven)
 
 
 class Steered(Stack):
@@ -162,21 +160,15 @@ def overlapping(model: nn.Module) -> list[Tensor]:
     return [*losses, *gradients(model), *train(model, num_steps=1)]
 
 
-def in_training(rank: int, world_size: int) -> None:
-    model = assert_bit_equal(a_long_day, make=steered)
+def in_training(world_size: int) -> None:
+    model, _ = assert_bit_equal(a_long_day, make=steered)
     state = model.state_dict()
     assert list(state) == list(steered().state_dict())
     assert all(type(t) is DTensor and t.dtype == torch.float32 for t in state.values())
     assert_bit_equal(overlapping)
     assert_bit_equal(train, sharding=in_one_group)
     assert_bit_equal(train, sharding=kept_after_forward)
-    for recipe in ("fp8_tensorwise", "fp8_rowwise"):
-        assert_bit_equal(train, recipe=recipe, door=fxopt.swap)
-
-
-@needs_gloo
-def test_nothing_that_a_training_loop_does_makes_a_difference(tmp_path: Path) -> None:
-    spawn(in_training, tmp_path, 2)
+    assert_bit_equal(train, recipe="fp8_rowwise", door=fxopt.swap)
 
 
 def micro_batches(model: nn.Module) -> list[Tensor]:
@@ -190,8 +182,8 @@ def micro_batches(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def scopes(rank: int, world_size: int) -> None:
-    model = assert_bit_equal(micro_batches)
+def scopes(world_size: int) -> None:
+    model, _ = assert_bit_equal(micro_batches)
     with counted() as found:
         micro_batches(model)
     assert found.num_reductions == 3 + 2  # of the steps of `train`, and of those in the scope
@@ -208,11 +200,11 @@ def scopes(rank: int, world_size: int) -> None:
 
 
 @needs_gloo
-def test_one_reduction_for_the_micro_batches_of_a_scope(tmp_path: Path) -> None:
-    spawn(scopes, tmp_path, 2)
+def test_nothing_that_a_training_loop_does_makes_a_difference(tmp_path: Path) -> None:
+    spawn(tmp_path, 2, in_training, scopes)
 
 
-def doors(rank: int, world_size: int) -> None:
+def doors(world_size: int) -> None:
     model = fxopt.optimize(stack(), recipe=recipe_of("fp8", "fp8"))
     shard(model)
     own, (declined,) = dict(model.named_parameters()), reasons_of(model)
@@ -260,7 +252,7 @@ def check_refusals(model: nn.Module) -> None:
     model.zero_grad()
 
 
-def declining(rank: int, world_size: int) -> None:
+def declining(world_size: int) -> None:
     """Models of which no weight, or not every weight, can be gathered as codes."""
     for recipe, sharding, why in (
         ("fp8", offloaded, "offloaded to the CPU"),
@@ -295,12 +287,7 @@ def by_columns(model: nn.Module) -> None:
 
 @needs_gloo
 def test_restore_and_refusals(tmp_path: Path) -> None:
-    spawn(doors, tmp_path, 2)
-
-
-@needs_gloo
-def test_what_cannot_be_gathered_as_codes_is_said(tmp_path: Path) -> None:
-    spawn(declining, tmp_path, 2)
+    spawn(tmp_path, 2, doors, declining)
 
 
 def test_compilers_refuse() -> None:
