@@ -104,21 +104,14 @@ class AllGatherInGraph(FxoptError):
 
 @dataclass(eq=False)
 class CannotGather(FxoptError):
-    """None of a model's quantized weights can be gathered as codes.
-
-    reasons: with how many weights each is about.
-    """
+    """None of a model's weights can be gathered as codes."""
 
     recipe: str
-    reasons: Sequence[tuple[str, int]]
+    reasons: str
     template = (
-        "recipe {recipe!r} has all_gather='fp8', but FSDP2 can gather no weight so: {listing}; "
+        "recipe {recipe!r} has all_gather='fp8', but FSDP2 can gather no weight so: {reasons}; "
         "change that, or use all_gather='model'"
     )
-
-    def __str__(self) -> str:
-        listing = "; ".join(f"{reason} ({count} weights)" for reason, count in self.reasons)
-        return self.template.format(**vars(self), listing=listing)
 
 
 @dataclass(eq=False)

@@ -39,7 +39,7 @@ CASES = [
     (recipe_errors.NoStoredRecipe("d/f.json"), ["d/f.json", "does not exist", "save(directory)"]),
     (recipe_errors.AllGatherInGraph("mine"), ["'mine'", "all_gather='fp8'", "fxopt.swap(model)"]),
     (
-        recipe_errors.CannotGather("mine", [("offloaded", 3)]),
+        recipe_errors.CannotGather("mine", "offloaded (3 weights)"),
         ["'mine'", "offloaded (3 weights)", "all_gather='model'"],
     ),
     (recipe_errors.WeightGathered("q", "a hook reads it"), ["'q'", "a hook reads it", "keep"]),

@@ -226,8 +226,7 @@ class SwappedForward:
 
     def weights_read(self) -> dict[str, Read]:
         """How the calls so far read the weights that any of them quantizes, by FQN."""
-        reads = ({m: read} for m, of_linear in self.met.items() for read in of_linear)
-        found = quantized(reads)
+        found = quantized([self.met])
         paths = {m: path for path, m in self.module.named_modules()}
         return {".".join(filter(None, (self.fqn, paths[m], "weight"))): found[m] for m in found}
 

@@ -27,7 +27,8 @@ from fxopt.recipes import Operand, Recipe
 from fxopt.report import Applied, Declined, Report
 
 RULE = "fp8_all_gather"
-NOT_SETTLED = "it is gathered whole until a forward and a backward have run under FSDP2"
+NOT_SETTLED = "gathered whole until a forward and backward have run under FSDP2 on several ranks"
+NONE_QUANTIZED = "no product is quantized, fxopt.report(model) says why"
 OF_ANOTHER_RANK = "another rank reads it otherwise"
 
 
@@ -85,21 +86,24 @@ class Gathering:
                 self.reasons[fqn] = why_not
             elif isinstance(read, Recipe):
                 found[fqn] = read
-        by_group: dict[Any, list[str]] = {}
+        by_group: dict[str, list[str]] = {}
         for fqn, (_, param) in records.items():
-            by_group.setdefault(param.shard_mesh.get_group(), []).append(fqn)
+            by_group.setdefault(param.shard_mesh.get_group().group_name, []).append(fqn)
         with torch.inference_mode(False), torch.no_grad():
-            for group, fqns in by_group.items():
-                agreed = _agreed(group, [fqn in found for fqn in fqns], records[fqns[0]][1].device)
+            for fqns in by_group.values():
+                first = records[fqns[0]][1]
+                group = first.shard_mesh.get_group()
+                agreed = _agreed(group, [fqn in found for fqn in fqns], first.device)
                 names = [fqn for fqn, of_all in zip(fqns, agreed, strict=True) if of_all]
                 shards = [Shard(fqn, *records[fqn], _formats(found[fqn])) for fqn in names]
                 if shards:
                     self.magnitudes.append(Magnitudes(group, shards))
         gathered = {shard.fqn for shard in self._shards()}
         self.reasons |= {fqn: OF_ANOTHER_RANK for fqn in found if fqn not in gathered}
-        if self.reasons and not gathered:
-            reasons = list(Counter(self.reasons.values()).items())
-            raise CannotGather(self.settings.recipe.name, reasons)
+        if not gathered:
+            counted = Counter(self.reasons.values()).items()
+            reasons = "; ".join(f"{why} ({count} weights)" for why, count in counted)
+            raise CannotGather(self.settings.recipe.name, reasons or NONE_QUANTIZED)
 
     def _shards(self) -> Iterator[Shard]:
         for magnitudes in self.magnitudes:
@@ -152,6 +156,7 @@ def _records(model: nn.Module) -> Iterator[tuple[str, tuple[FSDPParamGroup, FSDP
                 owner = param._module_info
                 modules = owner.module, *owner.shared_modules
                 is_sharded = isinstance(param.mesh_info, FSDPMeshInfo)
+                is_sharded = is_sharded and param.shard_mesh.size() > 1
                 if is_sharded and len(param._orig_size) == 2 and owner.module in names:
                     for m, name in zip(
                         modules, (owner.param_name, *owner.shared_param_names), strict=True
@@ -164,8 +169,6 @@ def _why_not(record: tuple[FSDPParamGroup, FSDPParam] | None, recipe: Recipe) ->
     if record is None:
         return "a module around the model shards it, or none"
     group, param = record
-    if param.shard_mesh.size() == 1:
-        return "one rank holds all of it"
     if isinstance(param, Fp8Param):
         return "another door has it gathered as codes already"
     if param._module_info.shared_modules:

@@ -19,7 +19,7 @@ from fxopt.backends.calls import Call, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.unseen import CannotCapture
-from fxopt.backends.weight_reads import Read, parameters_read, quantized
+from fxopt.backends.weight_reads import Read, merged, parameters_read, quantized
 from fxopt.errors import StillRewritten
 from fxopt.kernels.gathered import require_whole
 from fxopt.passes.rule import Rule
@@ -183,8 +183,8 @@ class RewrittenForward:
         return plan.tried[singles]
 
     def _keep(self, bound: Bound, call: Call) -> Bound:
-        for name, read in parameters_read(bound.plan.gm, bound.plan.slots).items():
-            if isinstance(read, str):
+        for name, reads in parameters_read(bound.plan.gm, bound.plan.slots).items():
+            if isinstance(read := merged(reads), str):
                 require_whole([self.module.get_parameter(name)], f"in {self.fqn} {read}")
         self.device = call.device
         earlier = next((b for b in self.bounds if b.plan is bound.plan), None)

@@ -57,10 +57,23 @@ def half_the_bytes(world_size: int) -> None:
             assert found.num_reductions == num_reductions
 
 
+def hybrid(model: nn.Module) -> None:
+    """Two replicas, each of two shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def in_replicas(world_size: int) -> None:
+    if world_size == 4:
+        assert_bit_equal(train, make=narrow, sharding=hybrid)
+
+
 @needs_gloo
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_half_the_bytes_and_one_reduction_a_step(tmp_path: Path, world_size: int) -> None:
-    spawn(tmp_path, world_size, half_the_bytes)
+    spawn(tmp_path, world_size, half_the_bytes, in_replicas)
 
 
 def uneven(world_size: int) -> None:
@@ -208,7 +221,7 @@ def doors(world_size: int) -> None:
     model = fxopt.optimize(stack(), recipe=recipe_of("fp8", "fp8"))
     shard(model)
     own, (declined,) = dict(model.named_parameters()), reasons_of(model)
-    assert "until a forward and a backward" in declined
+    assert "until a forward and backward" in declined
     train(model)
     assert dict(model.named_parameters()) == own and num_gathered(model) == NUM_LINEARS
     copies = gathered_whole(model)
@@ -261,6 +274,8 @@ def declining(world_size: int) -> None:
     ):
         with pytest.raises(CannotGather, match=why):
             trained("fp8", train, recipe=recipe, sharding=sharding)
+    with pytest.raises(CannotGather, match="autocast casts it"):
+        trained("fp8", under_autocast, sharding=in_fp32)
     # What a linear that stays in the model's dtype reads is gathered whole.
     recipe = dataclasses.replace(recipe_of("fp8", "fp8"), keep=("*.attn.to_out",))
     model = stack()
@@ -275,6 +290,11 @@ def declining(world_size: int) -> None:
     model.checkpoints = True
     with pytest.raises(WeightGathered, match="no checkpoint"):
         backward(model)
+
+
+def under_autocast(model: nn.Module) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return train(model)
 
 
 def offloaded(model: nn.Module) -> None:
