@@ -43,8 +43,8 @@ class Reader(Protocol):
 class Gathering:
     """The FP8 all-gather of one door on a model, and a door itself, behind that one.
 
-    Before a model's second forward under FSDP2 it is known who reads which weight, and the ranks
-    agree on those whose codes are gathered from then on.
+    When the model has run under FSDP2 it is known who reads which weight. Before its next forward
+    the ranks agree on those whose codes are gathered from then on.
     """
 
     def __init__(self, model: nn.Module, door: Any) -> None:

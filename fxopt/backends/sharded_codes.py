@@ -19,6 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fxopt.kernels import weight_casts
+from fxopt.kernels.counters import MAGNITUDE
 from fxopt.kernels.gathered import (
     ATTRIBUTE,
     COLUMNS,
@@ -95,7 +96,7 @@ class Shard:
                 amax.narrow(0, first, of_rows.numel()).copy_(of_rows)
             found.append(amax)
         # To round the largest of them is to find the largest of the rounded.
-        return torch.cat(found).to(self.dtype).float().view(torch.int32)
+        return torch.cat(found).to(self.dtype).float().view(torch.int32) & MAGNITUDE
 
     def install(self, own: Tensor, bits: Tensor, of_all: Magnitudes) -> None:
         """Have FSDP2 gather codes from now on; the weight is sharded at this time.

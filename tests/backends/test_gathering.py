@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,9 +213,18 @@ def scopes(world_size: int) -> None:
             backward(model)
 
 
+def not_finite(world_size: int) -> None:
+    """One rank's NaN, of either sign, is every rank's; an Inf does not become the largest code."""
+    for value in (torch.nan, -torch.nan, torch.inf):
+        model, _ = trained("fp8", partial(train, num_steps=2), make=narrow)
+        if dist.get_rank() == 1:
+            model.blocks[0].up.weight.to_local().data[0, 0] = value
+        assert model(batch()).isnan().all()
+
+
 @needs_gloo
 def test_nothing_that_a_training_loop_does_makes_a_difference(tmp_path: Path) -> None:
-    spawn(tmp_path, 2, in_training, scopes)
+    spawn(tmp_path, 2, in_training, scopes, not_finite)
 
 
 def doors(world_size: int) -> None:
