@@ -1,4 +1,6 @@
-"""The mistakes that are made with schedules, and with recipes stored beside checkpoints."""
+"""The mistakes that are made with schedules, with recipes stored beside checkpoints, and with
+weights that are gathered as codes.
+"""
 
 from __future__ import annotations
 
@@ -118,4 +120,39 @@ class NoStoredRecipe(FxoptError):
     template = (
         "{path} does not exist: the checkpoint was saved without its recipe, or is another "
         "directory; if you know the recipe, put it there with its save(directory)"
+    )
+
+
+@dataclass(eq=False)
+class AllGatherInGraph(FxoptError):
+    """A compiler was given a recipe that gathers codes; its graphs read the weights."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has all_gather='fp8', but a compiled graph reads the weights; use "
+        "fxopt.optimize(model) or fxopt.swap(model), or compile with all_gather='model'"
+    )
+
+
+@dataclass(eq=False)
+class CannotGather(FxoptError):
+    """None of a model's weights can be gathered as codes."""
+
+    recipe: str
+    reasons: str
+    template = (
+        "recipe {recipe!r} has all_gather='fp8', but FSDP2 can gather no weight so: {reasons}; "
+        "change that, or use all_gather='model'"
+    )
+
+
+@dataclass(eq=False)
+class WeightGathered(FxoptError):
+    """Something reads a weight of which FSDP2 has gathered codes alone."""
+
+    weight: str
+    reader: str
+    template = (
+        "{weight!r} was gathered as FP8 codes, but {reader}; use all_gather='model', or leave "
+        "this linear out with keep"
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fxopt import roles
+from fxopt import all_gather, roles
 from fxopt import schedule as schedules
 from fxopt.errors import InvalidRecipe, UnknownRecipe
 from fxopt.gemms import (
@@ -60,6 +60,8 @@ class Recipe:
         steps before, so that it is quantized in one pass; 0 for its own. Larger values saturate.
         For blocks "tensor"; `fxopt.at_step` says which step it is.
     margin: powers of two between that magnitude and the format's largest value.
+    all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
+        codes that their products read, with the same results.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -76,6 +78,7 @@ class Recipe:
     overrides: tuple[tuple[str, Recipe], ...] = ()
     history: int = 0
     margin: int = 0
+    all_gather: str = "model"
 
     def __post_init__(self) -> None:
         problems = list(self._misshapen())
@@ -89,6 +92,7 @@ class Recipe:
         problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
         problems += schedules.problems(self.schedule)
         problems += history_problems(self.history, self.margin, self.gemms)
+        problems += all_gather.problems(self)
         problems += [
             f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
             "the forward of a checkpoint runs twice and would draw twice"
@@ -184,7 +188,7 @@ class Recipe:
     def _numerics(self) -> dict[str, Any]:
         """What changes numbers, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"]
+        del data["name"], data["emulate"], data["all_gather"]
         formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -249,7 +253,7 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name and `emulate` change no number, and may differ.
+        Its name, `emulate` and `all_gather` change no number, and may differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

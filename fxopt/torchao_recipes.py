@@ -71,6 +71,7 @@ def _float8(config: Any) -> Recipe:
             "cast_config_grad_output_for_grad_weight",
             "cast_config_input_for_grad_weight",
         ),
+        all_gather="fp8" if config.enable_fsdp_float8_all_gather else "model",
     )
 
 
@@ -114,7 +115,7 @@ _TRANSLATED: Mapping[str, tuple[frozenset[str], Callable[[Any], Recipe]]] = Mapp
                     *(f"cast_config_{name}" for name in (*_CASTS, *_CASTS_ALSO)),
                     *(f"gemm_config_{name}" for name in ("output", "grad_input", "grad_weight")),
                     *("pad_inner_dim", "emulate", "force_recompute_fp8_weight_in_bwd"),
-                    "round_scales_to_power_of_2",
+                    *("round_scales_to_power_of_2", "enable_fsdp_float8_all_gather"),
                 ]
             ),
             _float8,

@@ -41,6 +41,12 @@ CASES = [
         ["d/f.json", "'a'", "'b'", 'profit is "x", not "y"', "fxopt.Recipe.load"],
     ),
     (recipe_errors.NoStoredRecipe("d/f.json"), ["d/f.json", "does not exist", "save(directory)"]),
+    (recipe_errors.AllGatherInGraph("mine"), ["'mine'", "all_gather='fp8'", "fxopt.swap(model)"]),
+    (
+        recipe_errors.CannotGather("mine", "offloaded (3 weights)"),
+        ["'mine'", "offloaded (3 weights)", "all_gather='model'"],
+    ),
+    (recipe_errors.WeightGathered("q", "a hook reads it"), ["'q'", "a hook reads it", "keep"]),
     (errors.LowPrecisionParameter("w", "torch.e5m2"), ["'w'", "torch.e5m2", "bf16"]),
     (errors.KeepMatchesNothing("blok.*", ("blocks.0.q",)), ["'blok.*'", "1 linears", "glob"]),
     (errors.UnknownRule("rmsnorm", ("rms_norm",)), ["rule 'rmsnorm'", "'rms_norm'"]),

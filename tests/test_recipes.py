@@ -206,3 +206,41 @@ def test_lists_are_no_tuples() -> None:
     for keep in (["blocks.*"], "blocks.*", (3,)):
         with pytest.raises(errors.InvalidRecipe, match=r"keep is .*, not a tuple of str"):
             Recipe("mine", keep=keep)
+
+
+@pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"])
+def test_codes_of_scales_per_tensor_and_row_can_be_gathered(name: str, tmp_path: Path) -> None:
+    mine = replace(RECIPES[name], all_gather="fp8", schedule=(Phase("wgrad", 9),))
+    assert Recipe.from_json(mine.to_json()) == mine == find(mine.key)
+    mine.save(tmp_path)
+    replace(mine, all_gather="model").check(tmp_path)  # the numbers are the same
+
+
+LATE = Phase("fprop", 9, formats=gemm("e4m3/row/fp32", "e4m3/row/fp32"))
+
+
+@pytest.mark.parametrize(
+    "name, changes, problem",
+    [
+        ("fp8", {"history": 4}, "magnitudes, not by those of a history"),
+        ("fp8", {"all_gather": "int8"}, "unknown all_gather 'int8'; known: model, fp8"),
+        ("bf16", {}, "no quantized weights to gather"),
+        ("fp8_blockwise", {}, "fprop.b is e4m3/128x128/fp32"),
+        ("mxfp8", {}, "dgrad.b is e4m3/1x32/e8m0"),
+        ("fp8", {"dgrad": None}, "no weight in the model's dtype, and dgrad reads that"),
+        ("fp8", {"schedule": (Phase("dgrad", 9),)}, "and dgrad changes it by step"),
+        ("fp8", {"schedule": (LATE,)}, "and fprop changes it by step"),
+        ("fp8", {"overrides": (("*.q", RECIPES["mxfp8"]),)}, "fprop.b is e4m3/1x32/e8m0"),
+        (
+            "fp8",
+            {"overrides": (("*.q", replace(RECIPES["fp8"], all_gather="fp8")),)},
+            "override '*.q' has an all_gather of its own",
+        ),
+    ],
+)
+def test_what_cannot_be_gathered_as_codes_is_refused(
+    name: str, changes: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(errors.InvalidRecipe) as caught:
+        replace(RECIPES[name], **{"all_gather": "fp8", **changes})
+    assert problem in str(caught.value)

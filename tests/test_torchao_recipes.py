@@ -57,6 +57,12 @@ def test_named_recipes_are_ours(name: str, ours: str) -> None:
     assert replace(from_torchao(torchao(name)), name=ours) == RECIPES[ours]
 
 
+def test_its_all_gather_is_ours() -> None:
+    asked = from_torchao(torchao("tensorwise", enable_fsdp_float8_all_gather=True))
+    assert replace(asked, name="fp8_tensorwise", all_gather="model") == RECIPES["fp8_tensorwise"]
+    assert asked.all_gather == "fp8"
+
+
 def assert_same_numbers(convert: Callable[[nn.Module], nn.Module], ours: str, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16)
@@ -133,9 +139,6 @@ def test_what_is_no_configuration_is_refused(given: object) -> None:
 
 
 REFUSED = {
-    "enable_fsdp_float8_all_gather=True": lambda: torchao(
-        "tensorwise", enable_fsdp_float8_all_gather=True
-    ),
     "kernel_preference=TORCH": lambda: mxfp8(kernel_preference="TORCH"),
     "kernel_preference=TRITON": lambda: mxfp8(kernel_preference="TRITON"),
     "scale_calculation_mode=FLOOR": lambda: mxfp8(scale_calculation_mode="FLOOR"),

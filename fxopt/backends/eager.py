@@ -26,7 +26,9 @@ from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.proof import Verdict, prove
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
+from fxopt.backends.weight_reads import Read, quantized
 from fxopt.errors import StillRewritten
+from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
@@ -138,6 +140,10 @@ class Swaps:
             if forward.module.__dict__.get("forward") is forward:
                 del forward.module.forward
 
+    def weights_read(self) -> dict[str, Read]:
+        """By FQN, how the swapped forwards read the weights that they quantize."""
+        return {fqn: read for f in self.installed for fqn, read in f.weights_read().items()}
+
     def report(self) -> Report:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
@@ -165,6 +171,7 @@ class SwappedForward:
             if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
         self.refusals: dict[str, None] = {}
+        self.met: dict[nn.Module, dict[Read, None]] = {}
         self._forget()
         self.verdict = self._first_verdict()
 
@@ -186,7 +193,7 @@ class SwappedForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> SwappedForward:
         twin = SwappedForward.__new__(SwappedForward)
         memo[id(self)] = twin
-        twin.__dict__ |= self.__dict__ | {"refusals": {}}
+        twin.__dict__ |= self.__dict__ | {"refusals": {}, "met": {}}
         twin.module = copy.deepcopy(self.module, memo)
         twin.own = type(twin.module).forward.__get__(twin.module)
         twin.original = checkpoints.within(twin.own)
@@ -208,12 +215,28 @@ class SwappedForward:
         try:
             why_not = self._why_not(arguments)
             if why_not is None:
-                with quantizing(self.formats, self.theta, self.module):
-                    return self.swap.forward(self.module, **arguments)
+                return self._run_fused(arguments)
         except Unfit as reason:
             why_not = str(reason)
         self.refusals[why_not] = None
+        require_whole(self.module.parameters(), f"{self.fqn} runs its own forward: {why_not}")
         return self.original(*args, **kwargs)
+
+    def _run_fused(self, arguments: Arguments) -> Any:
+        with quantizing(self.formats, self.theta, self.module) as active:
+            out = self.swap.forward(self.module, **arguments)
+        if self.formats.recipe.all_gather != "model":
+            for linear, recipe in active.accepted.items():
+                self.met.setdefault(linear, {})[recipe] = None
+            for linear, why_not in active.refused.items():
+                self.met.setdefault(linear, {})["; ".join(why_not)] = None
+        return out
+
+    def weights_read(self) -> dict[str, Read]:
+        """How the calls so far read the weights that any of them quantizes, by FQN."""
+        found = quantized([self.met])
+        paths = {m: path for path, m in self.module.named_modules()}
+        return {".".join(filter(None, (self.fqn, paths[m], "weight"))): found[m] for m in found}
 
     def _why_not(self, arguments: Arguments) -> str | None:
         """Why this call has to run the module's own forward, or None."""

@@ -14,6 +14,7 @@ from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
 from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
+from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
 from fxopt.recipes import Recipe
@@ -160,6 +161,14 @@ class Optimized:
     def restore(self, model: nn.Module) -> None:
         for block in self.blocks:
             block.uninstall()
+
+    def weights_read(self) -> dict[str, Read]:
+        """By FQN, how the blocks read the weights that they quantize."""
+        return {
+            f"{block.fqn}.{path}".lstrip("."): read
+            for block in self.blocks
+            for path, read in block.weights_read().items()
+        }
 
     def report(self) -> Report:
         applied = [a for b in self.blocks for a in b.applied()]

@@ -13,7 +13,7 @@ from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
-from fxopt.recipe_errors import HistoryInGraph, ScheduleInGraph
+from fxopt.recipe_errors import AllGatherInGraph, HistoryInGraph, ScheduleInGraph
 from fxopt.recipes import Recipe, find
 from fxopt.torchao_recipes import from_torchao
 
@@ -23,8 +23,7 @@ EXECUTIONS = ("eager", "compile")
 def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
     """The recipe of a name, of JSON or of torchao's configuration.
 
-    Raises on a torch that is too old, on names that are not known, on a schedule or a history for a
-    compiler.
+    Raises on a torch that is too old, on names that are not known, on what compilers cannot have.
     """
     check_torch(torch.__version__)
     found = find(recipe if isinstance(recipe, (str, Recipe)) else from_torchao(recipe))
@@ -34,6 +33,8 @@ def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str
         raise ScheduleInGraph(found.name)
     if execution == "compile" and found.is_delayed:
         raise HistoryInGraph(found.name)
+    if execution == "compile" and found.all_gather != "model":
+        raise AllGatherInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:

@@ -18,7 +18,9 @@ from fxopt.backends.calls import Call, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.unseen import CannotCapture
+from fxopt.backends.weight_reads import Read, merged, parameters_read, quantized
 from fxopt.errors import StillRewritten
+from fxopt.kernels.gathered import require_whole
 from fxopt.passes.rule import Rule
 from fxopt.report import Applied, Declined
 
@@ -123,6 +125,7 @@ class RewrittenForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_transformed():
+            require_whole(self.module.parameters(), f"{self.fqn} runs its own forward")
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
 
@@ -134,10 +137,14 @@ class RewrittenForward:
             if not found.watch.hooked():
                 return found.run(call.leaves)
             self.reasons[HOOKED] = None
-        out = self.original(*args, **kwargs)
+        out = self._run_own(args, kwargs)
         if isinstance(found, Refusal):  # not if the call itself is at fault, and has just failed
             self._refuse(found)
         return out
+
+    def _run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        require_whole(self.module.parameters(), f"{self.fqn} runs its own forward")
+        return self.original(*args, **kwargs)
 
     def _bind(self, call: Call) -> Bound | Refusal | None:
         """A graph for this call: one that another block of the class has, or a new capture."""
@@ -184,6 +191,9 @@ class RewrittenForward:
         return plan.tried[singles]
 
     def _keep(self, bound: Bound, call: Call) -> Bound:
+        for name, reads in parameters_read(bound.plan.gm, bound.plan.slots).items():
+            if isinstance(read := merged(reads), str):
+                require_whole([self.module.get_parameter(name)], f"in {self.fqn} {read}")
         self.device = call.device
         earlier = next((b for b in self.bounds if b.plan is bound.plan), None)
         if earlier is not None and earlier.watch.unchanged():
@@ -198,6 +208,11 @@ class RewrittenForward:
             self.captures.refusals.append(refusal)
         self.refused[refusal.kind] = Watch(self.module, refusal.reads)
         self.reasons[refusal.reason] = None
+
+    def weights_read(self) -> dict[str, Read]:
+        """How the graphs so far read the weights that any of them quantizes, by path."""
+        plans = (bound.plan for bound in self.bounds)
+        return quantized(parameters_read(plan.gm, plan.slots) for plan in plans)
 
     def applied(self) -> Iterator[Applied]:
         kind = type(self.module).__name__

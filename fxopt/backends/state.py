@@ -73,7 +73,13 @@ def doors(model: nn.Module) -> list[Any]:
 
 
 def remember(model: nn.Module, door: Door) -> None:
-    model.__dict__.setdefault(ATTRIBUTE, []).append(door)
+    """Keep a door on its model, and behind it the gathering of its weights, if asked for."""
+    opened = model.__dict__.setdefault(ATTRIBUTE, [])
+    opened.append(door)
+    if door.settings.recipe.all_gather != "model":
+        from fxopt.backends.gathering import Gathering  # loads FSDP2
+
+        opened.append(Gathering(model, door))
 
 
 def report(model: nn.Module | None = None) -> Report:
@@ -115,13 +121,15 @@ def restore(model: nn.Module) -> nn.Module:
     opened = doors(model)
     if not opened:
         raise NothingToRestore(type(model).__name__)
-    for door in reversed(list(opened)):
-        close(model, door)
+    while opened:
+        close(model, opened[-1])
     return model
 
 
 def close(model: nn.Module, door: Door) -> None:
-    """Undo one door and forget it."""
+    """Undo one door, and the gathering of its weights, and forget them."""
+    for behind in [d for d in doors(model) if getattr(d, "door", None) is door]:
+        close(model, behind)
     for hook in list(model._forward_hooks.values()):
         if isinstance(hook, StrictOnce) and hook.door is door:
             hook.handle.remove()

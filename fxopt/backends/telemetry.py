@@ -100,7 +100,7 @@ class Telemetry:
             raise NoTelemetry(f"every is {every}", f"give a number of batches, {least} or more")
         if any(a >= b for a, b in pairwise(buckets)):
             raise NoTelemetry(f"buckets are {tuple(buckets)}", "give ascending timesteps")
-        _require_counting(model)
+        _require_counting(model, demotes=rule is not None)
         self.model, self.every, self.buckets = model, every, tuple(buckets)
         matrices = [name for name, p in model.named_parameters() if p.dim() == 2]
         self.indices = {name: i for i, name in enumerate(matrices)}
@@ -254,7 +254,7 @@ def _magnitude(bits: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _require_counting(model: nn.Module) -> None:
+def _require_counting(model: nn.Module, demotes: bool) -> None:
     name, opened = type(model).__name__, state.doors(model)
     if counters.is_recording():
         raise NoTelemetry("another one is on", "leave its `with` first")
@@ -263,3 +263,6 @@ def _require_counting(model: nn.Module) -> None:
     if not any(door.settings.recipe.quantizes for door in opened):
         remedy = 'call fxopt.optimize(model, recipe="fp8") first, and pass the same object'
         raise NoTelemetry(f"no door has quantized {name}", remedy)
+    if demotes and any(door.settings.recipe.all_gather != "model" for door in opened):
+        what = "what demote_above demotes reads weights, of which all_gather='fp8' gathers codes"
+        raise NoTelemetry(what, "leave one of them out")

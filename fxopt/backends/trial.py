@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
 from fxopt.backends.failures import described
+from fxopt.kernels.gathered import values_of
 from fxopt.kernels.in_force import high_precision
 
 # Two roundings of one value differ by eps; a block chains a few dozen. Sums over tokens cancel in
@@ -105,7 +106,7 @@ def _run(
     module: nn.Module, forward: Callable[..., Any], call: Call, trainable: Sequence[bool]
 ) -> _Results:
     parameters = {
-        n: p.detach().requires_grad_(p.requires_grad) for n, p in module.named_parameters()
+        n: values_of(p).requires_grad_(p.requires_grad) for n, p in module.named_parameters()
     }
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     inputs = [

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxopt.kernels.counters import without_demoted
+from fxopt.kernels.gathered import require_formats
 from fxopt.recipe_errors import HistoryInGraph, ScheduleInGraph, StepChanged, StepNotTold
 from fxopt.recipes import Recipe, find
 from fxopt.schedule import current_step
@@ -52,7 +53,7 @@ def decide(recipe: str, weights: Sequence[Tensor]) -> Decision | None:
     """What holds now for a node with these weights; None where no GEMM is quantized.
 
     Raises:
-        StepNotTold, ScheduleInGraph, HistoryInGraph: see there.
+        StepNotTold, ScheduleInGraph, HistoryInGraph, WeightGathered: see there.
     """
     if _off.get():
         return None
@@ -65,6 +66,7 @@ def decide(recipe: str, weights: Sequence[Tensor]) -> Decision | None:
             raise StepNotTold(found.name, "a schedule" if found.schedule else "a history")
         found = _at(recipe, step)
     found = without_demoted(found, weights)
+    require_formats(weights, found)
     return Decision(found, step, torch.is_grad_enabled()) if found.gemms else None
 
 

@@ -149,7 +149,7 @@ def gradients(
     factors: Sequence[Tensor | Quantized] = used
     if recipe.dgrad is not None and needs_x:
         if ctx.columns:
-            factors = [ctx.columns[i] for i in present]
+            factors = [weight_casts.columns_of(ctx.columns[i]) for i in present]
         else:
             found = [amax[i] for i in present] if amax else []
             slots = [ctx.slots.weights[i] for i in present]

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.counters import Slot, lists, present
 from fxopt.kernels.formats import Quantized
+from fxopt.kernels.gathered import GatheredWeight, gathered
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import call_counting
-from fxopt.recipes import Recipe
+from fxopt.recipes import Operand, Recipe
 
 
 class _Entry(NamedTuple):
@@ -33,10 +34,12 @@ class WeightCasts:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str, str], _Entry] = {}
+        self.epoch = object()  # another one after each step of an optimizer
 
     def forget(self, *_: object) -> None:
         """Cast again what comes: an optimizer has stepped, and wrote as it likes."""
         self._entries.clear()
+        self.epoch = object()
 
     def of(self, weight: Tensor, recipe: Recipe, slot: Slot) -> Pair | None:
         """The copies of `weight`, cast again if it was written; None where nothing may be kept."""
@@ -81,15 +84,21 @@ def cast_weights_once() -> Iterator[None]:
         _active.reset(token)
 
 
+def epoch() -> object | None:
+    """The same while `cast_weights_once` takes the weights for unchanged; None outside of it."""
+    casts = _active.get()
+    return None if casts is None else casts.epoch
+
+
 class Copies(NamedTuple):
     """Of several weights: what fprop reads, and for dgrad the transposed copies or amax_t.
 
-    columns: where they were made already, else empty.
+    columns: where they were made already or come with the backward's all-gather, else empty.
     amax_t: what the transposed copies' scales come from, where they are to be made by it.
     """
 
     rows: list[Quantized]
-    columns: list[Quantized]
+    columns: list[Quantized | GatheredWeight]
     amax_t: list[Tensor]
 
 
@@ -106,6 +115,8 @@ def for_products(
     assert recipe.fprop is not None
     rows = recipe.fprop.b
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
+    if any(gathered(w) for w in weights):
+        return _with_gathered(weights, rows, columns, slots)
     casts = _active.get()
     pairs = []
     if casts is not None:
@@ -123,18 +134,42 @@ def for_products(
     return Copies(_joined(codes, scales), [], (known or amax_t) if columns is not None else [])
 
 
+def _with_gathered(
+    weights: Sequence[Tensor], rows: Operand, columns: Operand | None, slots: Sequence[Slot]
+) -> Copies:
+    # A checkpoint saves other tensors for the backward than these parameters, which alone have
+    # the codes: the node keeps what has them.
+    copies = Copies([], [], [])
+    for weight, slot in zip(weights, slots, strict=True):
+        found = gathered(weight)
+        if found is None:
+            pair = quantize_pair(weight, rows, columns, slot=slot)
+            copies.rows.append(pair.rows)
+            copies.columns.append(pair.columns)
+        else:
+            copies.rows.append(found.rows())
+            copies.columns.append(found)
+    return copies
+
+
 def for_gradients(
     weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe, slots: Sequence[Slot]
 ) -> list[Quantized]:
     """The transposed copies, which dgrad reads; `recipe` has one."""
     assert recipe.dgrad is not None
     columns = recipe.dgrad.b
-    if not amax_t:
+    if not amax_t or any(gathered(w) for w in weights):
         apart = zip(weights, slots, strict=True)
-        return [quantize_pair(w, None, columns, slot=slot).columns for w, slot in apart]
+        pairs = [gathered(w) or quantize_pair(w, None, columns, slot=slot) for w, slot in apart]
+        return [p.columns() if isinstance(p, GatheredWeight) else p.columns for p in pairs]
     lines = present(slot.columns for slot in slots)
     matrices = list(weights), str(columns), list(amax_t)
     return _joined(*call_counting(quantize_columns, [lines], *matrices))
+
+
+def columns_of(copy: Quantized | GatheredWeight) -> Quantized:
+    """The transposed copy, of one of `Copies.columns`."""
+    return copy.columns() if isinstance(copy, GatheredWeight) else copy
 
 
 def _joined(codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Quantized]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ import fxopt
 from fxopt.backends.demotion import Demotions, Hysteresis, shares
 from fxopt.errors import NoTelemetry
 from fxopt.kernels.counters import FIELDS
+from fxopt.recipes import RECIPES
 from tests.backends.test_telemetry import WGRAD, Loss, inputs, loss, opened, spiked
+from tests.backends.toys import stack
 from tests.numerics import relative_l2
 
 PROJ_OUT = "single_transformer_blocks.1.proj_out"
@@ -73,3 +77,11 @@ def test_bounds_that_make_no_sense() -> None:
     ):
         with pytest.raises(NoTelemetry, match=words), fxopt.telemetry(model, **settings):
             pass
+
+
+def test_what_is_gathered_as_codes_is_not_demoted() -> None:
+    model = fxopt.optimize(stack(), recipe=replace(RECIPES["fp8"], all_gather="fp8"))
+    with pytest.raises(NoTelemetry, match="all_gather"), fxopt.telemetry(model, demote_above=0.5):
+        pass
+    with fxopt.telemetry(model):
+        pass

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt import cost
+from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.scaled_matmul import MULTIPLE
 from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
@@ -40,12 +41,14 @@ class Quantizing:
 
     theta: the bound of `cost.fp8_pays` that a linear has to meet; None for any linear.
     exceptions: linears that run under another recipe, or under none.
-    refused: why the linears met so far stay in the model's dtype.
+    accepted: by which recipes the linears met so far run.
+    refused: why the others stay in the model's dtype.
     """
 
     recipe: Recipe
     theta: float | None
     exceptions: dict[nn.Module, Recipe | None] = field(default_factory=dict)
+    accepted: dict[nn.Module, Recipe] = field(default_factory=dict)
     refused: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -93,9 +96,13 @@ def quantizes(x: Tensor, linear: nn.Module, *, is_swapped: bool = False) -> Reci
     if active is None or not isinstance(linear, nn.Linear):
         return None
     reasons = tuple(_reasons(active, x, linear, is_swapped))
-    if reasons:
+    recipe = None if reasons else active.exceptions.get(linear, active.recipe)
+    if recipe is None:
+        require_whole([linear.weight], "; ".join(reasons))
         active.refused[linear] = reasons
-    return None if reasons else active.exceptions.get(linear, active.recipe)
+    else:
+        active.accepted[linear] = recipe
+    return recipe
 
 
 def reason(linear: nn.Module) -> str:
