@@ -237,7 +237,8 @@ def test_kernels_that_count_compile_to_integer_atomics() -> None:
 
 def compile_kernels() -> None:
     """Compile the kernels that cast as for a GPU and look at their atomics."""
-    from bench.launches import Case, randn
+    from bench.calls import randn
+    from bench.launches import Case
     from bench.static import compiled, resources
 
     name, norm = "e4m3/row/pow2", ("layer", 1e-6, 0.0, 1.0, torch.bfloat16)

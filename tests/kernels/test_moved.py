@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.launches import CASES, norm_modulate
+from bench.calls import norm_modulate
+from bench.launches import CASES
 from tests.kernels.moved import launches
 
 # Odd numbers of rows. 8 heads: their rotary tables are a quarter of x.

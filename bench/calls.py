@@ -1,0 +1,274 @@
+"""How the blocks of the presets call each op: its Triton provider, forward and backward.
+
+Inputs are random numbers on the device in force; under `torch.device("meta")` only launches happen.
+
+Shapes: B batch, S tokens, D features (the width of a case), H heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BF16, FP32 = torch.bfloat16, torch.float32
+EPS = 1e-6
+HEAD_DIM = 128
+NUM_TEXT = 5  # tokens of a first section; odd, as a row count must not matter
+NUM_OUT = 128  # rows of a weight; few, as the tests interpret the kernels
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def norm_modulate(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    operands: str,
+    norm: str = "layer",
+    dtype: torch.dtype = BF16,
+    per_token: str = "",
+    num_streams: int = 1,
+) -> None:
+    """`operands` are the names of those that are there; gate, scale and shift are in `dtype`.
+
+    Every stream has a token more than the one before it.
+    """
+    from fxopt.kernels import triton_norm_modulate as provider
+    from fxopt.kernels.norm_modulate import asked
+
+    def operand(name: str, num_tokens: int) -> Tensor | None:
+        if name not in operands.split():
+            return None
+        if name in ("weight", "bias", "x_bias"):
+            return randn(width)
+        if name == "residual":
+            return randn(batch, num_tokens, width)
+        rows = num_tokens if name in per_token.split() else 1
+        return randn(batch, rows, width, dtype=dtype)
+
+    names = ("residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
+    forwards, backwards = [], []
+    for num in range(num_tokens, num_tokens + num_streams):
+        x, residual, *affine = randn(batch, num, width), *(operand(name, num) for name in names)
+        forwards.append((x, residual, *affine, norm, EPS, 0.0, 1.0, BF16, BF16))
+    for call, (_, h, mean, rstd) in zip(forwards, provider.forward_of(forwards), strict=True):
+        x, residual, *affine = call[:8]
+        grad_y = torch.randn_like(x) if norm != "none" else None
+        grad_h = None if residual is None else torch.randn_like(x)
+        needs = asked([t is not None for t in call[:8]], call[6], x)
+        saved = x if residual is None else h, x, *affine, mean, rstd
+        constants = norm, 0.0, 1.0, BF16, needs, norm != "none"
+        backwards.append((grad_y, grad_h, *saved, *constants))
+    provider.backward_of(backwards)
+
+
+def norm_modulate_segments(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    operands: str,
+    norm: str = "layer",
+    per_token: bool = False,
+) -> None:
+    """`operands` as for `norm_modulate`; gate, scale and shift have two rows, for a condition.
+
+    Args:
+        per_token: whether shift differs per token and is not looked up.
+    """
+    from fxopt.kernels import triton_norm_modulate_segments as provider
+
+    shapes = {
+        "residual": (batch, num_tokens, width),
+        **dict.fromkeys(("gate", "scale", "shift"), (batch, 2, width)),
+        **({"shift": (batch, num_tokens, width)} if per_token else {}),
+        **dict.fromkeys(("weight", "bias", "x_bias"), (width,)),
+    }
+    names = ("residual", "gate", "weight", "bias", "scale", "shift", "x_bias")
+    x = randn(batch, num_tokens, width)
+    tensors = [x, *(randn(*shapes[n]) if n in operands.split() else None for n in names)]
+    index = randn(batch, num_tokens) > 0
+    _, h, mean, rstd = provider.forward(*tensors, index, per_token, norm, EPS, 0.0, 1.0, BF16, BF16)
+    saved = (h if "residual" in operands else x, x, *tensors[2:], index, per_token, mean, rstd)
+    grad_y = torch.randn_like(x) if norm != "none" else None
+    grad_h = torch.randn_like(x) if "residual" in operands else None
+    needs = [t is not None for t in tensors]
+    needs[6] &= not per_token
+    provider.backward(grad_y, grad_h, *saved, norm, 0.0, 1.0, BF16, needs, norm != "none")
+
+
+def qk_norm_rope(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    norm: str = "rms",
+    rotation: str = "interleaved",
+    tables: str = "channels",
+    rotary_dim: int = HEAD_DIM,
+    across_heads: bool = False,
+    joint: bool = False,
+    biased: bool = False,
+    merged: bool = False,
+) -> None:
+    """Queries and keys of width / HEAD_DIM heads.
+
+    Args:
+        tables: as the op takes them; "pairs" are the two parts of [S, d/2] complex numbers.
+        rotary_dim: how many channels of a head are rotated.
+        joint: a section of text and one of image for each.
+        biased: x_bias is there.
+        merged: x is a view of one projection to q, k and v.
+    """
+    from fxopt.kernels import triton_qk_norm_rope as provider
+
+    num_heads = width // HEAD_DIM
+    lengths = [NUM_TEXT, num_tokens] if joint else [num_tokens]
+
+    def make_x(length: int) -> Tensor:
+        if merged:
+            return randn(batch, length, 3, num_heads, HEAD_DIM)[:, :, 1]
+        return randn(batch, length, num_heads, HEAD_DIM)
+
+    def make_tables(length: int) -> tuple[Tensor | None, ...]:
+        if rotation == "none":
+            return None, None
+        if tables == "matrices":
+            columns = randn(1, length, 1, rotary_dim // 2, 2, 2, dtype=FP32).unbind(-1)
+            return tuple(column.flatten(-2) for column in columns)
+        if tables == "pairs":
+            return randn(1, length, 1, rotary_dim // 2, 2, dtype=FP32).unbind(-1)
+        cos_sin = randn(2, 1, length, 1, rotary_dim, dtype=FP32)
+        return cos_sin.unbind(0)
+
+    x = [make_x(length) for _ in range(2) for length in lengths]
+    num_sections = len(x)
+    size = width if across_heads else HEAD_DIM
+    x_bias = [randn(width) if biased else None for _ in x]
+    weight = [randn(size) if norm != "none" else None for _ in x]
+    cos, sin = zip(*[make_tables(length) for length in lengths] * 2, strict=True)
+    fields = (x, x_bias, weight, [None] * num_sections, cos, sin)
+    settings = (
+        *([len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads),
+        *(rotation, tables, BF16),
+    )  # fmt: skip
+    *outs, mean, rstd = provider.forward(*fields, *settings)
+    needs = [t is not None for field in fields[:4] for t in field]
+    grads = [randn(*out.shape) for out in outs]
+    provider.backward(grads, *fields, mean, rstd, *settings, needs)
+
+
+def gated_activation(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    activation: str,
+    form: str = "none",
+    biased: bool = False,
+) -> None:
+    """`form`: "none", "up" for a second tensor, a packing, or "streams" for two calls in one."""
+    from fxopt.kernels.gated_activation import triton_backward_of, triton_forward_of
+
+    is_packed = form == "gate_up"
+    calls, grads = [], []
+    for num in (num_tokens, num_tokens + 1) if form == "streams" else (num_tokens,):
+        gate = randn(batch, num, 2 * width if is_packed else width)
+        up = randn(batch, num, width) if form == "up" else None
+        calls.append((gate, up, activation, "gate_up" if is_packed else "none"))
+        grads.append(randn(batch, num, width))
+    bias = randn(calls[0][0].shape[-1]) if biased else None
+    triton_forward_of([(*call, bias) for call in calls])
+    triton_backward_of(
+        [(grad, *call, True, bias, biased) for grad, call in zip(grads, calls, strict=True)]
+    )
+
+
+def known_and_seen() -> tuple[Tensor, Tensor]:
+    return torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+
+def quantize(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    rows: str | None,
+    columns: str | None,
+    is_delayed: bool = False,
+) -> None:
+    """Both copies; with delayed scaling of a gradient, the bias's as well."""
+    from fxopt.kernels import quantize as provider
+
+    line = known_and_seen() if is_delayed else (None, None)
+    x = randn(batch, num_tokens, width)
+    provider.triton(x, rows, columns, None, is_delayed, None, None, *line)
+
+
+def quantize_group(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    name: str,
+    num_weights: int = 0,
+    is_delayed: bool = False,
+) -> None:
+    """Both copies of weights, or of an activation if there are none."""
+    from fxopt.kernels import quantize_group as provider
+
+    xs = [randn(NUM_OUT, width) for _ in range(num_weights)] or [randn(batch, num_tokens, width)]
+    if is_delayed:
+        known, seen = zip(*(known_and_seen() for _ in xs), strict=True)
+        provider.triton_rows(xs, name, None, None, list(known), list(seen))
+        amax_t = list(known)
+    else:
+        *_, amax_t = provider.triton_rows(xs, name, name)
+    provider.triton_columns(xs, name, amax_t)
+
+
+def quantized_producers(
+    batch: int,
+    num_tokens: int,
+    width: int,
+    name: str,
+    is_joined: bool = False,
+    is_delayed: bool = False,
+) -> None:
+    """A modulated norm and a gated activation that write codes quantized as `name` says.
+
+    Args:
+        is_joined: the norm has a gated residual, and the activation a tensor beside it.
+    """
+    from fxopt.kernels import quantized_producers as provider
+
+    x, gate, up = (randn(batch, num_tokens, width) for _ in range(3))
+    gated = (randn(batch, num_tokens, width), randn(batch, 1, width))
+    residual = gated if is_joined else (None, None)
+    operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
+    constants = ("layer", EPS, 0.0, 1.0, BF16)
+    given = x, *residual, *operands, None, *constants, BF16
+    known, seen = known_and_seen()
+    formats = (name, None, None, known, seen) if is_delayed else (name, name)
+    _, _, amax_t, h, mean, rstd = provider.triton_norm(*given, *formats)
+    amax_t = known if is_delayed else amax_t
+    saved = h if is_joined else x, *operands, mean, rstd
+    provider.triton_norm_columns(*saved, *constants[:4], BF16, name, amax_t)
+    arguments = gate, up, x if is_joined else None, "silu", "none"
+    *_, amax_t = provider.triton_activation(*arguments, *formats)
+    amax_t = known if is_delayed else amax_t
+    grad = randn(batch, num_tokens, 2 * width if is_joined else width)[..., -width:]
+    provider.triton_activation_backward(grad, *arguments, name, amax_t)
+
+
+def sum_parts(batch: int, num_tokens: int, width: int) -> None:
+    from fxopt.kernels import sum_parts as provider
+
+    provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
+
+
+def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
+    """The softmax of `width` logits per token; their product is no kernel of fxopt's."""
+    from fxopt.kernels.triton_linear_cross_entropy import softmax
+
+    logits = randn(batch * num_tokens, width)
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    losses = randn(len(logits), dtype=FP32)
+    softmax(logits, target, randn(dtype=FP32), -100, losses, True)
