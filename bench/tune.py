@@ -4,12 +4,12 @@ Off-line, on a CUDA device, caches cold. For each kernel and number of features 
 each candidate of SPACES runs all ops that launch the kernel, at all row counts: it is checked, then
 timed in turn with what `fxopt/kernels/triton_tables.py` says today. Of those that are never wrong
 or slower, the one that gains most, by the geometric mean of its speedups, is printed as the row to
-put in front of the kernel's table, if it gains more than a margin. No file of fxopt is written.
+put in front of the kernel's table, on standard error, if it gains more than a margin. No file of
+fxopt is written.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -23,11 +23,9 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench import rows
-from bench.contest import NO_GPU, Contest, gpu, selected
+from bench.contest import Contest, run
 from bench.kernels import LARGEST_EXACT, PLAN, SHAPES, passes
 from bench.ops import OPS, Op, Shape
-from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.protocol import Step
 from fxopt.diagnose.verdict import MARGIN, Label, label
 from fxopt.kernels import triton_tables
@@ -172,29 +170,21 @@ def tuned(
     )
 
 
+def search(contest: Contest, kernel: str, features: int) -> None:
+    """Print the row for this kernel and number of features."""
+    print(f"{len(candidates(kernel))} candidates", file=sys.stderr)
+    ops = [op for op in OPS if op.name.startswith(f"{kernel.split()[0]}:")]
+    shapes = [shape for shape in SHAPES if shape.features == features]
+    row = tuned(contest, kernel, ops, shapes) or "as it is"
+    print(f'"{kernel}", D={features}: {row}', file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    rows.add_arguments(parser)
-    parser.add_argument(
-        "--only", nargs="+", default=(), metavar="PART", help="kernels with all these in their name"
-    )
-    parser.add_argument("--features", type=int, nargs="+", choices=FEATURES, default=FEATURES)
-    args = parser.parse_args(argv)
-    names = selected(SPACES, args.only)
-    cuda = gpu()
-    if cuda is None:
-        return NO_GPU
-    contest = Contest(TorchDevice(cuda), PLAN)
-    found = []
-    for kernel, features in itertools.product(names, args.features):
-        print(f"{kernel}, D={features}: {len(candidates(kernel))} candidates", file=sys.stderr)
-        ops = [op for op in OPS if op.name.startswith(f"{kernel.split()[0]}:")]
-        shapes = [shape for shape in SHAPES if shape.features == features]
-        row = tuned(contest, kernel, ops, shapes) or "as it is"
-        found.append(f'"{kernel}", D={features}: {row}')
-    code = rows.publish(args, contest.found, cuda, contest.samples)
-    print("\n".join(found), file=sys.stderr if args.json == "-" else sys.stdout)
-    return code
+    cases = {
+        f"{kernel}, D={features}": functools.partial(search, kernel=kernel, features=features)
+        for kernel, features in itertools.product(SPACES, FEATURES)
+    }
+    return run("tune", __doc__, cases, PLAN, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -255,6 +256,10 @@ class StrictRule(FxoptError):
         misses = [d for d in self.declined if d.rule == self.rule]
         if not misses:
             why = "no operation in the captured blocks starts this pattern; take it out of `strict`"
+            kept = [d for d in self.declined if d.rule in ("capture", "swap")]
+            for reasons, like in itertools.groupby(kept, key=lambda d: d.reasons):
+                blocks = ", ".join(d.fqn for d in like)
+                why += f"\n  - as they are run {blocks}: {'; '.join(reasons)}"
             return self.template.format(rule=self.rule, why=why)
         miss = min(misses, key=lambda d: len(d.reasons))
         lines = [

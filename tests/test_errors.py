@@ -1,5 +1,6 @@
 """Every mistake names the value, the limit and the remedy, and survives pickling."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -75,6 +76,10 @@ CASES = [
     (measuring.CannotWrite("c.json", "No space left"), ["c.json", "No space left", "--out"]),
     (errors.StrictRule("attention", (FAR, MISS)), ["'attention'", "model.py:7", "dim is -2", "x"]),
     (errors.StrictRule("rms_norm", (MISS,)), ["'rms_norm'", "no operation"]),
+    (
+        errors.StrictRule("rms_norm", (dataclasses.replace(MISS, rule="capture"),)),
+        ["'rms_norm'", "run blocks.0: dim is -2"],
+    ),
 ]
 
 

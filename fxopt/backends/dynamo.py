@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxopt.backends import inductor, precision
 from fxopt.backends import options as shared
 from fxopt.backends.failures import described, internal
-from fxopt.errors import UnknownOption
+from fxopt.errors import FxoptError, UnknownOption
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.inline import inline_native
@@ -86,7 +86,9 @@ def rewritten_graph(
     try:
         graph = retrace(gm, example_inputs)
         write_out(graph, Autocast.current(device.type))
-    except Exception as error:
+    except FxoptError:  # what the user is to hear
+        raise
+    except Exception as error:  # whatever the graph's own code raises when it runs on fakes
         return declined(described(error))
     try:
         canonicalize(graph)
@@ -102,7 +104,9 @@ def rewritten_graph(
             return declined(f"{sorted(trained)[0]} requires a gradient that the op lacks")
         if outcome.applied:
             inline_native(graph)
-    except Exception as error:
+    except FxoptError:
+        raise
+    except Exception as error:  # a rule's mistake: the graph that came is still right
         return declined(internal(error))
     return (graph if outcome.applied else gm), _report(outcome, recipe, device)
 

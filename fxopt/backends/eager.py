@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import checkpoints, options, precision, state
 from fxopt.backends.blocks import find_blocks
+from fxopt.backends.failures import described
 from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
@@ -28,7 +29,7 @@ from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.errors import StillRewritten
 from fxopt.kernels.registration import provider
 from fxopt.passes.autocast import Autocast
-from fxopt.passes.rules import CATALOGUE, quantized_linear
+from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
 from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 
@@ -104,6 +105,7 @@ class Swaps:
         if any(f.module is block for f in found):
             return
         fired = {rule for f in found for rule, _ in f.verdict.fired}
+        fired.add(linear_cross_entropy.RULE.name)  # lies in no block
         for rule in (r.name for r in options.rules_for(self.recipe) if r.name not in fired):
             reason = OUT_OF_REACH.format(type(block).__name__)
             self.declined.append(declined(rule, fqn, block, (reason,), REMEDY))
@@ -173,7 +175,7 @@ class SwappedForward:
         try:
             return self._verdict(next(self.swap.examples(self.module, Draw(self.module))))
         except Exception as error:  # of a class that is known, but not of its structure
-            return Verdict(f"it is not built as expected: {error}")
+            return Verdict(f"it is not built as expected: {described(error)}")
 
     def _forget(self) -> None:
         self.admitted: dict[Any, str | None] = {}

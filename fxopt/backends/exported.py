@@ -59,21 +59,23 @@ def optimize(
         door.settings.require(settings)
     if example_inputs is not None:
         options.check_inputs(model, example_inputs)
-    if not opened:
+    is_new = not opened
+    if is_new:
         opens: type[Optimized | CompiledBlocks]
         opens = CompiledBlocks if execution == "compile" else Optimized
         opened = [opens(settings, precision.outside(chosen, model, blocks))]
         state.remember(model, opened[0])
     (door,) = opened
-    if strict:
-        state.StrictOnce(model, door, strict)
+    check = state.StrictOnce(model, door, strict, closes=is_new) if strict else None
     if example_inputs is not None:
         try:
             # An example is of no step, and its result is not looked at.
             with high_precision() if chosen.is_scheduled else nullcontext():
                 _run(model, example_inputs)
         except BaseException:
-            if door in state.doors(model):
+            if check is not None:
+                check.handle.remove()
+            if is_new and door in state.doors(model):
                 state.close(model, door)
             raise
     return model

@@ -59,7 +59,7 @@ def export_forward(
     except CannotCapture as reason:
         reads.undo()
         raise CannotCapture(str(reason), reads) from reason
-    except Exception as error:
+    except Exception as error:  # whatever torch.export or the module's own code raises
         reads.undo()
         raise CannotCapture(f"torch.export: {described(error)}", reads) from error
     return program, reads, asked.grad_mode

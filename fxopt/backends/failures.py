@@ -34,5 +34,5 @@ def giving_up(reads: Reads) -> Iterator[None]:
         raise CannotCapture(str(reason), reads) from reason
     except FxoptError:  # what the user is to hear
         raise
-    except Exception as error:
+    except Exception as error:  # a mistake in a pass or a rule: the module's own forward is right
         raise CannotCapture(internal(error), reads) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,20 +59,20 @@ class Bound:
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.plan, self.watch = plan, Watch(module, plan.reads)
-        # Sizes that were tried, or are like those that were; the latest last.
-        self.admitted: OrderedDict[tuple[torch.Size, ...], bool] = OrderedDict()
+        # Sizes that were tried, or are like those that were; the latest last. Calls only look here,
+        # as blocks are called from several threads.
+        self.admitted: dict[tuple[torch.Size, ...], None] = {}
         self.sources = state_sources(module, plan.slots)
 
     def takes(self, call: Call) -> bool:
-        if not self.admitted.pop(call.shapes, False):
-            return False
-        self.admit(call)
-        return self.plan.accepts(call) and self.watch.unchanged()
+        known = call.shapes in self.admitted
+        return known and self.plan.accepts(call) and self.watch.unchanged()
 
     def admit(self, call: Call) -> None:
-        self.admitted[call.shapes] = True
+        """Under the lock of captures."""
+        self.admitted[call.shapes] = None
         if len(self.admitted) > MAX_SHAPES:
-            self.admitted.popitem(last=False)
+            del self.admitted[next(iter(self.admitted))]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(pytree.tree_leaves((args, kwargs)))

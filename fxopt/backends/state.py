@@ -132,13 +132,15 @@ def close(model: nn.Module, door: Door) -> None:
 
 
 class StrictOnce:
-    """A forward hook that raises StrictRule, and closes the door, if a rule has not fired yet.
+    """A forward hook that raises StrictRule if a rule has not fired yet.
+
+    closes: whether it then closes the door, as the call that asks has opened it.
 
     It is an object, and no closure, so that a copy of the model checks its own door.
     """
 
-    def __init__(self, model: nn.Module, door: Door, strict: Sequence[str]) -> None:
-        self.door, self.strict = door, strict
+    def __init__(self, model: nn.Module, door: Door, strict: Sequence[str], closes: bool) -> None:
+        self.door, self.strict, self.closes = door, strict, closes
         self.handle = model.register_forward_hook(self)
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
@@ -146,7 +148,8 @@ class StrictOnce:
         try:
             require_fired(self.door, self.strict)
         except StrictRule:
-            close(model, self.door)
+            if self.closes:
+                close(model, self.door)
             raise
 
 
@@ -155,7 +158,7 @@ def require_fired(door: Door, strict: Sequence[str]) -> None:
     report = door.report()
     for rule in strict:
         if not report.count(rule):
-            raise StrictRule(rule, [d for d in report.declined if d.rule == rule])
+            raise StrictRule(rule, report.declined)
 
 
 def with_fqn(report: Report, prefix: str, block_class: str) -> Report:

@@ -31,6 +31,7 @@ from fxopt.kernels.registration import (
     register,
     register_composite,
 )
+from fxopt.kernels.sharding import Arguments, Rule, each, is_absent, row
 
 REDUCTIONS = ("mean", "sum")
 # Tokens of a chunk. Adding its part of dweight moves 10 bytes per element of the weight, its
@@ -122,7 +123,7 @@ def by_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx, dweight, dbias); gradients that are not needed have no elements."""
     check(x, weight, target, reduction)
-    loss, dx, dweight, dbias = outputs(x, weight, bias, target, ignore_index, reduction, needs)
+    loss, dx, dweight, dbias = outputs(x, weight, needs)
     x_TK, target_T = flat(x), target.reshape(-1)
     is_mean = reduction == "mean"
     num_counted = (target_T != ignore_index).sum() if is_mean else loss.new_ones(())
@@ -157,17 +158,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
-def outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    reduction: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised loss, dx, dweight and dbias."""
-    needs_x, needs_weight, needs_bias = needs
+def outputs(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised loss, dx, dweight and dbias; the last argument is what needs a gradient."""
+    needs_x, needs_weight, needs_bias = others[-1]
     return (
         x.new_empty((), dtype=opmath_of(x)),
         x.new_empty(x.shape if needs_x else 0),
@@ -200,6 +193,25 @@ def _flops(x: Sequence[int], weight: Sequence[int], *args: Any, **_: Any) -> int
     """2 T K V for the logits, and as much for dx and for dweight."""
     needs_x, needs_weight, _ = args[-1]
     return 2 * math.prod(x) * weight[0] * (1 + needs_x + needs_weight)
+
+
+def _sharded_dims(a: Arguments) -> Sequence[int]:
+    """Tokens can be shared out if they are summed; a mean would need the number of all first."""
+    return range(len(a["x"].shape) - 1) if a["reduction"] == "sum" else ()
+
+
+def _placed_inputs(a: Arguments, dim: int) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    return [row(t.shape, dim) if name in ("x", "target") else Replicate() for name, t in each(a)]
+
+
+def _placed_outputs(a: Arguments, dim: int, shapes: list[torch.Size]) -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate
+
+    _, dx, *of_parameters = shapes
+    sums = [Replicate() if is_absent(shape) else Partial() for shape in of_parameters]
+    return [Partial(), row(dx, dim), *sums]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -239,6 +251,7 @@ linear_cross_entropy_gradients = register(
     triton=triton,
     flops=_flops,
     launches=_launches,
+    sharding=Rule(("x",), _sharded_dims, _placed_inputs, _placed_outputs),
 )
 linear_cross_entropy = register_composite(
     f"linear_cross_entropy({_ARGUMENTS}) -> Tensor", _linear_cross_entropy

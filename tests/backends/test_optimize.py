@@ -180,6 +180,29 @@ def test_strict_names_the_nearest_miss() -> None:
         fxopt.optimize(model, strict=["attention"])(**inputs)
 
 
+def test_strict_says_why_a_block_was_not_captured() -> None:
+    class Asking(Block):
+        def forward(self, x_BSC: Tensor) -> Tensor:
+            return super().forward(x_BSC) * float(x_BSC.detach().mean() > -9)
+
+    with pytest.raises(errors.StrictRule, match=r"run blocks.0, blocks.1: torch.export: Guard"):
+        fxopt.optimize(stack(Asking), strict=["gated_activation"])(tokens())
+
+
+@pytest.mark.parametrize("when", ["at the first call", "at once"])
+def test_a_second_call_that_fails_leaves_the_door_open(when: str) -> None:
+    model = fxopt.optimize(stack(), example_inputs=(tokens(),))
+    before = attributes(model)
+    with pytest.raises(errors.StrictRule):
+        if when == "at once":
+            fxopt.optimize(model, strict=["attention"], example_inputs=(tokens(),))
+        else:
+            fxopt.optimize(model, strict=["attention"])(tokens())
+    assert attributes(model) == before
+    assert not model._forward_hooks
+    assert fxopt.report(model).count("gated_activation") == 2
+
+
 def test_restore_before_the_first_call_takes_strict_along() -> None:
     model = fxopt.optimize(stack(), strict=["attention"])
     fxopt.restore(model)

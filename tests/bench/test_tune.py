@@ -144,8 +144,8 @@ def test_without_a_gpu_nothing_is_written(capsys, tmp_path, monkeypatch):
 
 
 def test_rows_are_printed_as_they_are_to_be_written(capsys, monkeypatch):
-    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
     monkeypatch.setattr(tune, "tuned", lambda contest, kernel, ops, shapes: row(4) if ops else None)
-    assert tune.main(["--only", FORWARD, "--features", "3072"]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1].split(": ", 1)
+    assert tune.main(["--only", FORWARD, "D=3072"]) == 0
+    printed = capsys.readouterr().err.splitlines()[-1].split(": ", 1)
     assert printed[0] == f'"{FORWARD}", D=3072' and eval(printed[1]) == row(4)

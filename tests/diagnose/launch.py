@@ -1,6 +1,7 @@
 """The `fxopt` command in processes of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,10 @@ def start(folder: Path, *words: str, **options) -> subprocess.Popen:
         cwd=folder,
         **{"env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True} | options,
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]

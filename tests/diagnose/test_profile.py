@@ -35,7 +35,7 @@ from fxopt.diagnose.profiling import (
     snapshot,
 )
 from fxopt.report import Applied, Declined, Report
-from tests.diagnose.launch import ENVIRONMENT, fxopt, start
+from tests.diagnose.launch import ENVIRONMENT, free_port, fxopt, start
 
 MB = 1 << 20
 
@@ -235,7 +235,7 @@ def test_a_rank_that_failed_is_named_at_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_two_processes_end_when_one_raises(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     started = [
         start(
             *(tmp_path, "profile", "--out", "out", "train.py", "raise"),

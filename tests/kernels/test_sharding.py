@@ -24,6 +24,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantize import quantize_pair
@@ -33,6 +34,7 @@ from tests.kernels import test_connectivity
 WORLD_SIZE = 2
 B, S, H, D, HEAD_DIM = 3, 5, 4, 32, 8  # samples and tokens that two processes share unevenly
 FP32 = torch.float32
+CONSTANTS = ("cos", "sin", "target")
 OPERAND = Operand.parse("e4m3/row/fp32")
 
 
@@ -112,6 +114,24 @@ def gated(call: str, dim: int, packing: str = "none", **other: Any) -> Call:
     return Call(f"gated_activation {call}", run, tensors | other, sharded)
 
 
+def loss(call: str, dim: int, reduction: str, **other: Any) -> Call:
+    # Added up is the gradient that the test gives to the loss, as it is the loss: one number.
+    sharded, whole = Shard(dim), (Replicate(), Partial())
+    tensors = {
+        "x": ((B, S, D), sharded, sharded),
+        "weight": ((7, D), *whole),
+        "bias": ((7,), *whole),
+        "target": ((B, S), sharded, None),
+    }
+
+    def run(t: dict[str, Any]) -> list[Any]:
+        target = t["target"].abs().clamp(max=3).mul(2).long()
+        settings = (-100, reduction)
+        return [linear_cross_entropy(t["x"], t["weight"], t["bias"], target, *settings)]
+
+    return Call(f"linear_cross_entropy {call}", run, tensors | other, Partial(), communicates=True)
+
+
 def gathered(call: Call) -> Call:
     """The same where the op cannot be sharded so: everything is replicated."""
     tensors = {
@@ -136,6 +156,8 @@ CALLS = [
     gated("batch", 0),
     gated("tokens, packed", 1, "gate_up"),
     gated("features", 2),
+    loss("batch", 0, "sum"),
+    loss("tokens", 1, "sum"),
     # As a row-parallel linear leaves it before a sharded residual: a reduce-scatter.
     dataclasses.replace(
         norm("partial sums", 1, x=((B, S, D), Partial(), Shard(1))), communicates=True
@@ -144,6 +166,7 @@ CALLS = [
     gathered(qk("tokens, joint", 1, sections=2)),
     gathered(qk("heads, across heads", 2, across_heads=True)),
     gathered(gated("features, packed", 2, "gate_up")),
+    gathered(loss("mean of tokens", 1, "mean")),
 ]
 
 
@@ -156,7 +179,7 @@ def values(call: Call) -> dict[str, Tensor]:
 
 
 def outputs_and_gradients(call: Call, tensors: dict[str, Any]) -> dict[str, Any]:
-    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.startswith(("cos", "sin"))}
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if n.split()[0] not in CONSTANTS}
     outs = call.run(tensors)
     # Squared outputs' gradients: a norm maps that of a plain sum to zero.
     grads = torch.autograd.grad(outs, [*leaves.values()], [2 * out.detach() for out in outs])
