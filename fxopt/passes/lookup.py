@@ -20,8 +20,6 @@ POINTWISE = (
     aten.silu.default,
     aten.neg.default,
 )
-
-
 SPLITS = (
     aten.chunk.default,
     aten.split.Tensor,
@@ -60,7 +58,7 @@ def lookup(node: fx.Node | None) -> Lookup | None:
     index_select, table[index], embedding and gather of a table, each of which may be wider than
     what `node` takes of it.
     """
-    if node is None or ir.tensor(node) is None or len(ir.shape(node)) < 2:
+    if node is None or ir.tensor(node) is None or is_one_row(node):
         return None
     functions: list[fx.Node] = []
     while ir.is_call(node, *POINTWISE) or _is_part(node):
@@ -75,12 +73,15 @@ def lookup(node: fx.Node | None) -> Lookup | None:
 
 def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
     """One of a lookup's functions, on its table."""
-    args = list(function.args[1:])
-    if ir.is_call(function, *SPLITS):
-        args = [args[0], -1]
-    elif ir.is_call(function, aten.slice.Tensor):
-        args[0] = -1
-    return call(function.target, table, *args, **function.kwargs)
+    if ir.is_call(function, operator.getitem):
+        return call(operator.getitem, table, function.args[1])
+    named = ir.arguments(function)
+    if not ir.is_call(function, *POINTWISE):
+        named["dim"] = -1
+    arguments = function.target._schema.arguments[1:]  # type: ignore[union-attr]
+    args = [named[a.name] for a in arguments if not a.kwarg_only]
+    kwargs = {a.name: named[a.name] for a in arguments if a.kwarg_only}
+    return call(function.target, table, *args, **kwargs)
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -174,6 +174,9 @@ NEAR_MISSES: dict[str, Callable[..., Any]] = {
     "a row of features": lambda m, x, a, b, t, i, s: (
         norm(x) * (1 + t.index_select(1, torch.arange(D).flip(0))[:1])
     ),
+    "a condition per sample": lambda m, x, a, b, t, i, s: (
+        norm(x) * (1 + torch.where(i[:, :1, None] > 1, a[:, None], b[:, None]))
+    ),
     "an index per sample": lambda m, x, a, b, t, i, s: norm(x) * (1 + t[i[:, 0]][:, None]),
     "two indices": lambda m, x, a, b, t, i, s: norm(x) * (1 + t[i]) + t[s],
     "a shift of another length": lambda m, x, a, b, t, i, s: (
