@@ -42,7 +42,9 @@ def call(own: Any, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any])
 
 
 def _is_wrapper(function: Any) -> bool:
-    return isinstance(function, FunctionType) and CHECKPOINT in function.__code__.co_names
+    # Other forwards checkpoint parts of themselves, and wrap nothing.
+    wraps = isinstance(function, FunctionType) and hasattr(function, "__wrapped__")
+    return wraps and CHECKPOINT in function.__code__.co_names
 
 
 def _around(wrapper: Any, inner: Callable[..., Any]) -> Callable[..., Any]:

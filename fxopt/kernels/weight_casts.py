@@ -25,8 +25,15 @@ from fxopt.recipes import Operand, Recipe
 class _Entry(NamedTuple):
     weight: weakref.ref[Tensor]
     state: tuple[object, ...]
-    known: Tensor | None
+    slot: Slot
     pair: Pair
+
+    def serves(self, weight: Tensor, state: tuple[object, ...], slot: Slot) -> bool:
+        """Whether a cast with this slot would leave the same, here and in the slot."""
+        is_same = self.weight() is weight and self.state == state
+        # Without gradients nothing was recorded.
+        is_recorded = slot.seen is None or self.slot.seen is not None
+        return is_same and self.slot.known is slot.known and is_recorded
 
 
 class WeightCasts:
@@ -50,10 +57,9 @@ class WeightCasts:
         key = id(weight), str(rows), str(columns)
         state = weight._version, weight.untyped_storage()._cdata, weight.storage_offset()
         entry = self._entries.get(key)
-        is_kept = entry is not None and entry.weight() is weight and entry.known is slot.known
-        if entry is None or not is_kept or entry.state != state:
+        if entry is None or not entry.serves(weight, state, slot):
             pair = quantize_pair(weight.detach(), rows, columns, slot=slot)
-            entry = self._entries[key] = _Entry(weakref.ref(weight), state, slot.known, pair)
+            entry = self._entries[key] = _Entry(weakref.ref(weight), state, slot, pair)
         return entry.pair
 
 

@@ -183,6 +183,27 @@ def test_a_forward_that_the_user_replaced_is_not_wrapped() -> None:
     assert num_calls(model, inputs) == NUM_CALLS
 
 
+class SelfCheckpointing(nn.Module):
+    """As blocks of UNets: the forward asks the switch for a part of itself, and wraps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(self.linear, x)  # type: ignore[operator]
+        return x + self.linear(self.norm(x))
+
+
+def test_a_forward_that_checkpoints_within_is_no_wrapper(door) -> None:
+    model, x = nn.Sequential(SelfCheckpointing()), torch.randn(2, 4, 16)
+    expected = model(x)
+    door(model, targets=[SelfCheckpointing])
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_both_doors() -> None:
     family = FAMILIES["llama-sdpa"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)

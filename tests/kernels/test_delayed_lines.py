@@ -95,6 +95,18 @@ def test_kept_casts_are_of_the_scale_in_force() -> None:
                     case.weight.mul_(0.5)
 
 
+def test_kept_casts_of_a_validation_record_nothing_and_do_not_stand_in_for_those_that_do() -> None:
+    case, emulation = Case(linears), Emulation(N)
+    for step in range(4):
+        with fxopt.cast_weights_once():
+            with torch.no_grad(), fxopt.at_step(step):
+                linears(case.at(step)[0], case.weight, DELAYED.key)
+            found, expected = case.run(DELAYED, step), case.expected(emulation, step)
+            assert same(found, expected), step
+        case.change_weight(step)
+        emulation.advance()
+
+
 def test_telemetry_counts_beside_it() -> None:
     model = nn.Sequential(nn.Linear(48, 32, bias=False))
     case = Case(linears)
