@@ -20,6 +20,14 @@ POINTWISE = (
     aten.silu.default,
     aten.neg.default,
 )
+LOOKUPS = (
+    aten.where.self,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.take_along_dim.default,
+    aten.index.Tensor,
+    aten.embedding.default,
+)
 SPLITS = (
     aten.chunk.default,
     aten.split.Tensor,

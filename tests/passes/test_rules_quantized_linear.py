@@ -69,6 +69,28 @@ def test_a_modulation_per_token_is_one_too() -> None:
     assert found.count("quantized_linear") == 1
 
 
+@pytest.mark.parametrize("by", ["where", "gather", "index_select"])
+def test_a_modulation_that_is_looked_up_is_one_too(by: str) -> None:
+    """Whether the lookup goes into the op of segments, or stays in front of a norm."""
+
+    def forward(m: nn.Module, x: Tensor, emb: Tensor, index: Tensor) -> Tensor:
+        table = F.linear(F.silu(emb), m.ada)
+        if by == "where":
+            modulation = torch.where(index[..., None] == 0, table[:, :1], table[:, 1:])
+        elif by == "gather":
+            modulation = table.gather(1, index[..., None].expand(-1, -1, 2 * WIDTH))
+        else:
+            modulation = table.index_select(-2, index[0])
+        scale, shift = modulation.chunk(2, -1)
+        y = F.layer_norm(x, (WIDTH,)) * (1 + scale) + shift.tanh()
+        return F.linear(y, m.out)
+
+    inputs = normal(2, 7, WIDTH), normal(2, 2, WIDTH), torch.randint(0, 2, (2, 7))
+    found = rewritten(forward, *inputs, ada=weight(2 * WIDTH), out=weight())
+    assert found.reasons("quantized_linear") == [rule.MODULATES]
+    assert found.count("quantized_linear") == 1
+
+
 def test_sizes_that_no_unit_takes() -> None:
     found = rewritten(lambda m, x: F.linear(x, m.w), normal(2, 7, 24), w=weight(20, 24))
     assert found.reasons("quantized_linear") == [rule.SIZES.format("20 and 24")]

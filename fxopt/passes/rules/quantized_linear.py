@@ -24,6 +24,7 @@ from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.scaled_matmul import MULTIPLE, op_of
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
+from fxopt.passes.lookup import LOOKUPS, POINTWISE
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.recipes import Recipe
 
@@ -37,6 +38,11 @@ REMEDY = "it stays in the model's own dtype"
 REGARDLESS = 'Recipe(profit="always") quantizes it all the same'
 
 MODULATION_OPERANDS = (2, 5, 6)  # gate, scale and shift of norm_modulate
+# What makes modulations of a linear's result, or looks them up in it.
+BEFORE_MODULATION = (
+    *(*ir.VIEWS, *POINTWISE, *LOOKUPS),
+    *(aten.add.Tensor, aten.cat.default, aten.broadcast_tensors.default),
+)
 # An item of a list is a block from this many linears on: those of an MLP may be items themselves.
 LEAST_LINEARS = 2
 ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
@@ -126,7 +132,7 @@ def _only_modulates(linear: fx.Node) -> bool:
             if ir.is_call(user, norm_modulate, norm_modulate_segments):
                 if any(a is node for i, a in enumerate(user.args) if i not in MODULATION_OPERANDS):
                     return False
-            elif ir.is_call(user, *ir.VIEWS, *ir.CASTS, *ir.COPIES, aten.add.Tensor):
+            elif ir.is_call(user, *BEFORE_MODULATION):
                 stack += {user} - seen
                 seen.add(user)
             else:
@@ -203,7 +209,7 @@ def _nothing(anchor: fx.Node) -> Iterator[Binding | Reason]:
 # As it stands it finds nothing: `rule` gives it a recipe.
 RULE = Rule(
     name="quantized_linear",
-    version=1,
+    version=2,
     anchors=(ir.LINEAR,),
     propose=_nothing,
     tier="low_precision",
