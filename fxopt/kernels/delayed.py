@@ -12,6 +12,7 @@ Shapes: L linears, 3 operands, N steps.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from fxopt.recipes import Recipe
 from fxopt.schedule import current_group
 
 X, WEIGHT, GRADIENT = range(3)
+READERS = (("fprop", "wgrad"), ("fprop", "dgrad"), ("dgrad", "wgrad"))  # of each, the GEMMs
 NUM_LINEARS = 256  # of one history; a further one takes the next
 SPACING = 4  # lines are 16 bytes apart, as Triton compiles anew for another alignment
 # What is this far beyond the largest e4m3 is rounded to it in any case: the next would be 480.
@@ -57,6 +59,7 @@ class History:
             self.has_past = like.new_zeros(shape, dtype=torch.bool)  # as the host knows it
         # The same. What has no values is taken to have a past: this is what later steps do.
         self.usable = [[isinstance(like, FakeTensor)] * 3 for _ in range(NUM_LINEARS)]
+        self.last = [[math.inf] * 3 for _ in range(NUM_LINEARS)]  # steps that recorded
         self.known_lines = self._lines()  # by linear and operand
         self.weights: list[weakref.ref[Tensor]] = []
         self.num_steps_saturated = 0
@@ -84,6 +87,22 @@ class History:
         self._num_read = len(self.weights)
         while len(self._readings) > num_later:
             self._learn(self._readings.pop(0))
+
+    def meet(self, place: int, decision: Decision) -> None:
+        """A linear runs: what it was more than `history` steps before is no past any more, as when
+        a schedule has had it in other formats since."""
+        assert decision.step is not None
+        for operand, gemms in enumerate(READERS):
+            if all(getattr(decision.recipe, gemm) is None for gemm in gemms):
+                continue
+            num_steps = decision.step - self.last[place][operand]
+            if num_steps > self.recipe.history and self.usable[place][operand]:
+                self.past[:, place, operand] = 0
+                self.has_past[place, operand] = False
+                self.usable[place][operand] = False
+                self._num_read = 0  # as of a new line
+            if decision.has_grad:
+                self.last[place][operand] = decision.step
 
     def _lines(self) -> Sequence[Tensor]:
         return self.known.flatten(0, 1).unsqueeze(-1).unbind()
@@ -166,6 +185,8 @@ def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
     lines = [line for line in found if line is not None]
     if len(lines) < len(found):
         return slots
+    for line in lines:
+        line.history.meet(line.place, decision)
     are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
     of_weights = zip(slots.weights, lines, strict=True)
     of_gradients = zip(slots.gradients, lines, strict=True)

@@ -14,12 +14,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxopt
+from fxopt.gemms import GEMMS
 from fxopt.kernels import counters, delayed
 from fxopt.kernels.counters import FIELDS, Slot, Slots
 from fxopt.kernels.in_force import decide, high_precision
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipe_errors import HistoryInGraph, NoHistory, StepNotTold
 from fxopt.recipes import Recipe
+from fxopt.schedule import Phase
 from tests.kernels.test_delayed import DELAYED, FP8, Case, Emulation, N, Node, draw, no_state, same
 from tests.kernels.test_in_force import (
     linears,
@@ -105,6 +107,24 @@ def test_kept_casts_of_a_validation_record_nothing_and_do_not_stand_in_for_those
             assert same(found, expected), step
         case.change_weight(step)
         emulation.advance()
+
+
+@pytest.mark.parametrize("num_steps", [N, N + 1])
+def test_what_is_older_than_the_history_is_no_past(num_steps: int) -> None:
+    """As behind a phase of a schedule in other formats, in which nothing was recorded."""
+    case, emulation = Case(linears), Emulation(N)
+    phases = tuple(Phase(gemm, 2, 1 + num_steps) for gemm in GEMMS)
+    recipe = replace(DELAYED, schedule=phases)
+    for step in (0, 1, *range(2, 1 + num_steps), 1 + num_steps, 2 + num_steps):
+        is_kept = 1 < step <= num_steps  # in the model's dtype
+        if step == 1 + num_steps and num_steps > N:
+            emulation.past.clear()
+        with torch.no_grad(), fxopt.at_step(step):  # a validation changes nothing
+            linears(case.at(step)[0], case.weight, recipe.key)
+        found = case.run(recipe, step)
+        if not is_kept:
+            assert same(found, case.expected(emulation, step)), step
+            emulation.advance()
 
 
 def test_telemetry_counts_beside_it() -> None:
