@@ -1,4 +1,4 @@
-"""Biases of queries and keys: `swap` leaves those to `qk_norm_rope` that `optimize` does."""
+"""Biases: `swap` leaves those to the ops behind the linears that `optimize` does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt
 from fxopt.backends.eager import swap
+from fxopt.backends.swaps.quantized import Formats, quantizes, quantizing
+from fxopt.recipes import RECIPES
 from tests.backends.swapping import same
 from tests.families import FAMILIES, Family, Inputs, seeded
 
@@ -67,6 +69,16 @@ def test_biases_are_those_of_optimize(name: str) -> None:
     swapped = biases(swap(family.build()), inputs)
     assert swapped == COUNTS[name]
     assert swapped == biases(fxopt.optimize(family.build()), inputs)
+
+
+def test_whether_a_product_pays_is_a_matter_of_tokens() -> None:
+    """The MLP is asked about on what it reads: its second linear has another width."""
+    out, tokens = nn.Linear(256, 64), (2, 8)
+    theta = 1 / 64 + 1 / 256 + 1 / 15.5  # 16 tokens and more
+    with quantizing(Formats(RECIPES["fp8"], frozenset()), theta, out):
+        for width in (64, 256, 1024):
+            assert quantizes(torch.empty(*tokens, width), out) is RECIPES["fp8"]
+            assert quantizes(torch.empty(1, 15, width), out) is None
 
 
 def wrapped_keys(model: nn.Module) -> None:

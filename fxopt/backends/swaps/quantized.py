@@ -120,7 +120,8 @@ def _reasons(active: Quantizing, x: Tensor, linear: nn.Linear, is_swapped: bool)
         yield PER_SAMPLE
     if active.theta is not None and not is_high_precision():  # a proof has other sizes
         out, features = linear.weight.shape
-        if not _pays(x.numel() // features, out, features, active.theta):
+        # x may be what the linear's input is yet to be made of, of another width.
+        if not _pays(x.numel() // x.shape[-1], out, features, active.theta):
             yield UNPROFITABLE
     uneven = [s for s in linear.weight.shape if s % MULTIPLE]
     if uneven:
