@@ -40,8 +40,13 @@ def section(path: Path) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per case and a column per metric that has a target; all metrics if none has."""
-    shown = [row for row in rows if row["target"]] or rows
+    """A line per case and a column per metric that has a target; all metrics if none has.
+
+    What was asked for and is not reached is shown as well, though what is reached is the target.
+    """
+    cases = {row["case"] for row in rows if row["target"]}
+    asked = [row["case"] in cases and "(asked: " in row["metric"] for row in rows]
+    shown = [row for row, also in zip(rows, asked, strict=True) if row["target"] or also] or rows
     targets: dict[str, set[str | None]] = {}
     for row in shown:
         targets.setdefault(row["metric"], set()).add(row["target"])

@@ -93,7 +93,8 @@ def _spelled_out(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callabl
         return forward(*args, **kwargs)
 
     parameters = [*named.values(), *extra]
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # What `inspect.signature` looks for first; typeshed's functions do not have it.
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
     return call
 
 

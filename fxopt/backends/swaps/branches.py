@@ -65,11 +65,12 @@ class Out(NamedTuple):
 
     def branch(self, x: Tensor, *, all_sums: bool) -> Branch:
         """The same, for an op that adds it to the residual; `all_sums` as in `waiting_bias`."""
+        linear: Any
         linear, *others = self.modules
         bias = waiting_bias(x, linear, all_sums=all_sums)
         if bias is None or not all(map(_is_idle, others)):
             return Branch(self(x))
-        return Branch(F.linear(x, linear.weight), bias)  # type: ignore[arg-type]
+        return Branch(F.linear(x, linear.weight), bias)
 
 
 def _is_idle(module: nn.Module) -> bool:
@@ -86,7 +87,7 @@ class Mlp(NamedTuple):
     inputs: tuple[nn.Module, ...]
     activation: str
     packing: str
-    out: nn.Module
+    out: Any  # a linear
     dropout: nn.Module | None = None
     gate_bias: Tensor | None = None
 
@@ -151,4 +152,4 @@ class Mlp(NamedTuple):
         if self.dropout is not None:
             y = self.dropout(y)
         y = y if beside is None else torch.cat([beside, y], -1)
-        return project(y, self.out)[0] if waiting is None else F.linear(y, self.out.weight)  # type: ignore[arg-type]
+        return project(y, self.out)[0] if waiting is None else F.linear(y, self.out.weight)

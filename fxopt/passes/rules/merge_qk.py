@@ -53,7 +53,8 @@ class Biased:
 
 
 def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
-    operands = [before_repeat(attention.args[i])[0] for i in (0, 1)]  # type: ignore[arg-type]
+    given = ir.arguments(attention)
+    operands = [before_repeat(given[name])[0] for name in ("query", "key")]
     outs = list(dict.fromkeys(out for out in map(result, operands) if out is not None))
     outs = [out for out in outs if len(_arguments(out).joined) == 1]
     if len(outs) == 2 and _agree(*map(_arguments, outs)):
@@ -64,7 +65,8 @@ def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
 
 
 def _arguments(out: fx.Node) -> Arguments:
-    return Arguments(*out.args[0].args)  # type: ignore[union-attr]
+    (op,) = out.all_input_nodes
+    return Arguments._make(op.args)
 
 
 def _agree(q: Arguments, k: Arguments) -> bool:
@@ -87,7 +89,9 @@ def _biased(x: Any) -> Biased | None:
         return None
     if ir.arguments(node)["bias"] is None or not _is_row_by_row(node):
         return None
-    (_, _, num_heads, head_dim), strides = ir.shape(x), ir.tensor(x).stride()  # type: ignore[union-attr]
+    value = ir.tensor(x)
+    assert value is not None
+    (_, _, num_heads, head_dim), strides = ir.shape(x), value.stride()
     whole = ir.same(ir.shape(node)[-1], num_heads * head_dim)
     return Biased(node, tuple(views)) if whole and strides[2:] == (head_dim, 1) else None
 
