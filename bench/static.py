@@ -61,7 +61,6 @@ WIDTH = 128
 STORE_SUMS = {
     "reduce_kernel",
     "add_up_kernel",
-    "sum_kernel",
     "amax_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
 }

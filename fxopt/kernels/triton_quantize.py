@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
-from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel, sum_kernel
+from fxopt.kernels.triton_add_up import add_up
+from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel
 from fxopt.recipes import Operand
 
 BLOCK_R, BLOCK_C = 64, 128
@@ -103,16 +104,8 @@ def quantize(
         amax = Amax.known(None, slot.known)
         pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, None), slot)
         if sums is not None and column_sum is not None:
-            _add_up(sums, column_sum)
+            add_up([column_sum], [sums])
     return [*pair[0], *pair[1], x_RC.new_empty(0) if column_sum is None else column_sum]
-
-
-def _add_up(sums: Tensor, out: Tensor) -> None:
-    num_partials, num_columns = sums.shape
-    with torch.cuda.device_of(sums):
-        sum_kernel[(1, triton.cdiv(num_columns, BLOCK_C))](
-            sums, num_partials, num_columns, out, BLOCK_C=BLOCK_C, CHUNK=CHUNK
-        )
 
 
 def measure(

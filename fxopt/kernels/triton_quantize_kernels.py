@@ -258,12 +258,3 @@ def cast_kernel(
     elif column_sums is not None:
         column = tl.program_id(0).to(tl.int64) * num_columns + c
         tl.store(column_sums + column, tl.sum(value, 0), c < num_columns)
-
-
-@triton.jit(do_not_specialize=["num_partials"])
-def sum_kernel(
-    column_sums, num_partials, num_columns, out, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """`store_sum` in a grid of one row."""
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    store_sum(column_sums, num_partials, c, num_columns, out, BLOCK_C, CHUNK)
