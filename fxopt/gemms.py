@@ -108,12 +108,20 @@ class Gemm:
             yield f"unknown accumulation {self.accumulation!r}; known: {known}"
 
 
+MAX_MARGIN = 16  # 448 / 2^16 is 3.5 times the least e4m3
+
+
 def history_problems(history: int, margin: int, gemms: Iterable[tuple[str, Gemm]]) -> Iterator[str]:
     """What contradicts delayed scaling, in GEMMs by name."""
     for name, value in (("history", history), ("margin", margin)):
         if type(value) is not int or value < 0:
             yield f"{name} is {value!r}, not an integer from 0"
             return
+    if margin > MAX_MARGIN:
+        yield (
+            f"margin {margin} is more than {MAX_MARGIN}: e4m3 would round the largest value of a "
+            "tensor to one of its four least numbers; give a smaller one"
+        )
     if margin and not history:
         yield f"margin {margin} is for delayed scaling, but history is 0"
     if not history:

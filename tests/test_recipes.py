@@ -108,6 +108,7 @@ def test_a_history_is_data() -> None:
         ("fp8", {"history": True}, "history is True, not an integer from 0"),
         ("fp8", {"history": 4, "margin": -1}, "margin is -1"),
         ("fp8", {"margin": 1}, "margin 1 is for delayed scaling, but history is 0"),
+        ("fp8", {"history": 4, "margin": 17}, "margin 17 is more than 16: e4m3 would round"),
     ],
 )
 def test_what_contradicts_a_history(name: str, changes: dict[str, Any], problem: str) -> None:
