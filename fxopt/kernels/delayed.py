@@ -159,7 +159,8 @@ class _Line(NamedTuple):
         return slot._replace(known=known, seen=self.seen[operand] if records else None)
 
 
-_Key = tuple[int, str, int, int]  # the id of a weight, and `_numbers` of the recipe
+# The id of a parameter, where in it the weight begins, and `_numbers` of the recipe.
+_Key = tuple[int, int, str, int, int]
 # Of the process, as the step that is told: checkpoints run their forwards on autograd's threads.
 _lines: dict[_Key, _Line] = {}
 _histories: list[History] = []
@@ -227,7 +228,8 @@ def _join(seen: Sequence[Tensor], group: Any) -> None:
 def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
     """The line of the parameter that a weight is, or is a cast of; None if there is none yet."""
     leaf = leaf_of(weight)
-    key = id(leaf), *_numbers(recipe)
+    # Slices of one parameter are weights by themselves.
+    key = id(leaf), int(weight.storage_offset()), *_numbers(recipe)
     line = _lines.get(key)
     if line is not None and line.weight() is leaf:
         return line

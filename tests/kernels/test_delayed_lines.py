@@ -64,6 +64,18 @@ def test_a_weight_that_is_made_anew_is_refused() -> None:
                 linears(x, made, DELAYED.key)
 
 
+def test_slices_of_a_parameter_have_lines_of_their_own() -> None:
+    apart = [nn.Parameter(draw(32, 48)), nn.Parameter(draw(32, 48, seed=1) / 4096)]
+    whole = nn.Parameter(torch.cat([weight.detach() for weight in apart]))
+    for step in range(3):
+        x = draw(2, 5, 48, seed=step)
+        with fxopt.at_step(step):
+            for part, weight in zip(whole.chunk(2), apart, strict=True):
+                found = linears(x, part, DELAYED.key)
+                assert torch.equal(found, linears(x, weight, DELAYED.key)), step
+                found.sum().backward()
+
+
 def test_weights_of_one_launch_scale_alike() -> None:
     """One of two weights begins at zero, as adapters do: until it is not, both are scaled by what
     they are."""
