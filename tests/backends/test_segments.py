@@ -132,7 +132,7 @@ COUNTS = {
         "norm_modulate": 12,
         "norm_modulate_segments": 6,
         "gated_activation": 4,
-        "fuse_bias": 8,
+        "fuse_bias": 12,
         "merge_linears": 12,
         "merge_streams": 2,
     },
