@@ -206,9 +206,10 @@ def _go_on(step: int | None) -> None:
     _step = step
     for key in [key for key, line in _lines.items() if line.weight() is None]:
         del _lines[key]
-    _histories[:] = [h for h in _histories if any(w() is not None for w in h.weights)]
     group = current_group()
-    if group is not None:
+    if group is None:
+        _histories[:] = [h for h in _histories if any(w() is not None for w in h.weights)]
+    else:  # ranks collect their garbage at times of their own, and are to join the same lines
         _join([history.seen for history in _histories], group)
     for history in _histories:
         history.advance()

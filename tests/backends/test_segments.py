@@ -154,9 +154,9 @@ COUNTS = {
         "merge_linears": 18,
     },
     "minimax-h3": {
-        "rms_norm": 5,
-        "qk_norm_rope": 2,
-        "merge_qk": 1,
+        "rms_norm": 1,
+        "qk_norm_rope": 6,
+        "merge_qk": 3,
         "norm_modulate": 7,
         "norm_modulate_segments": 6,
         "gated_activation": 3,

@@ -37,7 +37,8 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     elif norm is not None:
         yield _bind_norm(anchor, shared, norm)
     elif activation is not None and len(_list(anchor.args[1])) == 1:
-        yield _bind_activation(anchor, *activation)
+        if ir.arguments(activation[0])["gate_bias"] is None:  # codes are written without one
+            yield _bind_activation(anchor, *activation)
 
 
 def _list(argument: Any) -> list[Any]:
@@ -67,7 +68,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
 
 
 def _bind_activation(anchor: fx.Node, activation: fx.Node, beside: fx.Node | None) -> Binding:
-    gate, up, name, packing = _list(activation.args)
+    gate, up, name, packing = _list(activation.args)[:4]
     (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
     listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]
     products, inputs = tuple(ir.results(anchor).values()), _inputs(*listed)
