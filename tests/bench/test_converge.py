@@ -74,7 +74,7 @@ def test_a_dropped_hadamard_transform_is_found(monkeypatch: pytest.MonkeyPatch) 
 
     right = quantize.quantize_matrix
 
-    def one_operand(x, operand, uniform, _):
+    def one_operand(x, operand, uniform, *_):
         return right(x, replace(operand, hadamard=operand.stochastic and operand.hadamard), uniform)
 
     monkeypatch.setattr(quantize, "quantize_matrix", one_operand)

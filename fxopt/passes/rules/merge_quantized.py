@@ -37,8 +37,9 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     elif norm is not None:
         yield _bind_norm(anchor, shared, norm)
     elif activation is not None and len(_list(anchor.args[1])) == 1:
-        if ir.arguments(activation[0])["gate_bias"] is None:  # codes are written without one
-            yield _bind_activation(anchor, *activation)
+        # Codes are written without a bias.
+        has_bias = ir.arguments(activation[0])["gate_bias"] is not None
+        yield from () if has_bias else (_bind_activation(anchor, *activation),)
 
 
 def _list(argument: Any) -> list[Any]:
