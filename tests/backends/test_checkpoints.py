@@ -86,10 +86,15 @@ def door(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("when", "use_reentrant"),
-    [("before", False), ("after", False), ("after a call", False), ("before", True)],
+    ("name", "when", "use_reentrant"),
+    [
+        *((name, "before", False) for name in NAMES),
+        *(
+            (NAMES[0], *way)
+            for way in (("after", False), ("after a call", False), ("before", True))
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_accuracy_and_what_fires(door, name: str, when: str, use_reentrant: bool) -> None:
     model, inputs = FAMILIES[name].build(), FAMILIES[name].inputs(2, 0, torch.float32)
     judge = Judge(model, inputs)

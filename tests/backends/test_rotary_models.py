@@ -186,7 +186,15 @@ def test_optimize(name: str, dtype: torch.dtype) -> None:
     judge(model, name, ours)
 
 
-@ALL
+# In bf16 the compiled door differs from `optimize` by what the compiler does.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in MODELS),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in MODELS),
+    ],
+    ids=str,
+)
 def test_compiled(name: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     dynamo.compile_reports.clear()
