@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,27 +20,6 @@ from fxopt.recipes import RECIPES, Recipe
 from tests.backends.toys import stack, tokens
 
 BF16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-
-
-def spawn(folder: Path, world_size: int, *workers: Callable[[int], None]) -> None:
-    """Run each `worker(world_size)` in as many processes, one after another."""
-    # A server that has imported all this forks them: 13 imports of PyTorch take 40 s.
-    multiprocessing.set_forkserver_preload([workers[0].__module__])
-    arguments = workers, str(folder), world_size
-    mp.start_processes(_start, arguments, world_size, start_method="forkserver")
-
-
-def _start(
-    rank: int, workers: tuple[Callable[[int], None], ...], folder: str, world_size: int
-) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        for worker in workers:
-            worker(world_size)
-    finally:
-        dist.destroy_process_group()
 
 
 def recipe_of(name: str, all_gather: str) -> Recipe:

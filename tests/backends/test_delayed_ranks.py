@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -20,20 +18,15 @@ from fxopt.kernels import delayed
 from fxopt.recipes import RECIPES
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
+from tests.ranks import needs_gloo, spawn
 
 DELAYED = replace(RECIPES["fp8"], name="delayed", history=4)
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
-    try:
-        for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
-            lines_outlive_gathers(rank, policy)
-        magnitudes_are_of_the_group(rank)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> None:
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
+        lines_outlive_gathers(rank, policy)
+    magnitudes_are_of_the_group(rank)
 
 
 def lines_outlive_gathers(rank: int, policy: MixedPrecisionPolicy) -> None:
@@ -85,6 +78,6 @@ def counted() -> Any:
     return mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 def test_on_two_processes(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    spawn(tmp_path, WORLD_SIZE, worker)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -16,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import fxopt
 from tests.backends.toys import Block, Stack, counting_graph_runs, reasons, stack, tokens
+from tests.ranks import needs_gloo, spawn
 
 WORLD_SIZE = 2
 Gradients = dict[str, torch.Tensor]
@@ -41,18 +40,12 @@ def step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
     return loss.detach(), gradients
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
-    try:
-        for order in ("optimize, then shard", "shard, then optimize", "between steps"):
-            check(order, rank, MixedPrecisionPolicy(), tolerance=1e-5)  # fp32, sums reordered
-            assert not dist.barrier()
-        # bf16 keeps 8 bits, and gradients are reduced in bf16 by this policy.
-        check("optimize, then shard", rank, MixedPrecisionPolicy(torch.bfloat16), tolerance=3e-2)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> None:
+    for order in ("optimize, then shard", "shard, then optimize", "between steps"):
+        check(order, rank, MixedPrecisionPolicy(), tolerance=1e-5)  # fp32, sums reordered
+        assert not dist.barrier()
+    # bf16 keeps 8 bits, and gradients are reduced in bf16 by this policy.
+    check("optimize, then shard", rank, MixedPrecisionPolicy(torch.bfloat16), tolerance=3e-2)
 
 
 def check(order: str, rank: int, policy: MixedPrecisionPolicy, tolerance: float) -> None:
@@ -79,9 +72,9 @@ def check(order: str, rank: int, policy: MixedPrecisionPolicy, tolerance: float)
     assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 def test_fully_shard_per_block(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    spawn(tmp_path, WORLD_SIZE, worker)
 
 
 def test_the_model_here_is_rewritten() -> None:

@@ -30,19 +30,19 @@ from tests.backends.gathered_ranks import (
     num_gathered,
     recipe_of,
     shard,
-    spawn,
     train,
     trained,
 )
 from tests.backends.toys import Block, Stack, stack, tokens
 from tests.families import seeded
+from tests.ranks import needs_gloo, spawn
 
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 FP32 = MixedPrecisionPolicy()
 NUM_LINEARS = 12  # of two blocks
 
 
-def half_the_bytes(world_size: int) -> None:
+def half_the_bytes(rank: int) -> None:
+    world_size = dist.get_world_size()
     make, num_linears = (stack, NUM_LINEARS) if world_size == 2 else (narrow, 4)
     for recipe in ("fp8_tensorwise", "fp8_rowwise"):
         model, other = assert_bit_equal(train, recipe=recipe, make=make)
@@ -66,8 +66,8 @@ def hybrid(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def in_replicas(world_size: int) -> None:
-    if world_size == 4:
+def in_replicas(rank: int) -> None:
+    if dist.get_world_size() == 4:
         assert_bit_equal(train, make=narrow, sharding=hybrid)
 
 
@@ -77,7 +77,7 @@ def test_half_the_bytes_and_one_reduction_a_step(tmp_path: Path, world_size: int
     spawn(tmp_path, world_size, half_the_bytes, in_replicas)
 
 
-def uneven(world_size: int) -> None:
+def uneven(rank: int) -> None:
     # 32 rows over 3 ranks are 11, 11 and 10, and 16 are 6, 6 and 4: the last rank pads.
     assert_bit_equal(train, recipe="fp8_rowwise_gw_hp", make=narrow)
     assert_bit_equal(train, make=narrow, sharding=in_fp32)
@@ -174,7 +174,7 @@ def overlapping(model: nn.Module) -> list[Tensor]:
     return [*losses, *gradients(model), *train(model, num_steps=1)]
 
 
-def in_training(world_size: int) -> None:
+def in_training(rank: int) -> None:
     model, _ = assert_bit_equal(a_long_day, make=steered)
     state = model.state_dict()
     assert list(state) == list(steered().state_dict())
@@ -196,7 +196,7 @@ def micro_batches(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def scopes(world_size: int) -> None:
+def scopes(rank: int) -> None:
     model, _ = assert_bit_equal(micro_batches)
     with counted() as found:
         micro_batches(model)
@@ -213,7 +213,7 @@ def scopes(world_size: int) -> None:
             backward(model)
 
 
-def not_finite(world_size: int) -> None:
+def not_finite(rank: int) -> None:
     """One rank's NaN, of either sign, is every rank's; an Inf does not become the largest code."""
     for value in (torch.nan, -torch.nan, torch.inf):
         model, _ = trained("fp8", partial(train, num_steps=2), make=narrow)
@@ -227,7 +227,7 @@ def test_nothing_that_a_training_loop_does_makes_a_difference(tmp_path: Path) ->
     spawn(tmp_path, 2, in_training, scopes, not_finite)
 
 
-def doors(world_size: int) -> None:
+def doors(rank: int) -> None:
     model = fxopt.optimize(stack(), recipe=recipe_of("fp8", "fp8"))
     shard(model)
     own, (declined,) = dict(model.named_parameters()), reasons_of(model)
@@ -275,7 +275,7 @@ def check_refusals(model: nn.Module) -> None:
     model.zero_grad()
 
 
-def declining(world_size: int) -> None:
+def declining(rank: int) -> None:
     """Models of which no weight, or not every weight, can be gathered as codes."""
     for recipe, sharding, why in (
         ("fp8", offloaded, "offloaded to the CPU"),

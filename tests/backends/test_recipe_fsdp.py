@@ -5,30 +5,23 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import fxopt
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
+from tests.ranks import needs_gloo, spawn
 
 # Scales of rows do not depend on how the batch is split, and the weights' gradients, whose rows run
 # over the tokens, are in the model's dtype.
 RECIPE = "fp8_rowwise_gw_hp"
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
-    try:
-        check(rank)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> None:
+    check(rank)
 
 
 def check(rank: int) -> None:
@@ -60,6 +53,6 @@ def check(rank: int) -> None:
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 def test_sharded_blocks_train_in_fp8(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    spawn(tmp_path, WORLD_SIZE, worker)

@@ -6,11 +6,11 @@ import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +23,7 @@ from fxopt.errors import (
 from tests.backends.swapping import COUNTS, draw_arguments, same
 from tests.families import FAMILIES, Family, loss
 from tests.numerics import Judge, relative_l2, run
+from tests.ranks import needs_gloo, spawn
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
@@ -257,11 +258,9 @@ def test_dynamo_sees_the_own_forward(flux: Family) -> None:
     assert "layer_norm" in str([n.target for gm in graphs for n in gm.graph.nodes])
 
 
-def _train_sharded(rank: int, store: str) -> None:
+def _train_sharded(folder: Path, rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     found = {}
     for order in ("swap then shard", "shard then swap"):
         model = FAMILIES["flux"].build()
@@ -276,18 +275,17 @@ def _train_sharded(rank: int, store: str) -> None:
         value.backward()
         gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
         found[order] = value.item(), gradients, Counter(rule for rule, _ in fired)
-    torch.save(found, f"{store}.{rank}")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}")
 
 
+@needs_gloo
 def test_fully_shard_before_and_after(flux: Family, tmp_path: Path) -> None:
-    store = str(tmp_path / "store")
-    torch.multiprocessing.spawn(_train_sharded, (store,), nprocs=2)
+    spawn(tmp_path, 2, partial(_train_sharded, tmp_path))
     model = flux.build()
     losses = [loss(model, flux.inputs(2, rank, torch.float32)) for rank in range(2)]
     (sum(losses) / 2).backward()
     for rank in range(2):
-        for order, result in torch.load(f"{store}.{rank}", weights_only=False).items():
+        for order, result in torch.load(tmp_path / f"{rank}", weights_only=False).items():
             value, gradients, fired = result
             assert fired == COUNTS["flux"], order
             # 1e-4: fp32 through four blocks.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fxopt
@@ -15,21 +13,16 @@ from fxopt.gemms import gemm
 from fxopt.recipes import Recipe
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
+from tests.ranks import needs_gloo, spawn
 
 TENSOR = "e4m3/tensor/fp32"
 WGRAD = Recipe("wgrad", wgrad=gemm(TENSOR, TENSOR))
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
-    try:
-        for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
-            names_are_those_of_the_linears(rank, policy)
-        ranks_decide_alike(rank)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> None:
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
+        names_are_those_of_the_linears(rank, policy)
+    ranks_decide_alike(rank)
 
 
 def names_are_those_of_the_linears(rank: int, policy: MixedPrecisionPolicy) -> None:
@@ -69,8 +62,8 @@ def ranks_decide_alike(rank: int) -> None:
     assert found[0] == found[1] and ("blocks.0.down", "wgrad") in found[0]
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 def test_on_two_processes(tmp_path: Path) -> None:
     # The rank whose values do not underflow would demote nothing, alone.
     assert not demoted(0) and demoted(1)
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    spawn(tmp_path, WORLD_SIZE, worker)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import (
@@ -31,6 +29,7 @@ from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantize import quantize_pair
 from fxopt.recipes import Operand
 from tests.kernels import test_connectivity
+from tests.ranks import needs_gloo, spawn
 
 WORLD_SIZE = 2
 B, S, H, D, HEAD_DIM = 3, 5, 4, 32, 8  # samples and tokens that two processes share unevenly
@@ -262,25 +261,19 @@ def distributed(t: Tensor, mesh: Any, place: Placement) -> DTensor:
     return distribute_tensor(t, mesh, [place])
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
-    try:
-        mesh = init_device_mesh("cpu", (WORLD_SIZE,))
-        for call in CALLS:
-            check(call, mesh)
-        for name in ("linears", "norm_modulate_linears", "gated_activation_linear"):
-            check_composite(name, mesh)
-        gate = distributed(torch.ones(4, 32), mesh, Shard(0))
-        with pytest.raises(NotImplementedError, match=r"_streams.*sharding strategy"):
-            torch.ops.fxopt.gated_activation_streams([gate], [None], [None], "silu", "none")
-        with pytest.raises(NotImplementedError, match=r"fxopt.quantize.*sharding strategy"):
-            quantize_pair(distributed(torch.ones(4, 32), mesh, Shard(0)), OPERAND, OPERAND)
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    for call in CALLS:
+        check(call, mesh)
+    for name in ("linears", "norm_modulate_linears", "gated_activation_linear"):
+        check_composite(name, mesh)
+    gate = distributed(torch.ones(4, 32), mesh, Shard(0))
+    with pytest.raises(NotImplementedError, match=r"_streams.*sharding strategy"):
+        torch.ops.fxopt.gated_activation_streams([gate], [None], [None], "silu", "none")
+    with pytest.raises(NotImplementedError, match=r"fxopt.quantize.*sharding strategy"):
+        quantize_pair(distributed(torch.ones(4, 32), mesh, Shard(0)), OPERAND, OPERAND)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@needs_gloo
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    spawn(tmp_path, WORLD_SIZE, worker)
