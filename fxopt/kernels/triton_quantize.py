@@ -148,7 +148,7 @@ def cast(
     amax_out: Tensor | None = None,
     more: Sequence[Tensor | None] = (),
     slot: Slot = UNWATCHED,
-) -> tuple[Quantized, Quantized]:
+) -> Pair:
     """The second pass: codes and scales of the copies, empty where there is no operand.
 
     Args:
@@ -165,10 +165,10 @@ def cast(
             **BLOCKS | matrix.constants,
             CHUNK=CHUNK,
         )
-    of_rows, of_columns = copies
-    return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
+    return filled(matrix, copies)
 
 
+Pair = tuple[Quantized, Quantized]
 Copies = tuple[Quantized | None, Quantized | None]
 
 
@@ -179,6 +179,12 @@ def copies_for(matrix: Matrix, rows: Operand | None, columns: Operand | None) ->
         copy_for(matrix.like, rows, num_rows, num_columns),
         copy_for(matrix.like, columns, num_columns, num_rows),
     )
+
+
+def filled(matrix: Matrix, copies: Copies) -> Pair:
+    """Both copies, empty where there is none."""
+    of_rows, of_columns = copies
+    return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
 
 
 def cast_arguments(
@@ -200,7 +206,7 @@ def cast_arguments(
         *pointers(copies[0]),
         *pointers(copies[1]),
         None if amax_out is None else amax_out.view(torch.int32),
-        padded_size(columns, num_rows),
+        0 if columns is None else padded_size(columns, num_rows),
         padded_size(rows, num_columns),
         slot.rows,
         slot.columns,
