@@ -51,13 +51,6 @@ def op_of(name: str, recipe: Recipe) -> str:
     return f"{name}_quantize" if fuses(recipe) else name
 
 
-def streams_op_of(name: str, recipe: Recipe) -> str:
-    """The op behind the producers of several streams, or behind the casts of their "linears"."""
-    if name == "linears":
-        return "quantize_together" if fuses(recipe) else "quantize"
-    return f"{op_of(name, recipe)}_{'together' if fuses(recipe) else 'streams'}"
-
-
 def _formats(recipe: Recipe, trains: bool, slot: Slot) -> tuple[str, str | None]:
     """How a producer quantizes for the products; and for the gradients of weights that train, where
     the magnitude for that is still to be found."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,13 @@ from fxopt.kernels import (
     quantize_group,
 )
 
+
+def triton_together(name: str) -> Callable[..., Any]:
+    """The Triton provider of `fxopt::<name>_together`."""
+    kernel = torch.library.get_kernel(f"fxopt::{name}_together", "CUDA")
+    return partial(kernel.call_boxed, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
+
+
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
     torch.ops.fxopt.norm_modulate_backward.default: norm_modulate._triton_backward,
@@ -29,6 +38,7 @@ TRITON = {
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
     torch.ops.fxopt.quantize.default: quantize.triton,
+    torch.ops.fxopt.quantize_together.default: triton_together("quantize"),
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
 }

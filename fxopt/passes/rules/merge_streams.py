@@ -34,12 +34,12 @@ from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear_streams,
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
-    streams_op_of,
+    op_of,
 )
-from fxopt.kernels.quantized_linears import quantized_linears, quantized_linears_streams
+from fxopt.kernels.quantized_linears import fuses, quantized_linears, quantized_linears_streams
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.recipes import find
+from fxopt.recipes import Recipe, find
 
 # Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
@@ -211,8 +211,7 @@ def _bind_norms(norms: list[Norm]) -> Binding:
             start += s.num_outs
         return tuple(results)
 
-    first = norms[0].call
-    return _binding(_op_of("norm_modulate", first), first, listed, outputs, emit)
+    return _binding("norm_modulate", norms[0].call, listed, outputs, emit)
 
 
 def _bind_activations(calls: list[fx.Node]) -> Binding:
@@ -229,8 +228,7 @@ def _bind_activations(calls: list[fx.Node]) -> Binding:
         op = call(streams_op, *settings)
         return tuple(call(operator.getitem, op, i) for i in range(len(calls)))
 
-    op = _op_of("gated_activation", calls[0])
-    return _binding(op, calls[0], listed, tuple(calls), emit)
+    return _binding("gated_activation", calls[0], listed, tuple(calls), emit)
 
 
 def _bind_linears(calls: list[fx.Node]) -> Binding:
@@ -250,17 +248,23 @@ def _bind_linears(calls: list[fx.Node]) -> Binding:
             call(operator.getitem, op, start + i) for start, own in each_taken for i in own
         )
 
-    return _binding(_op_of("linears", calls[0]), calls[0], listed, outputs, emit)
+    return _binding("linears", calls[0], listed, outputs, emit)
 
 
-def _op_of(name: str, call: fx.Node) -> str:
-    """The op that launches for all streams, `call` being that of the first."""
-    recipe = ir.arguments(call).get("recipe")
-    return f"{name}_streams" if recipe is None else streams_op_of(name, find(recipe))
+def streams_op_of(name: str, recipe: Recipe | None) -> str:
+    """The op behind `name` that launches for all streams, whose linears run by `recipe`.
+
+    name: norm_modulate, gated_activation, or linears for the casts of quantized ones.
+    """
+    if recipe is None:
+        return f"{name}_streams"
+    if name == "linears":
+        return "quantize_together" if fuses(recipe) else "quantize"
+    return f"{op_of(name, recipe)}_{'together' if fuses(recipe) else 'streams'}"
 
 
 def _binding(
-    op: str,
+    name: str,
     anchor: fx.Node,
     listed: list[Any],
     outputs: tuple[fx.Node, ...],
@@ -272,6 +276,8 @@ def _binding(
     def emit_from(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         return emit(call, dict(zip(inputs, nodes, strict=True)) | {None: None})
 
+    recipe = ir.arguments(anchor).get("recipe")
+    op = streams_op_of(name, None if recipe is None else find(recipe))
     # Grouped otherwise, not computed otherwise.
     return Binding(anchor, inputs, outputs, emit_from, op, regroups=True, carries=outputs)
 
