@@ -63,6 +63,7 @@ STORE_SUMS = {
     "add_up_kernel",
     "amax_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
+    "quantized producers e4m3/tensor/fp32, two streams D=3072 rows_kernel",
 }
 
 ATOMIC = re.compile(r"\b(?:red|atom)\.(?!\S*\.max\.[su]\d)")

@@ -22,7 +22,7 @@ from fxopt.kernels.formats import (
     random_uniform,
 )
 from fxopt.kernels.registration import register
-from fxopt.kernels.together import Ask, Call, answer, register_together
+from fxopt.kernels.together import Ask, Call, answer, register_together, where_it_fits
 from fxopt.recipes import Operand
 
 SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
@@ -124,37 +124,26 @@ def native(
     return tuple(found)
 
 
-def triton(
-    x: Tensor,
-    rows: str | None,
-    columns: str | None,
-    seed: Tensor | None,
-    wants_sum: bool,
-    counters: Tensor | None = None,
-    counters_t: Tensor | None = None,
-    known: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    from fxopt.kernels import triton_quantize
-
-    if _can_cast(x) and fits(x, rows, columns):
-        x_RC = x.reshape(-1, x.shape[-1])
-        slot = Slot(counters, counters_t, known, seen)
-        found = triton_quantize.quantize(x_RC, *_operands(rows, columns), wants_sum, slot)
-        return tuple(found)
-    return native(x, rows, columns, seed, wants_sum, counters, counters_t, known, seen)
+def triton(*args: Any) -> Sequence[Tensor]:
+    return tuple(triton_together([args])[0])
 
 
 def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
-    """`triton` of each call, in one launch; operands of all are those of the first."""
+    """The op on the arguments of each call, in one launch; operands are those of the first."""
     from fxopt.kernels import triton_quantize_group
 
-    xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
-    if not all(map(_can_cast, xs)):
-        return [triton(*call) for call in calls]
-    slots = [Slot(*line) for line in zip(*lines, strict=True)] or [UNWATCHED] * len(xs)
-    operands = _operands(rows[0], columns[0])
-    return triton_quantize_group.quantize(xs, *operands, wants_sum, slots)
+    def can_cast(x: Tensor, *args: Any) -> bool:
+        # The first units that cast to e4m3; Triton refuses to compile the cast for others.
+        on_units = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+        return x.numel() > 0 and on_units and fits(x, *args)
+
+    def cast(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
+        xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
+        slots = [Slot(*line) for line in zip(*lines, strict=True)] or [UNWATCHED] * len(xs)
+        by_row, by_column = _operands(rows[0], columns[0])
+        return triton_quantize_group.quantize(xs, by_row, by_column, wants_sum, slots)
+
+    return where_it_fits(calls, can_cast, cast, native)
 
 
 def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:
@@ -164,13 +153,6 @@ def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:
 
 def _operands(*names: str | None) -> list[Operand | None]:
     return [None if name is None else Operand.parse(name) for name in names]
-
-
-def _can_cast(x: Tensor) -> bool:
-    """Whether there is something to cast, on the first units that cast to e4m3 or later ones:
-    Triton refuses to compile the cast for others."""
-    on_units = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return x.numel() > 0 and on_units
 
 
 def fake(

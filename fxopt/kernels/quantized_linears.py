@@ -256,7 +256,8 @@ def whole(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _plain(call: Call) -> Sequence[Tensor]:
-    return Linears.apply(whole(call.weights), *call.tensors)  # type: ignore[no-any-return]
+    outs: Sequence[Tensor] = Linears.apply(whole(call.weights), *call.tensors)
+    return outs
 
 
 def _quantized_linears_streams(

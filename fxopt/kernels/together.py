@@ -70,6 +70,18 @@ def _kind(ask: Ask) -> Hashable:
     return None if common is None else (ask.op, common, watched)
 
 
+def where_it_fits(
+    calls: Sequence[Call],
+    fits: Callable[..., bool],
+    together: Callable[[Sequence[Call]], Sequence[Any]],
+    otherwise: Callable[..., Any],
+) -> Sequence[Any]:
+    """`together` of calls that all fit; else each by itself, `otherwise` one that does not."""
+    if all(fits(*call) for call in calls):
+        return together(calls)
+    return [together([c])[0] if fits(*c) else otherwise(*c) for c in calls]
+
+
 def share(
     op: OpOverload, launch: Callable[[list[Call]], Sequence[Any]], kind: Callable[..., Hashable]
 ) -> None:

@@ -1,5 +1,9 @@
-"""Triton provider of `fxopt::quantize_rows`, `quantize_columns` and `quantize_together`: matrices
-in one launch.
+"""Triton provider of `fxopt::quantize`, `quantize_rows` and `quantize_columns`: matrices, or one,
+to FP8 in two launches.
+
+The first leaves the largest magnitudes of tiles, the second takes the scales from them and writes
+all copies from one read. Where magnitudes are known beforehand, the second is all, and a small one
+adds up the sums of its tiles. Producers of matrices have kernels of their own for the same steps.
 
 The third index of the grid says which matrix; programs beyond its tiles do nothing.
 """
@@ -29,6 +33,8 @@ from fxopt.kernels.triton_quantize_kernels import (
 )
 from fxopt.kernels.triton_sizes import size, unspecialized
 from fxopt.recipes import Operand
+
+FP32 = torch.float32
 
 
 class Part(NamedTuple):
@@ -125,18 +131,24 @@ def quantize(
     wants_sum: Sequence[bool],
     slots: Sequence[Slot],
 ) -> list[list[Tensor]]:
-    """`triton_quantize.quantize` of each; no x is empty, and all magnitudes are known or none."""
+    """Codes, scales and an empty tensor scale of each x and of its transpose; the sum of its rows.
+
+    Args:
+        xs: [..., C], any strides, not empty.
+        rows, columns: operands that `quantize.covers` holds for, or None.
+        slots: counters of both copies, and what is known and seen; all magnitudes are known or
+            none.
+    """
     matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
     totals = [x.new_empty(x.shape[-1]) if w else None for x, w in zip(xs, wants_sum, strict=True)]
     sums = [
-        None if total is None else m.like.new_empty((_grid(m)[0], len(total)), dtype=torch.float32)
+        None if total is None else total.new_empty((launch.grid(m)[0], len(total)), dtype=FP32)
         for m, total in zip(matrices, totals, strict=True)
     ]
-    amaxes = _known(slots)
+    amaxes = known(slots)
     if amaxes:
         pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums)
-        given = [pair for pair in zip(totals, sums, strict=True) if pair[0] is not None]
-        add_up([t for t, _ in given if t is not None], [s for _, s in given if s is not None])
+        add_up(*([t for t in given if t is not None] for given in (totals, sums)))
     else:
         amaxes = measure(amax_kernel, matrices, rows, columns, sums)
         pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums, totals=totals)
@@ -152,7 +164,7 @@ def rows(
     """Codes, scales and amax_t; no x is empty, and all magnitudes are known or none."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
-    amaxes = _known(slots) or measure(amax_kernel, matrices, by_row, by_column)
+    amaxes = known(slots) or measure(amax_kernel, matrices, by_row, by_column)
     amax_t = [launch.amax_for(m, by_column) for m in matrices]
     pairs = cast(cast_kernel, matrices, amaxes, by_row, None, slots, amax_out=amax_t)
     kept = [launch.present(a, x) for a, x in zip(amax_t, xs, strict=True)]
@@ -174,9 +186,10 @@ def columns(
     return [c.codes for _, c in pairs], [c.scales for _, c in pairs]
 
 
-def _known(slots: Sequence[Slot]) -> list[launch.Amax]:
-    known = [slot.known for slot in slots if slot.known is not None]
-    return [launch.Amax.known(None, amax) for amax in known]
+def known(slots: Sequence[Slot]) -> list[launch.Amax]:
+    """The magnitudes that are known beforehand, of all or of none."""
+    found = [slot.known for slot in slots if slot.known is not None]
+    return [launch.Amax.known(None, amax) for amax in found]
 
 
 def measure(
@@ -186,10 +199,14 @@ def measure(
     columns: Operand | None,
     sums: Sequence[Tensor | None] = (),
 ) -> list[launch.Amax]:
-    """`triton_quantize.measure` of each matrix, in one launch; sums: room for those of tiles."""
+    """The first pass: largest magnitudes of tiles, as far as the operands need them.
+
+    Args:
+        sums: room for the sums of the columns of tiles, or None, of each matrix.
+    """
     amaxes = [launch.amax_buffers(m, rows, columns) for m in matrices]
     each = zip(matrices, amaxes, sums or [None] * len(matrices), strict=True)
-    parts = [Part(*_tile(m), tuple(amax), of_tiles) for m, amax, of_tiles in each]
+    parts = [_part(m, amax, of_tiles) for m, amax, of_tiles in each]
     _launch(kernel, matrices, parts, {})
     return amaxes
 
@@ -206,9 +223,11 @@ def cast(
     sums: Sequence[Tensor | None] = (),
     totals: Sequence[Tensor | None] = (),
 ) -> list[launch.Pair]:
-    """`triton_quantize.cast` of each matrix, in one launch.
+    """The second pass: codes and scales of the copies, empty where there is no operand.
 
     Args:
+        slots: counters of both copies, and where to record the magnitudes.
+        amax_out: fp32, where to put what later scales of the columns come from, or None.
         sums: those of the rows of tiles, to be read if there are `totals`, else to be written.
     """
     absent = [None] * len(matrices)
@@ -218,25 +237,17 @@ def cast(
         matrices, amaxes, copies, amax_out or absent, slots, sums or absent, totals or absent,
         strict=True,
     ):  # fmt: skip
-        given = launch.cast_arguments(matrix, amax, rows, columns, pair, out, slot)
+        given = launch.copy_arguments(matrix, rows, columns, pair, out, slot)
         counts = tuple(map(unspecialized, amax.counts))
-        parts.append(
-            Part(*_tile(matrix), tuple(amax), of_tiles, counts, given[BEHIND_AMAX:], total)
-        )
+        parts.append(_part(matrix, amax, of_tiles, counts, given, total))
     constants = launch.settings(rows, columns) | {"CHUNK": launch.CHUNK}
     _launch(kernel, matrices, parts, constants)
     return [launch.filled(m, pair) for m, pair in zip(matrices, copies, strict=True)]
 
 
-BEHIND_AMAX = 8  # arguments of `store_codes`, from num_rows on
-
-
-def _tile(matrix: launch.Matrix) -> tuple[Any, ...]:
-    return tuple(matrix.arguments), unspecialized(matrix.num_rows), matrix.num_columns
-
-
-def _grid(matrix: launch.Matrix) -> tuple[int, int]:
-    return launch.grid(matrix, None, None)
+def _part(matrix: launch.Matrix, amax: launch.Amax, *others: Any) -> Part:
+    num_rows = unspecialized(matrix.num_rows)
+    return Part(tuple(matrix.arguments), num_rows, matrix.num_columns, tuple(amax), *others)
 
 
 def _launch(
@@ -245,7 +256,7 @@ def _launch(
     parts: Sequence[Part],
     constants: dict[str, Any],
 ) -> None:
-    grids = [_grid(matrix) for matrix in matrices]
+    grids = [launch.grid(matrix) for matrix in matrices]
     grid = max(g[0] for g in grids), max(g[1] for g in grids), len(matrices)
     options = launch.BLOCKS | matrices[0].constants
     with torch.cuda.device_of(matrices[0].like):

@@ -65,8 +65,8 @@ def joint_block(
     if last:
         return None, finish(ending)[0]
     mlp = feed_forward(block.ff_context)
-    of_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
-    out, text = finish(ending, of_text)
+    ending_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
+    out, text = finish(ending, ending_text)
     return text, out
 
 
