@@ -84,13 +84,14 @@ class QuantizedLinears(Streams):
         _, _, needs_x, *needs = ctx.needs_input_grad
         dx_MK, operands, dbiases = yield from gradients(ctx, grads, weights, amax, needs_x, needs)
         x: Tensor | Quantized = kept[0]
-        if recipe.wgrad is not None and ctx.keeps_x and any(o is not None for o in operands):
+        trains = recipe.wgrad is not None and any(o is not None for o in operands)
+        if trains and ctx.keeps_x:
             lines = counters.present([ctx.slots.x.columns])
             matrix = [kept[0]], str(recipe.wgrad.b), [kept[1]]
             (found,) = yield [Ask(quantize_columns, matrix, (lines,))]
             (codes_t,), (scales_t,) = found
             x = Quantized(codes_t, scales_t, scales_t.new_empty(0))
-        elif recipe.wgrad is not None:
+        elif trains:
             x = Quantized(*kept[:3])
         dweights = weight_gradients(operands, x, weights, recipe)
         dx = None if dx_MK is None else dx_MK.view(ctx.shape)
