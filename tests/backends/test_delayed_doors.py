@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,6 +26,14 @@ FP8 = RECIPES["fp8"]
 DELAYED = replace(FP8, name="delayed", history=2)
 DOORS: dict[str, Callable[..., nn.Module]] = {"optimize": fxopt.optimize, "swap": fxopt.swap}
 doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@pytest.fixture(autouse=True)
+def no_state() -> Iterator[None]:
+    """How rare warnings have become is no matter of another test."""
+    delayed._histories.clear()
+    delayed._lines.clear()
+    yield
 
 
 @pytest.fixture(scope="module")
