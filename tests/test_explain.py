@@ -9,12 +9,15 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fxopt import errors, fakes, traffic
+from fxopt.backends import state
 from fxopt.backends.capture import CannotCapture, capture
+from fxopt.backends.exported import optimize
 from fxopt.backends.options import rules_for
 from fxopt.backends.rewritten import Bound
 from fxopt.explanation import explain, load_example, model_blocks
 from fxopt.recipes import find
 from fxopt.report import Applied, Declined, Report
+from tests.backends import toys
 from tests.families import FAMILIES
 
 # The package binds the name `explain` to the function.
@@ -225,3 +228,16 @@ def test_bad_example_says_what_is_wrong(tmp_path, spec, match):
     path.write_text(EXAMPLE)
     with pytest.raises(errors.NotAnExample, match=match):
         load_example(spec.format(path=path))
+
+
+def test_doors_stay_open():
+    inputs = {"x": toys.tokens(num_tokens=64)}
+    strict = optimize(toys.stack(num_blocks=1), strict=["norm_modulate"])
+    compiled = optimize(toys.stack(num_blocks=1), execution="compile")
+    expected = explain(toys.stack(num_blocks=1), example_inputs=inputs)
+    assert explain(strict, example_inputs=inputs) == expected
+    assert explain(compiled, example_inputs=inputs) == expected
+    assert any(m._compiled_call_impl is not None for m in compiled.modules())
+    assert len(strict._forward_hooks) == 1
+    strict(**inputs)
+    assert not strict._forward_hooks and state.report(strict).count("norm_modulate")

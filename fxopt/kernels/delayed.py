@@ -16,6 +16,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +202,17 @@ _Key = tuple[int, int, str, int, int]
 _lines: dict[_Key, _Line] = {}
 _histories: list[History] = []
 _step: int | None = None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside the context lines are others, which are gone behind it; those of before stay."""
+    global _lines, _histories, _step
+    kept, (_lines, _histories, _step) = (_lines, _histories, _step), ({}, [], None)
+    try:
+        yield
+    finally:
+        _lines, _histories, _step = kept
 
 
 def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:

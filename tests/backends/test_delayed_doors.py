@@ -31,9 +31,8 @@ doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 @pytest.fixture(autouse=True)
 def no_state() -> Iterator[None]:
     """How rare warnings have become is no matter of another test."""
-    delayed._histories.clear()
-    delayed._lines.clear()
-    yield
+    with delayed.apart():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +135,33 @@ def test_explain_counts_a_step_that_knows_its_scales() -> None:
     # of all.
     glue = [report.totals["glue_bytes_after"] for report in (later, current)]
     assert glue[0] < 0.9 * glue[1]
+
+
+@doors
+def test_explain_leaves_a_training_alone(door: Callable[..., nn.Module]) -> None:
+    """Histories, the step, what telemetry counts, the doors' reports and every gradient."""
+    x, recipe = toys.tokens(num_tokens=64), replace(DELAYED, profit="always")
+    plain = toys.stack(num_blocks=1)
+    expected = fxopt.explain(copy.deepcopy(plain), example_inputs={"x": x}, recipe=recipe)
+    found = []
+    for explains in (False, True):
+        model = door(copy.deepcopy(plain), recipe=recipe)
+        with delayed.apart(), fxopt.telemetry(model, every=2) as telemetry:
+            tensors = []
+            for step in range(4):
+                telemetry.batch()
+                with fxopt.at_step(step):
+                    loss = model(x * 1.01**step).square().mean()
+                    if explains and step == 2:
+                        random = torch.get_rng_state()
+                        report = fxopt.explain(model, example_inputs={"x": x}, recipe=recipe)
+                        assert torch.equal(random, torch.get_rng_state())
+                        assert report == expected
+                    tensors += torch.autograd.grad(loss, list(model.parameters()))
+            tensors += [h.past for h in delayed._histories]
+            found.append((tensors, telemetry.report(), fxopt.report(model), delayed._step))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert found[0][1:] == found[1][1:]
 
 
 def test_an_override_has_a_history_of_its_own(flux: tuple[nn.Module, Inputs]) -> None:
