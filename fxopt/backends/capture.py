@@ -29,6 +29,7 @@ from fxopt.backends.exporting import export_forward
 from fxopt.backends.failures import giving_up
 from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture as CannotCapture
+from fxopt.backends.weight_reads import keep_origins
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -170,6 +171,7 @@ def _capture(
             meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
         device = planned_for or device
         outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
+        keep_origins(gm)
         return Plan(
             run=_without(call.autocast, gm.forward),
             gm=gm,

@@ -28,6 +28,7 @@ from fxopt.kernels import counters
 from fxopt.kernels.counters import Slot, Slots
 from fxopt.kernels.formats import is_clipped
 from fxopt.kernels.in_force import Decision
+from fxopt.kernels.origins import leaf_of
 from fxopt.recipe_errors import NoHistory, Saturated
 from fxopt.recipes import Operand, Recipe
 from fxopt.schedule import current_group
@@ -310,12 +311,3 @@ def _numbers(recipe: Recipe) -> tuple[str, int, int]:
 def _mode(tensor: Tensor) -> object:
     """The mode of a fake tensor, which does not go with others; None of a real one."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
-
-
-def leaf_of(weight: Tensor) -> Tensor:
-    """What a weight that autocast has cast was cast from; else the weight."""
-    node = weight.grad_fn
-    while node is not None and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-    found = getattr(node, "variable", None)
-    return weight if found is None else found

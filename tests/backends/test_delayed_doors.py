@@ -116,6 +116,29 @@ def test_compilers_refuse_a_history(flux: tuple[nn.Module, Inputs]) -> None:
         fxopt.swap(copy.deepcopy(plain), recipe=DELAYED)(**inputs)
 
 
+def test_casts_of_frozen_weights_have_the_history_of_their_parameter() -> None:
+    """As under adapters: the bits of a model that stores them in autocast's dtype."""
+    x, found = toys.tokens(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = toys.stack(num_blocks=1)
+        for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+            linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        fxopt.optimize(model, recipe=DELAYED)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        tensors = []
+        with fxopt.telemetry(model, every=1) as telemetry:
+            for step in range(4):
+                telemetry.batch()
+                with fxopt.at_step(step), torch.autocast("cpu", torch.bfloat16):
+                    y = model(x * 1.5**step)
+                    with torch.no_grad():
+                        tensors.append(model(x))
+                tensors += torch.autograd.grad(y.float().square().mean(), trained)
+            assert telemetry.num_unnamed == 0
+        found.append(tensors)
+    assert all(map(torch.equal, *found))
+
+
 def test_example_inputs_are_of_no_step() -> None:
     model = toys.stack()
     fxopt.optimize(model, recipe=DELAYED, example_inputs={"x": toys.tokens()})
