@@ -31,7 +31,6 @@ from fxopt.schedule import at_step
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
-GPU = torch.device("cuda")
 
 Progress = Callable[[int, int, str], None]
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -135,7 +134,7 @@ def _rewrite(
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, GPU)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, target)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
             return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module

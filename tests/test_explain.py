@@ -59,7 +59,7 @@ def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
 
     def rewrite_block(block, args, kwargs, recipe, target, planned_for):
-        assert planned_for.type == "cuda"
+        assert planned_for is target
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):
@@ -228,6 +228,15 @@ def test_bad_example_says_what_is_wrong(tmp_path, spec, match):
     path.write_text(EXAMPLE)
     with pytest.raises(errors.NotAnExample, match=match):
         load_example(spec.format(path=path))
+
+
+@pytest.mark.parametrize("target, expected", [("a100", "emulation"), ("h100", "library")])
+def test_products_are_emulated_where_there_are_no_units(target, expected):
+    recipe = dataclasses.replace(find("fp8_tensorwise"), profit="always")
+    inputs = {"x": toys.tokens(num_tokens=64)}
+    report = explain(toys.stack(num_blocks=1), example_inputs=inputs, target=target, recipe=recipe)
+    found = {a.provider for a in report.applied if a.rule == "quantized_linear"}
+    assert found == {expected}
 
 
 def test_doors_stay_open():
