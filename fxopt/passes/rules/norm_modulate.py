@@ -132,7 +132,7 @@ def _whole(
 def _unlike_a_gate(factor: fx.Node, total: fx.Node) -> int:
     """0 where tokens share the factor; of two that differ per token, the one less like a branch.
 
-    The op is the same with both exchanged, but for the bias of a linear that it can add to a branch.
+    The op is the same with both exchanged, but that it can add the bias of a linear to a branch.
     """
     if not ir.same(ir.shape(factor), ir.shape(total)):
         return 0
