@@ -29,6 +29,8 @@ from fxopt.backends.exporting import export_forward
 from fxopt.backends.failures import giving_up
 from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture as CannotCapture
+from fxopt.backends.weight_reads import keep_origins
+from fxopt.hardware import Target
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -104,7 +106,7 @@ def capture(
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
     *,
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> Plan:
     """The first of `captures`.
 
@@ -123,7 +125,7 @@ def captures(
     call: Call,
     rules: Sequence[Rule],
     earlier: Sequence[Plan] = (),
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> Iterator[Plan]:
     """Export `module` for all sizes of its inputs and apply `rules`, the most general plan first.
 
@@ -153,7 +155,7 @@ def _capture(
     fixed: list[bool],
     rules: Sequence[Rule],
     device: torch.device,
-    planned_for: torch.device | None,
+    planned_for: Target | None,
 ) -> Plan:
     program, reads, needs_grad_mode = export_forward(module, forward, call, example, fixed)
     with giving_up(reads):
@@ -168,8 +170,16 @@ def _capture(
         meter = None
         if planned_for is not None:
             meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
-        device = planned_for or device
-        outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
+            device = torch.device("cuda")
+        outcome = rewrite(
+            gm,
+            rules,
+            device=device,
+            parameters=frozenset(learned),
+            meter=meter,
+            capability=None if planned_for is None else planned_for.capability,
+        )
+        keep_origins(gm)
         return Plan(
             run=_without(call.autocast, gm.forward),
             gm=gm,

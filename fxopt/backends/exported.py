@@ -119,7 +119,7 @@ def rewrite_block(
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
     target: Target | None = None,
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 

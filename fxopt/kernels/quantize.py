@@ -22,12 +22,16 @@ from fxopt.kernels.formats import (
     random_uniform,
 )
 from fxopt.kernels.registration import register
-from fxopt.kernels.together import Ask, Call, answer, register_together, where_it_fits
+from fxopt.kernels.together import Ask, Call, alone, answer, register_together, where_it_fits
 from fxopt.recipes import Operand
 
 SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
 # Draws of the two copies do not repeat each other.
 ROWS, COLUMNS = 0, 1
+
+
+# The first compute capability with units that cast to e4m3.
+CAST_CAPABILITY = (8, 9)
 
 
 class Pair(NamedTuple):
@@ -71,6 +75,11 @@ def pair_of(found: Sequence[Tensor]) -> Pair:
 def covers(operand: Operand | None) -> bool:
     """Whether the Triton kernels quantize like this: one scale for a tensor or for a row."""
     return operand is None or (operand.block in ("tensor", "row") and not operand.stochastic)
+
+
+def can_cast(x: Tensor) -> bool:
+    """Whether Triton compiles casts to FP8 for the device of `x`."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= CAST_CAPABILITY
 
 
 def native(
@@ -124,18 +133,12 @@ def native(
     return tuple(found)
 
 
-def triton(*args: Any) -> Sequence[Tensor]:
-    return tuple(triton_together([args])[0])
-
-
 def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
     """The op on the arguments of each call, in one launch; operands are those of the first."""
     from fxopt.kernels import triton_quantize_group
 
-    def can_cast(x: Tensor, *args: Any) -> bool:
-        # The first units that cast to e4m3; Triton refuses to compile the cast for others.
-        on_units = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
-        return x.numel() > 0 and on_units and fits(x, *args)
+    def is_cast(x: Tensor, *args: Any) -> bool:
+        return x.numel() > 0 and can_cast(x) and fits(x, *args)
 
     def cast(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
         xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
@@ -143,7 +146,10 @@ def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
         by_row, by_column = _operands(rows[0], columns[0])
         return triton_quantize_group.quantize(xs, by_row, by_column, wants_sum, slots)
 
-    return where_it_fits(calls, can_cast, cast, native)
+    return where_it_fits(calls, is_cast, cast, native)
+
+
+triton = alone(triton_together)
 
 
 def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
-from fxopt.kernels.registration import opmath_of, register
-from fxopt.kernels.together import Call, register_together, where_it_fits
+from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
+from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 from fxopt.recipes import Operand
 
 NORM_ARGUMENTS = (
@@ -210,27 +210,16 @@ def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
-def triton_norm(*args: Any) -> Call:
-    return triton_norms([args])[0]
-
-
-def triton_norm_columns(*args: Any) -> Call:
-    return triton_columns_of_norms([args])[0]
-
-
-def triton_activation(*args: Any) -> Call:
-    return triton_activations([args])[0]
-
-
-def triton_activation_backward(*args: Any) -> Call:
-    return triton_activations_backward([args])[0]
+def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take `x` and compute in `dtype`."""
+    return dtype != torch.float64 and x.numel() > 0 and quantize.can_cast(x)
 
 
 def triton_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
     def fits(x: Tensor, *args: Any) -> bool:
-        return x.numel() > 0 and opmath_of(x, *args[11:13]) != torch.float64
+        return _fits(x, opmath_of(x, *args[11:13]))
 
     return where_it_fits(calls, fits, kernels.forward_of, native_norm)
 
@@ -239,7 +228,7 @@ def triton_columns_of_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
     def fits(h: Tensor, *args: Any) -> bool:
-        return h.numel() > 0 and args[5].dtype != torch.float64
+        return _fits(h, args[5].dtype)
 
     return where_it_fits(calls, fits, kernels.columns_of, native_norm_columns)
 
@@ -260,7 +249,12 @@ def triton_activations_backward(calls: Sequence[Call]) -> Sequence[Call]:
 
 
 def _has_tiles(gate: Tensor, *_: Any) -> bool:
-    return gate.numel() > 0 and gate.dtype != torch.float64
+    return _fits(gate, gate.dtype)
+
+
+triton_norm, triton_norm_columns = alone(triton_norms), alone(triton_columns_of_norms)
+triton_activation = alone(triton_activations)
+triton_activation_backward = alone(triton_activations_backward)
 
 
 def _is_of_tensor(operand: str | None) -> bool:
@@ -347,3 +341,6 @@ register_together(
 register_together(norm_modulate_quantize_columns, triton_columns_of_norms)
 register_together(gated_activation_quantize, triton_activations)
 register_together(gated_activation_quantize_backward, triton_activations_backward)
+_FORWARDS = ("norm_modulate_quantize", "gated_activation_quantize")
+for _name in (*_FORWARDS, *(f"{name}_together" for name in _FORWARDS), "quantize_together"):
+    CAPABILITIES[_name] = quantize.CAST_CAPABILITY

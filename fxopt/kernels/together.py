@@ -82,6 +82,11 @@ def where_it_fits(
     return [together([c])[0] if fits(*c) else otherwise(*c) for c in calls]
 
 
+def alone(together: Callable[[Sequence[Call]], Sequence[Sequence[Any]]]) -> Callable[..., Call]:
+    """What `together` makes of a single call."""
+    return lambda *args: tuple(together([args])[0])
+
+
 def share(
     op: OpOverload, launch: Callable[[list[Call]], Sequence[Any]], kind: Callable[..., Hashable]
 ) -> None:
