@@ -82,9 +82,9 @@ def where_it_fits(
     return [together([c])[0] if fits(*c) else otherwise(*c) for c in calls]
 
 
-def alone(together: Callable[[Sequence[Call]], Sequence[Sequence[Any]]]) -> Callable[..., Call]:
+def alone(together: Callable[[Sequence[Call]], Sequence[Any]]) -> Callable[..., Any]:
     """What `together` makes of a single call."""
-    return lambda *args: tuple(together([args])[0])
+    return lambda *args: together([args])[0]
 
 
 def share(

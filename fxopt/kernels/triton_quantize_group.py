@@ -130,7 +130,7 @@ def quantize(
     columns: Operand | None,
     wants_sum: Sequence[bool],
     slots: Sequence[Slot],
-) -> list[list[Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Codes, scales and an empty tensor scale of each x and of its transpose; the sum of its rows.
 
     Args:
@@ -153,7 +153,7 @@ def quantize(
         amaxes = measure(amax_kernel, matrices, rows, columns, sums)
         pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums, totals=totals)
     return [
-        [*by_row, *by_column, x.new_empty(0) if total is None else total]
+        (*by_row, *by_column, x.new_empty(0) if total is None else total)
         for x, (by_row, by_column), total in zip(xs, pairs, totals, strict=True)
     ]
 
