@@ -26,6 +26,7 @@ from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_linears import (
     Cast,
+    cast_weights,
     fuses,
     gradients,
     products,
@@ -41,8 +42,8 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.streams import Call, Streams, parts
-from fxopt.kernels.together import Ask, Steps
+from fxopt.kernels.streams import Call, Streams
+from fxopt.kernels.together import Ask, Steps, parts
 from fxopt.recipes import Operand, Recipe
 
 
@@ -109,7 +110,8 @@ class NormModulateQuantizedLinears(Streams):
         h = x if residual is None else h
         branch = x if gate is not None else None
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
-        outs, amax = yield from products(y, weights, biases, ctx, settings[-1], True)
+        copies = yield from cast_weights(weights, ctx, True)
+        outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
         kept = (h, branch, gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
@@ -175,7 +177,8 @@ class GatedActivationQuantizedLinear(Streams):
             y = yield from _operand(_joined(beside, activation), recipe, slot)
         ctx.settings, ctx.slots = settings, slots
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        outs, amax = yield from products(y, [weight], [bias], ctx, gate.dtype, True)
+        copies = yield from cast_weights([weight], ctx, True)
+        outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
         save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
         return outs
 

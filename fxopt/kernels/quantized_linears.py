@@ -28,9 +28,10 @@ from fxopt.kernels.quantize import Pair, ask_pair, covers, pair_of
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.scaled_matmul import multiply
-from fxopt.kernels.streams import Call, Streams, parts
+from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.sum_parts import sum_parts
-from fxopt.kernels.together import Ask, Steps
+from fxopt.kernels.together import Ask, Steps, parts, side_by_side
+from fxopt.kernels.weight_casts import Copies
 from fxopt.recipes import Operand, Recipe
 
 
@@ -51,28 +52,13 @@ class QuantizedLinears(Streams):
         weights, biases = parameters[:num_linears], parameters[num_linears:]
         trains = any(ctx.needs_input_grad[3 : 3 + num_linears])
         ctx.recipe, ctx.step, _ = decision
-        recipe = ctx.recipe
-        fprop, wgrad = recipe.fprop, recipe.wgrad if trains else None
         ctx.shape, ctx.slots = x.shape, slots_for(decision, weights)
-        ctx.keeps_x = keeps_x and trains and fuses(recipe) and x.is_contiguous()
+        ctx.keeps_x = keeps_x and trains and fuses(ctx.recipe) and x.is_contiguous()
         x = x.contiguous() if keeps_x else x
-        operand: Tensor | Quantized
-        if ctx.keeps_x:
-            slot = ctx.slots.x
-            columns = wgrad.b if wgrad is not None and slot.known is None else None
-            formats = str(fprop and fprop.a), None if columns is None else str(columns)
-            lines = tuple(counters.lists([slot]))
-            (found,) = yield [Ask(quantize_rows, ([x], *formats), lines)]
-            (codes,), (scales,), (amax_t,) = found
-            operand = Quantized(codes, scales, scales.new_empty(0))
-            kept = [x, amax_t if slot.known is None else slot.known]
-        else:
-            cast = Cast(x, fprop and fprop.a, wgrad and wgrad.b, slot=ctx.slots.x)
-            (pair,) = yield from quantized(cast)
-            operand, kept = x if fprop is None else pair.rows, list(pair.columns)
-            kept = [x] if trains and wgrad is None else kept
-        comes_back = ctx.needs_input_grad[2]
-        outs, amax = yield from products(operand, weights, biases, ctx, x.dtype, comes_back)
+        (operand, kept), copies = yield from side_by_side(
+            cast_x(x, ctx, trains), cast_weights(weights, ctx, ctx.needs_input_grad[2])
+        )
+        outs, amax = products(operand, weights, biases, ctx, x.dtype, copies)
         save_for_backward(ctx, *kept, *weights, *amax)
         ctx.num_kept = len(kept)
         return outs
@@ -82,20 +68,43 @@ class QuantizedLinears(Streams):
         saved, recipe = saved_tensors(ctx), ctx.recipe
         kept, weights, amax = split(saved, ctx.num_kept, len(grads))
         _, _, needs_x, *needs = ctx.needs_input_grad
-        dx_MK, operands, dbiases = yield from gradients(ctx, grads, weights, amax, needs_x, needs)
-        x: Tensor | Quantized = kept[0]
-        trains = recipe.wgrad is not None and any(o is not None for o in operands)
-        if trains and ctx.keeps_x:
-            lines = counters.present([ctx.slots.x.columns])
-            matrix = [kept[0]], str(recipe.wgrad.b), [kept[1]]
-            (found,) = yield [Ask(quantize_columns, matrix, (lines,))]
-            (codes_t,), (scales_t,) = found
-            x = Quantized(codes_t, scales_t, scales_t.new_empty(0))
-        elif trains:
-            x = Quantized(*kept[:3])
+        trains = any(g is not None and need for g, need in zip(grads, needs, strict=False))
+        (dx_MK, operands, dbiases), x = yield from side_by_side(
+            gradients(ctx, grads, weights, amax, needs_x, needs), cast_kept(kept, ctx, trains)
+        )
         dweights = weight_gradients(operands, x, weights, recipe)
         dx = None if dx_MK is None else dx_MK.view(ctx.shape)
         return None, None, dx, *dweights, *dbiases
+
+
+def cast_x(x: Tensor, ctx: Any, trains: bool) -> Steps[tuple[Tensor | Quantized, Sequence[Tensor]]]:
+    """What the products read of x, and what is kept of it for the gradients of weights."""
+    fprop, wgrad = ctx.recipe.fprop, ctx.recipe.wgrad if trains else None
+    if not ctx.keeps_x:
+        cast = Cast(x, fprop and fprop.a, wgrad and wgrad.b, slot=ctx.slots.x)
+        (pair,) = yield from quantized(cast)
+        kept = [x] if trains and wgrad is None else [*pair.columns]
+        return x if fprop is None else pair.rows, kept
+    slot = ctx.slots.x
+    columns = wgrad.b if wgrad is not None and slot.known is None else None
+    formats = str(fprop.a), None if columns is None else str(columns)
+    (found,) = yield [Ask(quantize_rows, ([x], *formats), tuple(counters.lists([slot])))]
+    (codes,), (scales,), (amax_t,) = found
+    amax_t = amax_t if slot.known is None else slot.known
+    return Quantized(codes, scales, scales.new_empty(0)), [x, amax_t]
+
+
+def cast_kept(kept: Sequence[Tensor], ctx: Any, trains: bool) -> Steps[Tensor | Quantized]:
+    """What the gradients of weights read of what `cast_x` kept."""
+    if ctx.recipe.wgrad is None or not trains:
+        return kept[0]
+    if not ctx.keeps_x:
+        return Quantized(*kept)
+    x, amax_t = kept
+    lines = counters.present([ctx.slots.x.columns])
+    (found,) = yield [Ask(quantize_columns, ([x], str(ctx.recipe.wgrad.b), [amax_t]), (lines,))]
+    (codes_t,), (scales_t,) = found
+    return Quantized(codes_t, scales_t, scales_t.new_empty(0))
 
 
 def fuses(recipe: Recipe) -> bool:
@@ -110,27 +119,32 @@ def split(saved: Sequence[Tensor], num_kept: int, num_weights: int) -> tuple[Any
     return saved[:num_kept], saved[num_kept:end], saved[end:]
 
 
+def cast_weights(weights: Sequence[Tensor | None], ctx: Any, comes_back: bool) -> Steps[Copies]:
+    """The copies of the weights for `products`; comes_back: whether x needs a gradient."""
+    present = [w for w in weights if w is not None]
+    if ctx.recipe.fprop is None:
+        return Copies([], [], [])
+    given = present, ctx.recipe, comes_back, ctx.slots.weights
+    return (yield from weight_casts.for_products(*given))
+
+
 def products(
     x: Tensor | Quantized,
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     ctx: Any,
     dtype: torch.dtype,
-    comes_back: bool,
-) -> Steps[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    copies: Copies,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs of the linears, from x or from its codes; and what `gradients` takes as `amax`.
 
     ctx: of the node, where what `gradients` needs beside is left.
-    comes_back: whether x needs a gradient.
+    copies: of the weights, as `cast_weights` makes them.
     """
-    ctx.columns = []
-    present = [w for w in weights if w is not None]
+    present, outs = [w for w in weights if w is not None], []
+    ctx.columns = copies.columns
     if not isinstance(x, Quantized):
         return tuple(F.linear(x, w, b) for w, b in zip(present, biases, strict=True)), []
-    copies = yield from weight_casts.for_products(
-        present, ctx.recipe, comes_back, ctx.slots.weights
-    )
-    ctx.columns, outs = copies.columns, []
     for copy, weight, bias in zip(copies.rows, present, biases, strict=True):
         y_MN = multiply(x, copy, ctx.recipe.fprop, dtype, bias)
         outs.append(y_MN.view(*ctx.shape[:-1], weight.shape[0]))

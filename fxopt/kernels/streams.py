@@ -8,7 +8,6 @@ together; what only one wants runs alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.in_force import Decision, decide
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.together import Ask, Steps, answer
+from fxopt.kernels.together import Steps, parts, run, side_by_side
 
 
 class Call(NamedTuple):
@@ -95,7 +94,7 @@ class Streams(torch.autograd.Function):
             node.forward_of(context, stream.decision, stream.settings, *own)
             for context, stream, own in zip(contexts, streams, parts(tensors, sizes), strict=True)
         ]
-        outs = side_by_side(runs)
+        outs = run(side_by_side(*runs))
         ctx.node, ctx.streams, ctx.contexts = node, streams, contexts
         ctx.num_saved = [len(context.saved_tensors) for context in contexts]
         ctx.save_for_backward(*(t for context in contexts for t in context.saved_tensors))
@@ -113,29 +112,7 @@ class Streams(torch.autograd.Function):
         for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
             context.saved_tensors = own
             runs.append(ctx.node.backward_of(context, *of_stream))
-        found = side_by_side(runs)
+        found = run(side_by_side(*runs))
         for context in ctx.contexts:
             context.save_for_backward()
         return None, None, *(g for own in found for g in own[2:])
-
-
-def side_by_side(runs: Sequence[Steps[Any]]) -> list[Any]:
-    """What each returns."""
-    results: dict[int, Any] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(runs)))
-    while answers:
-        asked: dict[int, Sequence[Ask]] = {}
-        for i, found in answers.items():
-            try:
-                asked[i] = runs[i].send(found)
-            except StopIteration as end:
-                results[i] = end.value
-        every = answer([ask for asks in asked.values() for ask in asks])
-        each = parts(every, [len(asks) for asks in asked.values()])
-        answers = {i: list(own) for i, own in zip(asked, each, strict=True)}
-    return [results[i] for i in range(len(runs))]
-
-
-def parts(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
-    """The items in groups of these sizes."""
-    return [items[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]

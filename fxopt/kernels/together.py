@@ -3,12 +3,15 @@
 Of linears on one input, or of streams, text and image say. What is a tensor, a number or a flag of
 the op is there a list with an entry for each call; strings and dtypes are those of all calls. The
 results of a call follow those of the one before it. The values are those of the single calls.
+
+What computes in several steps is a generator (`Steps`): it yields the calls that it wants next and
+goes on with their results, so that several can run side by side and share launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch._ops import OpOverload
@@ -60,6 +63,41 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
             results = SHARED[own[0].op].run(own)
         found |= zip(members, results, strict=True)
     return [found[i] for i in range(len(asks))]
+
+
+def run(steps: Steps[Result]) -> Result:
+    """What they end with."""
+    found: Any = None
+    while True:
+        try:
+            asks = steps.send(found)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        found = answer(asks)
+
+
+def side_by_side(*runs: Steps[Any]) -> Steps[list[Any]]:
+    """Several as one, which ends with what each ends with: what they want at one time is wanted
+    together."""
+    results: dict[int, Any] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(runs)))
+    while answers:
+        asked: dict[int, Sequence[Ask]] = {}
+        for i, found in answers.items():
+            try:
+                asked[i] = runs[i].send(found)
+            except StopIteration as end:
+                results[i] = end.value
+        every = yield [ask for asks in asked.values() for ask in asks]
+        each = parts(every, [len(asks) for asks in asked.values()])
+        answers = {i: list(own) for i, own in zip(asked, each, strict=True)}
+    return [results[i] for i in range(len(runs))]
+
+
+def parts(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """The items in groups of these sizes."""
+    return [items[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
 
 
 def _kind(ask: Ask) -> Hashable:

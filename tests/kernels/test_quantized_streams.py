@@ -223,8 +223,8 @@ LAUNCHED = {
         "gated_activation_quantize_together": 1,
         "gated_activation_quantize_backward_together": 1,
     },
-    # Activations and weights, each way.
-    "attended": {"quantize_rows": 2, "quantize_columns": 2, "sum_parts": 1},
+    # What is attended with the weights, each way.
+    "attended": {"sum_parts": 1},
 }
 
 
