@@ -17,6 +17,7 @@ from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
+from fxopt.passes.choose_attention import choose_attention
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -100,11 +101,8 @@ class RewrittenCallable:
         self.bound = Bound(block, plan)
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
-        outcome = plan.outcome
         self.report = state.with_fqn(
-            Report(
-                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
-            ),
+            plan.outcome.report("optimize", recipe.name, target),
             "",
             type(block).__name__,
         )
@@ -135,8 +133,12 @@ def rewrite_block(
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
     plan = capture(
-        block, checkpoints.within(block.forward), args, kwargs, rules, planned_for=planned_for
+        *(block, checkpoints.within(block.forward), args, kwargs, rules, chosen.attention),
+        planned_for=planned_for,
     )
+    if planned_for is not None:
+        name = planned_for.type if target is None else target.name
+        plan.outcome.attentions = choose_attention(plan.gm, chosen.attention, name)
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -151,9 +153,8 @@ class Optimized:
         self.blocks = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
-            captures = shared.setdefault(
-                key, Captures(options.rules_for(recipe, block=fqn, target=target))
-            )
+            rules = options.rules_for(recipe, block=fqn, target=target)
+            captures = shared.setdefault(key, Captures(rules, recipe.attention))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -175,7 +176,10 @@ class Optimized:
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
         recipe, target = self.settings.recipe.name, options.target_name(device)
-        return Report("optimize", recipe, target, tuple(applied), tuple(declined))
+        attentions = tuple(a for b in self.blocks for a in b.attentions())
+        return Report(
+            "optimize", recipe, target, tuple(applied), tuple(declined), attentions=attentions
+        )
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:
