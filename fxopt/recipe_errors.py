@@ -82,8 +82,8 @@ class NoHistory(FxoptError):
     shape: Sequence[int]
     template = (
         "recipe {recipe!r} has a history, but a weight {shape} is neither a parameter nor a cast "
-        "of one that trains: nothing says what it was in the step before; give its linear an "
-        "override with history=0, or keep it; store a frozen weight in autocast's dtype"
+        "of one: nothing says what it was in the step before; give its linear an override with "
+        "history=0, or keep it"
     )
 
 

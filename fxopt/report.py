@@ -27,7 +27,8 @@ class Applied:
         rule: name of the rule.
         fqn: fully qualified name of the block.
         count: number of substitutions in it.
-        provider: who runs the op on the target: "triton", "native", ...
+        provider: who runs the op on the target: "triton", "native", a PyTorch "library" kernel, or
+            "emulation" of products that it has no units for.
         tier: numerics tier: "exact", "rounding" or "low_precision".
         source: "file.py:line" of the replaced code.
         bytes_saved: glue bytes that the block reads and writes less since this substitution,

@@ -29,6 +29,8 @@ from fxopt.backends.exporting import export_forward
 from fxopt.backends.failures import giving_up
 from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture as CannotCapture
+from fxopt.backends.weight_reads import keep_origins
+from fxopt.hardware import Target
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
@@ -106,7 +108,7 @@ def capture(
     rules: Sequence[Rule],
     attention: str = "pytorch",
     *,
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> Plan:
     """The first of `captures`.
 
@@ -128,7 +130,7 @@ def captures(
     rules: Sequence[Rule],
     attention: str = "pytorch",
     earlier: Sequence[Plan] = (),
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> Iterator[Plan]:
     """Export `module` for all sizes of its inputs and apply `rules`, the most general plan first.
 
@@ -160,7 +162,7 @@ def _capture(
     rules: Sequence[Rule],
     attention: str,
     device: torch.device,
-    planned_for: torch.device | None,
+    planned_for: Target | None,
 ) -> Plan:
     program, reads, needs_grad_mode = export_forward(module, forward, call, example, fixed)
     with giving_up(reads):
@@ -175,10 +177,18 @@ def _capture(
         meter = None
         if planned_for is not None:
             meter = Meter(gm, module, state_sources(module, slots), *call.arguments(call.leaves))
-        device = planned_for or device
-        outcome = rewrite(gm, rules, device=device, parameters=frozenset(learned), meter=meter)
-        if planned_for is None:
-            outcome.attentions = choose_attention(gm, attention)
+            device = torch.device("cuda")
+        outcome = rewrite(
+            gm,
+            rules,
+            device=device,
+            parameters=frozenset(learned),
+            meter=meter,
+            capability=None if planned_for is None else planned_for.capability,
+        )
+        keep_origins(gm)
+        target = None if planned_for is None else planned_for.name
+        outcome.attentions = choose_attention(gm, attention, target)
         return Plan(
             run=_without(call.autocast, gm.forward),
             gm=gm,

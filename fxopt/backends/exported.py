@@ -17,7 +17,6 @@ from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
-from fxopt.passes.choose_attention import choose_attention
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -117,7 +116,7 @@ def rewrite_block(
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
     target: Target | None = None,
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
@@ -132,13 +131,8 @@ def rewrite_block(
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(
-        *(block, checkpoints.within(block.forward), args, kwargs, rules, chosen.attention),
-        planned_for=planned_for,
-    )
-    if planned_for is not None:
-        name = planned_for.type if target is None else target.name
-        plan.outcome.attentions = choose_attention(plan.gm, chosen.attention, name)
+    call = block, checkpoints.within(block.forward), args, kwargs
+    plan = capture(*call, rules, chosen.attention, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 

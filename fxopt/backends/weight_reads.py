@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxopt.kernels.origins import cast
 from fxopt.passes import ir
+from fxopt.passes.ir import aten
 from fxopt.recipes import Recipe, find
 
 Name = TypeVar("Name")
@@ -36,6 +38,18 @@ def parameters_read(gm: fx.GraphModule, slots: Sequence[tuple[str, Any]]) -> dic
     }
 
 
+def keep_origins(gm: fx.GraphModule) -> None:
+    """Have casts that quantized products read know what they are casts of."""
+    for body in ir.graphs(gm):
+        casts = body.graph.find_nodes(op="call_function", target=aten.to.dtype)
+        read = [c for c in casts if any(str(u.target) in QUANTIZED for u in c.users)]
+        for node in read:
+            named = ir.arguments(node)
+            node.target, node.args, node.kwargs = cast, (named["self"], named["dtype"]), {}
+        if read:
+            body.recompile()
+
+
 def merged(reads: Iterable[Read]) -> Read:
     """Several reads of one weight as one."""
     found = list(dict.fromkeys(reads))
@@ -59,7 +73,7 @@ def quantized(reads: Iterable[Mapping[Name, Iterable[Read]]]) -> dict[Name, Read
 
 
 def _reads_by(user: fx.Node, weight: fx.Node) -> Iterator[Read]:
-    if ir.skip_casts(user) is weight:
+    if ir.is_call(user, cast) or ir.skip_casts(user) is weight:
         through = {read for other in user.users for read in _reads_by(other, user)}
         if any(isinstance(read, Recipe) for read in through):
             yield from (read for read in through if isinstance(read, Recipe))

@@ -29,6 +29,10 @@ SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
 ROWS, COLUMNS = 0, 1
 
 
+# The first compute capability with units that cast to e4m3.
+CAST_CAPABILITY = (8, 9)
+
+
 class Pair(NamedTuple):
     """The two copies that `quantize` makes and the sum of x; what was not asked for is empty."""
 
@@ -54,6 +58,11 @@ def quantize_pair(
 def covers(operand: Operand | None) -> bool:
     """Whether the Triton kernels quantize like this: one scale for a tensor or for a row."""
     return operand is None or (operand.block in ("tensor", "row") and not operand.stochastic)
+
+
+def can_cast(x: Tensor) -> bool:
+    """Whether Triton compiles casts to FP8 for the device of `x`."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= CAST_CAPABILITY
 
 
 def native(
@@ -121,9 +130,7 @@ def triton(
     from fxopt.kernels import triton_quantize
 
     operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
-    # The first units that cast to e4m3; Triton refuses to compile the cast for others.
-    can_cast = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    if x.numel() and can_cast and all(map(covers, operands)):
+    if x.numel() and can_cast(x) and all(map(covers, operands)):
         x_RC = x.reshape(-1, x.shape[-1])
         slot = Slot(counters, counters_t, known, seen)
         found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum, slot)

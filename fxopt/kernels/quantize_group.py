@@ -89,7 +89,7 @@ def triton_rows(
 ) -> Lists:
     from fxopt.kernels import triton_quantize_group
 
-    if any(not x.numel() for x in xs):
+    if not all(x.numel() and quantize.can_cast(x) for x in xs):
         return native_rows(xs, rows, columns, counters, known, seen)
     given = zip(*(each(xs, t) for t in (counters, known, seen)), strict=True)
     slots = [Slot(line, None, *more) for line, *more in given]
@@ -101,7 +101,7 @@ def triton_columns(
 ) -> tuple[list[Tensor], list[Tensor]]:
     from fxopt.kernels import triton_quantize_group
 
-    if any(not x.numel() for x in xs):
+    if not all(x.numel() and quantize.can_cast(x) for x in xs):
         return native_columns(xs, columns, amax_t, counters)
     return triton_quantize_group.columns(xs, columns, amax_t, each(xs, counters))
 

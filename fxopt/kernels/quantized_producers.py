@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
-from fxopt.kernels.registration import opmath_of, register
+from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
 from fxopt.recipes import Operand
 
 NORM_ARGUMENTS = (
@@ -208,26 +208,30 @@ def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
+def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take `x` and compute in `dtype`."""
+    return dtype != torch.float64 and x.numel() > 0 and quantize.can_cast(x)
+
+
 def triton_norm(*args: Any) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    in_fp64 = opmath_of(args[0], *args[12:14]) == torch.float64
-    return native_norm(*args) if in_fp64 or not args[0].numel() else kernels.forward(*args)
+    dtype = opmath_of(args[0], *args[12:14])
+    return kernels.forward(*args) if _fits(args[0], dtype) else native_norm(*args)
 
 
 def triton_norm_columns(*args: Any) -> tuple[Tensor, Tensor]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
     h, rstd = args[0], args[6]
-    in_fp64 = rstd.dtype == torch.float64
-    return native_norm_columns(*args) if in_fp64 or not h.numel() else kernels.columns(*args)
+    return kernels.columns(*args) if _fits(h, rstd.dtype) else native_norm_columns(*args)
 
 
 def triton_activation(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    unfit = gate.dtype == torch.float64 or not gate.numel()
-    return native_activation(gate, *args) if unfit else kernels.forward(gate, *args)
+    fits = _fits(gate, gate.dtype)
+    return kernels.forward(gate, *args) if fits else native_activation(gate, *args)
 
 
 def triton_activation_backward(
@@ -235,7 +239,7 @@ def triton_activation_backward(
 ) -> tuple[Tensor, ...]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    if gate.dtype == torch.float64 or not gate.numel():
+    if not _fits(gate, gate.dtype):
         return native_activation_backward(grad, gate, up, *args)
     dgate, dup = _activation_gradients(gate, up)
     copy = kernels.backward((dgate, None if up is None else dup), grad, gate, up, *args)
@@ -310,3 +314,5 @@ gated_activation_quantize_backward = register(
     triton=triton_activation_backward,
     counters=COUNTERS,
 )
+_FORWARDS = ("norm_modulate_quantize", "gated_activation_quantize")
+CAPABILITIES.update(dict.fromkeys(_FORWARDS, quantize.CAST_CAPABILITY))

@@ -47,6 +47,7 @@ def rewrite(
     device: torch.device,
     parameters: frozenset[str] = frozenset(),
     meter: Meter | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Outcome:
     """Apply `rules` in order to `gm` and the bodies in it, in place.
 
@@ -56,6 +57,7 @@ def rewrite(
         device: where the graph will run; decides the provider.
         parameters: names of placeholders that are trained.
         meter: of `gm`, to say what each substitution saves; None to leave that open.
+        capability: of a device that is not there, as `provider` takes it.
     """
     outcome = Outcome()
     if meter is not None:
@@ -63,7 +65,7 @@ def rewrite(
     # The graph's casts are written out; probes are run on the CPU, whatever the default device.
     with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
-            rewriter = _Rewriter(body, device, parameters, outcome, meter)
+            rewriter = _Rewriter(body, device, parameters, outcome, meter, capability)
             for rule in rules:
                 rewriter.apply(rule)
             rewriter.finish()
@@ -78,8 +80,9 @@ class _Rewriter:
         parameters: frozenset[str],
         outcome: Outcome,
         meter: Meter | None,
+        capability: tuple[int, int] | None,
     ) -> None:
-        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.gm, self.graph, self.device, self.capability = gm, gm.graph, device, capability
         self.parameters, self.outcome, self.meter = parameters, outcome, meter
         self.fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         self.sizes = Sizes(gm.graph.nodes)
@@ -257,7 +260,7 @@ class _Rewriter:
             rule=rule.name,
             fqn=ir.fqn(anchor),
             count=binding.count,
-            provider=provider(binding.op, self.device),
+            provider=provider(binding.op, self.device, self.capability),
             tier=rule.tier,
             source=ir.source(anchor),
         )

@@ -21,7 +21,14 @@ from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.quantize import quantize, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.quantized_linears import quantized_linears
-from fxopt.kernels.scaled_matmul import multiply, native_capability, on_units, scaled_matmul
+from fxopt.kernels.registration import provider
+from fxopt.kernels.scaled_matmul import (
+    multiply,
+    native_capability,
+    on_units,
+    op_of,
+    scaled_matmul,
+)
 from fxopt.recipes import RECIPES, Gemm, Operand, Recipe, gemm
 from tests.numerics import relative_l2
 
@@ -361,3 +368,26 @@ def test_where_units_are_used() -> None:
     assert set(capabilities["fp8_rowwise"]) == {(9, 0)}
     for name in ("fp8_blockwise", "mxfp8", "nvfp4"):
         assert set(capabilities[name]) == {None}
+
+
+@pytest.mark.parametrize(
+    "recipe, capability, expected",
+    [
+        ("fp8_tensorwise", (8, 0), "emulation"),
+        ("fp8_tensorwise", (8, 9), "library"),
+        ("fp8_rowwise", (8, 9), "emulation"),
+        ("fp8_rowwise", (9, 0), "library"),
+        ("mxfp8", (10, 0), "emulation"),
+    ],
+)
+def test_who_multiplies_is_who_has_the_units(
+    recipe: str, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, device = op_of(RECIPES[recipe]), torch.device("cuda")
+    assert provider(op, device, capability) == expected
+    assert provider(op, torch.device("cpu")) == "emulation"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert provider(op, device) == expected
+    has_casts = capability >= (8, 9)
+    assert (provider("norm_modulate_quantize", device) == "triton") == has_casts

@@ -22,6 +22,8 @@ ACTIVATIONS = ("gelu_tanh", "silu", "gelu_erf", "relu", "sigmoid")
 # Classes of diffusers' `FeedForward.net[0]` and of activations, and what they compute.
 NAMES = {"SiLU": "silu", "SiLUActivation": "silu", "SwiGLU": "silu", "GELUTanh": "gelu_tanh"}
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def activation(module: nn.Module) -> str:
     """The name by which the ops know an activation module (or one that holds its projection)."""
@@ -47,9 +49,12 @@ def candidates(module: nn.Module) -> Iterator[Swap]:
     others = [m for m in module.modules() if m not in dict(linears).values()]
     if any(p is not None for m in others for p in m._parameters.values()):
         return
+    if any("head" in name for m in others for name in vars(m)):
+        return  # an attention: it cuts features into heads
     shapes = {path: (m.in_features, m.out_features) for path, m in linears}
     arguments = list(inspect.signature(module.forward).parameters.values())
-    if not arguments:
+    required = [a for a in arguments if a.default is a.empty and a.kind not in VARIADIC]
+    if not arguments or len(required) > 1:
         return
     for inputs, out, packings in _roles(shapes):
         for packing, name in itertools.product(packings, ACTIVATIONS):

@@ -78,14 +78,16 @@ def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
     if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
 
-    def emit(call: Call, residual: fx.Node, branch: fx.Node, gate: fx.Node) -> fx.Node:
+    operands = (found.branch, found.residual, found.gate)
+    inputs = tuple(dict.fromkeys(n for n in operands if n is not None))
+
+    def emit(call: Call, *nodes: fx.Node) -> fx.Node:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         h_dtype = ir.dtype(found.out)
-        args = (branch, residual, gate, None, None, None, None, None)
+        args = (*(given[n] for n in operands), None, None, None, None, None)
         op = call(norm_modulate, *args, "none", 0.0, 0.0, 0.0, h_dtype, h_dtype)
         return call(operator.getitem, op, 1)
 
-    assert found.gate is not None
-    inputs = (found.residual, found.branch, found.gate)
     yield Binding(node, inputs, (found.out,), emit, "norm_modulate")
 
 
@@ -108,12 +110,10 @@ def gated_residual(h: fx.Node, *, gate_required: bool) -> GatedResidual | None:
         return None
     found = algebra.sum_with_product(total)
     if found is not None:
-        residual, a, b = found
-        for gate, branch in ((a, b), (b, a)):
-            whole = ir.same(ir.shape(branch), ir.shape(total))
-            is_gate = _is_smaller(gate, branch) or lookup(gate) is not None
-            if whole and is_gate and algebra.broadcasts_into(gate, branch):
-                return _whole(h, total, residual, branch, gate)
+        residual, *factors = found
+        gate, branch = sorted(factors, key=lambda n: _unlike_a_gate(n, total))
+        if algebra.broadcasts_into(gate, branch):
+            return _whole(h, total, residual, branch, gate)
     pair = algebra.terms(total)
     if gate_required or pair is None or not all(ir.tensor(p) is not None for p in pair):
         return None
@@ -129,8 +129,16 @@ def _whole(
     return GatedResidual(h, residual, branch, gate)
 
 
-def _is_smaller(gate: fx.Node, branch: fx.Node) -> bool:
-    return not ir.same(ir.shape(gate), ir.shape(branch))
+def _unlike_a_gate(factor: fx.Node, total: fx.Node) -> int:
+    """0 where tokens share the factor; of two that differ per token, the one less like a branch.
+
+    The op is the same with both exchanged, but that it can add the bias of a linear to a branch.
+    """
+    if not ir.same(ir.shape(factor), ir.shape(total)):
+        return 0
+    if lookup(factor) is not None:
+        return 1
+    return 3 if ir.is_call(ir.skip_casts(factor), ir.LINEAR) else 2
 
 
 def _starts(n: fx.Node) -> list[fx.Node]:
@@ -239,7 +247,7 @@ def _emit_one(
 
 RULE = Rule(
     name="norm_modulate",
-    version=2,
+    version=3,
     anchors=(
         aten.layer_norm.default,
         aten.native_layer_norm.default,
