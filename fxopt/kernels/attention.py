@@ -76,18 +76,25 @@ def steers(asked: str, device: torch.device) -> bool:
     return asked in BACKENDS or (asked == "auto" and bool(TABLE) and device_name(device) in TABLE)
 
 
-def choose(asked: str, described: Callable[[], Call], name: str | None = None) -> Choice:
+def _measured_on(target: str) -> str:
+    """The device in `TABLE` that has the words of a target's name, or that name."""
+    words = set(target.split("-"))
+    return next((name for name in TABLE if words <= set(name.lower().split())), target)
+
+
+def choose(asked: str, described: Callable[[], Call], target: str | None = None) -> Choice:
     """Who runs a call.
 
     Args:
         asked: "auto", "pytorch" or the name of a backend.
         described: the call; it costs too much to describe where nobody asks.
-        name: of the device; None for the call's own.
+        target: of `hardware`, which is planned for; nobody can ask here what it refuses. None for
+            the device of the call.
     """
     if asked != "auto":
         return Choice(asked, "as the recipe says")
     call = described()
-    name = name or device_name(call.device)
+    name = device_name(call.device) if target is None else _measured_on(target)
     rows = TABLE.get(name, ())
     row = next((row for row in rows if row.holds(call)), None)
     if row is None:
@@ -97,8 +104,8 @@ def choose(asked: str, described: Callable[[], Call], name: str | None = None) -
         return Choice("pytorch", f"{what} {lacks} on {name}{hint}")
     backend = BACKENDS[row.backend]
     measured = f"{row.speedup:.3g}x PyTorch's own choice as measured on {name}"
-    reasons = refusals(backend, call)
-    if not backend.is_enabled():
+    reasons = refusals(backend, call) if target is None else ()
+    if target is None and not backend.is_enabled():
         reasons = ("it is switched off in torch.backends.cuda", *reasons)
     if reasons:
         return Choice("pytorch", f"{row.backend} is {measured}, but refuses: {'; '.join(reasons)}")
@@ -111,9 +118,9 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
     Raises:
         AttentionRefused: the backend cannot run the call.
     """
-    backend = BACKENDS.get(choice.backend)
-    if backend is None:
+    if choice.backend == "pytorch":
         return run()
+    backend = BACKENDS[choice.backend]
     reasons = replaced(backend)
     if not reasons:
         try:

@@ -155,7 +155,8 @@ class Call(NamedTuple):
 
 
 def _sizes(t: Tensor) -> tuple[int, ...]:
-    return tuple(map(_hint, t.shape))
+    """At least of heads, tokens and channels."""
+    return *(1,) * (3 - t.dim()), *map(_hint, t.shape)
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -196,6 +196,27 @@ def test_an_empty_table_leaves_the_choice_to_pytorch() -> None:
     assert torch.equal(attend(inputs, "auto"), attend(inputs, "pytorch"))
 
 
+def test_a_plan_finds_the_device_by_its_words(monkeypatch) -> None:
+    """And asks this machine nothing about it."""
+    monkeypatch.setitem(TABLE, "NVIDIA GB200", (ROW._replace(backend="flash"),))
+    monkeypatch.setitem(TABLE, "NVIDIA H100 80GB HBM3", (ROW._replace(backend="cudnn"),))
+    on_h100 = Choice("cudnn", "1.31x PyTorch's own choice as measured on NVIDIA H100 80GB HBM3")
+    assert choose("auto", described, "h100") == on_h100
+    for target in ("h200", "b200"):
+        backend, why = choose("auto", described, target)
+        assert backend == "pytorch" and f"nothing has been measured on {target}: " in why
+
+
+def test_queries_without_batch_or_heads() -> None:
+    q = torch.randn(16, 8)
+    for each in (q, q[None], q[None, None], q[None, None, None]):
+        assert Call.of(each, each, each).tensors()[0].shape[-2:] == (16, 8)
+        out = attention(each, each, each, None, 0.0, False, None, False, "math")
+        # One product of fp32 in another order.
+        expected = F.scaled_dot_product_attention(each, each, each)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_row_that_holds_is_taken(monkeypatch) -> None:
     monkeypatch.setitem(TABLE, "cpu", (ROW,))
     assert steers("auto", CPU) and not steers("pytorch", CPU)
