@@ -135,6 +135,8 @@ def applied_rows(group: Group) -> list[tuple[str, ...]]:
 def summary(report: Report) -> str:
     """The outcome in one sentence."""
     counts = report.counts()
+    if not counts and any(a.backend != "pytorch" for a in report.attentions):
+        return "No rule matched: who runs the attentions is all that is new."
     if not counts:
         return "No rule matched: the model runs as it was."
     listing = ", ".join(f"{rule} {count}" for rule, count in counts.items())

@@ -123,7 +123,10 @@ def test_a_line_says_who_runs_the_attentions_of_a_block_class():
 
 
 def test_text_says_when_nothing_matched():
-    assert "No rule matched" in Report("optimize", "bf16", "cpu").text()
+    assert "No rule matched: the model runs as it" in Report("optimize", "bf16", "cpu").text()
+    attentions = (Attention("flash", "as the recipe says", "blocks.0", "Block"),)
+    chosen = Report("optimize", "mine", "cpu", attentions=attentions)
+    assert "No rule matched: who runs the attentions is all that is new." in chosen.text()
 
 
 def test_plan_shows_times_and_where_fp8_pays():
