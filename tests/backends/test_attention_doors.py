@@ -73,11 +73,14 @@ def judge() -> Judge:
 
 def small(door: Door, recipe: Recipe) -> tuple[nn.Module, Callable[[], Any]]:
     """A model that is quickly captured, behind a door, and what runs it; `swap` knows no toys."""
-    model = FAMILIES["flux"].build() if door is swapped else stack()
+    if door is swapped:
+        model = FAMILIES["flux"].build()
+        run: Callable[[], Any] = partial(loss, model, judge().inputs)
+    else:
+        model = stack()
+        run = partial(model, tokens())
     door(model, recipe)
-    return model, partial(loss, model, judge().inputs) if door is swapped else lambda: model(
-        tokens()
-    )
+    return model, run
 
 
 def lines(model: nn.Module) -> list[str]:
