@@ -117,6 +117,7 @@ def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Rep
         target.name,
         applied=tuple(_planned(a, block) for a in found.applied),
         declined=tuple(replace(d, block_class=block.name) for d in found.declined),
+        attentions=tuple(replace(a, block_class=block.name) for a in found.attentions),
         totals={
             "glue_bytes_before": block.count * before.glue_bytes,
             "glue_bytes_after": block.count * after.glue_bytes,

@@ -100,11 +100,8 @@ class RewrittenCallable:
         self.bound = Bound(block, plan)
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
-        outcome = plan.outcome
         self.report = state.with_fqn(
-            Report(
-                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
-            ),
+            plan.outcome.report("optimize", recipe.name, target),
             "",
             type(block).__name__,
         )
@@ -134,9 +131,8 @@ def rewrite_block(
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(
-        block, checkpoints.within(block.forward), args, kwargs, rules, planned_for=planned_for
-    )
+    call = block, checkpoints.within(block.forward), args, kwargs
+    plan = capture(*call, rules, chosen.attention, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -151,9 +147,8 @@ class Optimized:
         self.blocks = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
-            captures = shared.setdefault(
-                key, Captures(options.rules_for(recipe, block=fqn, target=target))
-            )
+            rules = options.rules_for(recipe, block=fqn, target=target)
+            captures = shared.setdefault(key, Captures(rules, recipe.attention))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -175,7 +170,10 @@ class Optimized:
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
         recipe, target = self.settings.recipe.name, options.target_name(device)
-        return Report("optimize", recipe, target, tuple(applied), tuple(declined))
+        attentions = tuple(a for b in self.blocks for a in b.attentions())
+        return Report(
+            "optimize", recipe, target, tuple(applied), tuple(declined), attentions=attentions
+        )
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:
