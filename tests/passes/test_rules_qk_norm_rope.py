@@ -489,3 +489,24 @@ def test_rotation_of_every_two_of_part_of_a_head(r: int):
     found = rewritten(forward, *inputs(2, 5), **projections())
     assert found.count("qk_norm_rope") == 2
     found.assert_as_accurate(*inputs(3, 7))
+
+
+@pytest.mark.parametrize("interleaves", [True, False])
+def test_keys_that_are_repeated_for_grouped_queries(interleaves: bool):
+    """Lumina: heads are repeated before they change places with tokens, by `repeat`."""
+
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        k, v = k[:, :, :1], v[:, :, :1]
+        q, k = (halves(t, cos, sin) for t in (q, k))
+        if interleaves:
+            k, v = (t.unsqueeze(3).repeat(1, 1, 1, H, 1).flatten(2, 3) for t in (k, v))
+        else:  # of each item of the last dim
+            k = k.unsqueeze(3).repeat(1, 1, 1, H, 1)[..., : d // 2].repeat(1, 1, 1, 1, 2)
+            k, v = k.flatten(2, 3), v.expand(-1, -1, H, -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert found.count("qk_norm_rope") == 1 + interleaves, found.code()
+    found.assert_as_accurate(normal(3, 5, D), *tables(5))
