@@ -264,6 +264,14 @@ def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
 
 
+def saving(batch: int, num_tokens: int, width: int) -> None:
+    """A view of a wider projection, packed and unpacked."""
+    from fxopt.kernels import saving as provider
+
+    x = randn(batch, num_tokens, 2 * width)[..., :width]
+    provider.triton_unpack(*provider.triton_pack(x, 1), BF16)
+
+
 def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
     """The softmax of `width` logits per token; their product is no kernel of fxopt's."""
     from fxopt.kernels.triton_linear_cross_entropy import softmax

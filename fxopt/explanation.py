@@ -80,7 +80,7 @@ def explain(
         blocks = model_blocks(model, example_inputs)
     else:
         raise errors.NotAModule(model)
-    report = Report("explain", chosen.name, device.name)
+    report = Report("explain", chosen.name, device.name, saved=chosen.saved)
     for index, block in enumerate(blocks):
         progress(index, len(blocks), block.name)
         with at_step(0):  # for a history, of which fake tensors are taken to have one

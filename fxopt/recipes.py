@@ -38,6 +38,7 @@ from fxopt.schedule import Phase
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 PROFITS = ("model", "always")
+SAVED = ("model", "fp8")
 FILE = "fxopt_recipe.json"
 
 
@@ -62,6 +63,9 @@ class Recipe:
     margin: powers of two between that magnitude and the format's largest value.
     all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
         codes that their products read, with the same results.
+    saved: what fused ops keep of activations for their own backward: "model", the activations;
+        "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
+        gradients. Also without a quantized GEMM; fp64 stays.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -79,6 +83,7 @@ class Recipe:
     history: int = 0
     margin: int = 0
     all_gather: str = "model"
+    saved: str = "model"
 
     def __post_init__(self) -> None:
         problems = list(self._misshapen())
@@ -102,6 +107,13 @@ class Recipe:
         ]
         if self.profit not in PROFITS:
             problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
+        if self.saved not in SAVED:
+            problems.append(f"unknown saved {self.saved!r}; known: {', '.join(SAVED)}")
+        problems += [
+            f"override {where!r} has a saved of its own; give it to the whole recipe"
+            for where, other in self.overrides
+            if other.saved != "model"
+        ]
         if problems:
             raise InvalidRecipe(self.name, "; ".join(problems))
 

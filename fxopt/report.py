@@ -89,6 +89,7 @@ class Report:
         declined: near misses.
         totals: bytes before and after, keys in `TOTALS`; empty where nothing was counted.
         blocks: costs per block class; only `explain` fills it.
+        saved: what fused ops keep for their backward, as in `Recipe.saved`.
     """
 
     door: str
@@ -98,6 +99,7 @@ class Report:
     declined: tuple[Declined, ...] = ()
     totals: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockCost, ...] = ()
+    saved: str = "model"
 
     def count(self, rule: str) -> int:
         """Number of substitutions that `rule` made in the whole model."""
@@ -128,6 +130,7 @@ class Report:
             declined=tuple(d for r in reports for d in r.declined),
             totals=dict(totals),
             blocks=tuple(b for r in reports for b in r.blocks),
+            saved=next((r.saved for r in reports if r.saved != "model"), "model"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +152,7 @@ class Report:
             ),
             totals=dict(data["totals"]),
             blocks=tuple(BlockCost.from_dict(b) for b in data.get("blocks", ())),
+            saved=data.get("saved", "model"),
         )
 
     def text(self) -> str:

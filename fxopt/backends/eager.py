@@ -30,6 +30,7 @@ from fxopt.backends.weight_reads import Read, quantized
 from fxopt.errors import StillRewritten
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
+from fxopt.kernels.saving import saving
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
 from fxopt.recipes import Recipe
@@ -148,7 +149,8 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        return Report("swap", self.recipe.name, target, applied, (*self.declined, *refused))
+        given = applied, (*self.declined, *refused)
+        return Report("swap", self.recipe.name, target, *given, saved=self.recipe.saved)
 
 
 class SwappedForward:
@@ -223,9 +225,10 @@ class SwappedForward:
         return self.original(*args, **kwargs)
 
     def _run_fused(self, arguments: Arguments) -> Any:
-        with quantizing(self.formats, self.theta, self.module) as active:
+        recipe = self.formats.recipe
+        with quantizing(self.formats, self.theta, self.module) as active, saving(recipe.saved):
             out = self.swap.forward(self.module, **arguments)
-        if self.formats.recipe.all_gather != "model":
+        if recipe.all_gather != "model":
             for linear, recipe in active.accepted.items():
                 self.met.setdefault(linear, {})[recipe] = None
             for linear, why_not in active.refused.items():

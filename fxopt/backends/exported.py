@@ -17,6 +17,7 @@ from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
+from fxopt.kernels.saving import saving
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -97,7 +98,7 @@ class RewrittenCallable:
     """
 
     def __init__(self, block: nn.Module, plan: Plan, recipe: Recipe) -> None:
-        self.bound = Bound(block, plan)
+        self.bound, self.saved = Bound(block, plan), recipe.saved
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
         outcome = plan.outcome
@@ -110,7 +111,8 @@ class RewrittenCallable:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.bound(*args, **kwargs)
+        with saving(self.saved):
+            return self.bound(*args, **kwargs)
 
 
 def rewrite_block(
@@ -152,7 +154,7 @@ class Optimized:
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             captures = shared.setdefault(
-                key, Captures(options.rules_for(recipe, block=fqn, target=target))
+                key, Captures(options.rules_for(recipe, block=fqn, target=target), recipe.saved)
             )
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
@@ -174,8 +176,9 @@ class Optimized:
         applied = [a for b in self.blocks for a in b.applied()]
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
-        recipe, target = self.settings.recipe.name, options.target_name(device)
-        return Report("optimize", recipe, target, tuple(applied), tuple(declined))
+        recipe, target = self.settings.recipe, options.target_name(device)
+        given = tuple(applied), tuple(declined)
+        return Report("optimize", recipe.name, target, *given, saved=recipe.saved)
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:

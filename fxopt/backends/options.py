@@ -13,7 +13,12 @@ from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
-from fxopt.recipe_errors import AllGatherInGraph, HistoryInGraph, ScheduleInGraph
+from fxopt.recipe_errors import (
+    AllGatherInGraph,
+    HistoryInGraph,
+    SavedInGraph,
+    ScheduleInGraph,
+)
 from fxopt.recipes import Recipe, find
 from fxopt.torchao_recipes import from_torchao
 
@@ -35,6 +40,8 @@ def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str
         raise HistoryInGraph(found.name)
     if execution == "compile" and found.all_gather != "model":
         raise AllGatherInGraph(found.name)
+    if execution == "compile" and found.saved != "model":
+        raise SavedInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:

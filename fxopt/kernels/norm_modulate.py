@@ -28,6 +28,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import rows
 
 
@@ -116,7 +117,8 @@ class NormModulate(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd, *absent)
         branch = x if ctx.needs_input_grad[2] else None
         kept = None if ctx.norm == "none" else x if residual is None else h
-        ctx.save_for_backward(kept, branch, gate, *others, mean, rstd)
+        own = is_own(x, residual, others[3]), True
+        ctx.save_for_backward(*packed(ctx, (kept, branch), own), gate, *others, mean, rstd)
         return y, h, mean, rstd
 
     @staticmethod
@@ -126,7 +128,7 @@ class NormModulate(torch.autograd.Function):
         no_grads = (None,) * 6
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
-        kept, branch, gate, *others, mean, rstd = ctx.saved_tensors
+        kept, branch, gate, *others, mean, rstd = unpacked(ctx, ctx.saved_tensors)
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
         needs, shift = ctx.needs_input_grad[:8], others[3]
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
@@ -139,6 +141,12 @@ class NormModulate(torch.autograd.Function):
         dx = None if dx is None else dx.to(ctx.x_dtype)
         dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
         return dx, dresidual, *rest, *no_grads
+
+
+def is_own(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether the op alone keeps what its norm reads: the sum that it has made itself, or a branch
+    that it adds to a shift of full size. Another x is a residual stream, which others may keep."""
+    return residual is not None or passes_through(shift, x)
 
 
 def asked(needs: Sequence[bool], shift: Tensor | None, h: Tensor) -> list[bool]:

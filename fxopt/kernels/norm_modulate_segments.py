@@ -22,6 +22,7 @@ from fxopt.kernels import norm_modulate as plain
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import operand_gradients
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import Arguments, rows
 
 TABLES = ("gate", "scale", "shift")
@@ -155,7 +156,8 @@ class NormModulateSegments(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd, *absent)
         branch = x if ctx.needs_input_grad[2] else None
         kept = None if norm == "none" else x if residual is None else h
-        ctx.save_for_backward(kept, branch, *operands, index, mean, rstd)
+        own = residual is not None or ctx.shift_per_token, True
+        ctx.save_for_backward(*packed(ctx, (kept, branch), own), *operands, index, mean, rstd)
         return y, h, mean, rstd
 
     @staticmethod
@@ -165,7 +167,7 @@ class NormModulateSegments(torch.autograd.Function):
         no_grads = (None,) * 8
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
-        kept, branch, *operands, index, mean, rstd = ctx.saved_tensors
+        kept, branch, *operands, index, mean, rstd = unpacked(ctx, ctx.saved_tensors)
         h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
         x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
         needs, saved = ctx.needs_input_grad[:8], (h, x, *operands, index, mean, rstd)
