@@ -61,7 +61,7 @@ def packed(
     by whoever keeps another part of it, as attention does the values of a joint projection.
     """
     ctx.packed = ()
-    if not _packs.get() or is_high_precision():
+    if not _packs.get() or not any(ctx.needs_input_grad) or is_high_precision():
         return [*activations]
     fill = _fill_their_memory(activations)
     are_packed = [
