@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from fxopt.backends import inductor, precision
 from fxopt.backends import options as shared
-from fxopt.backends.failures import described, internal
-from fxopt.errors import FxoptError, UnknownOption
+from fxopt.backends.failures import described, giving_up
+from fxopt.backends.unseen import CannotCapture
+from fxopt.errors import UnknownOption
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.inline import inline_native
@@ -78,37 +79,41 @@ def rewritten_graph(
     """The graph to compile, and what was done to it: `gm` itself if no rule fired."""
     device = _device(example_inputs)
 
-    def declined(reason: str) -> tuple[fx.GraphModule, Report]:
-        """A graph that the compiler alone compiles is never broken."""
-        found = Outcome(declined=[Declined("capture", "", "", "", (reason,))])
+    try:
+        with giving_up(describe=described):  # of what the graph's own code raises on fakes
+            graph = retrace(gm, example_inputs)
+            write_out(graph, Autocast.current(device.type))
+        with giving_up():
+            outcome = _rewrite(graph, gm, example_inputs, recipe, block)
+    except CannotCapture as reason:  # a graph that the compiler alone compiles is never broken
+        found = Outcome(declined=[Declined("capture", "", "", "", (str(reason),))])
         return gm, _report(found, recipe, device)
-
-    try:
-        graph = retrace(gm, example_inputs)
-        write_out(graph, Autocast.current(device.type))
-    except FxoptError:  # what the user is to hear
-        raise
-    except Exception as error:  # whatever the graph's own code raises when it runs on fakes
-        return declined(described(error))
-    try:
-        canonicalize(graph)
-        outcome = rewrite(
-            graph,
-            shared.rules_for(recipe, compiled=True, block=block, target=shared.target_of(device)),
-            device=device,
-            parameters=frozenset(_parameters(gm)),
-        )
-        # A table that arrives with requires_grad would lose its gradient; Dynamo guards on it.
-        trained = outcome.constants & _trained(gm, example_inputs)
-        if trained:
-            return declined(f"{sorted(trained)[0]} requires a gradient that the op lacks")
-        if outcome.applied:
-            inline_native(graph)
-    except FxoptError:
-        raise
-    except Exception as error:  # a rule's mistake: the graph that came is still right
-        return declined(internal(error))
     return (graph if outcome.applied else gm), _report(outcome, recipe, device)
+
+
+def _rewrite(
+    graph: fx.GraphModule,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    recipe: Recipe,
+    block: str | None,
+) -> Outcome:
+    """Rewrite `graph`, which was retraced from `gm`, for a compiler."""
+    device = _device(example_inputs)
+    canonicalize(graph)
+    outcome = rewrite(
+        graph,
+        shared.rules_for(recipe, compiled=True, block=block, target=shared.target_of(device)),
+        device=device,
+        parameters=frozenset(_parameters(gm)),
+    )
+    # A table that arrives with requires_grad would lose its gradient; Dynamo guards on it.
+    trained = outcome.constants & _trained(gm, example_inputs)
+    if trained:
+        raise CannotCapture(f"{sorted(trained)[0]} requires a gradient that the op lacks")
+    if outcome.applied:
+        inline_native(graph)
+    return outcome
 
 
 def _report(outcome: Outcome, recipe: Recipe, device: torch.device) -> Report:

@@ -187,7 +187,7 @@ class SwappedForward:
             return Verdict(f"it is not built as expected: {described(error)}")
 
     def _forget(self) -> None:
-        self.admitted: dict[Any, str | None] = {}
+        self.verdicts: dict[Any, Verdict] = {}
         self.watches: list[Watch] | None = []
         self.inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
         self.hooks = hooks(self.module)
@@ -252,9 +252,9 @@ class SwappedForward:
         if first is not None and Autocast.current(first.device.type).enabled:
             return "autocast is on: the casts lie between the modules"
         key = self.swap.signature(arguments)
-        if key not in self.admitted:
-            self.admitted[key] = self._verdict(arguments).why_not
-        return self.admitted[key]
+        if key not in self.verdicts:
+            self.verdicts[key] = self._verdict(arguments)
+        return self.verdicts[key].why_not
 
     def _intercepted(self) -> str | None:
         """What the user has put between the submodules, which the fused form would not call."""
@@ -273,18 +273,26 @@ class SwappedForward:
         self.watches = [*(self.watches or ()), Watch(self.module, reads)]
         return verdict
 
+    def _in_force(self) -> list[Verdict]:
+        """Of the kinds of calls that ran fused; before any, of the one that is expected."""
+        held = [v for v in self.verdicts.values() if v.why_not is None]
+        return held or ([] if self.refusals else [self.verdict])
+
     def applied(self, device: torch.device | None) -> Iterator[Applied]:
-        if self.refusals and None not in self.admitted.values():
-            return
+        """The substitutions; of several kinds of calls the most that one has."""
         where, name = source(self.module), type(self.module).__name__
-        for (rule, op), count in Counter(self.verdict.fired).items():
+        most: Counter[tuple[str, str]] = Counter()
+        for verdict in self._in_force():
+            most |= Counter(verdict.fired)
+        for (rule, op), count in most.items():
             by = provider(op, device or torch.device("cpu"))
             yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
 
     def declined(self) -> Iterator[Declined]:
         if self.refusals:
             yield declined("swap", self.fqn, self.module, tuple(self.refusals))
-        for path, reasons in self.verdict.refused:
+        refused = (r for verdict in self._in_force() for r in verdict.refused)
+        for path, reasons in dict.fromkeys(refused):
             yield Declined(
                 quantized_linear.RULE.name,
                 self.fqn,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from fxopt.backends.calls import Call
-from fxopt.backends.failures import described
+from fxopt.backends.failures import described, giving_up
 from fxopt.backends.quiet import quiet
 from fxopt.backends.reads import HOOKS, Reads, recording
 from fxopt.backends.unseen import CannotCapture, refusing
@@ -42,13 +42,13 @@ def export_forward(
     forward = _spelled_out(forward, kwargs)
     dynamic = _by_name(forward, *call.arguments(list(map(_dims, example, fixed))))
     reads = Reads()
-    try:
+    with giving_up(reads, _of_export):
         with (
             _untouched(module, forward),
             quiet(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            recording(module) as reads,
+            recording(module, reads),
             refusing(module) as asked,
         ):
             program = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -56,13 +56,12 @@ def export_forward(
             raise CannotCapture("its forward asks for the grad mode, which is off")
         if not reads.hold_for(module):
             raise CannotCapture("its forward changes its own attributes: a graph would not")
-    except CannotCapture as reason:
-        reads.undo()
-        raise CannotCapture(str(reason), reads) from reason
-    except Exception as error:  # whatever torch.export or the module's own code raises
-        reads.undo()
-        raise CannotCapture(f"torch.export: {described(error)}", reads) from error
     return program, reads, asked.grad_mode
+
+
+def _of_export(error: Exception) -> str:
+    """What torch.export raises, or the module's own code in it."""
+    return f"torch.export: {described(error)}"
 
 
 def _leaf(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fxopt.backends.reads import Reads
@@ -26,13 +26,21 @@ def internal(error: Exception) -> str:
 
 
 @contextmanager
-def giving_up(reads: Reads) -> Iterator[None]:
-    """Turn what goes wrong behind an export, which read `reads`, into a CannotCapture."""
+def giving_up(
+    reads: Reads | None = None, describe: Callable[[Exception], str] = internal
+) -> Iterator[None]:
+    """Turn what goes wrong in a capture, or behind one, into a CannotCapture.
+
+    reads: what the capture reads of the module, whose attributes are put back.
+    describe: what to say of other exceptions; by default they are a mistake of fxopt's, as in a
+        pass or a rule, after which the module's own forward is still right.
+    """
+    reads = reads or Reads()
     try:
         yield
-    except (CannotCapture, NotWrittenOut) as reason:
-        raise CannotCapture(str(reason), reads) from reason
-    except FxoptError:  # what the user is to hear
-        raise
-    except Exception as error:  # a mistake in a pass or a rule: the module's own forward is right
-        raise CannotCapture(internal(error), reads) from error
+    except Exception as error:
+        reads.undo()
+        if isinstance(error, FxoptError):  # what the user is to hear
+            raise
+        is_known = isinstance(error, (CannotCapture, NotWrittenOut))
+        raise CannotCapture(str(error) if is_known else describe(error), reads) from error

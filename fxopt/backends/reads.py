@@ -69,9 +69,9 @@ class Reads:
 
 
 @contextmanager
-def recording(module: nn.Module) -> Iterator[Reads]:
-    """Record the plain attributes that code reads from `module` and its submodules."""
-    reads = Reads()
+def recording(module: nn.Module, reads: Reads | None = None) -> Iterator[Reads]:
+    """Record the plain attributes that code reads from `module` and its submodules, in `reads`."""
+    reads = reads or Reads()
     paths = {id(m): path for path, m in module.named_modules()}
     original = nn.Module.__getattribute__
 

@@ -57,7 +57,8 @@ class Shard:
     def __init__(
         self, fqn: str, group: FSDPParamGroup, param: FSDPParam, formats: tuple[Operand, Operand]
     ) -> None:
-        self.fqn, self.group, self.param, self.formats = fqn, group, param, formats
+        self.fqn, self.group, self.formats = fqn, group, formats
+        self.param: Any = param  # of another class while installed
         self.dtype = param.param_dtype or param.orig_dtype
         (self.num_rows, self.num_columns), self.chunk = param._orig_size, self._padded()[0]
         self.plain: tuple[type[FSDPParam], list[Tensor], Tensor]
@@ -70,7 +71,7 @@ class Shard:
         return self._rows().size()
 
     def _rows(self) -> Tensor:
-        local: Tensor = self.param.sharded_param._local_tensor  # type: ignore[attr-defined]
+        local: Tensor = self.param.sharded_param._local_tensor
         return local
 
     def num_magnitudes(self) -> tuple[int, int]:
@@ -113,7 +114,7 @@ class Shard:
         unsharded.data = nothing.expand(self.num_rows, self.num_columns)
         self.weight = GatheredWeight(self.fqn, self.formats, amax)
         setattr(unsharded, ATTRIBUTE, self.weight)
-        param.__class__, param.all_gather_outputs, param.shard = Fp8Param, [], self  # type: ignore[attr-defined]
+        param.__class__, param.all_gather_outputs, param.shard = Fp8Param, [], self
         param._init_extensions()
 
     def remove(self) -> None:
@@ -122,7 +123,7 @@ class Shard:
         param = self.param
         delattr(param._unsharded_param, ATTRIBUTE)
         param.__class__, param.all_gather_outputs, param._unsharded_param.data = self.plain
-        del param.shard, param._extensions_data  # type: ignore[attr-defined]
+        del param.shard, param._extensions_data
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any

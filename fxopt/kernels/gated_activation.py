@@ -71,12 +71,28 @@ _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def triton_forward(*args: Any) -> Tensor:
-    return triton_forward_of([args])[0]
+def triton_forward(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    return triton_forward_of([(gate, up, activation, packing, gate_bias)])[0]
 
 
-def triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    return triton_backward_of([args])[0]
+def triton_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    packing: str,
+    recompute: bool,
+    gate_bias: Tensor | None = None,
+    needs_bias: bool = False,
+) -> tuple[Tensor, ...]:
+    call = grad, gate, up, activation, packing, recompute, gate_bias, needs_bias
+    return triton_backward_of([call])[0]
 
 
 def triton_forward_of(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -86,7 +102,7 @@ def triton_forward_of(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     outs = [output(*call) for call in calls]
     streams = [
         (*halves(gate, up, packing), *_halves_of(bias, packing), y)
-        for (gate, up, _, packing, *bias), y in zip(calls, outs, strict=True)
+        for (gate, up, _, packing, bias), y in zip(calls, outs, strict=True)
     ]
     triton_gated_activation.forward(streams, calls[0][2])
     return outs
@@ -98,20 +114,21 @@ def triton_backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, .
 
     found: list[tuple[Tensor, ...]] = []
     streams = []
-    for grad, gate, up, activation, packing, recompute, *bias in calls:
-        outputs = outputs_backward(grad, gate, up, activation, packing, recompute, *bias)
+    for call in calls:
+        grad, gate, up, _, packing, recompute, bias, needs_bias = call
+        outputs = outputs_backward(*call)
         inputs, grads, y = split_backward(gate, up, packing, outputs, recompute)
-        dbias = outputs[3] if any(bias[1:]) else None
-        biases = *_halves_of(bias[:1], packing), *_halves_of([dbias], packing)
-        streams.append((grad, *inputs, *biases[:2], *grads, y, *biases[2:]))
+        biases = _halves_of(bias, packing)
+        dbiases = _halves_of(outputs[3] if needs_bias else None, packing)
+        streams.append((grad, *inputs, *biases, *grads, y, *dbiases))
         found.append(outputs)
     triton_gated_activation.backward(streams, calls[0][3])
     return found
 
 
-def _halves_of(bias: Sequence[Tensor | None], packing: str) -> tuple[Tensor | None, Tensor | None]:
-    """Of a bias, which may not be given, what belongs to gate and to up."""
-    return halves(bias[0], None, packing) if bias and bias[0] is not None else (None, None)
+def _halves_of(bias: Tensor | None, packing: str) -> tuple[Tensor | None, Tensor | None]:
+    """Of a bias, if there is one, what belongs to gate and to up."""
+    return (None, None) if bias is None else halves(bias, None, packing)
 
 
 def launches_backward(*args: Any) -> int:

@@ -104,22 +104,10 @@ class NormModulate(torch.autograd.Function):
     """Autograd of `fxopt::norm_modulate`: saves the norm's input and the row statistics."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, h, mean, rstd = below_autograd(norm_modulate, *args)
-        x, residual, gate, *others = args[:8]
-        ctx.norm, _, ctx.weight_offset, ctx.scale_offset, _, ctx.dtype = args[8:]
-        ctx.x_dtype = x.dtype
-        ctx.residual_dtype = x.dtype if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        absent = [
-            t for t, is_absent in ((y, ctx.norm == "none"), (h, residual is None)) if is_absent
-        ]
-        ctx.mark_non_differentiable(mean, rstd, *absent)
-        branch = x if ctx.needs_input_grad[2] else None
-        kept = None if ctx.norm == "none" else x if residual is None else h
-        own = is_own(x, residual, others[3]), True
-        ctx.save_for_backward(*packed(ctx, (kept, branch), own), gate, *others, mean, rstd)
-        return y, h, mean, rstd
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = below_autograd(norm_modulate, *args)
+        keep(ctx, args[:8], args[8:], results)
+        return results
 
     @staticmethod
     @once_differentiable
@@ -128,19 +116,56 @@ class NormModulate(torch.autograd.Function):
         no_grads = (None,) * 6
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
-        kept, branch, gate, *others, mean, rstd = unpacked(ctx, ctx.saved_tensors)
-        h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
+        h, x, gate, *others = kept(ctx, grad_h)
         needs, shift = ctx.needs_input_grad[:8], others[3]
-        x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
-        constants = ctx.norm, ctx.weight_offset, ctx.scale_offset, ctx.dtype
         asks = asked(needs, shift, h)
         found = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *others, mean, rstd, *constants, asks, False
+            grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
         )
-        dx, dresidual, *rest = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
-        dx = None if dx is None else dx.to(ctx.x_dtype)
-        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
-        return dx, dresidual, *rest, *no_grads
+        operands = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
+        return *in_dtypes(ctx, operands), *no_grads
+
+
+def keep(
+    ctx: Any,
+    tensors: Sequence[Any],
+    settings: Sequence[Any],
+    results: Sequence[Tensor],
+    *more: Tensor,
+) -> None:
+    """What a norm_modulate keeps for `kept` and `in_dtypes`: no y, and x only for its gate.
+
+    Args:
+        tensors: x, residual, gate, weight, bias, scale, shift, x_bias.
+        settings: norm, eps, weight_offset, scale_offset, h_dtype, dtype.
+        results: y, h, mean, rstd.
+        more: to be kept between operands and statistics.
+    """
+    (x, residual, *operands), (y, h, mean, rstd) = tensors, results
+    norm, _, weight_offset, scale_offset, _, dtype = settings
+    ctx.constants = norm, weight_offset, scale_offset, dtype
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+    absent = [t for t, is_absent in ((y, norm == "none"), (h, residual is None)) if is_absent]
+    ctx.mark_non_differentiable(mean, rstd, *absent)
+    branch = x if ctx.needs_input_grad[2] else None
+    norm_input = None if norm == "none" else x if residual is None else h
+    activations = packed(ctx, (norm_input, branch), (is_own(x, residual, operands[4]), True))
+    ctx.save_for_backward(*activations, *operands, *more, mean, rstd)
+
+
+def kept(ctx: Any, grad_h: Tensor | None) -> tuple[Any, ...]:
+    """h, x, gate, weight, bias, scale, shift, x_bias, what else was kept, mean and rstd."""
+    norm_input, branch, *others = unpacked(ctx, ctx.saved_tensors)
+    h: Any = grad_h if norm_input is None else norm_input  # its shape and dtype, without a norm
+    x = h.new_empty(0, dtype=ctx.dtypes[0]) if branch is None else branch
+    return h, x, *others
+
+
+def in_dtypes(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of all operands, those of x and residual in the dtypes of these."""
+    given = zip(grads, ctx.dtypes, strict=False)
+    return [*(None if g is None else g.to(dtype) for g, dtype in given), *grads[2:]]
 
 
 def is_own(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> bool:

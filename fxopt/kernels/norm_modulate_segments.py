@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels import norm_modulate as plain
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
-from fxopt.kernels.norm_modulate import operand_gradients
+from fxopt.kernels.norm_modulate import in_dtypes, keep, kept, operand_gradients
 from fxopt.kernels.registration import below_autograd, opmath_of, register
-from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import Arguments, rows
 
 TABLES = ("gate", "scale", "shift")
@@ -144,21 +143,11 @@ class NormModulateSegments(torch.autograd.Function):
     """Autograd of `fxopt::norm_modulate_segments`: saves what that of `norm_modulate` saves."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, h, mean, rstd = below_autograd(norm_modulate_segments, *args)
-        (x, residual, *operands), (index, ctx.shift_per_token) = args[:8], args[8:10]
-        norm, _, weight_offset, scale_offset, _, dtype = args[10:]
-        ctx.constants = norm, weight_offset, scale_offset, dtype
-        ctx.x_dtype = x.dtype
-        ctx.residual_dtype = x.dtype if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        absent = [t for t, is_absent in ((y, norm == "none"), (h, residual is None)) if is_absent]
-        ctx.mark_non_differentiable(mean, rstd, *absent)
-        branch = x if ctx.needs_input_grad[2] else None
-        kept = None if norm == "none" else x if residual is None else h
-        own = residual is not None or ctx.shift_per_token, True
-        ctx.save_for_backward(*packed(ctx, (kept, branch), own), *operands, index, mean, rstd)
-        return y, h, mean, rstd
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = below_autograd(norm_modulate_segments, *args)
+        index, ctx.shift_per_token = args[8:10]
+        keep(ctx, args[:8], args[10:], results, index)
+        return results
 
     @staticmethod
     @once_differentiable
@@ -167,16 +156,10 @@ class NormModulateSegments(torch.autograd.Function):
         no_grads = (None,) * 8
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
-        kept, branch, *operands, index, mean, rstd = unpacked(ctx, ctx.saved_tensors)
-        h: Any = grad_h if kept is None else kept  # without a norm only its shape and dtype count
-        x = h.new_empty(0, dtype=ctx.x_dtype) if branch is None else branch
-        needs, saved = ctx.needs_input_grad[:8], (h, x, *operands, index, mean, rstd)
-        (dx, dresidual, *rest), _ = gradients(
-            grad_y, grad_h, saved, ctx.shift_per_token, ctx.constants, needs, False
-        )
-        dx = None if dx is None else dx.to(ctx.x_dtype)
-        dresidual = None if dresidual is None else dresidual.to(ctx.residual_dtype)
-        return dx, dresidual, *rest, *no_grads
+        needs = ctx.needs_input_grad[:8]
+        of_backward = kept(ctx, grad_h), ctx.shift_per_token, ctx.constants, needs, False
+        operands, _ = gradients(grad_y, grad_h, *of_backward)
+        return *in_dtypes(ctx, operands), *no_grads
 
 
 def gradients(

@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.passes import ir
@@ -49,11 +50,11 @@ def as_norm(node: Any) -> Norm | None:
 
 def _as_bare_fxopt_norm(node: fx.Node) -> Norm | None:
     op = node.args[0]
-    if getattr(getattr(op, "target", None), "_schema", None) is None:
+    if not isinstance(op, fx.Node) or not isinstance(op.target, torch._ops.OpOverload):
         return None
-    if op.target._schema.name != FXOPT_NORM:  # type: ignore[union-attr]
+    if ir.schema(op).name != FXOPT_NORM:
         return None
-    a = ir.arguments(op)  # type: ignore[arg-type]
+    a = ir.arguments(op)
     if any(a[k] is not None for k in ("residual", "gate", "scale", "shift")):
         return None
     return Norm(node, a["x"], a["norm"], a["eps"], a["weight"], a["bias"], a["weight_offset"])

@@ -20,8 +20,19 @@ from typing_extensions import TypeIs
 
 aten = torch.ops.aten
 
+# Ops that return parts of one dim.
+SPLITS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.split.sizes,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+    }
+)
 # Ops that move or reinterpret elements and compute nothing.
-VIEWS = frozenset(
+VIEWS = SPLITS | frozenset(
     {
         aten.view.default,
         aten.reshape.default,
@@ -39,10 +50,6 @@ VIEWS = frozenset(
         aten.slice.Tensor,
         aten.select.int,
         aten.narrow.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.split.sizes,
-        aten.chunk.default,
         aten.unbind.int,
         aten.alias.default,
         aten.view_as.default,
@@ -50,8 +57,6 @@ VIEWS = frozenset(
         aten.reshape_as.default,
         aten.movedim.int,
         aten.movedim.intlist,
-        aten.tensor_split.sections,
-        aten.tensor_split.indices,
         operator.getitem,
     }
 )
@@ -178,8 +183,7 @@ def is_floating(node: fx.Node) -> bool:
 
 
 def mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return isinstance(node.target, torch._ops.OpOverload) and schema(node).is_mutable
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -187,7 +191,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     if not mutates(node):
         return []
     named = arguments(node)
-    targets = [named[a.name] for a in node.target._schema.arguments if a.is_write]  # type: ignore[union-attr]
+    targets = [named[a.name] for a in schema(node).arguments if a.is_write]
     return [t for t in pytree.tree_leaves(targets) if isinstance(t, fx.Node)]
 
 
@@ -242,11 +246,16 @@ def source(node: fx.Node) -> str:
     return ""
 
 
+def schema(node: fx.Node) -> torch.FunctionSchema:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a call by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    named = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    named |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
+    declared = schema(node).arguments
+    named = {a.name: a.default_value for a in declared if a.has_default_value()}
+    named |= {a.name: v for a, v in zip(declared, node.args, strict=False)}
     return named | dict(node.kwargs)
 
 

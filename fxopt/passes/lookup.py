@@ -28,12 +28,6 @@ LOOKUPS = (
     aten.index.Tensor,
     aten.embedding.default,
 )
-SPLITS = (
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,9 @@ def lookup(node: fx.Node | None) -> Lookup | None:
     functions: list[fx.Node] = []
     while ir.is_call(node, *POINTWISE) or _is_part(node):
         functions.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        node = before
     found = _condition(node) if ir.is_call(node, aten.where.self) else _indexed(node)
     if found is None:
         return None
@@ -86,24 +82,25 @@ def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
     named = ir.arguments(function)
     if not ir.is_call(function, *POINTWISE):
         named["dim"] = -1
-    arguments = function.target._schema.arguments[1:]  # type: ignore[union-attr]
-    args = [named[a.name] for a in arguments if not a.kwarg_only]
-    kwargs = {a.name: named[a.name] for a in arguments if a.kwarg_only}
+    others = ir.schema(function).arguments[1:]
+    args = [named[a.name] for a in others if not a.kwarg_only]
+    kwargs = {a.name: named[a.name] for a in others if a.kwarg_only}
     return call(function.target, table, *args, **kwargs)
 
 
 def _is_part(node: fx.Node) -> bool:
     """Whether `node` is part of the last dim of its input, or splits that dim."""
     if ir.is_call(node, operator.getitem):
-        return ir.is_call(node.args[0], *SPLITS)
-    if not ir.is_call(node, *SPLITS, aten.slice.Tensor):
+        return ir.is_call(node.args[0], *ir.SPLITS)
+    if not ir.is_call(node, *ir.SPLITS, aten.slice.Tensor):
         return False
     rank = len(ir.shape(node.args[0]))
     return ir.arguments(node)["dim"] % rank == rank - 1
 
 
 def _condition(where: fx.Node) -> Lookup | None:
-    condition, a, b = (_unexpanded(n) for n in where.args)  # type: ignore[arg-type]
+    named = ir.arguments(where)
+    condition, a, b = (_unexpanded(named[name]) for name in ("condition", "self", "other"))
     if not (ir.same(ir.shape(condition)[-1:], (1,)) and is_one_row(a) and is_one_row(b)):
         return None
     return Lookup((b, a), condition, 1)

@@ -195,10 +195,11 @@ class SelfCheckpointing(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(self.linear, x)  # type: ignore[operator]
+            return self._gradient_checkpointing_func(self.linear, x)
         return x + self.linear(self.norm(x))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.backends import dynamo
+from fxopt.recipes import RECIPES
 from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, grid, qwen_image, seeded, z_image
 from tests.numerics import Judge, assert_as_accurate, redrawn, run, truth
 
@@ -214,11 +216,25 @@ def test_the_compiled_door() -> None:
     assert fxopt.report(model).counts() == counts
 
 
-def test_swap_says_what_it_leaves() -> None:
-    build, make_inputs = MODELS["qwen-image-edit"]
-    model, inputs = seeded(build)(), make_inputs(2, 0, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen-image-edit", "z-image-omni"])
+def test_swap(name: str, dtype: torch.dtype) -> None:
+    build, make_inputs = MODELS[name]
+    model, inputs = seeded(build)().to(dtype), make_inputs(2, 0, dtype)
     judge = Judge(model, inputs)
     fxopt.swap(model)
-    judge(model, "swap", run(model, inputs))
-    reasons = [why for d in fxopt.report(model).declined if d.rule == "swap" for why in d.reasons]
-    assert len(reasons) == 2 and all("modulates the image by segment" in why for why in reasons)
+    ours = run(model, inputs)
+    report = fxopt.report(model)
+    assert report.counts() == COUNTS[name] and not report.declined
+    judge(model, name, ours)
+
+
+def test_both_doors_quantize_the_same() -> None:
+    recipe = replace(RECIPES["fp8_rowwise"], name="always", profit="always")
+    build, make_inputs = MODELS["qwen-image-edit"]
+    counts = []
+    for door in (fxopt.optimize, fxopt.swap):
+        model = door(seeded(build)(), recipe=recipe)
+        run(model, make_inputs(2, 0, torch.float32))
+        counts.append(fxopt.report(model).counts())
+    assert counts[0] == counts[1] and counts[0]["quantized_linear"] > 0

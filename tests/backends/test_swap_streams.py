@@ -109,7 +109,8 @@ def gated(*dtypes: torch.dtype, widths: Sequence[int]) -> tuple[list[torch.Tenso
     ]
     residuals, gates, xs = zip(*streams, strict=True)
     with counting() as fired:
-        found = merged.gated_residuals(residuals, gates, [Branch(x) for x in xs])
+        branches = [Branch(x) for x in xs]
+        found = merged.gated_residuals(residuals, gates, branches, [None] * len(xs))
     for r, g, x, out in zip(residuals, gates, xs, found, strict=True):
         # One rounding of each of two steps.
         torch.testing.assert_close(out, r + g * x, rtol=2 * torch.finfo(r.dtype).eps, atol=1e-2)

@@ -135,19 +135,19 @@ class Mlp(NamedTuple):
         gate, up = (*hidden, None)[:2]
         assert gate is not None
         fire("gated_activation", "gated_activation")
-        if self.gate_bias is not None:
-            fire("fuse_bias", "gated_activation")
-        recipe = quantized.quantizes(gate, self.out)
+        held = self.gate_bias is not None  # no linear is quantized then
+        recipe = None if held else quantized.quantizes(gate, self.out)
         bias = self.out.bias if waiting is None else None
+        if held:
+            fire("fuse_bias", "gated_activation")
         if self._is_direct():
             operands = (gate, up, self.activation, self.packing, beside)
             parameters = (self.out.weight, bias)
-            if recipe is not None and self.gate_bias is None:
+            if recipe is not None:
                 fire_low("gated_activation", 1, recipe)
                 return ops.gated_activation_quantized_linear(*operands, *parameters, recipe.key)
-            if recipe is None:
-                fire("merge_linears", "gated_activation")
-                return ops.gated_activation_linear(*operands, self.gate_bias, *parameters)
+            fire("merge_linears", "gated_activation")
+            return ops.gated_activation_linear(*operands, self.gate_bias, *parameters)
         y = ops.gated_activation(gate, up, self.activation, self.packing, self.gate_bias)
         if self.dropout is not None:
             y = self.dropout(y)

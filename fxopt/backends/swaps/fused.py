@@ -70,11 +70,22 @@ def read_norm(norm: nn.Module | None, x: Tensor, weight_offset: float = 0.0) -> 
     )
 
 
+class Segments(NamedTuple):
+    """That gate, scale and shift are tables of N rows, [B, N, D], and a token's row is `row`.
+
+    row: [B, S] integers, or bool for two rows. shift_per_token: the shift is [B, S, D] and no
+    table.
+    """
+
+    row: Tensor
+    shift_per_token: bool = False
+
+
 class Normed(NamedTuple):
     """norm(residual + gate * x) * (scale_offset + scale) + shift, computed where it is needed.
 
-    x, residual: [B, S, D]. gate, scale, shift: broadcastable to them, or None. x_bias: [D], to be
-    added to x first, or None.
+    x, residual: [B, S, D]. gate, scale, shift: broadcastable to them, or as `segments` says, or
+    None. x_bias: [D], to be added to x first, or None.
     """
 
     norm: nn.Module
@@ -86,24 +97,26 @@ class Normed(NamedTuple):
     scale_offset: float = 1.0
     h_dtype: torch.dtype | None = None
     x_bias: Tensor | None = None
+    segments: Segments | None = None
 
     def value(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The normed tensor in `dtype` (default: x's), and h = residual + gate * x."""
         n, h_dtype = read_norm(self.norm, self.x), self._h_dtype()
         if n.kind == "none":
-            h = gated_residual(self.residual, self.gate, self.x, h_dtype, self.x_bias)
+            more = self.x_bias, self.segments
+            h = gated_residual(self.residual, self.gate, self.x, h_dtype, *more)
             return h, h
         self.fire(n)
         settings = (*n[:3], self.scale_offset, h_dtype, dtype or self.x.dtype)
-        y, h, _, _ = ops.norm_modulate(*self.operands(n), *settings)
+        y, h, _, _ = getattr(ops, _op_of(self.segments))(*self.operands(n), *settings)
         return y, h if self.residual is not None else self.x
 
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
-        first = recipes[0]
-        if first is not None and all(r is first for r in recipes) and n.kind != "none":
+        first, writes_codes = recipes[0], n.kind != "none" and self.segments is None
+        if first is not None and all(r is first for r in recipes) and writes_codes:
             outs, h = self._into_low(n, linears, first)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
@@ -113,17 +126,20 @@ class Normed(NamedTuple):
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self.fire(n)
-        fire("merge_linears", "norm_modulate")
+        name = _op_of(self.segments)
+        fire("merge_linears", name)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, pieces(weights, sizes))
-        return ops.norm_modulate_linears(*self.operands(n), *settings, *parameters)
+        op = getattr(ops, f"{name}_linears")
+        outs, h = op(*self.operands(n), *settings, *parameters)
+        return outs, h
 
     def common(self, linears: Sequence[nn.Module]) -> tuple[Any, ...] | None:
         """What streams share whose `into(*linears)` can be one launch; None where it is none."""
         n = read_norm(self.norm, self.x)
         is_low = any(quantized.quantizes(self.x, m) is not None for m in linears)
-        if n.kind == "none" or is_low or not all(map(is_plain, linears)):
+        if n.kind == "none" or is_low or self.segments or not all(map(is_plain, linears)):
             return None
         dtype: Any = linears[0].weight.dtype
         width = self.x.shape[-1]
@@ -139,10 +155,10 @@ class Normed(NamedTuple):
         parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
         return ops.norm_modulate_quantized_linears(*self.operands(n), *settings, *parameters)
 
-    def operands(self, n: NormConstants) -> tuple[Tensor | None, ...]:
-        """The tensors of `fxopt::norm_modulate`, in its order."""
+    def operands(self, n: NormConstants) -> tuple[Any, ...]:
+        """What `fxopt::norm_modulate` takes before its settings, or its form for segments."""
         affine = (n.weight, n.bias, self.scale, self.shift)
-        return (self.x, self.residual, self.gate, *affine, self.x_bias)
+        return (self.x, self.residual, self.gate, *affine, self.x_bias, *(self.segments or ()))
 
     def _h_dtype(self) -> torch.dtype:
         return self.h_dtype or promoted(self.x, self.residual, self.gate)
@@ -152,9 +168,19 @@ class Normed(NamedTuple):
         if self.x_bias is not None:
             fire("fuse_bias", "norm_modulate")
         if self.residual is not None or self.scale is not None or self.shift is not None:
-            fire("norm_modulate", "norm_modulate")
+            _fire_modulate(self.segments)
         elif n.kind == "rms":
             fire("rms_norm", "norm_modulate")
+
+
+def _op_of(segments: Segments | None) -> str:
+    return "norm_modulate" if segments is None else "norm_modulate_segments"
+
+
+def _fire_modulate(segments: Segments | None) -> None:
+    fire("norm_modulate", "norm_modulate")
+    if segments is not None:
+        fire("norm_modulate_segments", "norm_modulate_segments")
 
 
 def fire_low(op: str, num_linears: int, recipe: Recipe) -> None:
@@ -178,18 +204,20 @@ def gated_residual(
     x: Tensor,
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """residual + gate * (x + x_bias); one op where there is a gate, and a bias only there."""
     if residual is None:
         return x
     if gate is None:
         return residual + x
-    fire("norm_modulate", "norm_modulate")
+    _fire_modulate(segments)
     if x_bias is not None:
         fire("fuse_bias", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)
-    operands = (x, residual, gate, None, None, None, None, x_bias)
-    return ops.norm_modulate(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)[1]
+    operands = (x, residual, gate, None, None, None, None, x_bias, *(segments or ()))
+    _, h, _, _ = getattr(ops, _op_of(segments))(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)
+    return h
 
 
 def project(x: Tensor, *linears: nn.Module, keeps_x: bool = False) -> list[Tensor]:

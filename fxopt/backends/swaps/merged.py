@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Branch, Mlp
 from fxopt.backends.swaps.fused import (
     Normed,
+    Segments,
     fire,
     gated_residual,
     ops,
@@ -63,17 +64,21 @@ def into(
 
 
 def gated_residuals(
-    residuals: Sequence[Tensor], gates: Sequence[Tensor], branches: Sequence[Branch]
+    residuals: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    branches: Sequence[Branch],
+    segments: Sequence[Segments | None],
 ) -> list[Tensor]:
     """residual + gate * (x + bias) of each stream."""
     dtypes = [promoted(b.x, r, g) for r, g, b in zip(residuals, gates, branches, strict=True)]
     commons = [
-        common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
-        for r, dtype in zip(residuals, dtypes, strict=True)
+        None if s else common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
+        for r, dtype, s in zip(residuals, dtypes, segments, strict=True)
     ]
 
     def alone(i: int) -> Tensor:
-        return gated_residual(residuals[i], gates[i], branches[i].x, x_bias=branches[i].bias)
+        (x, bias), more = branches[i], segments[i]
+        return gated_residual(residuals[i], gates[i], x, x_bias=bias, segments=more)
 
     def together(streams: list[int]) -> list[Tensor]:
         for i in streams:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps.branches import Out
-from fxopt.backends.swaps.fused import clip_half, modulation
+from fxopt.backends.swaps.fused import Segments, clip_half, modulation
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.operands import of_complex
 from fxopt.backends.swaps.streams import (
@@ -19,7 +19,7 @@ from fxopt.backends.swaps.streams import (
     image_and_text,
     joint,
 )
-from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 
 def double(
@@ -29,15 +29,12 @@ def double(
     temb: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor],
     encoder_hidden_states_mask: Tensor | None = None,
+    modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if block.zero_cond_t:
-        raise Unfit(
-            "zero_cond_t modulates the image by segment, which optimize fuses and swap does not"
-        )
     attn = block.attn
     qkv, qkv_text = image_and_text(attn)
     image_tables, text_tables = image_rotary_emb
-    of_image, of_text = modulation(temb, block.img_mod[1], block.txt_mod[1])
+    of_image, of_text, segments = _modulations(block, temb, modulate_index)
     streams = (
         Stream(
             encoder_hidden_states,
@@ -58,6 +55,7 @@ def double(
             Out(attn.to_out),
             feed_forward(block.img_mlp),
             of_complex(image_tables),
+            segments,
         ),
     )
     mask = encoder_hidden_states_mask
@@ -67,22 +65,41 @@ def double(
     return clip_half(text_out), clip_half(image_out)
 
 
+def _modulations(
+    block: Any, temb: Tensor, index: Tensor | None
+) -> tuple[Tensor, Tensor, Segments | None]:
+    """Of the image, [B, 1, 6 D], and of the text.
+
+    An index comes with `zero_cond_t`: temb is of the noisy images and then of the clean ones, and
+    that of the image a table [B, 2, 6 D] of both.
+    """
+    if index is None:
+        of_image, of_text = modulation(temb, block.img_mod[1], block.txt_mod[1])
+        return of_image, of_text, None
+    (of_image,) = modulation(temb, block.img_mod[1])
+    (of_text,) = modulation(temb.chunk(2)[0], block.txt_mod[1])
+    return torch.cat(of_image.chunk(2), 1), of_text, Segments(index != 0)
+
+
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
     attn = block.attn
     pairs = attn.inner_dim // attn.heads // 2
     image, text = (torch.complex(*draw.tables(n, pairs)) for n in (draw.S, draw.T))
     arguments = {
         **draw_streams(draw, block.dim),
-        "temb": draw.normal(draw.B, block.dim),
+        "temb": draw.normal(draw.B * (1 + block.zero_cond_t), block.dim),
         "image_rotary_emb": (image, text),
     }
+    if block.zero_cond_t:
+        arguments["modulate_index"] = (torch.arange(draw.S) % 2).expand(draw.B, -1)
     mask = torch.arange(draw.T) < torch.tensor([[draw.T], [1]])
     yield {**arguments, "encoder_hidden_states_mask": mask}
     yield arguments
 
 
 def small(block: Any) -> nn.Module:
-    return type(block)(dim=64, num_attention_heads=2, attention_head_dim=32)
+    sizes = {"dim": 64, "num_attention_heads": 2, "attention_head_dim": 32}
+    return type(block)(**sizes, zero_cond_t=block.zero_cond_t)
 
 
 FAMILIES = (

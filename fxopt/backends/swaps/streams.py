@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxopt.backends.swaps import merged
 from fxopt.backends.swaps.branches import Branch, Mlp, Out
-from fxopt.backends.swaps.fused import Normed
+from fxopt.backends.swaps.fused import Normed, Segments
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
 
@@ -25,8 +25,8 @@ class Stream(NamedTuple):
     """One stream of tokens on its way through a block.
 
     x: [B, S, D]. modulation: shift, scale and gate of attention, then of the MLP, as
-    [B, 1, D] each. norms: before attention and before the MLP. qkv: its three projections.
-    qk_norms: of its queries and keys.
+    [B, 1, D] each, or as `segments` says. norms: before attention and before the MLP. qkv: its
+    three projections. qk_norms: of its queries and keys.
     """
 
     x: Tensor
@@ -37,22 +37,24 @@ class Stream(NamedTuple):
     out: Out
     mlp: Mlp
     rotation: Rotation | None = None
+    segments: Segments | None = None
 
     def normed(self) -> Normed:
         """What the projections read."""
         shift, scale = self.modulation[:2]
-        return Normed(self.norms[0], self.x, scale, shift)
+        return Normed(self.norms[0], self.x, scale, shift, segments=self.segments)
 
     def ending(self, residual: Tensor, attended: Tensor) -> Ending:
         """The rest of the block, from the stream's part of the attention's result [B, S, H * d]."""
         branch = self.out.branch(attended, all_sums=True)
-        return Ending(residual, branch, self.modulation[2:], self.norms[1], self.mlp)
+        rest = self.modulation[2:], self.norms[1], self.mlp, self.segments
+        return Ending(residual, branch, *rest)
 
 
 class Ending(NamedTuple):
     """h = residual + gate * branch, then h + gate_mlp * mlp(norm(h) * (1 + scale) + shift).
 
-    modulation: gate, shift, scale, gate_mlp.
+    modulation: gate, shift, scale, gate_mlp, of one row or as `segments` says.
     """
 
     residual: Tensor
@@ -60,18 +62,21 @@ class Ending(NamedTuple):
     modulation: Sequence[Tensor]
     norm: nn.Module
     mlp: Mlp
+    segments: Segments | None = None
 
 
 def finish(*endings: Ending) -> list[Tensor]:
     """Each stream behind the block. Dropouts draw random numbers in this order."""
     gates, shifts, scales, mlp_gates = zip(*(e.modulation for e in endings), strict=True)
+    segments = [e.segments for e in endings]
     normed = [
-        Normed(e.norm, e.branch.x, scale, shift, e.residual, gate, x_bias=e.branch.bias)
-        for e, gate, shift, scale in zip(endings, gates, shifts, scales, strict=True)
+        Normed(e.norm, e.branch.x, scale, shift, e.residual, gate, x_bias=e.branch.bias, segments=s)
+        for e, gate, shift, scale, s in zip(endings, gates, shifts, scales, segments, strict=True)
     ]
     mlps = [e.mlp.holding(e.residual) for e in endings]
     hidden, hs = zip(*merged.into(normed, [m.inputs for m in mlps]), strict=True)
-    return merged.gated_residuals(hs, mlp_gates, merged.branches(mlps, hidden))
+    branches = merged.branches(mlps, hidden)
+    return merged.gated_residuals(hs, mlp_gates, branches, segments)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

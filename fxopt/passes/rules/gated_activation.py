@@ -150,9 +150,7 @@ def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(base, i) if `node` is half i of base's last dim."""
     if ir.is_call(node, operator.getitem):
         split, index = node.args
-        if not ir.is_call(
-            split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
-        ):
+        if not ir.is_call(split, *ir.SPLITS):
             return None
         base = split.args[0]
         start = None if index not in (0, 1) else index

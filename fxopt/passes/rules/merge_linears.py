@@ -103,13 +103,7 @@ def _parts(node: fx.Node) -> list[fx.Node] | None:
     if len(node.users) != 1 or len(sizes) < 3 or ir.same(sizes[-2], 1):
         return None  # one row per sample: six small products would cost more than one join
     split = next(iter(node.users))
-    if not ir.is_call(
-        split,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split.sizes,
-        aten.split_with_sizes.default,
-    ):
+    if not ir.is_call(split, *ir.SPLITS):
         return None
     if ir.arguments(split)["dim"] % len(ir.shape(node)) != len(ir.shape(node)) - 1:
         return None

@@ -37,9 +37,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     elif norm is not None:
         yield _bind_norm(anchor, shared, norm)
     elif activation is not None and len(_list(anchor.args[1])) == 1:
-        # Codes are written without a bias.
-        has_bias = ir.arguments(activation[0])["gate_bias"] is not None
-        yield from () if has_bias else (_bind_activation(anchor, *activation),)
+        yield _bind_activation(anchor, *activation)
 
 
 def _list(argument: Any) -> list[Any]:
@@ -69,7 +67,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
 
 
 def _bind_activation(anchor: fx.Node, activation: fx.Node, beside: fx.Node | None) -> Binding:
-    gate, up, name, packing = _list(activation.args)[:4]
+    gate, up, name, packing = _list(activation.args)  # `fuse_bias` gave it none
     (weight,), (bias,) = _list(anchor.args[1]), _list(anchor.args[2])
     listed, recipe = (gate, up, beside, weight, bias), anchor.args[3]
     products, inputs = tuple(ir.results(anchor).values()), _inputs(*listed)
