@@ -265,11 +265,12 @@ def sum_parts(batch: int, num_tokens: int, width: int) -> None:
 
 
 def saving(batch: int, num_tokens: int, width: int) -> None:
-    """A view of a wider projection, packed and unpacked."""
+    """Two views of one projection, packed and unpacked."""
     from fxopt.kernels import saving as provider
 
-    x = randn(batch, num_tokens, 2 * width)[..., :width]
-    provider.triton_unpack(*provider.triton_pack(x, 1), BF16)
+    xs = randn(batch, num_tokens, 2 * width).chunk(2, -1)
+    found = provider.triton_pack(xs, 1)
+    provider.triton_unpack(found[:2], found[2:], [BF16, BF16])
 
 
 def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:

@@ -60,31 +60,34 @@ def packed(
     As they are saved as well: fp64, and tensors that do not fill their memory. That is kept whole
     by whoever keeps another part of it, as attention does the values of a joint projection.
     """
-    ctx.packed = ()
+    ctx.packed = [None] * len(activations)
     if not _packs.get() or not any(ctx.needs_input_grad) or is_high_precision():
         return [*activations]
-    fill = _fill_their_memory(activations)
-    are_packed = [
-        t is not None and is_own and fills and t.dtype in PACKED_DTYPES
-        for t, is_own, fills in zip(
-            activations, are_own or [True] * len(activations), fill, strict=True
-        )
-    ]
-    found: list[Tensor | None] = []
-    for t, is_packed in zip(activations, are_packed, strict=True):
-        ctx.packed += (t.dtype if t is not None and is_packed else None,)
-        found += pack(t, num_row_dims) if is_packed else [t]
-    return found
+    fill, kept = _fill_their_memory(activations), [*activations]
+    chosen = {
+        i: t
+        for i, t in enumerate(activations)
+        if t is not None and fill[i] and t.dtype in PACKED_DTYPES and (not are_own or are_own[i])
+    }
+    if not chosen:
+        return kept
+    found = pack([*chosen.values()], num_row_dims)
+    for (i, t), codes in zip(chosen.items(), found, strict=False):
+        ctx.packed[i], kept[i] = t.dtype, codes
+    return [*kept, *found[len(chosen) :]]
 
 
 def unpacked(ctx: Any, saved: Sequence[Any]) -> list[Any]:
     """What a node saved: its activations, and what it saved behind them."""
-    given = iter(saved)
-    activations = [
-        next(given) if dtype is None else unpack(next(given), next(given), dtype)
-        for dtype in ctx.packed
-    ]
-    return [*activations, *given]
+    where = [i for i, dtype in enumerate(ctx.packed) if dtype is not None]
+    if not where:
+        return [*saved]
+    activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
+    scales, dtypes = others[: len(where)], [ctx.packed[i] for i in where]
+    found = unpack([activations[i] for i in where], scales, dtypes)
+    for i, activation in zip(where, found, strict=True):
+        activations[i] = activation
+    return [*activations, *others[len(where) :]]
 
 
 def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
@@ -105,71 +108,88 @@ def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
     ]
 
 
-def native_pack(x: Tensor, num_row_dims: int) -> tuple[Tensor, Tensor]:
+def native_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
     """code = round(x / scale) in e4m3, scale = amax / 448 of each 128 neighbours in a row.
 
     Args:
-        x: any shape and strides, fp32, bf16 or fp16.
+        xs: any shapes and strides, fp32, bf16 or fp16.
         num_row_dims: how many of the last dims make up a row.
 
-    Returns codes of x's shape and scales [..., c] in fp32; the last block of a row may be shorter.
+    Returns the codes of all, of x's shape, then the scales of all, [..., c] in fp32; the last block
+    of a row may be shorter.
 
     Numerics: to nearest, ties to even, once; nothing saturates, and the largest value of a block
     comes back but for fp32 rounding. A block of zeros has scale 1; one that holds a NaN or Inf
     becomes NaN.
     """
-    rows = x.flatten(-num_row_dims)
-    codes_RC, scales_Rc, _ = quantize_matrix(rows.reshape(-1, rows.shape[-1]), OPERAND)
-    codes = codes_RC[:, : rows.shape[-1]].reshape(x.shape)
-    scales = scales_Rc.reshape(*rows.shape[:-1], scales_Rc.shape[-1])
-    return codes.contiguous(), scales.contiguous()
+    codes, scales = [], []
+    for x in xs:
+        rows = x.flatten(-num_row_dims)
+        codes_RC, scales_Rc, _ = quantize_matrix(rows.reshape(-1, rows.shape[-1]), OPERAND)
+        codes.append(codes_RC[:, : rows.shape[-1]].reshape(x.shape).contiguous())
+        scales.append(scales_Rc.reshape(*rows.shape[:-1], scales_Rc.shape[-1]).contiguous())
+    return codes + scales
 
 
-def native_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """x = code * scale, rounded once from fp32 to `dtype`, contiguous."""
-    rows = codes.flatten(scales.dim() - 1).float()
-    per_code = scales.repeat_interleave(BLOCK, -1)[..., : rows.shape[-1]]
-    return (rows * per_code).to(dtype).view(codes.shape)
+def native_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """x = code * scale, rounded once from fp32 to its dtype, contiguous."""
+    found = []
+    for code, scale, dtype in zip(codes, scales, dtypes, strict=True):
+        rows = code.flatten(scale.dim() - 1).float()
+        per_code = scale.repeat_interleave(BLOCK, -1)[..., : rows.shape[-1]]
+        found.append((rows * per_code).to(dtype).view(code.shape))
+    return found
 
 
-def fake_pack(x: Tensor, num_row_dims: int) -> tuple[Tensor, Tensor]:
-    lead, num_features = x.shape[:-num_row_dims], x.shape[-num_row_dims:].numel()
-    scales = x.new_empty((*lead, -(-num_features // BLOCK)), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=FORMATS[OPERAND.format].dtype), scales
+def fake_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
+    codes, scales = [], []
+    for x in xs:
+        lead, num_features = x.shape[:-num_row_dims], x.shape[-num_row_dims:].numel()
+        codes.append(x.new_empty(x.shape, dtype=FORMATS[OPERAND.format].dtype))
+        scales.append(x.new_empty((*lead, -(-num_features // BLOCK)), dtype=torch.float32))
+    return codes + scales
 
 
-def fake_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
+def fake_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    return [c.new_empty(c.shape, dtype=dtype) for c, dtype in zip(codes, dtypes, strict=True)]
 
 
-def triton_pack(x: Tensor, num_row_dims: int) -> tuple[Tensor, Tensor]:
+def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
     from fxopt.kernels import triton_saving
 
-    if not x.numel() or not triton_saving.can_cast(x.device):
-        return native_pack(x, num_row_dims)
-    codes, scales = fake_pack(x, num_row_dims)
-    triton_saving.pack(x.flatten(-num_row_dims), codes, scales)
-    return codes, scales
+    if not triton_saving.can_cast(xs[0].device):
+        return native_pack(xs, num_row_dims)
+    found = fake_pack(xs, num_row_dims)
+    rows = [x.flatten(-num_row_dims) for x in xs]
+    triton_saving.pack(rows, found[: len(xs)], found[len(xs) :])
+    return found
 
 
-def triton_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def triton_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
     from fxopt.kernels import triton_saving
 
-    if not codes.numel() or not triton_saving.can_cast(codes.device):
-        return native_unpack(codes, scales, dtype)
-    x = fake_unpack(codes, scales, dtype)
-    triton_saving.unpack(codes, scales, x)
-    return x
+    if not triton_saving.can_cast(codes[0].device):
+        return native_unpack(codes, scales, dtypes)
+    found = fake_unpack(codes, scales, dtypes)
+    triton_saving.unpack(codes, scales, found)
+    return found
 
 
+# (codes..., scales...)
 pack = register(
-    "pack(Tensor x, int num_row_dims) -> (Tensor codes, Tensor scales)",
+    "pack(Tensor[] xs, int num_row_dims) -> Tensor[]",
     native=native_pack,
     fake=fake_pack,
     triton=triton_pack,
 )
 unpack = register(
-    "unpack(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
+    "unpack(Tensor[] codes, Tensor[] scales, ScalarType[] dtypes) -> Tensor[]",
     native=native_unpack,
     fake=fake_unpack,
     triton=triton_unpack,

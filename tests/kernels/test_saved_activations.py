@@ -182,7 +182,8 @@ def test_gradients_are_those_of_what_the_codes_stand_for(name: str) -> None:
     def rounded(t: Tensor) -> Tensor:
         if t.shape not in case.shapes:
             return t
-        return native_unpack(*native_pack(t, 2 if name == "heads" else 1), t.dtype)
+        codes, scales = native_pack([t], 2 if name == "heads" else 1)
+        return native_unpack([codes], [scales], [t.dtype])[0]
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(rounded, lambda t: t):
@@ -237,7 +238,7 @@ class Called(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is pack
+        self.count += len(args[0]) if func is pack else 0
         return func(*args, **(kwargs or {}))
 
 

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fxopt.kernels.saving import (
-    native_pack,
-    native_unpack,
-    pack,
-    triton_pack,
-    triton_unpack,
-    unpack,
-)
+from fxopt.kernels import saving
+from fxopt.kernels.saving import pack, unpack
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs ml_dtypes, an independent oracle")
 
@@ -28,6 +22,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def native_pack(x: Tensor, num_row_dims: int) -> list[Tensor]:
+    return saving.native_pack([x], num_row_dims)
+
+
+def native_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return saving.native_unpack([codes], [scales], [dtype])[0]
+
+
+def triton_pack(x: Tensor, num_row_dims: int) -> list[Tensor]:
+    return saving.triton_pack([x], num_row_dims)
+
+
+def triton_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return saving.triton_unpack([codes], [scales], [dtype])[0]
 
 
 def emulated(x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,15 +136,30 @@ def test_strides_and_rows_of_two_dims(provider: Callable[..., Any]) -> None:
             assert torch.equal(native_unpack(codes, scales, torch.float32), x)
 
 
+@pytest.mark.parametrize("provider", [saving.native_pack, saving.triton_pack])
+def test_several_at_once(provider: Callable[..., Any]) -> None:
+    shapes = [(3, 40, 130), (0, 16), (1, 300), (70, 8)]
+    xs = [torch.randint(-7, 8, s, generator=torch.Generator().manual_seed(0)) for s in shapes]
+    xs = [x.to(dtype) for x, dtype in zip(xs, (*DTYPES, torch.float32), strict=True)]
+    found = provider(xs, 1)
+    for x, scales in zip(xs, found[4:], strict=True):
+        assert torch.equal(scales, native_pack(x, 1)[1])
+    unpack = saving.triton_unpack if provider is saving.triton_pack else saving.native_unpack
+    dtypes = [torch.float32] * 4  # the interpreter cuts bfloat16 off instead of rounding it
+    for i, restored in enumerate(unpack(found[:4], found[4:], dtypes)):
+        assert torch.equal(restored, native_unpack(found[i], found[4 + i], torch.float32))
+
+
 def test_opcheck_and_fakes() -> None:
-    x = normal(2, 3, 130, dtype=BF16)
-    codes, scales = pack(x, 2)
+    xs = [normal(2, 3, 130, dtype=BF16), normal(4, 5, 8)]
+    found = pack(xs, 2)
+    arguments = found[:2], found[2:], [BF16, torch.float32]
     # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
     checks = ("test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(pack, (x, 2), test_utils=checks)
-    torch.library.opcheck(unpack, (codes, scales, BF16), test_utils=checks)
+    torch.library.opcheck(pack, (xs, 2), test_utils=checks)
+    torch.library.opcheck(unpack, arguments, test_utils=checks)
     with FakeTensorMode() as mode:
-        fake = pack(mode.from_tensor(x), 2)
-        restored = unpack(*fake, BF16)
-    for f, t in zip((*fake, restored), (codes, scales, x), strict=True):
+        fakes = pack([mode.from_tensor(x) for x in xs], 2)
+        restored = unpack(fakes[:2], fakes[2:], arguments[2])
+    for f, t in zip((*fakes, *restored), (*found, *xs), strict=True):
         assert (f.shape, f.dtype) == (t.shape, t.dtype)
