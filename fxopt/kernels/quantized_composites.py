@@ -21,7 +21,12 @@ from fxopt.kernels.gated_activation import gated_activation, gated_activation_ba
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.in_force import Decision, decide, save_for_backward, saved_tensors
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
+from fxopt.kernels.norm_modulate import (
+    is_own,
+    norm_modulate,
+    norm_modulate_backward,
+    operand_gradients,
+)
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.quantized_linears import (
     fuses,
@@ -39,6 +44,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import below_autograd, call_counting, register_composite
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.recipes import Recipe
 
 
@@ -97,7 +103,8 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
         ctx.set_materialize_grads(False)
         outs, amax = products(y, weights, biases, ctx, settings[-1], True)
-        kept = (h, branch, gate, *others, mean, rstd, amax_t)
+        own = is_own(x, residual, others[3]), True
+        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
@@ -105,7 +112,7 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, recipe = saved_tensors(ctx), ctx.recipe
+        saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
             saved, 11, len(grads) - 1
         )
@@ -168,7 +175,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
-        save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
+        save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
         return out
 
     @staticmethod
@@ -177,7 +184,7 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        gate, up, beside, amax_t, weight, *amax = saved_tensors(ctx)
+        gate, up, beside, amax_t, weight, *amax = unpacked(ctx, saved_tensors(ctx))
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = gradients(ctx, [grad], [weight], amax, True, needs[3:])
