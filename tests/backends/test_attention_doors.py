@@ -232,6 +232,16 @@ def test_what_a_model_sets_itself_is_not_overridden(monkeypatch) -> None:
     }
 
 
+def test_swap_says_where_a_backend_is_not_reached() -> None:
+    model = fxopt.swap(stack(), recipe=asking("flash"))
+    model(tokens())
+    why = "swap does not replace the forward of Block that calls it: 'flash' is not what runs"
+    assert lines(model) == [f"attention: PyTorch's own choice; {why}"]
+    plain = fxopt.swap(stack())
+    plain(tokens())
+    assert lines(plain) == []
+
+
 class ChoosesKernel(Block):
     def forward(self, x_BSC: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
