@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -159,6 +160,14 @@ def test_a_refusal_is_an_error_and_not_another_backend(door: Door) -> None:
     text = str(caught.value)
     assert "attention='cudnn' cannot run q [2, 2, " in text and "attention='auto'" in text
     assert "in float32 on cpu, no mask, with gradients: PyTorch has no CUDNN" in text
+
+
+def test_a_refusal_ends_a_compilation() -> None:
+    model = stack()
+    model.compile(backend="fxopt", options={"recipe": asking("cudnn"), "inner": "aot_eager"})
+    with pytest.raises(BackendCompilerFailed) as caught:
+        model(tokens())
+    assert isinstance(caught.value.inner_exception, AttentionRefused)
 
 
 @pytest.mark.parametrize("door", DOORS)
