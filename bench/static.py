@@ -63,6 +63,7 @@ STORE_SUMS = {
     "add_up_kernel",
     "amax_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
+    "quantized producers e4m3/tensor/fp32, two streams D=3072 rows_kernel",
 }
 
 FP8_CAST = re.compile(r"\bcvt\.rn\.(?:satfinite|f16x2)\.e[45]m")

@@ -71,21 +71,21 @@ class Gate(NamedTuple):
 
 
 OF_CURRENT = {
-    "flux-dev double": Gate(5.92, 4.63, 2.82),
-    "flux-dev single": Gate(3.6, 3.33, 2.42),
+    "flux-dev double": Gate(2.0, 4.63, 2.82),
+    "flux-dev single": Gate(2.4, 3.33, 2.42),
     # Its one input projection is split: the gradients of the pieces are joined.
     "flux2-dev single": Gate(6.5, 10.29, 6.36),
-    "qwen-image block": Gate(5.92, 4.63, 2.82),
-    "z-image block": Gate(4.86, 5.28, 3.86),
-    "wan2.1-14b block": Gate(5.5, 39.3, 36.5),
+    "qwen-image block": Gate(2.0, 4.63, 2.82),
+    "z-image block": Gate(3.58, 5.28, 3.86),
+    "wan2.1-14b block": Gate(4.3, 39.3, 36.5),
 }
 OF_DELAYED = {
-    "flux-dev double": Gate(4.59, 3.73, 2.37),
-    "flux-dev single": Gate(2.8, 2.71, 2.03),
+    "flux-dev double": Gate(1.42, 3.73, 2.37),
+    "flux-dev single": Gate(1.6, 2.71, 2.03),
     "flux2-dev single": Gate(3.5, 8.29, 5.34),
-    "qwen-image block": Gate(4.59, 3.73, 2.37),
-    "z-image block": Gate(2.72, 4.26, 3.2),
-    "wan2.1-14b block": Gate(4.1, 32.8, 30.7),
+    "qwen-image block": Gate(1.42, 3.73, 2.37),
+    "z-image block": Gate(2.0, 4.26, 3.2),
+    "wan2.1-14b block": Gate(3.1, 32.8, 30.7),
 }
 # As far as is asked, but where the values of a joint projection keep the rest of it.
 OF_SAVED = {

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt import cost, errors, fakes, hardware, traffic
-from fxopt.backends import options
+from fxopt.backends import options, state
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import CannotCapture
 from fxopt.backends.exported import rewrite_block
+from fxopt.kernels import counters, delayed
 from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 from fxopt.schedule import at_step
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
-GPU = torch.device("cuda")
 
 Progress = Callable[[int, int, str], None]
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -60,6 +60,9 @@ def explain(
 ) -> Report:
     """What `optimize` would do to `model`, with each block's roofline on `target`.
 
+    Of a model that doors were opened on it looks at the forwards from before. A training that goes
+    on meanwhile is left as it is.
+
     Args:
         model: a module, on any device, or the name of a preset.
         example_inputs: what the module's forward takes; only sizes and dtypes are read.
@@ -74,19 +77,32 @@ def explain(
     """
     chosen = options.check(recipe=recipe).at(None)
     device = hardware.lookup(target)
-    if isinstance(model, str):
-        blocks = preset_blocks(model, batch, height, width)
-    elif isinstance(model, nn.Module):
-        blocks = model_blocks(model, example_inputs)
-    else:
+    if not isinstance(model, (str, nn.Module)):
         raise errors.NotAModule(model)
     report = Report("explain", chosen.name, device.name, saved=chosen.saved)
-    for index, block in enumerate(blocks):
-        progress(index, len(blocks), block.name)
-        with at_step(0):  # for a history, of which fake tensors are taken to have one
+    with _apart(model):
+        if isinstance(model, str):
+            blocks = preset_blocks(model, batch, height, width)
+        else:
+            blocks = model_blocks(model, example_inputs)
+        for index, block in enumerate(blocks):
+            progress(index, len(blocks), block.name)
             report = report.merge(_explain_block(block, chosen, device))
-    progress(len(blocks), len(blocks), "done")
+        progress(len(blocks), len(blocks), "done")
     return report
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module | str) -> Iterator[None]:
+    """Leave a training alone that goes on meanwhile: its doors, histories, telemetry and step."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            stack.enter_context(state.shut(model))
+        stack.enter_context(delayed.apart())
+        stack.enter_context(counters.unwatched())
+        # A history asks for a step; fake tensors are taken to have one.
+        stack.enter_context(at_step(0))
+        yield
 
 
 def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Report:
@@ -101,6 +117,7 @@ def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Rep
         target.name,
         applied=tuple(_planned(a, block) for a in found.applied),
         declined=tuple(replace(d, block_class=block.name) for d in found.declined),
+        attentions=tuple(replace(a, block_class=block.name) for a in found.attentions),
         totals={
             "glue_bytes_before": block.count * before.glue_bytes,
             "glue_bytes_after": block.count * after.glue_bytes,
@@ -118,7 +135,7 @@ def _rewrite(
     with fakes.substituted(block.module, fakes.shell):
         args, kwargs = tree_map_only(Tensor, fakes.shell, (block.args, dict(block.kwargs)))
         try:
-            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, GPU)
+            rewritten = rewrite_block(block.module, args, kwargs, recipe, target, target)
         except CannotCapture as error:
             declined = Declined("capture", "", "", "", (str(error),))
             return Report("optimize", recipe.name, "meta", declined=(declined,)), block.module

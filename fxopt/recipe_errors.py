@@ -1,5 +1,5 @@
-"""The mistakes that are made with schedules, with recipes stored beside checkpoints, and with
-weights that are gathered as codes.
+"""The mistakes that are made with schedules, with recipes stored beside checkpoints, with weights
+that are gathered as codes, and with backends of attention.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class NoHistory(FxoptError):
     shape: Sequence[int]
     template = (
         "recipe {recipe!r} has a history, but a weight {shape} is neither a parameter nor a cast "
-        "of one that trains: nothing says what it was in the step before; give its linear an "
-        "override with history=0, or keep it; store a frozen weight in autocast's dtype"
+        "of one: nothing says what it was in the step before; give its linear an override with "
+        "history=0, or keep it"
     )
 
 
@@ -167,3 +167,31 @@ class WeightGathered(FxoptError):
         "{weight!r} was gathered as FP8 codes, but {reader}; use all_gather='model', or leave "
         "this linear out with keep"
     )
+
+
+@dataclass(eq=False)
+class MathInGraph(FxoptError):
+    """Inductor was given a recipe whose attention is to be plain matrix products."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has attention='math', but Inductor recognizes it and puts a fused "
+        "attention in its place; use fxopt.optimize(model), fxopt.swap(model) or the option "
+        "'inner': 'aot_eager'"
+    )
+
+
+@dataclass(eq=False)
+class AttentionRefused(FxoptError):
+    """The attention backend that a recipe names cannot run a call."""
+
+    backend: str
+    call: str
+    reasons: Sequence[str]
+    template = (
+        "attention={backend!r} cannot run {call}: {listing}; change that, or give the recipe "
+        "attention='auto'"
+    )
+
+    def __str__(self) -> str:
+        return self.template.format(**vars(self), listing="; ".join(self.reasons))

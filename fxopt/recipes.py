@@ -21,7 +21,7 @@ from typing import Any
 
 from fxopt import all_gather, roles
 from fxopt import schedule as schedules
-from fxopt.errors import InvalidRecipe, UnknownRecipe
+from fxopt.errors import InvalidRecipe, UnknownRecipe, nearest
 from fxopt.gemms import (
     GEMMS,
     HIGH_PRECISION,
@@ -38,6 +38,7 @@ from fxopt.schedule import Phase
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 PROFITS = ("model", "always")
+ATTENTIONS = ("auto", "pytorch", "cudnn", "flash", "flash3", "flash4", "efficient", "math")
 SAVED = ("model", "fp8")
 FILE = "fxopt_recipe.json"
 
@@ -63,6 +64,9 @@ class Recipe:
     margin: powers of two between that magnitude and the format's largest value.
     all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
         codes that their products read, with the same results.
+    attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
+        backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
+        the device, else "pytorch".
     saved: what fused ops keep of activations for their own backward: "model", the activations;
         "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
         gradients. Also without a quantized GEMM; fp64 stays.
@@ -83,6 +87,7 @@ class Recipe:
     history: int = 0
     margin: int = 0
     all_gather: str = "model"
+    attention: str = "auto"
     saved: str = "model"
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class Recipe:
         ]
         if self.profit not in PROFITS:
             problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
+        problems += self._attention_problems()
         if self.saved not in SAVED:
             problems.append(f"unknown saved {self.saved!r}; known: {', '.join(SAVED)}")
         problems += [
@@ -129,6 +135,15 @@ class Recipe:
                         yield f"override {pair!r} is not a glob or role and a Recipe"
                     elif pair[1].places:
                         yield f"override {pair[0]!r} has keep or overrides of its own"
+
+    def _attention_problems(self) -> Iterator[str]:
+        if self.attention not in ATTENTIONS:
+            close = nearest(str(self.attention), ATTENTIONS)
+            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+            yield f"unknown attention {self.attention!r}; {hint}known: {', '.join(ATTENTIONS)}"
+        for where, other in self.overrides:
+            if other.attention != "auto":
+                yield f"override {where!r} has an attention of its own; give it to the whole recipe"
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -198,9 +213,9 @@ class Recipe:
         return data
 
     def _numerics(self) -> dict[str, Any]:
-        """What changes numbers, as it stands in JSON."""
+        """What changes numbers by more than their rounding, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"], data["all_gather"]
+        del data["name"], data["emulate"], data["all_gather"], data["attention"]
         formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -265,7 +280,7 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name, `emulate` and `all_gather` change no number, and may differ.
+        Its name, `emulate`, `all_gather` and `attention`, which is rounding, may differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

@@ -27,7 +27,8 @@ class Applied:
         rule: name of the rule.
         fqn: fully qualified name of the block.
         count: number of substitutions in it.
-        provider: who runs the op on the target: "triton", "native", ...
+        provider: who runs the op on the target: "triton", "native", a PyTorch "library" kernel, or
+            "emulation" of products that it has no units for.
         tier: numerics tier: "exact", "rounding" or "low_precision".
         source: "file.py:line" of the replaced code.
         bytes_saved: glue bytes that the block reads and writes less since this substitution,
@@ -78,6 +79,23 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Who runs attentions of one block.
+
+    Args:
+        backend: name of a backend, or "pytorch": the one that PyTorch takes.
+        why: a recipe says so, it was measured, or nothing was.
+        fqn: fully qualified name of the block.
+        block_class: class name of the block.
+    """
+
+    backend: str
+    why: str
+    fqn: str
+    block_class: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of one door on one model.
 
@@ -89,6 +107,7 @@ class Report:
         declined: near misses.
         totals: bytes before and after, keys in `TOTALS`; empty where nothing was counted.
         blocks: costs per block class; only `explain` fills it.
+        attentions: of rewritten blocks, who runs them.
         saved: what fused ops keep for their backward, as in `Recipe.saved`.
     """
 
@@ -99,6 +118,7 @@ class Report:
     declined: tuple[Declined, ...] = ()
     totals: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockCost, ...] = ()
+    attentions: tuple[Attention, ...] = ()
     saved: str = "model"
 
     def count(self, rule: str) -> int:
@@ -114,6 +134,7 @@ class Report:
         names = [block.block_class for block in self.blocks]
         names += [applied.block_class for applied in self.applied]
         names += [declined.block_class for declined in self.declined]
+        names += [attention.block_class for attention in self.attentions]
         return list(dict.fromkeys(names))
 
     def merge(self, *others: Report) -> Report:
@@ -130,6 +151,7 @@ class Report:
             declined=tuple(d for r in reports for d in r.declined),
             totals=dict(totals),
             blocks=tuple(b for r in reports for b in r.blocks),
+            attentions=tuple(a for r in reports for a in r.attentions),
             saved=next((r.saved for r in reports if r.saved != "model"), "model"),
         )
 
@@ -152,6 +174,7 @@ class Report:
             ),
             totals=dict(data["totals"]),
             blocks=tuple(BlockCost.from_dict(b) for b in data.get("blocks", ())),
+            attentions=tuple(Attention(**a) for a in data.get("attentions", ())),
             saved=data.get("saved", "model"),
         )
 

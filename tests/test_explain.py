@@ -9,12 +9,15 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fxopt import errors, fakes, traffic
+from fxopt.backends import state
 from fxopt.backends.capture import CannotCapture, capture
+from fxopt.backends.exported import optimize
 from fxopt.backends.options import rules_for
 from fxopt.backends.rewritten import Bound
 from fxopt.explanation import explain, load_example, model_blocks
 from fxopt.recipes import find
 from fxopt.report import Applied, Declined, Report
+from tests.backends import toys
 from tests.families import FAMILIES
 
 # The package binds the name `explain` to the function.
@@ -56,7 +59,7 @@ def unchanged_blocks(monkeypatch):
     """Stands in for the rewriter: reports one substitution and one miss, changes nothing."""
 
     def rewrite_block(block, args, kwargs, recipe, target, planned_for):
-        assert planned_for.type == "cuda"
+        assert planned_for is target
         assert {p.device.type for p in block.parameters()} == {"meta"}
 
         def rewritten(*args, **kwargs):
@@ -225,3 +228,25 @@ def test_bad_example_says_what_is_wrong(tmp_path, spec, match):
     path.write_text(EXAMPLE)
     with pytest.raises(errors.NotAnExample, match=match):
         load_example(spec.format(path=path))
+
+
+@pytest.mark.parametrize("target, expected", [("a100", "emulation"), ("h100", "library")])
+def test_products_are_emulated_where_there_are_no_units(target, expected):
+    recipe = dataclasses.replace(find("fp8_tensorwise"), profit="always")
+    inputs = {"x": toys.tokens(num_tokens=64)}
+    report = explain(toys.stack(num_blocks=1), example_inputs=inputs, target=target, recipe=recipe)
+    found = {a.provider for a in report.applied if a.rule == "quantized_linear"}
+    assert found == {expected}
+
+
+def test_doors_stay_open():
+    inputs = {"x": toys.tokens(num_tokens=64)}
+    strict = optimize(toys.stack(num_blocks=1), strict=["norm_modulate"])
+    compiled = optimize(toys.stack(num_blocks=1), execution="compile")
+    expected = explain(toys.stack(num_blocks=1), example_inputs=inputs)
+    assert explain(strict, example_inputs=inputs) == expected
+    assert explain(compiled, example_inputs=inputs) == expected
+    assert any(m._compiled_call_impl is not None for m in compiled.modules())
+    assert len(strict._forward_hooks) == 1
+    strict(**inputs)
+    assert not strict._forward_hooks and state.report(strict).count("norm_modulate")

@@ -84,6 +84,35 @@ def test_stochastic_rounding_is_for_gradients(name: str, which: str) -> None:
         Recipe("mine", **{name: drawn})
 
 
+def test_an_attention_is_data() -> None:
+    recipe = replace(RECIPES["fp8"], name="mine", attention="flash")
+    assert Recipe.from_json(recipe.to_json()) == recipe == find(recipe.key)
+    assert json.loads(recipe.to_json())["attention"] == "flash"
+    assert {r.attention for r in RECIPES.values()} == {"auto"}
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"attention": "flsh"}, "unknown attention 'flsh'; did you mean 'flash' or "),
+        ({"attention": 3}, "unknown attention 3; known: auto, pytorch, cudnn"),
+        (
+            {"overrides": (("role:qkv", Recipe("other", attention="math")),)},
+            "override 'role:qkv' has an attention of its own",
+        ),
+    ],
+)
+def test_what_is_no_attention(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(errors.InvalidRecipe) as caught:
+        replace(RECIPES["fp8"], **changes)
+    assert problem in str(caught.value)
+
+
+def test_the_attention_of_a_checkpoint_may_differ(tmp_path: Path) -> None:
+    replace(RECIPES["fp8"], attention="flash").save(tmp_path)
+    RECIPES["fp8"].check(tmp_path)
+
+
 def test_a_history_is_data() -> None:
     recipe = replace(RECIPES["fp8"], name="delayed", history=16, margin=1)
     assert recipe.is_delayed and not RECIPES["fp8"].is_delayed and not recipe.is_scheduled

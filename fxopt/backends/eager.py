@@ -23,6 +23,7 @@ from fxopt.backends.failures import described
 from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
+from fxopt.backends.swaps.attending import Attending, attending
 from fxopt.backends.swaps.proof import Verdict, prove
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
@@ -34,7 +35,7 @@ from fxopt.kernels.saving import saving
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
 from fxopt.recipes import Recipe
-from fxopt.report import Applied, Declined, Report
+from fxopt.report import Applied, Attention, Declined, Report
 
 OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
 REMEDY = "fxopt.optimize(model) reads the forward itself"
@@ -149,8 +150,10 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
+        attentions = tuple(a for f in self.installed for a in f.attentions())
         given = applied, (*self.declined, *refused)
-        return Report("swap", self.recipe.name, target, *given, saved=self.recipe.saved)
+        more: dict[str, Any] = {"attentions": attentions, "saved": self.recipe.saved}
+        return Report("swap", self.recipe.name, target, *given, **more)
 
 
 class SwappedForward:
@@ -188,6 +191,7 @@ class SwappedForward:
 
     def _forget(self) -> None:
         self.verdicts: dict[Any, Verdict] = {}
+        self.attention = Attending(self.formats.recipe.attention)
         self.watches: list[Watch] | None = []
         self.inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
         self.hooks = hooks(self.module)
@@ -196,6 +200,7 @@ class SwappedForward:
         twin = SwappedForward.__new__(SwappedForward)
         memo[id(self)] = twin
         twin.__dict__ |= self.__dict__ | {"refusals": {}, "met": {}}
+        twin.attention = Attending(self.attention.asked)
         twin.module = copy.deepcopy(self.module, memo)
         twin.own = type(twin.module).forward.__get__(twin.module)
         twin.original = checkpoints.within(twin.own)
@@ -226,7 +231,8 @@ class SwappedForward:
 
     def _run_fused(self, arguments: Arguments) -> Any:
         recipe = self.formats.recipe
-        with quantizing(self.formats, self.theta, self.module) as active, saving(recipe.saved):
+        quantized = quantizing(self.formats, self.theta, self.module)
+        with quantized as active, attending(self.attention), saving(recipe.saved):
             out = self.swap.forward(self.module, **arguments)
         if recipe.all_gather != "model":
             for linear, recipe in active.accepted.items():
@@ -287,6 +293,10 @@ class SwappedForward:
         for (rule, op), count in most.items():
             by = provider(op, device or torch.device("cpu"))
             yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
+
+    def attentions(self) -> Iterator[Attention]:
+        for backend, why in self.attention.choices:
+            yield Attention(backend, why, self.fqn, type(self.module).__name__)
 
     def declined(self) -> Iterator[Declined]:
         if self.refusals:

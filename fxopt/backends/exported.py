@@ -101,11 +101,8 @@ class RewrittenCallable:
         self.bound, self.saved = Bound(block, plan), recipe.saved
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
-        outcome = plan.outcome
         self.report = state.with_fqn(
-            Report(
-                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
-            ),
+            plan.outcome.report("optimize", recipe.name, target),
             "",
             type(block).__name__,
         )
@@ -121,7 +118,7 @@ def rewrite_block(
     kwargs: dict[str, Any],
     recipe: str | Recipe = "bf16",
     target: Target | None = None,
-    planned_for: torch.device | None = None,
+    planned_for: Target | None = None,
 ) -> RewrittenCallable:
     """Rewrite `block` for calls like this one without running or changing it.
 
@@ -136,9 +133,8 @@ def rewrite_block(
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(
-        block, checkpoints.within(block.forward), args, kwargs, rules, planned_for=planned_for
-    )
+    call = block, checkpoints.within(block.forward), args, kwargs
+    plan = capture(*call, rules, chosen.attention, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -153,9 +149,8 @@ class Optimized:
         self.blocks = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
-            captures = shared.setdefault(
-                key, Captures(options.rules_for(recipe, block=fqn, target=target), recipe.saved)
-            )
+            rules = options.rules_for(recipe, block=fqn, target=target)
+            captures = shared.setdefault(key, Captures(rules, recipe.attention, recipe.saved))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -178,7 +173,9 @@ class Optimized:
         device = next((b.device for b in self.blocks if b.device is not None), None)
         recipe, target = self.settings.recipe, options.target_name(device)
         given = tuple(applied), tuple(declined)
-        return Report("optimize", recipe.name, target, *given, saved=recipe.saved)
+        attentions = tuple(a for b in self.blocks for a in b.attentions())
+        more: dict[str, Any] = {"attentions": attentions, "saved": recipe.saved}
+        return Report("optimize", recipe.name, target, *given, **more)
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:

@@ -23,7 +23,7 @@ from fxopt.backends.timesteps import bucket_labels, bucket_of
 from fxopt.errors import NoTelemetry
 from fxopt.kernels import counters
 from fxopt.kernels.counters import FIELDS, MAGNITUDE, Slot, Slots
-from fxopt.kernels.delayed import leaf_of
+from fxopt.kernels.origins import leaf_of
 from fxopt.telemetry_report import OperandRecord, TelemetryReport
 
 OPERANDS = ("x", "weight", "gradient")

@@ -8,17 +8,23 @@ from typing import Any, TypeVar
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxopt.kernels.origins import cast
 from fxopt.passes import ir
+from fxopt.passes.ir import aten
 from fxopt.recipes import Recipe, find
 
 Name = TypeVar("Name")
 # A recipe by which all products of a weight read it, or what reads it otherwise.
 Read = Recipe | str
 CAST = "autocast casts it: let FSDP2's param_dtype do that"
-QUANTIZED = (
-    "fxopt.quantized_linears.default",
-    "fxopt.norm_modulate_quantized_linears.default",
-    "fxopt.gated_activation_quantized_linear.default",
+QUANTIZED = tuple(
+    f"fxopt.{name}{suffix}.default"
+    for name in (
+        "quantized_linears",
+        "norm_modulate_quantized_linears",
+        "gated_activation_quantized_linear",
+    )
+    for suffix in ("", "_streams")
 )
 
 
@@ -34,6 +40,18 @@ def parameters_read(gm: fx.GraphModule, slots: Sequence[tuple[str, Any]]) -> dic
         for (kind, target), node in zip(slots, placeholders, strict=False)
         if kind == "parameter" and node.users
     }
+
+
+def keep_origins(gm: fx.GraphModule) -> None:
+    """Have casts that quantized products read know what they are casts of."""
+    for body in ir.graphs(gm):
+        casts = body.graph.find_nodes(op="call_function", target=aten.to.dtype)
+        read = [c for c in casts if any(str(u.target) in QUANTIZED for u in c.users)]
+        for node in read:
+            named = ir.arguments(node)
+            node.target, node.args, node.kwargs = cast, (named["self"], named["dtype"]), {}
+        if read:
+            body.recompile()
 
 
 def merged(reads: Iterable[Read]) -> Read:
@@ -59,7 +77,7 @@ def quantized(reads: Iterable[Mapping[Name, Iterable[Read]]]) -> dict[Name, Read
 
 
 def _reads_by(user: fx.Node, weight: fx.Node) -> Iterator[Read]:
-    if ir.skip_casts(user) is weight:
+    if ir.is_call(user, cast) or ir.skip_casts(user) is weight:
         through = {read for other in user.users for read in _reads_by(other, user)}
         if any(isinstance(read, Recipe) for read in through):
             yield from (read for read in through if isinstance(read, Recipe))
@@ -68,7 +86,7 @@ def _reads_by(user: fx.Node, weight: fx.Node) -> Iterator[Read]:
     if str(user.target) in QUANTIZED:
         given = ir.arguments(user)
         recipe = find(given.pop("recipe"))
-        weights = given.pop("weights", None) or [given.pop("weight")]
+        weights = pytree.tree_leaves(given.pop("weights", None) or given.pop("weight"))
         if weight in weights and weight not in pytree.tree_leaves(list(given.values())):
             yield recipe
             return

@@ -8,7 +8,8 @@ stored as its distance from MAGNITUDE, so that a line of zeros is one that has m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -70,6 +71,17 @@ def record_to(recorder: Recorder | None) -> None:
     """Count the quantizations of nodes whose forward runs from now on, for `recorder`."""
     global _recorder
     _recorder = recorder
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the context nobody records."""
+    recorder = _recorder
+    record_to(None)
+    try:
+        yield
+    finally:
+        record_to(recorder)
 
 
 def is_recording() -> bool:

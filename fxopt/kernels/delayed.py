@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +26,24 @@ from torch._subclasses import FakeTensor
 
 from fxopt.kernels import counters
 from fxopt.kernels.counters import Slot, Slots
+from fxopt.kernels.formats import is_clipped
 from fxopt.kernels.in_force import Decision
+from fxopt.kernels.origins import leaf_of
 from fxopt.recipe_errors import NoHistory, Saturated
-from fxopt.recipes import Recipe
+from fxopt.recipes import Operand, Recipe
 from fxopt.schedule import current_group
 
 X, WEIGHT, GRADIENT = range(3)
-READERS = (("fprop", "wgrad"), ("fprop", "dgrad"), ("dgrad", "wgrad"))  # of each, the GEMMs
+# Of each, the GEMMs that read it, and as which operand.
+READERS = (
+    (("fprop", "a"), ("wgrad", "b")),
+    (("fprop", "b"), ("dgrad", "b")),
+    (("dgrad", "a"), ("wgrad", "a")),
+)
 NUM_LINEARS = 256  # of one history; a further one takes the next
 SPACING = 4  # lines are 16 bytes apart, as Triton compiles anew for another alignment
-# What is this far beyond the largest e4m3 is rounded to it in any case: the next would be 480.
-SLACK = 464 / 448
+
+NONE: frozenset[Operand] = frozenset()
 
 
 class _Reading(NamedTuple):
@@ -59,7 +67,9 @@ class History:
             self.has_past = like.new_zeros(shape, dtype=torch.bool)  # as the host knows it
         # The same. What has no values is taken to have a past: this is what later steps do.
         self.usable = [[isinstance(like, FakeTensor)] * 3 for _ in range(NUM_LINEARS)]
-        self.last = [[math.inf] * 3 for _ in range(NUM_LINEARS)]  # steps that recorded
+        self.last = [[math.nan] * 3 for _ in range(NUM_LINEARS)]  # steps that recorded, or NaN
+        self.formats = [[NONE] * 3 for _ in range(NUM_LINEARS)]  # that they were cast to in it
+        self._casts: dict[Operand, Tensor] | None = None  # the same by format: bool [L, 3]
         self.known_lines = self._lines()  # by linear and operand
         self.weights: list[weakref.ref[Tensor]] = []
         self.num_steps_saturated = 0
@@ -68,10 +78,12 @@ class History:
 
     def advance(self) -> None:
         """Go on to the next step; what was not finite, or zero, leaves no past."""
+        if isinstance(self.seen, FakeTensor):
+            return
         with torch.no_grad(), torch.inference_mode(False):
             amax = self.seen.view(torch.float32)
             is_new = (amax > 0) & amax.isfinite()
-            saturated = is_new & self.has_past & (amax > self.known * SLACK)
+            saturated = is_new & self.has_past & self._is_clipped(amax)
             rolled = torch.cat([amax[None], self.past[:-1]])
             self.past = torch.where(is_new, rolled, self.past)
             largest = self.past.amax(0) * 2.0**self.recipe.margin
@@ -89,28 +101,47 @@ class History:
             self._learn(self._readings.pop(0))
 
     def meet(self, place: int, decision: Decision) -> None:
-        """A linear runs: what it was more than `history` steps before is no past any more, as when
-        a schedule has had it in other formats since."""
+        """A linear runs: where it did not in the step before, as when a schedule had it in other
+        formats, nobody knows how its tensors grew since, and it scales by themselves; what it was
+        more than `history` steps before is no past any more."""
         assert decision.step is not None
-        for operand, gemms in enumerate(READERS):
-            if all(getattr(decision.recipe, gemm) is None for gemm in gemms):
+        for operand, formats in enumerate(_formats(decision.recipe)):
+            if not formats:
                 continue
-            num_steps = decision.step - self.last[place][operand]
-            if num_steps > self.recipe.history and self.usable[place][operand]:
-                self.past[:, place, operand] = 0
+            num_steps = abs(decision.step - self.last[place][operand])
+            if num_steps > 1 and self.usable[place][operand]:
                 self.has_past[place, operand] = False
                 self.usable[place][operand] = False
-                self._num_read = 0  # as of a new line
+                if num_steps > self.recipe.history:
+                    self.past[:, place, operand] = 0
+                    self._num_read = 0  # as of a new line
             if decision.has_grad:
+                all_formats = formats | (self.formats[place][operand] if num_steps == 0 else NONE)
+                if self.formats[place][operand] != all_formats:
+                    self.formats[place][operand] = all_formats
+                    self._casts = None
                 self.last[place][operand] = decision.step
+
+    def _is_clipped(self, amax: Tensor) -> Tensor:
+        """Of each line, whether a cast of the step that ends clipped this magnitude."""
+        if self._casts is None:
+            every = frozenset().union(*(f for row in self.formats for f in row))
+            self._casts = {
+                operand: amax.new_tensor(
+                    [[operand in f for f in row] for row in self.formats], dtype=torch.bool
+                )
+                for operand in every
+            }
+        clipped = torch.zeros_like(self.has_past)
+        for operand, is_cast in self._casts.items():
+            clipped |= is_cast & is_clipped(amax, self.known, operand)
+        return clipped
 
     def _lines(self) -> Sequence[Tensor]:
         return self.known.flatten(0, 1).unsqueeze(-1).unbind()
 
     def _learn(self, reading: _Reading) -> None:
         self.has_past = reading.has_past
-        if isinstance(reading.status, FakeTensor):
-            return
         if reading.event is not None:
             reading.event.synchronize()
         self.usable, saturated = reading.status.tolist()
@@ -128,6 +159,13 @@ class History:
             f"were clipped; so far in {self.num_steps_saturated} steps. A larger history or margin "
             "makes that rarer; fxopt.telemetry counts the values"
         )
+
+
+def _formats(recipe: Recipe) -> Iterator[frozenset[Operand]]:
+    """Of each operand of a linear the formats that it is cast to."""
+    for readers in READERS:
+        gemms = ((getattr(recipe, name), side) for name, side in readers)
+        yield frozenset(getattr(gemm, side) for gemm, side in gemms if gemm is not None)
 
 
 def _read(status: Tensor, has_past: Tensor) -> _Reading:
@@ -165,6 +203,17 @@ _Key = tuple[int, int, str, int, int]
 _lines: dict[_Key, _Line] = {}
 _histories: list[History] = []
 _step: int | None = None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside the context lines are others, which are gone behind it; those of before stay."""
+    global _lines, _histories, _step
+    kept, (_lines, _histories, _step) = (_lines, _histories, _step), ({}, [], None)
+    try:
+        yield
+    finally:
+        _lines, _histories, _step = kept
 
 
 def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
@@ -262,12 +311,3 @@ def _numbers(recipe: Recipe) -> tuple[str, int, int]:
 def _mode(tensor: Tensor) -> object:
     """The mode of a fake tensor, which does not go with others; None of a real one."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
-
-
-def leaf_of(weight: Tensor) -> Tensor:
-    """What a weight that autocast has cast was cast from; else the weight."""
-    node = weight.grad_fn
-    while node is not None and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-    found = getattr(node, "variable", None)
-    return weight if found is None else found

@@ -8,6 +8,7 @@ Shapes: R rows, C columns (the contraction), padded with zeros to whole blocks; 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -187,6 +188,15 @@ def _two_levels(amax_rc: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor
     wanted = quotient(amax_rc, format.largest) / tensor_scale
     scales = wanted.clamp(SMALLEST_BLOCK_SCALE, e4m3.largest).to(e4m3.dtype)
     return scales, (1 / tensor_scale) / scales.float(), tensor_scale
+
+
+def is_clipped(amax: Tensor, known: Tensor, operand: Operand) -> Tensor:
+    """Whether a scale made for `known` takes `amax` further beyond the format's largest value than
+    rounding would bring it back: half a step of the values below it."""
+    format = FORMATS[operand.format]
+    exponent = math.frexp(format.largest)[1] - 1
+    limit = format.largest + 2.0 ** (exponent - format.mantissa_bits - 1)
+    return amax * scale_blocks(known, operand.scale, format)[1] > limit
 
 
 def spread(blocks_rc: Tensor, rows: int, columns: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxopt.kernels.counters import without_demoted
-from fxopt.kernels.gathered import require_formats
+from fxopt.kernels.gathered import require_formats, require_whole
 from fxopt.recipe_errors import HistoryInGraph, ScheduleInGraph, StepChanged, StepNotTold
 from fxopt.recipes import Recipe, find
 from fxopt.schedule import current_step
@@ -56,6 +56,7 @@ def decide(recipe: str, weights: Sequence[Tensor]) -> Decision | None:
         StepNotTold, ScheduleInGraph, HistoryInGraph, WeightGathered: see there.
     """
     if _off.get():
+        require_whole(weights, "this product wants it in the model's dtype")
         return None
     found, step = find(recipe), None
     if found.schedule or found.history:

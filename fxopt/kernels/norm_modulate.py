@@ -224,7 +224,8 @@ def _launches_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> int:
     """One pass over the rows, and one over the partial sums if there are any."""
-    return 1 + any(wanted(grad_y, args[:6], args[-2]))
+    wants = zip(args[:6], wanted(grad_y, args[:6], args[-2]), strict=True)
+    return 1 + any(want and operand.shape != h.shape for operand, want in wants)
 
 
 def _triton(*args: Any) -> Any:

@@ -18,6 +18,7 @@ from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.quantized_producers import amax_for, fake_amax
 from fxopt.kernels.registration import register
+from fxopt.kernels.together import share_lists
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -89,7 +90,7 @@ def triton_rows(
 ) -> Lists:
     from fxopt.kernels import triton_quantize_group
 
-    if any(not x.numel() for x in xs):
+    if not all(x.numel() and quantize.can_cast(x) for x in xs):
         return native_rows(xs, rows, columns, counters, known, seen)
     given = zip(*(each(xs, t) for t in (counters, known, seen)), strict=True)
     slots = [Slot(line, None, *more) for line, *more in given]
@@ -101,7 +102,7 @@ def triton_columns(
 ) -> tuple[list[Tensor], list[Tensor]]:
     from fxopt.kernels import triton_quantize_group
 
-    if any(not x.numel() for x in xs):
+    if not all(x.numel() and quantize.can_cast(x) for x in xs):
         return native_columns(xs, columns, amax_t, counters)
     return triton_quantize_group.columns(xs, columns, amax_t, each(xs, counters))
 
@@ -129,3 +130,5 @@ quantize_columns = register(
     triton=triton_columns,
     counters="Tensor(a!)[]? counters",
 )
+share_lists(quantize_rows)
+share_lists(quantize_columns)

@@ -20,6 +20,8 @@ from fxopt.kernels import sharding as shardings
 LIBRARY = torch.library.Library("fxopt", "DEF")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {}
+# Of what wants matrix units, the compute capability that has them.
+CAPABILITIES: dict[str, tuple[int, int]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
@@ -37,10 +39,19 @@ def opmath_of(x: torch.Tensor, *dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
 
 
-def provider(name: str, device: torch.device) -> str:
-    """What runs `name` on `device`: "triton", "native", or a PyTorch "library" kernel."""
-    providers = PROVIDERS.get(name, ("library",))
-    return providers[0] if device.type == "cuda" else providers[-1]
+def provider(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> str:
+    """What runs `name` on `device`: "triton", "native", a PyTorch "library" kernel, or "emulation"
+    of products that it has no units for.
+
+    Args:
+        capability: compute capability of a CUDA device that is not there; None to ask it.
+    """
+    providers, needed = PROVIDERS.get(name, ("library",)), CAPABILITIES.get(name)
+    if device.type != "cuda":
+        return providers[-1]
+    if capability is None and needed is not None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    return providers[-1 if capability and needed and capability < needed else 0]
 
 
 def register(

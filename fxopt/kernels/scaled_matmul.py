@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS, Quantized, decode, dequantize_matrix
-from fxopt.kernels.registration import PROVIDERS, register
+from fxopt.kernels.registration import CAPABILITIES, PROVIDERS, register
 from fxopt.recipes import Gemm, Operand, Recipe
 
 # Compute capability from which torch._scaled_mm multiplies operands of these blocks. Other blocks
@@ -29,9 +29,14 @@ def native_capability(gemm: Gemm) -> tuple[int, int] | None:
 
 
 def op_of(recipe: Recipe) -> str:
-    """Under which name PROVIDERS has the products of a recipe: by whether units multiply so."""
-    on_units = all(native_capability(gemm) is not None for _, gemm in recipe.gemms)
-    return "scaled_matmul" if on_units else "scaled_matmul by emulation"
+    """Under which name PROVIDERS has the products of a recipe: by which units multiply so."""
+    needed = [native_capability(gemm) for _, gemm in recipe.gemms]
+    known = [capability for capability in needed if capability is not None]
+    return _name(max(known) if known and len(known) == len(needed) else None)
+
+
+def _name(needed: tuple[int, int] | None) -> str:
+    return f"scaled_matmul by units of {needed}" if needed else "scaled_matmul by emulation"
 
 
 def multiply(
@@ -144,5 +149,6 @@ scaled_matmul = register(
     flops=flops,
 )
 # On CUDA it is PyTorch's own kernel, where there is one for the formats (`op_of`).
-PROVIDERS["scaled_matmul"] = ("library", "native")
-PROVIDERS["scaled_matmul by emulation"] = ("native",)
+PROVIDERS[_name(None)] = ("emulation",)
+CAPABILITIES.update({_name(needed): needed for needed in NATIVE_CAPABILITY.values()})
+PROVIDERS.update({_name(needed): ("library", "emulation") for needed in NATIVE_CAPABILITY.values()})

@@ -138,12 +138,10 @@ class _Stream:
 
     def share(self, num_programs: int) -> None:
         """Allocate the partial sums of this many programs, or fewer if there are fewer rows."""
-        a, wants, per_row = self.arguments, self.wants, self.per_row
-        groups = self.groups
+        a, wants, groups = self.arguments, self.wants, self.groups
         self.num_programs = max(1, min(groups.num_rows, num_programs // groups.num_groups))
         empty = a.rstd.new_empty
-        self.dgate = empty(a.h.shape) if wants[0] and per_row[0] else None
-        self.dscale = empty(a.h.shape) if wants[3] and per_row[3] else None
+        self.dgate, self.dscale = self._elements(0), self._elements(3)
         shape = groups.num_groups, self.num_programs, a.h.shape[-1]
         each = iter(empty(sum(self.summed), *shape))
         parts = [next(each) if want else None for want in self.summed]
@@ -154,6 +152,13 @@ class _Stream:
                 self.results[2:-1], self.operands, wants, self.elementwise(), strict=True
             )
         ]
+
+    def _elements(self, i: int) -> Tensor | None:
+        """Where the first kernel writes the gradient of an operand that differs from row to row."""
+        if not self.wants[i] or not self.per_row[i]:
+            return None
+        a, grad = self.arguments, self.results[2 + i]
+        return grad if grad.shape == a.h.shape else a.rstd.new_empty(a.h.shape)
 
     def elementwise(self) -> tuple[Tensor | None, ...]:
         """For each operand that differs from row to row, its gradient element by element."""
@@ -191,7 +196,7 @@ class _Stream:
             return tuple(t.zero_() for t in self.results)
         each = zip(self.results[2:-1], self.operands, self.wants, self.elementwise(), strict=True)
         for grad, operand, want, elements in each:
-            if want and elements is not None and operand is not None:
+            if want and elements is not None and elements is not grad and operand is not None:
                 grad.copy_(_sum(elements, operand))
         for target in self.targets:
             target.finish()

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS
-from fxopt.kernels.triton_quantize_group import is_inside
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
     factor_of,
@@ -44,6 +43,13 @@ class Packed(NamedTuple):
     scales: Any
     num_rows: Any
     num_columns: Any
+
+
+@triton.jit
+def is_inside(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Whether the program's tile has anything of a matrix of this size."""
+    first_row, first_column = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_C
+    return (first_row < num_rows) & (first_column < num_columns)
 
 
 @triton.jit

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import fx
+from typing_extensions import TypeIs
 
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
@@ -39,6 +42,7 @@ class Lookup:
     functions: nodes that follow, in order, to be applied to the table: of `POINTWISE`, and views of
         part of the last dim.
     nodes: all that lies between the table and what was read.
+    taken: sizes of what was read, where a gather may take fewer samples or channels than there are.
     """
 
     table: tuple[fx.Node, ...]
@@ -46,6 +50,7 @@ class Lookup:
     num_trailing: int = 0
     functions: tuple[fx.Node, ...] = ()
     nodes: tuple[fx.Node, ...] = ()
+    taken: tuple[Any, ...] = ()
 
     @property
     def num_rows(self) -> object:
@@ -53,8 +58,8 @@ class Lookup:
         return 2 if len(self.table) == 2 else ir.shape(self.table[0])[-2]
 
 
-def lookup(node: fx.Node | None) -> Lookup | None:
-    """How `node`, [..., S, D], looks its rows up; None if it does not.
+def lookup(node: fx.Node | None) -> Lookup | str | None:
+    """How `node`, [..., S, D], looks its rows up; None if it does not, or why it cannot be read.
 
     Reads where(condition, a, b) with a condition per token and one row on both sides, and
     index_select, table[index], embedding and gather of a table, each of which may be wider than
@@ -69,10 +74,11 @@ def lookup(node: fx.Node | None) -> Lookup | None:
         assert isinstance(before, fx.Node)
         node = before
     found = _condition(node) if ir.is_call(node, aten.where.self) else _indexed(node)
-    if found is None:
-        return None
+    if not isinstance(found, Lookup):
+        return found
     between = (node, *(n for n in node.all_input_nodes if n not in (*found.table, found.index)))
-    return replace(found, functions=tuple(functions[::-1]), nodes=(*functions, *between))
+    nodes = (*functions, *between, *found.nodes)
+    return replace(found, functions=tuple(functions[::-1]), nodes=nodes)
 
 
 def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
@@ -86,6 +92,23 @@ def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
     args = [named[a.name] for a in others if not a.kwarg_only]
     kwargs = {a.name: named[a.name] for a in others if a.kwarg_only}
     return call(function.target, table, *args, **kwargs)
+
+
+def is_piece(node: fx.Node) -> bool:
+    """Whether `node` is one of several vectors of each token, side by side or along a dim of their
+    own."""
+    while ir.is_call(node, *POINTWISE, aten.squeeze.dim):
+        node = node.args[0]
+    if ir.is_call(node, aten.select.int):
+        return True
+    if ir.is_call(node, operator.getitem):
+        node = node.args[0]
+        if ir.is_call(node, aten.unbind.int):
+            return True
+    if not ir.is_call(node, *ir.SPLITS, aten.slice.Tensor):
+        return False
+    a, sizes = ir.arguments(node), ir.shape(node.args[0])
+    return len(sizes) > 3 or a["dim"] % len(sizes) == len(sizes) - 1
 
 
 def _is_part(node: fx.Node) -> bool:
@@ -106,34 +129,53 @@ def _condition(where: fx.Node) -> Lookup | None:
     return Lookup((b, a), condition, 1)
 
 
-def _indexed(node: fx.Node) -> Lookup | None:
+def _indexed(node: fx.Node) -> Lookup | str | None:
     if ir.is_call(node, aten.index_select.default):
         table, dim, index = node.args
         rank = len(ir.shape(table))
         return Lookup((table,), index) if rank > 1 and dim % rank == rank - 2 else None
     if ir.is_call(node, aten.gather.default, aten.take_along_dim.default):
-        a = ir.arguments(node)
-        table, dim, index = a["self"], a["dim"], a.get("index") or a["indices"]
-        index = _unexpanded(index)
-        rank = len(ir.shape(table))
-        is_per_token = (
-            rank > 1
-            and dim is not None
-            and dim % rank == rank - 2
-            and ir.same(ir.shape(index)[-1], 1)
-        )
-        return Lookup((table,), index, 1) if is_per_token else None
+        return _gathered(node)
     if ir.is_call(node, aten.index.Tensor):
         table, (index, *others) = node.args
-        is_rows = len(ir.shape(table)) == 2 and not others and index is not None
+        if others or index is None or len(ir.shape(table)) != 2:
+            return (
+                f"{node.name} indexes {len(ir.shape(table))} dims by other than one index of rows"
+            )
         # A mask would pick some of the rows.
-        return Lookup((table,), index) if is_rows and not _is_mask(index) else None
+        return None if _is_mask(index) else Lookup((table,), index)
     if ir.is_call(node, aten.embedding.default):
         a = ir.arguments(node)
-        # The row of the padding gets no gradient.
-        is_plain = a["padding_idx"] < 0 and not a["scale_grad_by_freq"]
-        return Lookup((a["weight"],), a["indices"]) if is_plain else None
+        if a["padding_idx"] >= 0 or a["scale_grad_by_freq"]:
+            return f"{node.name} is an embedding whose gradient leaves out or scales rows"
+        return Lookup((a["weight"],), a["indices"])
     return None
+
+
+def _gathered(node: fx.Node) -> Lookup | str:
+    a = ir.arguments(node)
+    table, dim, index = a["self"], a["dim"], a.get("index") or a["indices"]
+    rank = len(ir.shape(table))
+    if rank < 2 or dim is None or dim % rank != rank - 2:
+        return f"{node.name} gathers along dim {dim} of {rank}, not along rows"
+    copies: list[fx.Node] = []
+    while _repeats(index) or ir.is_call(index, *ir.COPIES) or _widens(index):
+        copies.append(index)
+        index = index.args[0]
+    if not ir.same(ir.shape(index)[-1], 1):
+        return f"{node.name} gathers by {index.name}, which may differ from channel to channel"
+    taken, there = ir.shape(node), ir.shape(table)
+    # The other broadcasts: it takes all that there is.
+    takes_less = ir.is_call(node, aten.gather.default) and not (
+        ir.same(taken[:-2], there[:-2]) and ir.same(taken[-1], there[-1])
+    )
+    return Lookup((table,), index, 1, nodes=tuple(copies), taken=taken if takes_less else ())
+
+
+def _widens(index: fx.Node) -> TypeIs[ir.Call]:
+    """Whether `index` is an index of another width; a mask or a number is none."""
+    source = ir.tensor(index.args[0]) if ir.is_call(index, *ir.CASTS) else None
+    return source is not None and source.dtype in (torch.int32, torch.int64)
 
 
 def is_one_row(node: fx.Node) -> bool:
@@ -143,9 +185,22 @@ def is_one_row(node: fx.Node) -> bool:
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
-    while ir.is_call(node, aten.expand.default, aten.expand_as.default):
+    while _repeats(node):
         node = node.args[0]
     return node
+
+
+def _repeats(node: fx.Node) -> TypeIs[ir.Call]:
+    """Whether `node` holds its input several times, along dims that had one of it."""
+    if ir.is_call(node, aten.expand.default, aten.expand_as.default, aten.broadcast_to.default):
+        return True
+    if not ir.is_call(node, aten.repeat.default, aten.tile.default):
+        return False
+    sizes = ir.shape(node), ir.shape(node.args[0])
+    ranks = map(len, sizes)
+    return len(set(ranks)) == 1 and all(
+        ir.same(own, 1) or ir.same(all, own) for all, own in zip(*sizes, strict=True)
+    )
 
 
 def _is_mask(node: fx.Node) -> bool:

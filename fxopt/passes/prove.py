@@ -85,10 +85,12 @@ class Sizes:
         # As many tokens as heads would leave open which dim is which.
         free = [size for size in SMALL_SIZES if size not in fixed]
         self.values: dict[Any, int] = dict(zip(names, itertools.cycle(free), strict=False))
-        # A size that the capture tied to a number (a table as wide as a head) keeps its own value.
+        # A size that the capture tied to a number (a table as wide as a head), or to another (no
+        # more samples than a table has), keeps its own value.
         for guard in shape_env.guards if shape_env is not None else ():
             tied = shape_env.replace(guard.expr)
-            if isinstance(tied, sympy.Eq) and tied.subs(self.values) != sympy.true:
+            met = tied.subs(self.values)
+            if met == sympy.false or (isinstance(tied, sympy.Eq) and met != sympy.true):
                 for symbol in tied.free_symbols & symbols:
                     self.values[symbol] = int(shape_env.backed_var_to_val[symbol])
 

@@ -11,6 +11,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
 
+from fxopt.kernels.attention import Choice
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir
@@ -18,7 +19,7 @@ from fxopt.passes.autocast import suspended
 from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
-from fxopt.report import Applied, Declined
+from fxopt.report import Applied, Attention, Declined, Report
 
 
 @dataclass
@@ -29,6 +30,14 @@ class Outcome:
     declined: list[Declined] = field(default_factory=list)
     # Placeholders that must not require a gradient: the ops that read them produce none.
     constants: set[str] = field(default_factory=set)
+    # Who runs the attentions of the graph.
+    attentions: list[Choice] = field(default_factory=list)
+
+    def report(self, door: str, recipe: str, target: str) -> Report:
+        """The report on this one graph."""
+        attentions = tuple(Attention(*choice, "") for choice in dict.fromkeys(self.attentions))
+        applied, declined = tuple(self.applied), tuple(self.declined)
+        return Report(door, recipe, target, applied, declined, attentions=attentions)
 
 
 def rewrite(
@@ -38,6 +47,7 @@ def rewrite(
     device: torch.device,
     parameters: frozenset[str] = frozenset(),
     meter: Meter | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Outcome:
     """Apply `rules` in order to `gm` and the bodies in it, in place.
 
@@ -47,6 +57,7 @@ def rewrite(
         device: where the graph will run; decides the provider.
         parameters: names of placeholders that are trained.
         meter: of `gm`, to say what each substitution saves; None to leave that open.
+        capability: of a device that is not there, as `provider` takes it.
     """
     outcome = Outcome()
     if meter is not None:
@@ -54,7 +65,7 @@ def rewrite(
     # The graph's casts are written out; probes are run on the CPU, whatever the default device.
     with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
-            rewriter = _Rewriter(body, device, parameters, outcome, meter)
+            rewriter = _Rewriter(body, device, parameters, outcome, meter, capability)
             for rule in rules:
                 rewriter.apply(rule)
             rewriter.finish()
@@ -69,8 +80,9 @@ class _Rewriter:
         parameters: frozenset[str],
         outcome: Outcome,
         meter: Meter | None,
+        capability: tuple[int, int] | None,
     ) -> None:
-        self.gm, self.graph, self.device = gm, gm.graph, device
+        self.gm, self.graph, self.device, self.capability = gm, gm.graph, device, capability
         self.parameters, self.outcome, self.meter = parameters, outcome, meter
         self.fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
         self.sizes = Sizes(gm.graph.nodes)
@@ -248,7 +260,7 @@ class _Rewriter:
             rule=rule.name,
             fqn=ir.fqn(anchor),
             count=binding.count,
-            provider=provider(binding.op, self.device),
+            provider=provider(binding.op, self.device, self.capability),
             tier=rule.tier,
             source=ir.source(anchor),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,6 +26,13 @@ FP8 = RECIPES["fp8"]
 DELAYED = replace(FP8, name="delayed", history=2)
 DOORS: dict[str, Callable[..., nn.Module]] = {"optimize": fxopt.optimize, "swap": fxopt.swap}
 doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@pytest.fixture(autouse=True)
+def no_state() -> Iterator[None]:
+    """How rare warnings have become is no matter of another test."""
+    with delayed.apart():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,29 @@ def test_compilers_refuse_a_history(flux: tuple[nn.Module, Inputs]) -> None:
         fxopt.swap(copy.deepcopy(plain), recipe=DELAYED)(**inputs)
 
 
+def test_casts_of_frozen_weights_have_the_history_of_their_parameter() -> None:
+    """As under adapters: the bits of a model that stores them in autocast's dtype."""
+    x, found = toys.tokens(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = toys.stack(num_blocks=1)
+        for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+            linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        fxopt.optimize(model, recipe=DELAYED)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        tensors = []
+        with fxopt.telemetry(model, every=1) as telemetry:
+            for step in range(4):
+                telemetry.batch()
+                with fxopt.at_step(step), torch.autocast("cpu", torch.bfloat16):
+                    y = model(x * 1.5**step)
+                    with torch.no_grad():
+                        tensors.append(model(x))
+                tensors += torch.autograd.grad(y.float().square().mean(), trained)
+            assert telemetry.num_unnamed == 0
+        found.append(tensors)
+    assert all(map(torch.equal, *found))
+
+
 def test_example_inputs_are_of_no_step() -> None:
     model = toys.stack()
     fxopt.optimize(model, recipe=DELAYED, example_inputs={"x": toys.tokens()})
@@ -128,6 +158,33 @@ def test_explain_counts_a_step_that_knows_its_scales() -> None:
     # of all.
     glue = [report.totals["glue_bytes_after"] for report in (later, current)]
     assert glue[0] < 0.9 * glue[1]
+
+
+@doors
+def test_explain_leaves_a_training_alone(door: Callable[..., nn.Module]) -> None:
+    """Histories, the step, what telemetry counts, the doors' reports and every gradient."""
+    x, recipe = toys.tokens(num_tokens=64), replace(DELAYED, profit="always")
+    plain = toys.stack(num_blocks=1)
+    expected = fxopt.explain(copy.deepcopy(plain), example_inputs={"x": x}, recipe=recipe)
+    found = []
+    for explains in (False, True):
+        model = door(copy.deepcopy(plain), recipe=recipe)
+        with delayed.apart(), fxopt.telemetry(model, every=2) as telemetry:
+            tensors = []
+            for step in range(4):
+                telemetry.batch()
+                with fxopt.at_step(step):
+                    loss = model(x * 1.01**step).square().mean()
+                    if explains and step == 2:
+                        random = torch.get_rng_state()
+                        report = fxopt.explain(model, example_inputs={"x": x}, recipe=recipe)
+                        assert torch.equal(random, torch.get_rng_state())
+                        assert report == expected
+                    tensors += torch.autograd.grad(loss, list(model.parameters()))
+            tensors += [h.past for h in delayed._histories]
+            found.append((tensors, telemetry.report(), fxopt.report(model), delayed._step))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert found[0][1:] == found[1][1:]
 
 
 def test_an_override_has_a_history_of_its_own(flux: tuple[nn.Module, Inputs]) -> None:

@@ -266,3 +266,57 @@ def test_variants_of_known_blocks(block: nn.Module, counts: dict[str, int]) -> N
 
 def _leaves(results: object) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(results) if isinstance(t, Tensor)]
+
+
+class FusedAttention(nn.Module):
+    """Two linears whose sizes fit those of an MLP that is read the other way round."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(-2))
+
+
+class AddingMLP(nn.Module):
+    """As Bloom's, which adds the residual itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.down(F.gelu(self.up(x)))
+
+
+class FusedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = FusedAttention(32, 2), AddingMLP(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return self.mlp(x, x)
+
+
+def test_what_is_no_mlp_by_its_structure_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prove(*_: object) -> None:
+        raise AssertionError("nothing is to be proved")
+
+    monkeypatch.setattr("fxopt.backends.eager.prove", prove)
+    model = nn.Sequential(FusedBlock(), FusedBlock())
+    report = fxopt.report(swap(model))
+    assert not report.applied and not [d for d in report.declined if d.rule == "swap"]
+
+
+@pytest.mark.parametrize("hidden, num_quantized", [(64, 3), (40, 0), (36, 0)])
+def test_an_mlp_reports_the_linears_that_are_quantized(hidden: int, num_quantized: int) -> None:
+    """And not those of the narrow copy that it is proved on."""
+    model = nn.Sequential(SwiGLU(48, hidden))
+    report = fxopt.report(swap(model, recipe="fp8", targets=["0"]))
+    assert report.count("quantized_linear") == num_quantized
+    refused = [d for d in report.declined if d.rule == "quantized_linear"]
+    assert len(refused) == 3 - num_quantized

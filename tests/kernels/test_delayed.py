@@ -22,7 +22,7 @@ from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.recipe_errors import Saturated, StepChanged
-from fxopt.recipes import RECIPES, Gemm, Recipe
+from fxopt.recipes import RECIPES, Gemm, Phase, Recipe, gemm
 from tests.kernels.test_in_force import (
     SETTINGS,
     activation,
@@ -306,14 +306,52 @@ def test_what_is_larger_saturates_and_is_told(node: Node) -> None:
         case.run(DELAYED, 3)
 
 
-def test_rounding_is_no_saturation() -> None:
-    """464 is the last number that e4m3 would round to 448 if it had larger ones."""
-    case = Case(linears)
-    for step, size in enumerate((1.0, 1.03, 1.0, 1.0)):
-        x, grad = case.at(0)
-        with warnings.catch_warnings(), fxopt.at_step(step):
-            warnings.simplefilter("error")
-            linears((x.detach() * size).requires_grad_(), case.weight, DELAYED.key).backward(grad)
+# By what factor x may grow before the largest of it would be rounded to more than the largest value
+# of the format: 464 lies between e4m3's 448 and what would be 480, 61440 between e5m2's 57344 and
+# 65536. x is 1.5 at the largest before, of which powers of two make 384 and 49152.
+GROWTH = {
+    "e4m3/tensor/fp32": 464 / 448,
+    "e5m2/tensor/fp32": 61440 / 57344,
+    "e4m3/tensor/pow2": 464 / 384,
+    "e5m2/tensor/pow2": 61440 / 49152,
+}
+
+
+@pytest.mark.parametrize("is_beyond", [False, True])
+@pytest.mark.parametrize("of_wgrad", ["", "e4m3/tensor/pow2"])
+@pytest.mark.parametrize("name", GROWTH)
+def test_rounding_is_no_saturation(name: str, of_wgrad: str, is_beyond: bool) -> None:
+    """What is told is what lost more than its rounding, in one of its copies."""
+    other = "e4m3/tensor/fp32"
+    growth = min(GROWTH[name], GROWTH[of_wgrad or name])
+    products = {"fprop": gemm(name, other), "wgrad": gemm(other, of_wgrad or name)}
+    case, recipe = Case(linears), replace(DELAYED, **products)
+    x, grad = case.at(0)
+    x = x.detach() / x.abs().max().item() * 1.5
+    told = []
+    for step in range(4):
+        size = growth * (1.001 if is_beyond else 0.999) if step == 1 else 1.0
+        with warnings.catch_warnings(record=True) as caught, fxopt.at_step(step):
+            warnings.simplefilter("always")
+            linears((x * size).requires_grad_(), case.weight, recipe.key).backward(grad)
+        told += caught
+    assert len(told) == is_beyond
+
+
+def test_a_change_of_formats_changes_what_is_told() -> None:
+    """A growth that e5m2 rounds off and e4m3 does not."""
+    e5m2, factor = gemm("e5m2/tensor/fp32", "e4m3/tensor/fp32"), 1.05
+    recipe = replace(DELAYED, history=1, wgrad=None, schedule=(Phase("fprop", 0, 3, e5m2),))
+    case, told = Case(linears), []
+    x, grad = case.at(0)
+    for step in range(7):
+        with warnings.catch_warnings(record=True) as caught, fxopt.at_step(step):
+            warnings.simplefilter("always")
+            grown = (x.detach() * factor**step).requires_grad_()
+            linears(grown, case.weight, recipe.key).backward(grad)
+        told += [(step, str(w.message).split("so far in ")[1].split()[0]) for w in caught]
+    # That of step 3, two steps later, and then the second.
+    assert told == [(5, "1"), (6, "2")]
 
 
 def test_warnings_grow_rare() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fxopt.kernels import counters, delayed
 from fxopt.kernels.counters import FIELDS, Slot, Slots
 from fxopt.kernels.in_force import decide, high_precision
 from fxopt.kernels.quantized_linears import quantized_linears
-from fxopt.recipe_errors import HistoryInGraph, NoHistory, StepNotTold
+from fxopt.recipe_errors import HistoryInGraph, NoHistory, Saturated, StepNotTold
 from fxopt.recipes import Recipe
 from fxopt.schedule import Phase
 from tests.kernels.test_delayed import DELAYED, FP8, Case, Emulation, N, Node, draw, no_state, same
@@ -121,22 +122,39 @@ def test_kept_casts_of_a_validation_record_nothing_and_do_not_stand_in_for_those
         emulation.advance()
 
 
-@pytest.mark.parametrize("num_steps", [N, N + 1])
-def test_what_is_older_than_the_history_is_no_past(num_steps: int) -> None:
-    """As behind a phase of a schedule in other formats, in which nothing was recorded."""
+@pytest.mark.parametrize("num_steps", [2, N, N + 1])
+def test_behind_a_gap_a_line_scales_by_its_own_tensor(num_steps: int) -> None:
+    """As behind a phase of a schedule in other formats, in which nothing was recorded: who knows
+    how magnitudes grew. What is older than the history is then no past at all."""
     case, emulation = Case(linears), Emulation(N)
-    phases = tuple(Phase(gemm, 2, 1 + num_steps) for gemm in GEMMS)
+    back = 1 + num_steps
+    phases = tuple(Phase(gemm, 2, back) for gemm in GEMMS)
     recipe = replace(DELAYED, schedule=phases)
-    for step in (0, 1, *range(2, 1 + num_steps), 1 + num_steps, 2 + num_steps):
-        is_kept = 1 < step <= num_steps  # in the model's dtype
-        if step == 1 + num_steps and num_steps > N:
-            emulation.past.clear()
+    for step in range(back + 3):
+        past = emulation.past
+        if step == back:
+            emulation.past = defaultdict(list)
         with torch.no_grad(), fxopt.at_step(step):  # a validation changes nothing
             linears(case.at(step)[0], case.weight, recipe.key)
         found = case.run(recipe, step)
-        if not is_kept:
+        if not 1 < step < back:  # else in the model's dtype
             assert same(found, case.expected(emulation, step)), step
+            if step != back or num_steps <= N:
+                emulation.past = past
             emulation.advance()
+
+
+def test_no_step_behind_a_gap_clips() -> None:
+    """A layer that is dropped for a step, in which all gradients and inputs grew."""
+    case = Case(linears)
+    x, grad = case.at(0)
+    for step, size in ((0, 1.0), (1, 1.0), (3, 100.0), (4, 100.0), (5, 100.0), (6, 100.0)):
+        case.at = lambda *_, size=size: ((x.detach() * size).requires_grad_(), grad * size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Saturated)
+            found = case.run(DELAYED, step)
+        if step == 3:
+            assert same(found, case.run(FP8, step))
 
 
 def test_telemetry_counts_beside_it() -> None:

@@ -18,6 +18,7 @@ from fxopt.kernels.gathered import (
     require_whole,
     values_of,
 )
+from fxopt.kernels.in_force import decide, high_precision
 from fxopt.kernels.quantize import quantize_pair
 from fxopt.recipe_errors import WeightGathered
 from fxopt.recipes import RECIPES, Operand
@@ -93,6 +94,8 @@ def test_who_may_read_a_gathered_weight() -> None:
     for other in (None, replace(recipe, fprop=None), RECIPES["fp8_rowwise"]):
         with pytest.raises(WeightGathered, match="in other formats"):
             require_formats([parameter], other)
+    with high_precision(), pytest.raises(WeightGathered, match="in the model's dtype"):
+        decide(recipe.key, [parameter])
     # Three bits behind the first: half a unit of e4m3, of each value and, below its normal
     # numbers, of the largest.
     bound = w_NK.float().abs().clamp(min=w_NK.float().abs().max() / 448 * 2**-6) * 2**-4

@@ -18,10 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels.formats import dequantize_matrix, quantize_matrix
 from fxopt.kernels.in_force import high_precision
-from fxopt.kernels.quantize import quantize, quantize_pair
+from fxopt.kernels.quantize import quantize, quantize_pair, quantize_together
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.quantized_linears import quantized_linears
-from fxopt.kernels.scaled_matmul import multiply, native_capability, on_units, scaled_matmul
+from fxopt.kernels.registration import provider
+from fxopt.kernels.scaled_matmul import (
+    multiply,
+    native_capability,
+    on_units,
+    op_of,
+    scaled_matmul,
+)
 from fxopt.recipes import RECIPES, Gemm, Operand, Recipe, gemm
 from tests.numerics import relative_l2
 
@@ -167,12 +174,14 @@ def test_nothing_is_kept_for_frozen_weights() -> None:
 
 
 def test_the_input_is_quantized_once_and_gradients_once_each() -> None:
-    case, calls, weights = Case(), [], []
+    case, calls, weights, gradients = Case(), [], [], []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             if func is quantize:
                 calls.append(tuple(args[0].shape))
+            if func is quantize_together:
+                gradients.append([tuple(g.shape) for g in args[0]])
             if func in (quantize_rows, quantize_columns):
                 weights.append([tuple(w.shape) for w in args[0]])
             return func(*args, **(kwargs or {}))
@@ -180,8 +189,8 @@ def test_the_input_is_quantized_once_and_gradients_once_each() -> None:
     with Record():
         case.run("fp8_tensorwise")
     assert calls.count((*TOKENS, WIDTH)) == 1  # rows for the products, columns for the gradients
-    assert calls.count((74, 96)) == calls.count((74, 48)) == 1
-    assert len(calls) == 1 + 2
+    assert gradients == [[(74, 96), (74, 48)]]  # both in one launch
+    assert len(calls) == 1
     assert weights == [[(96, WIDTH), (48, WIDTH)]] * 2  # all together, once each way
 
 
@@ -361,3 +370,26 @@ def test_where_units_are_used() -> None:
     assert set(capabilities["fp8_rowwise"]) == {(9, 0)}
     for name in ("fp8_blockwise", "mxfp8", "nvfp4"):
         assert set(capabilities[name]) == {None}
+
+
+@pytest.mark.parametrize(
+    "recipe, capability, expected",
+    [
+        ("fp8_tensorwise", (8, 0), "emulation"),
+        ("fp8_tensorwise", (8, 9), "library"),
+        ("fp8_rowwise", (8, 9), "emulation"),
+        ("fp8_rowwise", (9, 0), "library"),
+        ("mxfp8", (10, 0), "emulation"),
+    ],
+)
+def test_who_multiplies_is_who_has_the_units(
+    recipe: str, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, device = op_of(RECIPES[recipe]), torch.device("cuda")
+    assert provider(op, device, capability) == expected
+    assert provider(op, torch.device("cpu")) == "emulation"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert provider(op, device) == expected
+    has_casts = capability >= (8, 9)
+    assert (provider("norm_modulate_quantize", device) == "triton") == has_casts

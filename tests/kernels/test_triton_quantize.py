@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fxopt.kernels import quantize
+from fxopt.kernels import quantize, quantize_group, quantized_producers
 from fxopt.kernels import triton_quantize as kernels
 from fxopt.kernels.formats import FORMATS, block_amax, block_shape, quantize_matrix, scale_blocks
 from fxopt.kernels.triton_quantize_kernels import code_of
@@ -123,3 +123,21 @@ def test_a_gpu_without_fp8_casts_emulates(monkeypatch) -> None:
     with FakeTensorMode():
         x = torch.empty(16, 32, device="cuda")
         assert quantize.triton(x, "e4m3/row/fp32", None, None, False) == "emulated"
+
+
+@pytest.mark.parametrize(
+    "name", ["rows", "columns", "norm", "norm_columns", "activation", "activation_backward"]
+)
+def test_all_that_casts_emulates_on_a_gpu_without_fp8_casts(name: str, monkeypatch) -> None:
+    """Weights, and producers that cast what they make."""
+    module = quantize_group if name in ("rows", "columns") else quantized_producers
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(module, f"native_{name}", lambda *args: "emulated")
+    with FakeTensorMode():
+        x = torch.empty(16, 32, device="cuda")
+        first = [x] if module is quantize_group else x
+        num_others = {"rows": 2, "columns": 2, "activation_backward": 7}.get(name, 6)
+        others = [x] * num_others
+        if name == "norm":
+            others = [x] * 11 + [torch.float32] * 2
+        assert getattr(module, f"triton_{name}")(first, *others) == "emulated"

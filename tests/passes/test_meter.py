@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt import traffic
+from fxopt import hardware, traffic
 from fxopt.backends.exported import RewrittenCallable, rewrite_block
 from fxopt.kernels.registration import provider
 from fxopt.report import Applied
@@ -19,7 +19,7 @@ FP32 = 4
 
 
 def metered(module: Written, *inputs: Tensor) -> tuple[RewrittenCallable, list[Applied]]:
-    found = rewrite_block(module, inputs, {}, planned_for=torch.device("cuda"))
+    found = rewrite_block(module, inputs, {}, planned_for=hardware.lookup("h100"))
     return found, list(found.report.applied)
 
 

@@ -132,3 +132,16 @@ def test_an_activation_that_is_used_twice_stays():
         "\n".join(found.reasons("gated_activation")),
         """the activation is also used by sin and is kept for it""",
     )
+
+
+@pytest.mark.parametrize("cap", [30.0, 1.0])
+def test_capped_logits_are_no_near_miss(cap: float) -> None:
+    """As Gemma's: tanh bounds the logits, and nothing of them is multiplied with it."""
+
+    def forward(m, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = torch.tanh(q @ k.mT / cap) * cap
+        return logits.softmax(-1) @ v
+
+    operands = [normal(2, 4, 5, 16, seed=i) for i in range(3)]
+    found = rewrite(Written(forward), *operands, rules=["gated_activation"])
+    assert found.reasons("gated_activation") == []

@@ -76,6 +76,39 @@ return (getitem,)""",
     )
 
 
+def test_a_gate_per_token():
+    def forward(m, x, attended, embedding):
+        gate, _ = F.linear(embedding, m.modulation).chunk(2, dim=-1)
+        return x + F.linear(attended, m.out, m.bias) * gate
+
+    inputs = [normal(2, 5, D, seed=i) for i in range(3)]
+    parameters = {"modulation": normal(2 * D, D), "out": normal(D, D), "bias": normal(D)}
+    found = rewritten(forward, *inputs, **parameters)
+    assert_expected_inline(
+        found.code(),
+        """\
+linear = aten.linear(inputs_2, p_modulation)
+chunk = aten.chunk(linear, 2, -1)
+getitem = chunk[0]
+linear_1 = aten.linear(inputs_1, p_out, p_bias)
+norm_modulate = fxopt.norm_modulate(linear_1, inputs_0, getitem, None, None, None, None, None,
+    'none', 0.0, 0.0, 0.0, float32, float32)
+getitem_2 = norm_modulate[1]
+return (getitem_2,)""",
+    )
+    found.assert_as_accurate(*inputs)
+    both = rewrite(Written(forward, **parameters), *inputs, rules=["norm_modulate", "fuse_bias"])
+    assert both.count("fuse_bias") == 1
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda m, x, a, b: x + a * b, lambda m, x, a, b: x + x * a[:, :1]]
+)
+def test_products_that_are_no_gated_branch(forward):
+    found = rewritten(forward, *[normal(2, 5, D, seed=i) for i in range(3)])
+    assert not found.count("norm_modulate")
+
+
 def test_two_modulations_of_one_norm():
     def forward(m, x, a, b):
         n = F.layer_norm(x, (D,), eps=1e-6)

@@ -210,6 +210,74 @@ def test_other_indices_decline_with_the_reason() -> None:
     ]
 
 
+def per_sample(batch: int, tokens: int, num_tables: int | None = None) -> list[Tensor]:
+    """x, an index, and for each sample a table of three times as many channels."""
+    tables = normal(num_tables or batch, N, 3 * D, seed=3)
+    return [normal(batch, tokens, D), drawn(batch, tokens), tables]
+
+
+def gathered(index: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def forward(m: Any, x: Tensor, i: Tensor, t: Tensor) -> Tensor:
+        return norm(x) * (1 + t[..., :D].gather(1, index(i, x)))
+
+    return forward
+
+
+# A gather may take fewer samples and channels than the table has.
+GATHERS: dict[str, Callable[..., Any]] = {
+    "expanded": gathered(lambda i, x: i[..., None].expand(-1, -1, D)),
+    "expanded as x": gathered(lambda i, x: i.unsqueeze(-1).expand_as(x)),
+    "broadcast": gathered(lambda i, x: torch.broadcast_to(i[..., None], x.shape)),
+    "repeated": gathered(lambda i, x: i[..., None].repeat(1, 1, D)),
+    "tiled": gathered(lambda i, x: torch.tile(i[..., None], (1, 1, D))),
+    "in memory": gathered(lambda i, x: i[..., None].expand(-1, -1, D).contiguous()),
+    "widened": gathered(lambda i, x: i.int()[..., None].expand(-1, -1, D).long()),
+    "of one sample": gathered(lambda i, x: i[:1, :, None].expand(x.shape[0], -1, D)),
+    "of fewer channels": lambda m, x, i, t: (
+        norm(x) * (1 + t.gather(1, i[..., None].expand(-1, -1, D)))
+    ),
+    "split": lambda m, x, i, t: (
+        norm(x) * (1 + t.gather(1, i[..., None].expand(-1, -1, 3 * D)).chunk(3, -1)[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_tables_per_sample(name: str) -> None:
+    found = rewritten(GATHERS[name], *per_sample(2, 5))
+    assert found.count("norm_modulate_segments") == 1, found.reasons("norm_modulate_segments")
+    found.assert_as_accurate(*per_sample(3, 7))
+    found.assert_as_accurate(*per_sample(3, 7, num_tables=5))
+
+
+NO_LOOKUPS: dict[str, tuple[Callable[..., Any], str]] = {
+    "an index per channel": (
+        gathered(lambda i, x: (i[..., None] + torch.arange(D)) % N),
+        "the scale: gather gathers by remainder, which may differ from channel to channel",
+    ),
+    "a mask": (
+        gathered(lambda i, x: (i[..., None].expand(-1, -1, D) > 1).long()),
+        "the scale: gather gathers by to, which may differ from channel to channel",
+    ),
+    "two indices": (
+        lambda m, x, i, t: norm(x) * (1 + t[torch.arange(x.shape[0])[:, None], i][..., :D]),
+        "the scale: index indexes 3 dims by other than one index of rows",
+    ),
+    "a padding row": (
+        lambda m, x, i, t: norm(x) * (1 + F.embedding(i, t[0, :, :D], padding_idx=0)),
+        "the scale: embedding is an embedding whose gradient leaves out or scales rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_LOOKUPS)
+def test_what_is_no_lookup_says_what_is_seen(name: str) -> None:
+    forward, reason = NO_LOOKUPS[name]
+    found = rewritten(forward, *per_sample(2, 5))
+    found.assert_as_accurate(*per_sample(2, 5))
+    assert found.reasons("norm_modulate_segments") == [reason]
+
+
 def test_a_wide_table_that_is_split_after_the_lookup() -> None:
     """Both ops take their part, and what was looked up whole is gone."""
 

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.fused import is_plain, project
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
+from fxopt.kernels.scaled_matmul import MULTIPLE
 
 ACTIVATIONS = ("gelu_tanh", "silu", "gelu_erf", "relu", "sigmoid")
 # Classes of diffusers' `FeedForward.net[0]` and of activations, and what they compute.
 NAMES = {"SiLU": "silu", "SiLUActivation": "silu", "SwiGLU": "silu", "GELUTanh": "gelu_tanh"}
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def activation(module: nn.Module) -> str:
@@ -47,9 +50,12 @@ def candidates(module: nn.Module) -> Iterator[Swap]:
     others = [m for m in module.modules() if m not in dict(linears).values()]
     if any(p is not None for m in others for p in m._parameters.values()):
         return
+    if any("head" in name for m in others for name in vars(m)):
+        return  # an attention: it cuts features into heads
     shapes = {path: (m.in_features, m.out_features) for path, m in linears}
     arguments = list(inspect.signature(module.forward).parameters.values())
-    if not arguments:
+    required = [a for a in arguments if a.default is a.empty and a.kind not in VARIADIC]
+    if not arguments or len(required) > 1:
         return
     for inputs, out, packings in _roles(shapes):
         for packing, name in itertools.product(packings, ACTIVATIONS):
@@ -89,13 +95,18 @@ def _swap(argument: str, inputs: tuple[str, ...], out: str, name: str, packing: 
 
 
 def _narrow(module: nn.Module, hidden: int) -> nn.Module:
-    """A copy whose features are few; `hidden` of them stand between activation and last linear."""
-    few = {hidden: 24, 2 * hidden: 48}
+    """A copy whose features are few; `hidden` of them stand between activation and last linear.
+
+    Multiples of what the matrix units take stay multiples, as the proof notes what is quantized.
+    """
+    narrow = 32 if hidden % MULTIPLE == 0 else 24 if 2 * hidden % MULTIPLE == 0 else 20
+    few = {hidden: narrow, 2 * hidden: 2 * narrow}
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     memo: dict[int, Any] = {}
     for linear in linears:
         for size in (linear.in_features, linear.out_features):
-            few.setdefault(size, 16 + 4 * len(few))
+            even = MULTIPLE * (3 + len(few))
+            few.setdefault(size, even if size % MULTIPLE == 0 else even + 4)
         for p in linear.parameters():
             shape = [few[size] for size in p.shape]
             memo[id(p)] = nn.Parameter(torch.empty(shape, device="cpu"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import merged
+from fxopt.backends.swaps import attending, merged
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
@@ -21,6 +22,7 @@ from fxopt.backends.swaps.streams import (
     joint_attention,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+from fxopt.kernels.attention_backends import Call
 
 
 def joint_block(
@@ -51,18 +53,22 @@ def joint_block(
     head_dim = projected[0].shape[-1] // attn.heads
     projections = (projected, projected_text)
     attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend)
-    branch = Out(attn.to_out).branch(attended, all_sums=not own)
+    results = [attended, attended_text][: 1 if last else 2]
+    outs = [Out(attn.to_out), Out((attn.to_add_out,))][: len(results)]
+    if own:
+        results += joint_attention([own[0][0]], parts[2:], head_dim, attend)
+        outs.append(Out(attn2.to_out))
+    all_sums = [not own, *[True] * (len(outs) - 1)]
+    branch, *branches = merged.outs(outs, results, all_sums=all_sums)
     if own:
         x = gated_residual(x, image[0], branch.x, x_bias=branch.bias)
-        (attended,) = joint_attention([own[0][0]], parts[2:], head_dim, attend)
-        branch = Out(attn2.to_out).branch(attended, all_sums=True)
-        image = [gate2, *image[1:]]
+        image, branch = [gate2, *image[1:]], branches[-1]
     ending = Ending(x, branch, image, block.norm2, feed_forward(block.ff))
     if last:
         return None, finish(ending)[0]
-    branch = Out((attn.to_add_out,)).branch(attended_text, all_sums=True)
     mlp = feed_forward(block.ff_context)
-    out, text = finish(ending, Ending(text, branch, of_text_branch, block.norm2_context, mlp))
+    ending_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
+    out, text = finish(ending, ending_text)
     return text, out
 
 
@@ -74,7 +80,9 @@ def _nine(modulation: Tensor, dual: bool) -> tuple[Any, ...]:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, S, H, d] each, to [B, S, H * d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    run = partial(F.scaled_dot_product_attention, q, k, v)
+    out = attending.attend(run, partial(Call.of, q, k, v))
+    return out.transpose(1, 2).flatten(2)
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:

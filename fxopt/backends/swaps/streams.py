@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import merged
+from fxopt.backends.swaps import attending, merged
 from fxopt.backends.swaps.branches import Branch, Mlp, Out
 from fxopt.backends.swaps.fused import Normed, Segments
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
+from fxopt.kernels.attention_backends import Call
 
 DISPATCH = "diffusers.models.attention_dispatch"
 
@@ -44,9 +46,8 @@ class Stream(NamedTuple):
         shift, scale = self.modulation[:2]
         return Normed(self.norms[0], self.x, scale, shift, segments=self.segments)
 
-    def ending(self, residual: Tensor, attended: Tensor) -> Ending:
-        """The rest of the block, from the stream's part of the attention's result [B, S, H * d]."""
-        branch = self.out.branch(attended, all_sums=True)
+    def ending(self, residual: Tensor, branch: Branch) -> Ending:
+        """The rest of the block, from what the stream's part of the attention's result gave."""
         rest = self.modulation[2:], self.norms[1], self.mlp, self.segments
         return Ending(residual, branch, *rest)
 
@@ -89,9 +90,11 @@ def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tens
     found = merged.into([s.normed() for s in streams], linears)
     projections, residuals = zip(*found, strict=True)
     attended = joint_attention(projections, parts, head_dim, attend)
-    each = list(zip(streams, residuals, attended, strict=True))
     # Image first, as the blocks do it.
-    return finish(*(s.ending(residual, part) for s, residual, part in reversed(each)))[::-1]
+    outs = [s.out for s in streams][::-1]
+    branches = merged.outs(outs, attended[::-1], all_sums=[True] * len(outs))
+    each = zip(streams[::-1], residuals[::-1], branches, strict=True)
+    return finish(*(s.ending(residual, branch) for s, residual, branch in each))[::-1]
 
 
 def joint_attention(
@@ -112,22 +115,34 @@ def joint_attention(
 
 def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
     """diffusers' attention with the backend that was chosen for `attn`: [B, S, H * d]."""
-    processor = attn.processor
+    processor, library = attn.processor, sys.modules[DISPATCH]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = sys.modules[DISPATCH].dispatch_attention_fn(
-            q,
-            k,
-            v,
+        run = partial(
+            library.dispatch_attention_fn,
+            *(q, k, v),
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
             backend=processor._attention_backend,
             parallel_config=processor._parallel_config,
         )
-        return out.flatten(2, 3)
+
+        def described() -> Call:
+            return Call.of(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+
+        return attending.attend(run, described, partial(_setting, library, processor)).flatten(2, 3)
 
     return attend
+
+
+def _setting(library: Any, processor: Any) -> str | None:
+    """By what setting diffusers calls something else than plain scaled_dot_product_attention."""
+    if processor._parallel_config is not None:
+        return "a parallel_config"
+    active, _ = library._AttentionBackendRegistry.get_active_backend()
+    name = library.AttentionBackendName(processor._attention_backend or active).value
+    return None if name == "native" else f"the attention backend {name!r}"
 
 
 Projections = tuple[nn.Module, nn.Module, nn.Module]

@@ -86,8 +86,21 @@ def _decomposed(anchor: fx.Node) -> Iterator[Activation]:
     for end in reversed(ends):
         for x in sources:
             region = between(x, end)
-            if anchor in region and is_closed(region) and not side_inputs(region, x):
+            if anchor not in region or not is_closed(region) or side_inputs(region, x):
+                continue
+            if _multiplies(x, region, anchor):
                 yield Activation(name, x, end)
+
+
+def _multiplies(x: fx.Node, region: list[fx.Node], anchor: fx.Node) -> bool:
+    """Whether `x` reaches the end of the region past the anchor as well: every activation here is
+    x times a function of x, and tanh(x / c) * c, which caps logits, is none."""
+    behind = {anchor}
+    for node in region:
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    inputs = {i for node in behind - {anchor} for i in node.all_input_nodes}
+    return not (inputs - behind).isdisjoint({x, *region})
 
 
 def _gated(out: fx.Node) -> tuple[fx.Node, fx.Node] | Reason | None:

@@ -13,7 +13,7 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
-from fxopt.passes.lookup import lookup
+from fxopt.passes.lookup import is_piece, lookup
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -77,15 +77,19 @@ def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
     found = gated_residual(algebra.through_casts(node), gate_required=True)
     if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
+    if found.residual is found.branch:
+        return  # n * scale + n: a modulation, of a norm that was declined
 
-    def emit(call: Call, residual: fx.Node, branch: fx.Node, gate: fx.Node) -> fx.Node:
+    operands = (found.branch, found.residual, found.gate)
+    inputs = tuple(dict.fromkeys(n for n in operands if n is not None))
+
+    def emit(call: Call, *nodes: fx.Node) -> fx.Node:
+        given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         h_dtype = ir.dtype(found.out)
-        args = (branch, residual, gate, None, None, None, None, None)
+        args = (*(given[n] for n in operands), None, None, None, None, None)
         op = call(norm_modulate, *args, "none", 0.0, 0.0, 0.0, h_dtype, h_dtype)
         return call(operator.getitem, op, 1)
 
-    assert found.gate is not None
-    inputs = (found.residual, found.branch, found.gate)
     yield Binding(node, inputs, (found.out,), emit, "norm_modulate")
 
 
@@ -111,8 +115,7 @@ def gated_residual(h: fx.Node, *, gate_required: bool) -> GatedResidual | None:
         residual, a, b = found
         for gate, branch in ((a, b), (b, a)):
             whole = ir.same(ir.shape(branch), ir.shape(total))
-            is_gate = _is_smaller(gate, branch) or lookup(gate) is not None
-            if whole and is_gate and algebra.broadcasts_into(gate, branch):
+            if whole and _is_gate(gate, total) and algebra.broadcasts_into(gate, branch):
                 return _whole(h, total, residual, branch, gate)
     pair = algebra.terms(total)
     if gate_required or pair is None or not all(ir.tensor(p) is not None for p in pair):
@@ -129,8 +132,11 @@ def _whole(
     return GatedResidual(h, residual, branch, gate)
 
 
-def _is_smaller(gate: fx.Node, branch: fx.Node) -> bool:
-    return not ir.same(ir.shape(gate), ir.shape(branch))
+def _is_gate(factor: fx.Node, total: fx.Node) -> bool:
+    """Whether tokens share the factor; or have each its own, looked up or part of a modulation."""
+    if not ir.same(ir.shape(factor), ir.shape(total)):
+        return True
+    return lookup(factor) is not None or is_piece(factor)
 
 
 def _starts(n: fx.Node) -> list[fx.Node]:
@@ -239,7 +245,7 @@ def _emit_one(
 
 RULE = Rule(
     name="norm_modulate",
-    version=2,
+    version=3,
     anchors=(
         aten.layer_norm.default,
         aten.native_layer_norm.default,

@@ -23,8 +23,12 @@ from fxopt.passes.rule import Binding, Call, Reason, Rule
 def propose(op: fx.Node) -> Iterator[Binding | Reason]:
     named = ir.arguments(op)
     given = {name: named[name] for name in TABLES if named[name] is not None}
-    found = {name: read for name, node in given.items() if (read := lookup(node)) is not None}
-    if not found:
+    reads = {name: lookup(node) for name, node in given.items()}
+    found = {name: read for name, read in reads.items() if isinstance(read, Lookup)}
+    unread = {name: read for name, read in reads.items() if isinstance(read, str)}
+    if unread:
+        yield Reason("; ".join(f"the {name}: {why}" for name, why in unread.items()), op)
+    if unread or not found:
         return
     first = next(iter(found.values()))
     for name, node in given.items():
@@ -57,7 +61,7 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         operands = [
-            _table(call, found[name], given) if name in found else given[n]
+            _table(call, found[name], given, op) if name in found else given[n]
             for name, n in tensors.items()
         ]
         index = given[first.index]
@@ -71,9 +75,14 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
     return Binding(op, inputs, outputs, emit, name, carries=outputs, stays=stays)
 
 
-def _table(call: Call, read: Lookup, given: Mapping[fx.Node | None, fx.Node | None]) -> fx.Node:
+def _table(call: Call, read: Lookup, given: Mapping[Any, Any], op: fx.Node) -> fx.Node:
     """The table as one node."""
     table = _joined(call, read, [given[n] for n in read.table])
+    for dim, size in enumerate(read.taken):
+        if dim != len(read.taken) - 2 and not ir.same(size, ir.shape(read.table[0])[dim]):
+            if not isinstance(size, int):
+                size = call(aten.sym_size.int, given[op.args[0]], dim)
+            table = call(aten.narrow.default, table, dim, 0, size)
     for function in read.functions:
         table = apply(call, function, table)
     return table
