@@ -90,12 +90,12 @@ OF_DELAYED = {
 }
 # As far as is asked, but where the values of a joint projection keep the rest of it.
 OF_SAVED = {
-    "flux-dev double": Gate(5.92, 5.4, 3.59, ASKED["saved"]),
-    "flux-dev single": Gate(3.6, 3.93, 3.02, ASKED["saved"]),
+    "flux-dev double": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
+    "flux-dev single": Gate(2.4, 3.93, 3.02, ASKED["saved"]),
     "flux2-dev single": Gate(6.5, 10.46, 6.53, 0.967),
-    "qwen-image block": Gate(5.92, 5.4, 3.59, ASKED["saved"]),
-    "z-image block": Gate(4.86, 6.28, 4.86, ASKED["saved"]),
-    "wan2.1-14b block": Gate(5.5, 49.2, 46.4, ASKED["saved"]),
+    "qwen-image block": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
+    "z-image block": Gate(3.58, 6.28, 4.86, ASKED["saved"]),
+    "wan2.1-14b block": Gate(4.3, 49.2, 46.4, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9
