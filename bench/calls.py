@@ -280,6 +280,15 @@ def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
 
 
+def saving(batch: int, num_tokens: int, width: int) -> None:
+    """Two views of one projection, packed and unpacked."""
+    from fxopt.kernels import saving as provider
+
+    xs = randn(batch, num_tokens, 2 * width).chunk(2, -1)
+    found = provider.triton_pack(xs, 1)
+    provider.triton_unpack(found[:2], found[2:], [BF16, BF16])
+
+
 def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
     """The softmax of `width` logits per token; their product is no kernel of fxopt's."""
     from fxopt.kernels.triton_linear_cross_entropy import softmax

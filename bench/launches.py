@@ -27,6 +27,7 @@ from bench.calls import (
     quantize_group,
     quantize_together,
     quantized_producers,
+    saving,
     sum_parts,
 )
 
@@ -143,6 +144,7 @@ def _fp8_cases() -> Iterator[Case]:
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
+    yield fp8("saving", saving)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (
         (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),

@@ -79,7 +79,7 @@ def explain(
     device = hardware.lookup(target)
     if not isinstance(model, (str, nn.Module)):
         raise errors.NotAModule(model)
-    report = Report("explain", chosen.name, device.name)
+    report = Report("explain", chosen.name, device.name, saved=chosen.saved)
     with _apart(model):
         if isinstance(model, str):
             blocks = preset_blocks(model, batch, height, width)
@@ -117,6 +117,7 @@ def _explain_block(block: Block, recipe: Recipe, target: hardware.Target) -> Rep
         target.name,
         applied=tuple(_planned(a, block) for a in found.applied),
         declined=tuple(replace(d, block_class=block.name) for d in found.declined),
+        attentions=tuple(replace(a, block_class=block.name) for a in found.attentions),
         totals={
             "glue_bytes_before": block.count * before.glue_bytes,
             "glue_bytes_after": block.count * after.glue_bytes,

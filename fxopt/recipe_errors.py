@@ -1,5 +1,5 @@
-"""The mistakes that are made with schedules, with recipes stored beside checkpoints, and with
-weights that are gathered as codes.
+"""The mistakes that are made with schedules, with recipes stored beside checkpoints, with weights
+that are gathered as codes, and with backends of attention.
 """
 
 from __future__ import annotations
@@ -135,6 +135,17 @@ class AllGatherInGraph(FxoptError):
 
 
 @dataclass(eq=False)
+class SavedInGraph(FxoptError):
+    """A compiler was given a recipe that keeps activations as codes; it decides what is kept."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has saved='fp8', but a compiler decides itself what it keeps for "
+        "backward; use fxopt.optimize(model) or fxopt.swap(model), or compile with saved='model'"
+    )
+
+
+@dataclass(eq=False)
 class CannotGather(FxoptError):
     """None of a model's weights can be gathered as codes."""
 
@@ -156,3 +167,31 @@ class WeightGathered(FxoptError):
         "{weight!r} was gathered as FP8 codes, but {reader}; use all_gather='model', or leave "
         "this linear out with keep"
     )
+
+
+@dataclass(eq=False)
+class MathInGraph(FxoptError):
+    """Inductor was given a recipe whose attention is to be plain matrix products."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has attention='math', but Inductor recognizes it and puts a fused "
+        "attention in its place; use fxopt.optimize(model), fxopt.swap(model) or the option "
+        "'inner': 'aot_eager'"
+    )
+
+
+@dataclass(eq=False)
+class AttentionRefused(FxoptError):
+    """The attention backend that a recipe names cannot run a call."""
+
+    backend: str
+    call: str
+    reasons: Sequence[str]
+    template = (
+        "attention={backend!r} cannot run {call}: {listing}; change that, or give the recipe "
+        "attention='auto'"
+    )
+
+    def __str__(self) -> str:
+        return self.template.format(**vars(self), listing="; ".join(self.reasons))

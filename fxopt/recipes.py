@@ -19,25 +19,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fxopt import all_gather, roles
-from fxopt import schedule as schedules
+from fxopt import roles
 from fxopt.errors import InvalidRecipe, UnknownRecipe
-from fxopt.gemms import (
-    GEMMS,
-    HIGH_PRECISION,
-    Gemm,
-    Operand,
-    from_data,
-    gemm,
-    history_problems,
-    to_data,
-)
+from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
 from fxopt.recipe_errors import NoStoredRecipe, OtherStoredRecipe
+from fxopt.recipe_problems import misshapen, problems
 from fxopt.schedule import Phase
 
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
-PROFITS = ("model", "always")
 FILE = "fxopt_recipe.json"
 
 
@@ -62,6 +52,12 @@ class Recipe:
     margin: powers of two between that magnitude and the format's largest value.
     all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
         codes that their products read, with the same results.
+    attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
+        backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
+        the device, else "pytorch".
+    saved: what fused ops keep of activations for their own backward: "model", the activations;
+        "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
+        gradients. Also without a quantized GEMM; fp64 stays.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -79,44 +75,13 @@ class Recipe:
     history: int = 0
     margin: int = 0
     all_gather: str = "model"
+    attention: str = "auto"
+    saved: str = "model"
 
     def __post_init__(self) -> None:
-        problems = list(self._misshapen())
-        if problems:
-            raise InvalidRecipe(self.name, "; ".join(problems))
-        problems += [
-            f"unknown role {role!r} in {where!r}; known: {', '.join(roles.ROLES)}"
-            for where in self.places
-            if (role := roles.unknown(where)) is not None
-        ]
-        problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
-        problems += schedules.problems(self.schedule)
-        problems += history_problems(self.history, self.margin, self.gemms)
-        problems += all_gather.problems(self)
-        problems += [
-            f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
-            "the forward of a checkpoint runs twice and would draw twice"
-            for name, product in self.gemms
-            for which in ("a", "b")
-            if getattr(product, which).stochastic and (which == "b" or name.startswith("fprop"))
-        ]
-        if self.profit not in PROFITS:
-            problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
-        if problems:
-            raise InvalidRecipe(self.name, "; ".join(problems))
-
-    def _misshapen(self) -> Iterator[str]:
-        """Fields that would not be hashable, or not what they are taken for."""
-        for field, kind in (("keep", str), ("schedule", Phase), ("overrides", tuple)):
-            value = getattr(self, field)
-            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
-                yield f"{field} is {value!r}, not a tuple of {kind.__name__}"
-            elif field == "overrides":
-                for pair in value:
-                    if list(map(type, pair)) != [str, Recipe]:
-                        yield f"override {pair!r} is not a glob or role and a Recipe"
-                    elif pair[1].places:
-                        yield f"override {pair[0]!r} has keep or overrides of its own"
+        found = list(misshapen(self)) or list(problems(self))
+        if found:
+            raise InvalidRecipe(self.name, "; ".join(found))
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -186,9 +151,9 @@ class Recipe:
         return data
 
     def _numerics(self) -> dict[str, Any]:
-        """What changes numbers, as it stands in JSON."""
+        """What changes numbers by more than their rounding, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"], data["all_gather"]
+        del data["name"], data["emulate"], data["all_gather"], data["attention"]
         formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -253,7 +218,7 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name, `emulate` and `all_gather` change no number, and may differ.
+        Its name, `emulate`, `all_gather` and `attention`, which is rounding, may differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

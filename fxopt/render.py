@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fxopt.cost import BlockCost, Cost, Fp8BreakEven
 from fxopt.hardware import TARGETS
-from fxopt.report import Applied, Declined, Report
+from fxopt.report import Applied, Attention, Declined, Report
 
 COST_COLUMNS = ("", "GEMM", "attention", "glue", "total", "glue bytes", "launches", "saved")
 APPLIED_COLUMNS = ("rule", "times", "blocks", "provider", "tier", "source", "glue saved")
@@ -29,6 +29,7 @@ class Group:
     applied: tuple[tuple[Applied, int], ...]
     declined: tuple[tuple[Declined, int], ...]
     cost: BlockCost | None
+    attentions: tuple[str, ...] = ()
 
 
 def groups(report: Report) -> list[Group]:
@@ -43,8 +44,14 @@ def groups(report: Report) -> list[Group]:
         declined = _aggregate(
             (d for d in report.declined if d.block_class == name), each, lambda d, _: d
         )
-        found.append(Group(name or "model", applied, declined, cost))
+        attentions = dict.fromkeys(_choice(a) for a in report.attentions if a.block_class == name)
+        found.append(Group(name or "model", applied, declined, cost, tuple(attentions)))
     return found
+
+
+def _choice(attention: Attention) -> str:
+    whose = "PyTorch's own choice" if attention.backend == "pytorch" else attention.backend
+    return f"attention: {whose}; {attention.why}"
 
 
 def _add(total: Applied, other: Applied) -> Applied:
@@ -128,6 +135,8 @@ def applied_rows(group: Group) -> list[tuple[str, ...]]:
 def summary(report: Report) -> str:
     """The outcome in one sentence."""
     counts = report.counts()
+    if not counts and any(a.backend != "pytorch" for a in report.attentions):
+        return "No rule matched: who runs the attentions is all that is new."
     if not counts:
         return "No rule matched: the model runs as it was."
     listing = ", ".join(f"{rule} {count}" for rule, count in counts.items())
@@ -138,6 +147,8 @@ def summary(report: Report) -> str:
 def totals_lines(report: Report) -> list[str]:
     """What was counted for the whole model, before and after."""
     lines = []
+    if report.saved != "model":
+        lines.append(f"activations that fused ops alone keep: {report.saved}")
     for key, label in (
         ("glue_bytes", "glue traffic"),
         ("saved_activation_bytes", "kept for backward"),
@@ -206,6 +217,7 @@ def text(report: Report) -> str:
             lines += _table(COST_COLUMNS, cost_rows(group.cost))
         if group.applied:
             lines += ["  applied", *_table(APPLIED_COLUMNS, applied_rows(group))]
+        lines += [f"  {line}" for line in group.attentions]
         for declined, num_blocks in group.declined:
             where = f"{brief(declined.source)}, node {declined.node}, {num_blocks} block(s)"
             lines.append(f"  declined {declined.rule} at {where}")
@@ -255,6 +267,7 @@ def _section(group: Group) -> str:
         parts += [_bars(group.cost), _html_table(COST_COLUMNS, cost_rows(group.cost))]
     if group.applied:
         parts += ["<h3>Applied</h3>", _html_table(APPLIED_COLUMNS, applied_rows(group))]
+    parts += [f"<p>{markup.escape(line)}</p>" for line in group.attentions]
     if group.declined:
         parts += ["<h3>Declined</h3>", *(_declined(d, n) for d, n in group.declined)]
     if group.cost and group.cost.fp8:

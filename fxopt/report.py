@@ -79,6 +79,23 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Who runs attentions of one block.
+
+    Args:
+        backend: name of a backend, or "pytorch": the one that PyTorch takes.
+        why: a recipe says so, it was measured, or nothing was.
+        fqn: fully qualified name of the block.
+        block_class: class name of the block.
+    """
+
+    backend: str
+    why: str
+    fqn: str
+    block_class: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of one door on one model.
 
@@ -90,6 +107,8 @@ class Report:
         declined: near misses.
         totals: bytes before and after, keys in `TOTALS`; empty where nothing was counted.
         blocks: costs per block class; only `explain` fills it.
+        attentions: of rewritten blocks, who runs them.
+        saved: what fused ops keep for their backward, as in `Recipe.saved`.
     """
 
     door: str
@@ -99,6 +118,8 @@ class Report:
     declined: tuple[Declined, ...] = ()
     totals: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockCost, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    saved: str = "model"
 
     def count(self, rule: str) -> int:
         """Number of substitutions that `rule` made in the whole model."""
@@ -113,6 +134,7 @@ class Report:
         names = [block.block_class for block in self.blocks]
         names += [applied.block_class for applied in self.applied]
         names += [declined.block_class for declined in self.declined]
+        names += [attention.block_class for attention in self.attentions]
         return list(dict.fromkeys(names))
 
     def merge(self, *others: Report) -> Report:
@@ -129,6 +151,8 @@ class Report:
             declined=tuple(d for r in reports for d in r.declined),
             totals=dict(totals),
             blocks=tuple(b for r in reports for b in r.blocks),
+            attentions=tuple(a for r in reports for a in r.attentions),
+            saved=next((r.saved for r in reports if r.saved != "model"), "model"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +174,8 @@ class Report:
             ),
             totals=dict(data["totals"]),
             blocks=tuple(BlockCost.from_dict(b) for b in data.get("blocks", ())),
+            attentions=tuple(Attention(**a) for a in data.get("attentions", ())),
+            saved=data.get("saved", "model"),
         )
 
     def text(self) -> str:

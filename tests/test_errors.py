@@ -41,12 +41,18 @@ CASES = [
         ["d/f.json", "'a'", "'b'", 'profit is "x", not "y"', "fxopt.Recipe.load"],
     ),
     (recipe_errors.NoStoredRecipe("d/f.json"), ["d/f.json", "does not exist", "save(directory)"]),
+    (recipe_errors.SavedInGraph("mine"), ["'mine'", "saved='fp8'", "fxopt.swap(model)"]),
     (recipe_errors.AllGatherInGraph("mine"), ["'mine'", "all_gather='fp8'", "fxopt.swap(model)"]),
     (
         recipe_errors.CannotGather("mine", "offloaded (3 weights)"),
         ["'mine'", "offloaded (3 weights)", "all_gather='model'"],
     ),
     (recipe_errors.WeightGathered("q", "a hook reads it"), ["'q'", "a hook reads it", "keep"]),
+    (
+        recipe_errors.AttentionRefused("cudnn", "q [1, 2, 3, 4]", ("the dtype", "the mask")),
+        ["'cudnn'", "q [1, 2, 3, 4]", "the dtype; the mask", "attention='auto'"],
+    ),
+    (recipe_errors.MathInGraph("mine"), ["'mine'", "attention='math'", "fxopt.swap(model)"]),
     (errors.LowPrecisionParameter("w", "torch.e5m2"), ["'w'", "torch.e5m2", "bf16"]),
     (errors.KeepMatchesNothing("blok.*", ("blocks.0.q",)), ["'blok.*'", "1 linears", "glob"]),
     (errors.UnknownRule("rmsnorm", ("rms_norm",)), ["rule 'rmsnorm'", "'rms_norm'"]),

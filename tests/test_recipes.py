@@ -84,6 +84,35 @@ def test_stochastic_rounding_is_for_gradients(name: str, which: str) -> None:
         Recipe("mine", **{name: drawn})
 
 
+def test_an_attention_is_data() -> None:
+    recipe = replace(RECIPES["fp8"], name="mine", attention="flash")
+    assert Recipe.from_json(recipe.to_json()) == recipe == find(recipe.key)
+    assert json.loads(recipe.to_json())["attention"] == "flash"
+    assert {r.attention for r in RECIPES.values()} == {"auto"}
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"attention": "flsh"}, "unknown attention 'flsh'; did you mean 'flash' or "),
+        ({"attention": 3}, "unknown attention 3; known: auto, pytorch, cudnn"),
+        (
+            {"overrides": (("role:qkv", Recipe("other", attention="math")),)},
+            "override 'role:qkv' has its own attention",
+        ),
+    ],
+)
+def test_what_is_no_attention(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(errors.InvalidRecipe) as caught:
+        replace(RECIPES["fp8"], **changes)
+    assert problem in str(caught.value)
+
+
+def test_the_attention_of_a_checkpoint_may_differ(tmp_path: Path) -> None:
+    replace(RECIPES["fp8"], attention="flash").save(tmp_path)
+    RECIPES["fp8"].check(tmp_path)
+
+
 def test_a_history_is_data() -> None:
     recipe = replace(RECIPES["fp8"], name="delayed", history=16, margin=1)
     assert recipe.is_delayed and not RECIPES["fp8"].is_delayed and not recipe.is_scheduled
@@ -235,7 +264,7 @@ LATE = Phase("fprop", 9, formats=gemm("e4m3/row/fp32", "e4m3/row/fp32"))
         (
             "fp8",
             {"overrides": (("*.q", replace(RECIPES["fp8"], all_gather="fp8")),)},
-            "override '*.q' has an all_gather of its own",
+            "override '*.q' has its own all_gather",
         ),
     ],
 )
@@ -245,3 +274,27 @@ def test_what_cannot_be_gathered_as_codes_is_refused(
     with pytest.raises(errors.InvalidRecipe) as caught:
         replace(RECIPES[name], **{"all_gather": "fp8", **changes})
     assert problem in str(caught.value)
+
+
+def test_what_is_saved_is_data() -> None:
+    recipe = Recipe("bf16 saved", saved="fp8")
+    assert Recipe.from_json(recipe.to_json()) == recipe == find(recipe.key) != RECIPES["bf16"]
+    assert not recipe.quantizes and recipe.at(3) == recipe
+    # One that an earlier version wrote.
+    data = json.loads(recipe.to_json())
+    del data["saved"]
+    assert Recipe.from_json(json.dumps(data)).saved == "model"
+
+
+def test_what_is_saved_changes_numbers(tmp_path: Path) -> None:
+    RECIPES["fp8"].save(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match='saved is "model", not "fp8"'):
+        replace(RECIPES["fp8"], saved="fp8").check(tmp_path)
+
+
+def test_saved_is_one_for_the_whole_recipe() -> None:
+    with pytest.raises(errors.InvalidRecipe, match="unknown saved 'int8'; known: model, fp8"):
+        Recipe("mine", saved="int8")
+    own = replace(RECIPES["fp8"], name="own", saved="fp8")
+    with pytest.raises(errors.InvalidRecipe, match="'role:qkv' has its own saved"):
+        replace(RECIPES["fp8"], overrides=(("role:qkv", own),))

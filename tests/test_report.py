@@ -10,7 +10,7 @@ import pytest
 
 from fxopt.cost import BlockCost, Cost, Fp8BreakEven
 from fxopt.render import quantity
-from fxopt.report import TOTALS, Applied, Declined, Report
+from fxopt.report import TOTALS, Applied, Attention, Declined, Report
 
 PHONE_WIDTH = 390
 
@@ -41,6 +41,10 @@ REPORT = Report(
     ),
     declined=(declined(),),
     totals={"glue_bytes_before": 10_000_000_000, "glue_bytes_after": 4_000_000_000},
+    attentions=(
+        Attention("pytorch", "nothing was measured <here>", "blocks.0", "FluxBlock"),
+        Attention("pytorch", "nothing was measured <here>", "blocks.1", "FluxBlock"),
+    ),
 )
 BLOCK = BlockCost(
     "FluxBlock",
@@ -88,6 +92,7 @@ def test_json_round_trip(report):
     assert again.applied == report.applied
     assert again.declined == report.declined
     assert again.blocks == report.blocks
+    assert again.attentions == report.attentions
 
 
 def test_merge_joins_doors_and_sums_totals():
@@ -110,8 +115,18 @@ def test_text_aggregates_by_block_class_and_gives_every_reason():
     assert "10 GB -> 4 GB (0.40x)" in text
 
 
+def test_a_line_says_who_runs_the_attentions_of_a_block_class():
+    line = "  attention: PyTorch's own choice; nothing was measured <here>"
+    assert str(REPORT).splitlines().count(line) == 1
+    assert REPORT.html().count("nothing was measured &lt;here&gt;") == 1
+    assert len(REPORT.merge(REPORT).attentions) == 4
+
+
 def test_text_says_when_nothing_matched():
-    assert "No rule matched" in Report("optimize", "bf16", "cpu").text()
+    assert "No rule matched: the model runs as it" in Report("optimize", "bf16", "cpu").text()
+    attentions = (Attention("flash", "as the recipe says", "blocks.0", "Block"),)
+    chosen = Report("optimize", "mine", "cpu", attentions=attentions)
+    assert "No rule matched: who runs the attentions is all that is new." in chosen.text()
 
 
 def test_plan_shows_times_and_where_fp8_pays():

@@ -34,6 +34,7 @@ from fxopt.hardware import Target
 from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
+from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.meter import Meter
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
@@ -105,18 +106,21 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rules: Sequence[Rule],
+    attention: str = "pytorch",
     *,
     planned_for: Target | None = None,
 ) -> Plan:
     """The first of `captures`.
 
+    attention: of the recipe, as in `choose_attention`.
     planned_for: a device that it will not run on now; the substitutions then say what would run
         them there, and what they save on this call.
 
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
-    return next(captures(module, forward, Call.of(args, kwargs), rules, planned_for=planned_for))
+    call = Call.of(args, kwargs)
+    return next(captures(module, forward, call, rules, attention, planned_for=planned_for))
 
 
 def captures(
@@ -124,6 +128,7 @@ def captures(
     forward: Callable[..., Any],
     call: Call,
     rules: Sequence[Rule],
+    attention: str = "pytorch",
     earlier: Sequence[Plan] = (),
     planned_for: Target | None = None,
 ) -> Iterator[Plan]:
@@ -137,14 +142,15 @@ def captures(
         CannotCapture: the inputs or the forward cannot be exported.
     """
     device = _check_inputs(module, call)
+    rewriting = rules, attention, device, planned_for
     fixed = [_channels_are_fixed(i, v, call.spec, earlier) for i, v in enumerate(call.leaves)]
     if any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in call.leaves):
         with contextlib.suppress(CannotCapture):
             doubled = [_doubled(v) for v in call.leaves]
-            plan = _capture(module, forward, call, doubled, fixed, rules, device, planned_for)
+            plan = _capture(module, forward, call, doubled, fixed, *rewriting)
             if plan.accepts(call):
                 yield plan
-    yield _capture(module, forward, call, call.leaves, fixed, rules, device, planned_for)
+    yield _capture(module, forward, call, call.leaves, fixed, *rewriting)
 
 
 def _capture(
@@ -154,6 +160,7 @@ def _capture(
     example: list[Any],
     fixed: list[bool],
     rules: Sequence[Rule],
+    attention: str,
     device: torch.device,
     planned_for: Target | None,
 ) -> Plan:
@@ -180,6 +187,8 @@ def _capture(
             capability=None if planned_for is None else planned_for.capability,
         )
         keep_origins(gm)
+        target = None if planned_for is None else planned_for.name
+        outcome.attentions = choose_attention(gm, attention, target)
         return Plan(
             run=_without(call.autocast, gm.forward),
             gm=gm,

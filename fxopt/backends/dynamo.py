@@ -16,17 +16,22 @@ from torch import Tensor, fx
 from fxopt.backends import inductor, precision
 from fxopt.backends import options as shared
 from fxopt.backends.failures import described, giving_up
-from fxopt.backends.unseen import CannotCapture
+from fxopt.backends.unseen import CHOOSES_KERNEL, CannotCapture
 from fxopt.errors import UnknownOption
+from fxopt.kernels.attention import steers
 from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
+from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.inline import inline_native
+from fxopt.passes.ir import graphs
 from fxopt.passes.retrace import retrace
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
 INNER = ("inductor", "aot_eager", "eager")
+# How Dynamo writes down a scope of `sdpa_kernel`.
+ENTERS = torch.nn.attention._sdpa_kernel
 # What `torch.compile(backend="fxopt")` has done in this process, a report for each graph.
 compile_reports: list[Report] = []
 
@@ -53,11 +58,12 @@ def backend(
 
     Raises:
         UnknownOption, UnknownRecipe: a name that is not known.
-        ScheduleInGraph, LowPrecisionParameter, NotNative: the recipe cannot be had like this.
+        ScheduleInGraph, MathInGraph, LowPrecisionParameter, NotNative: the recipe cannot be had
+            like this.
     """
     settings = dict(options or {})
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
-    chosen = shared.check(recipe=recipe, execution="compile")
+    chosen = shared.check(recipe=recipe, execution="compile", inner=inner)
     if inner not in INNER:
         raise UnknownOption(inner, INNER)
     precision.check_device(chosen, _device(example_inputs))
@@ -78,8 +84,10 @@ def rewritten_graph(
 ) -> tuple[fx.GraphModule, Report]:
     """The graph to compile, and what was done to it: `gm` itself if no rule fired."""
     device = _device(example_inputs)
-
+    target = shared.target_name(device)
     try:
+        if any(n.target is ENTERS for body in graphs(gm) for n in body.graph.nodes):
+            raise CannotCapture(CHOOSES_KERNEL)
         with giving_up(describe=described):  # of what the graph's own code raises on fakes
             graph = retrace(gm, example_inputs)
             write_out(graph, Autocast.current(device.type))
@@ -87,8 +95,9 @@ def rewritten_graph(
             outcome = _rewrite(graph, gm, example_inputs, recipe, block)
     except CannotCapture as reason:  # a graph that the compiler alone compiles is never broken
         found = Outcome(declined=[Declined("capture", "", "", "", (str(reason),))])
-        return gm, _report(found, recipe, device)
-    return (graph if outcome.applied else gm), _report(outcome, recipe, device)
+        return gm, found.report("compile", recipe.name, target)
+    is_changed = outcome.applied or outcome.attentions
+    return (graph if is_changed else gm), outcome.report("compile", recipe.name, target)
 
 
 def _rewrite(
@@ -113,12 +122,9 @@ def _rewrite(
         raise CannotCapture(f"{sorted(trained)[0]} requires a gradient that the op lacks")
     if outcome.applied:
         inline_native(graph)
+    if outcome.applied or steers(recipe.attention, device):
+        outcome.attentions = choose_attention(graph, recipe.attention)
     return outcome
-
-
-def _report(outcome: Outcome, recipe: Recipe, device: torch.device) -> Report:
-    target = shared.target_name(device)
-    return Report("compile", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined))
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

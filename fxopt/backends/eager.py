@@ -23,19 +23,23 @@ from fxopt.backends.failures import described
 from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
+from fxopt.backends.swaps.attending import Attending, attending
 from fxopt.backends.swaps.proof import Verdict, prove
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.backends.weight_reads import Read, quantized
 from fxopt.errors import StillRewritten
+from fxopt.kernels.attention_backends import BACKENDS
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
+from fxopt.kernels.saving import saving
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
 from fxopt.recipes import Recipe
-from fxopt.report import Applied, Declined, Report
+from fxopt.report import Applied, Attention, Declined, Report
 
 OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
+UNREACHED = "swap does not replace the forward of {} that calls it: {!r} is not what runs"
 REMEDY = "fxopt.optimize(model) reads the forward itself"
 TIERS = {rule.name: rule.tier for rule in CATALOGUE}
 
@@ -91,6 +95,7 @@ class Swaps:
         self.settings, self.recipe = settings, settings.recipe
         self.installed: list[SwappedForward] = []
         self.declined: list[Declined] = list(outside)
+        self.unreached: list[Attention] = []
         self.device: torch.device | None = None
 
     def enter(self, fqn: str, block: nn.Module) -> None:
@@ -106,10 +111,13 @@ class Swaps:
         found = list(self._swap_within(fqn, block))
         if any(f.module is block for f in found):
             return
+        asked, name = self.recipe.attention, type(block).__name__
+        if asked in BACKENDS and not any(f.swap.name == "attention" for f in found):
+            self.unreached.append(Attention("pytorch", UNREACHED.format(name, asked), fqn, name))
         fired = {rule for f in found for rule, _ in f.verdict.fired}
         fired.add(linear_cross_entropy.RULE.name)  # lies in no block
         for rule in (r.name for r in options.rules_for(self.recipe) if r.name not in fired):
-            reason = OUT_OF_REACH.format(type(block).__name__)
+            reason = OUT_OF_REACH.format(name)
             self.declined.append(declined(rule, fqn, block, (reason,), REMEDY))
 
     def _swap_within(self, fqn: str, module: nn.Module) -> Iterator[SwappedForward]:
@@ -148,7 +156,13 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        return Report("swap", self.recipe.name, target, applied, (*self.declined, *refused))
+        chosen = (a for f in self.installed for a in f.attentions())
+        given = applied, (*self.declined, *refused)
+        more: dict[str, Any] = {
+            "attentions": (*self.unreached, *chosen),
+            "saved": self.recipe.saved,
+        }
+        return Report("swap", self.recipe.name, target, *given, **more)
 
 
 class SwappedForward:
@@ -186,6 +200,7 @@ class SwappedForward:
 
     def _forget(self) -> None:
         self.verdicts: dict[Any, Verdict] = {}
+        self.attention = Attending(self.formats.recipe.attention)
         self.watches: list[Watch] | None = []
         self.inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
         self.hooks = hooks(self.module)
@@ -194,6 +209,7 @@ class SwappedForward:
         twin = SwappedForward.__new__(SwappedForward)
         memo[id(self)] = twin
         twin.__dict__ |= self.__dict__ | {"refusals": {}, "met": {}}
+        twin.attention = Attending(self.attention.asked)
         twin.module = copy.deepcopy(self.module, memo)
         twin.own = type(twin.module).forward.__get__(twin.module)
         twin.original = checkpoints.within(twin.own)
@@ -223,9 +239,11 @@ class SwappedForward:
         return self.original(*args, **kwargs)
 
     def _run_fused(self, arguments: Arguments) -> Any:
-        with quantizing(self.formats, self.theta, self.module) as active:
+        recipe = self.formats.recipe
+        quantized = quantizing(self.formats, self.theta, self.module)
+        with quantized as active, attending(self.attention), saving(recipe.saved):
             out = self.swap.forward(self.module, **arguments)
-        if self.formats.recipe.all_gather != "model":
+        if recipe.all_gather != "model":
             for linear, recipe in active.accepted.items():
                 self.met.setdefault(linear, {})[recipe] = None
             for linear, why_not in active.refused.items():
@@ -284,6 +302,10 @@ class SwappedForward:
         for (rule, op), count in most.items():
             by = provider(op, device or torch.device("cpu"))
             yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
+
+    def attentions(self) -> Iterator[Attention]:
+        for backend, why in self.attention.choices:
+            yield Attention(backend, why, self.fqn, type(self.module).__name__)
 
     def declined(self) -> Iterator[Declined]:
         if self.refusals:

@@ -17,6 +17,7 @@ from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
+from fxopt.kernels.saving import saving
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -97,20 +98,18 @@ class RewrittenCallable:
     """
 
     def __init__(self, block: nn.Module, plan: Plan, recipe: Recipe) -> None:
-        self.bound = Bound(block, plan)
+        self.bound, self.saved = Bound(block, plan), recipe.saved
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
-        outcome = plan.outcome
         self.report = state.with_fqn(
-            Report(
-                "optimize", recipe.name, target, tuple(outcome.applied), tuple(outcome.declined)
-            ),
+            plan.outcome.report("optimize", recipe.name, target),
             "",
             type(block).__name__,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.bound(*args, **kwargs)
+        with saving(self.saved):
+            return self.bound(*args, **kwargs)
 
 
 def rewrite_block(
@@ -134,9 +133,8 @@ def rewrite_block(
     """
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
-    plan = capture(
-        block, checkpoints.within(block.forward), args, kwargs, rules, planned_for=planned_for
-    )
+    call = block, checkpoints.within(block.forward), args, kwargs
+    plan = capture(*call, rules, chosen.attention, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -151,9 +149,8 @@ class Optimized:
         self.blocks = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
-            captures = shared.setdefault(
-                key, Captures(options.rules_for(recipe, block=fqn, target=target))
-            )
+            rules = options.rules_for(recipe, block=fqn, target=target)
+            captures = shared.setdefault(key, Captures(rules, recipe.attention, recipe.saved))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -174,8 +171,11 @@ class Optimized:
         applied = [a for b in self.blocks for a in b.applied()]
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
-        recipe, target = self.settings.recipe.name, options.target_name(device)
-        return Report("optimize", recipe, target, tuple(applied), tuple(declined))
+        recipe, target = self.settings.recipe, options.target_name(device)
+        given = tuple(applied), tuple(declined)
+        attentions = tuple(a for b in self.blocks for a in b.attentions())
+        more: dict[str, Any] = {"attentions": attentions, "saved": recipe.saved}
+        return Report("optimize", recipe.name, target, *given, **more)
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:

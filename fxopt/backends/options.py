@@ -13,14 +13,26 @@ from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
-from fxopt.recipe_errors import AllGatherInGraph, HistoryInGraph, ScheduleInGraph
+from fxopt.recipe_errors import (
+    AllGatherInGraph,
+    HistoryInGraph,
+    MathInGraph,
+    SavedInGraph,
+    ScheduleInGraph,
+)
 from fxopt.recipes import Recipe, find
 from fxopt.torchao_recipes import from_torchao
 
 EXECUTIONS = ("eager", "compile")
 
 
-def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str] = ()) -> Recipe:
+def check(
+    *,
+    recipe: str | Recipe,
+    execution: str = "eager",
+    rules: Iterable[str] = (),
+    inner: str = "inductor",
+) -> Recipe:
     """The recipe of a name, of JSON or of torchao's configuration.
 
     Raises on a torch that is too old, on names that are not known, on what compilers cannot have.
@@ -35,6 +47,10 @@ def check(*, recipe: str | Recipe, execution: str = "eager", rules: Iterable[str
         raise HistoryInGraph(found.name)
     if execution == "compile" and found.all_gather != "model":
         raise AllGatherInGraph(found.name)
+    if (execution, inner, found.attention) == ("compile", "inductor", "math"):
+        raise MathInGraph(found.name)
+    if execution == "compile" and found.saved != "model":
+        raise SavedInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:

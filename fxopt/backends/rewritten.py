@@ -21,8 +21,9 @@ from fxopt.backends.unseen import CannotCapture
 from fxopt.backends.weight_reads import Read, merged, parameters_read, quantized
 from fxopt.errors import StillRewritten
 from fxopt.kernels.gathered import require_whole
+from fxopt.kernels.saving import saving
 from fxopt.passes.rule import Rule
-from fxopt.report import Applied, Declined
+from fxopt.report import Applied, Attention, Declined
 
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
@@ -46,9 +47,11 @@ class Refusal:
 
 @dataclass
 class Captures:
-    """What the blocks of one class share."""
+    """What the blocks of one class share; `saved` is that of the recipe."""
 
     rules: Sequence[Rule]
+    attention: str = "pytorch"
+    saved: str = "model"
     plans: list[Plan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -135,7 +138,8 @@ class RewrittenForward:
         found = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
         if isinstance(found, Bound):
             if not found.watch.hooked():
-                return found.run(call.leaves)
+                with saving(self.captures.saved):
+                    return found.run(call.leaves)
             self.reasons[HOOKED] = None
         out = self._run_own(args, kwargs)
         if isinstance(found, Refusal):  # not if the call itself is at fault, and has just failed
@@ -171,7 +175,8 @@ class RewrittenForward:
         reason, reads = f"captured {MAX_CAPTURES} times already: its inputs change in kind", Reads()
         if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
             try:
-                for plan in captures(self.module, self.original, call, known.rules, known.plans):
+                asked = known.rules, known.attention, known.plans
+                for plan in captures(self.module, self.original, call, *asked):
                     bound = Bound(self.module, plan)
                     reads, why_not = plan.reads, self._agrees(bound, call)
                     if why_not is None:
@@ -223,6 +228,12 @@ class RewrittenForward:
                 counts[key] = counts.get(key, 0) + a.count
             for (rule, provider, tier, source), count in counts.items():
                 yield Applied(rule, self.fqn, count, provider, tier, source, block_class=kind)
+
+    def attentions(self) -> Iterator[Attention]:
+        kind = type(self.module).__name__
+        for bound in self.bounds[:1]:
+            for backend, why in dict.fromkeys(bound.plan.outcome.attentions):
+                yield Attention(backend, why, self.fqn, kind)
 
     def declined(self) -> Iterator[Declined]:
         kind = type(self.module).__name__

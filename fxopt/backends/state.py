@@ -203,4 +203,5 @@ def with_fqn(report: Report, prefix: str, block_class: str) -> Report:
         report,
         applied=tuple(map(placed, report.applied)),
         declined=tuple(map(placed, report.declined)),
+        attentions=tuple(map(placed, report.attentions)),
     )

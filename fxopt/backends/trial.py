@@ -18,6 +18,7 @@ from fxopt.backends.calls import Call
 from fxopt.backends.failures import described
 from fxopt.kernels.gathered import values_of
 from fxopt.kernels.in_force import high_precision
+from fxopt.recipe_errors import AttentionRefused
 
 # Two roundings of one value differ by eps; a block chains a few dozen. Sums over tokens cancel in
 # gradients, where a fault (a sign, a lost branch) shows as a difference of order one.
@@ -78,6 +79,8 @@ def compare(
     try:
         with high_precision():  # what a recipe rounds is no fault of the graph
             found = _run(module, graph, call, trainable)
+    except AttentionRefused:  # what was asked for by name
+        raise
     except Exception as error:
         return f"the graph does not run: {described(error)}"
     eps = _coarsest(module, call, expected.values)

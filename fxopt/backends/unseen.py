@@ -20,6 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from fxopt.backends.reads import Reads, replaced
 
+CHOOSES_KERNEL = (
+    "its forward chooses who runs attention (sdpa_kernel, or diffusers' set_attention_backend), "
+    "which a graph would not show; take that out and give the recipe attention=... instead"
+)
+
 
 class CannotCapture(Exception):
     """The block stays as it is; the message says why, for the report.
@@ -47,6 +52,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
     """
     asked, own = Asked(), threading.get_ident()
     inside = {id(m) for m in module.modules()}
+    set_kernels: Any = torch.nn.attention._sdpa_kernel
     set_attribute, is_grad_enabled = nn.Module.__setattr__, torch.is_grad_enabled
     applied: Any = torch.autograd.Function.apply
     entered = torch.autograd.graph.saved_tensors_hooks.__enter__
@@ -60,6 +66,11 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
         if threading.get_ident() != own:
             return entered(hooks)
         raise CannotCapture("it hooks saved tensors (a checkpoint?): a graph would not")
+
+    def choose_kernel(*backends: Any, **options: Any) -> None:
+        if threading.get_ident() != own:
+            return set_kernels(*backends, **options)
+        raise CannotCapture(CHOOSES_KERNEL)
 
     def set_on_module(self: nn.Module, name: str, value: Any) -> None:
         if id(self) in inside and threading.get_ident() == own:
@@ -76,6 +87,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
             (torch.autograd.Function, "apply", classmethod(apply)),
             (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
             (nn.Module, "__setattr__", set_on_module),
+            (torch.nn.attention, "_sdpa_kernel", choose_kernel),
             (torch, "is_grad_enabled", asks_grad_mode),
         ):
             stack.enter_context(replaced(owner, name, value))

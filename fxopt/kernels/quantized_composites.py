@@ -21,7 +21,12 @@ from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
-from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
+from fxopt.kernels.norm_modulate import (
+    is_own,
+    norm_modulate,
+    norm_modulate_backward,
+    operand_gradients,
+)
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_linears import (
@@ -42,6 +47,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts
 from fxopt.recipes import Operand, Recipe
@@ -112,13 +118,14 @@ class NormModulateQuantizedLinears(Streams):
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
         copies = yield from cast_weights(weights, ctx, True)
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
-        kept = (h, branch, gate, *others, mean, rstd, amax_t)
+        own = is_own(x, residual, others[3]), True
+        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
-        saved, recipe = saved_tensors(ctx), ctx.recipe
+        saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
             saved, 11, len(grads) - 1
         )
@@ -179,7 +186,7 @@ class GatedActivationQuantizedLinear(Streams):
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         copies = yield from cast_weights([weight], ctx, True)
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
-        save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
+        save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
         return outs
 
     @staticmethod
@@ -187,7 +194,7 @@ class GatedActivationQuantizedLinear(Streams):
         (grad,) = grads
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        gate, up, beside, amax_t, weight, *amax = saved_tensors(ctx)
+        gate, up, beside, amax_t, weight, *amax = unpacked(ctx, saved_tensors(ctx))
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = yield from gradients(

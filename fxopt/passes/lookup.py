@@ -94,6 +94,23 @@ def apply(call: Call, function: fx.Node, table: fx.Node) -> fx.Node:
     return call(function.target, table, *args, **kwargs)
 
 
+def is_piece(node: fx.Node) -> bool:
+    """Whether `node` is one of several vectors of each token, side by side or along a dim of their
+    own."""
+    while ir.is_call(node, *POINTWISE, aten.squeeze.dim):
+        node = node.args[0]
+    if ir.is_call(node, aten.select.int):
+        return True
+    if ir.is_call(node, operator.getitem):
+        node = node.args[0]
+        if ir.is_call(node, aten.unbind.int):
+            return True
+    if not ir.is_call(node, *ir.SPLITS, aten.slice.Tensor):
+        return False
+    a, sizes = ir.arguments(node), ir.shape(node.args[0])
+    return len(sizes) > 3 or a["dim"] % len(sizes) == len(sizes) - 1
+
+
 def _is_part(node: fx.Node) -> bool:
     """Whether `node` is part of the last dim of its input, or splits that dim."""
     if ir.is_call(node, operator.getitem):

@@ -11,6 +11,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
 
+from fxopt.kernels.attention import Choice
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.registration import provider
 from fxopt.passes import ir
@@ -18,7 +19,7 @@ from fxopt.passes.autocast import suspended
 from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
-from fxopt.report import Applied, Declined
+from fxopt.report import Applied, Attention, Declined, Report
 
 
 @dataclass
@@ -29,6 +30,14 @@ class Outcome:
     declined: list[Declined] = field(default_factory=list)
     # Placeholders that must not require a gradient: the ops that read them produce none.
     constants: set[str] = field(default_factory=set)
+    # Who runs the attentions of the graph.
+    attentions: list[Choice] = field(default_factory=list)
+
+    def report(self, door: str, recipe: str, target: str) -> Report:
+        """The report on this one graph."""
+        attentions = tuple(Attention(*choice, "") for choice in dict.fromkeys(self.attentions))
+        applied, declined = tuple(self.applied), tuple(self.declined)
+        return Report(door, recipe, target, applied, declined, attentions=attentions)
 
 
 def rewrite(

@@ -128,17 +128,6 @@ def test_every_block_is_a_preset_block_and_has_all_forms():
         assert {*found} == {"eager", "torch.compile", "fxopt", "fxopt fp8", *TORCHAO}
 
 
-@pytest.mark.parametrize("options", [{}, {"has_mask": True}, {"num_kv_heads": 1}])
-def test_every_kernel_that_takes_an_attention_is_timed(contest, options):
-    call = attention.Attention("toy", 1, 2, 16, 8, **options)
-    attention.measure(contest, call, torch.float32)
-    found = figures(contest)
-    wrong = {metric: row.value for metric, row in found.items() if "wrong" in metric}
-    # A CPU has no kernel of cuDNN and no memory-efficient one.
-    assert wrong == {"flash_attention, wrong tensors": 0, "math, wrong tensors": 0}
-    assert found["PyTorch's choice vs math, speedup"].target == ">= 0.99"
-
-
 @pytest.mark.parametrize("command", [kernels.main, blocks.main, attention.main])
 def test_without_a_gpu_nothing_is_written(command, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxopt.backends.swaps import attending
 from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.fused import Normed, fire, project
 from fxopt.backends.swaps.mlps import activation
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
+from fxopt.kernels.attention_backends import Call
 
 MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
 # Of what the layer gives to the attention function, these change nothing inside the layer itself.
@@ -57,19 +59,23 @@ def attend(
     """
     dropout = attn.attention_dropout if attn.training else 0.0
     chosen = attn.config._attn_implementation
+    call: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout}
+    call["enable_gqa"] = attn.num_key_value_groups > 1
+
+    def run() -> Tensor:
+        if chosen == "eager":
+            out = F.scaled_dot_product_attention(q, k, v, **call, scale=attn.scaling)
+            return out.transpose(1, 2)
+        own = {"sliding_window": attn.sliding_window} if hasattr(attn, "sliding_window") else {}
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+        options = {"dropout": dropout, "scaling": attn.scaling, **own, **passed_on}
+        out, _ = functions[chosen](attn, q, k, v, mask, **options)
+        return out
+
     if chosen == "eager":
         fire("attention", "attention")
-        grouped = attn.num_key_value_groups > 1
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, scale=attn.scaling, enable_gqa=grouped
-        ).transpose(1, 2)
-    else:
-        if hasattr(attn, "sliding_window"):
-            passed_on = {"sliding_window": attn.sliding_window, **passed_on}
-        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
-        call = functions[chosen]
-        out, _ = call(attn, q, k, v, mask, dropout=dropout, scaling=attn.scaling, **passed_on)
-    return out.flatten(2)
+    own = None if chosen in ("eager", "sdpa") else f"attn_implementation={chosen!r}"
+    return attending.attend(run, lambda: Call.of(q, k, v, **call), lambda: own).flatten(2)
 
 
 def examples(layer: Any, draw: Draw) -> Iterator[Arguments]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import merged
+from fxopt.backends.swaps import attending, merged
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
@@ -21,6 +22,7 @@ from fxopt.backends.swaps.streams import (
     joint_attention,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+from fxopt.kernels.attention_backends import Call
 
 
 def joint_block(
@@ -78,7 +80,9 @@ def _nine(modulation: Tensor, dual: bool) -> tuple[Any, ...]:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, S, H, d] each, to [B, S, H * d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    run = partial(F.scaled_dot_product_attention, q, k, v)
+    out = attending.attend(run, partial(Call.of, q, k, v))
+    return out.transpose(1, 2).flatten(2)
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import merged
+from fxopt.backends.swaps import attending, merged
 from fxopt.backends.swaps.branches import Branch, Mlp, Out
 from fxopt.backends.swaps.fused import Normed, Segments
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
+from fxopt.kernels.attention_backends import Call
 
 DISPATCH = "diffusers.models.attention_dispatch"
 
@@ -113,22 +115,34 @@ def joint_attention(
 
 def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
     """diffusers' attention with the backend that was chosen for `attn`: [B, S, H * d]."""
-    processor = attn.processor
+    processor, library = attn.processor, sys.modules[DISPATCH]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = sys.modules[DISPATCH].dispatch_attention_fn(
-            q,
-            k,
-            v,
+        run = partial(
+            library.dispatch_attention_fn,
+            *(q, k, v),
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
             backend=processor._attention_backend,
             parallel_config=processor._parallel_config,
         )
-        return out.flatten(2, 3)
+
+        def described() -> Call:
+            return Call.of(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+
+        return attending.attend(run, described, partial(_setting, library, processor)).flatten(2, 3)
 
     return attend
+
+
+def _setting(library: Any, processor: Any) -> str | None:
+    """By what setting diffusers calls something else than plain scaled_dot_product_attention."""
+    if processor._parallel_config is not None:
+        return "a parallel_config"
+    active, _ = library._AttentionBackendRegistry.get_active_backend()
+    name = library.AttentionBackendName(processor._attention_backend or active).value
+    return None if name == "native" else f"the attention backend {name!r}"
 
 
 Projections = tuple[nn.Module, nn.Module, nn.Module]

@@ -13,7 +13,7 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
-from fxopt.passes.lookup import lookup
+from fxopt.passes.lookup import Lookup, is_piece, lookup
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -77,6 +77,8 @@ def _propose_gated_residual(node: fx.Node) -> Iterator[Binding | Reason]:
     found = gated_residual(algebra.through_casts(node), gate_required=True)
     if found is None or _feeds_a_norm(node) or len(ir.shape(node)) > 3:
         return
+    if found.residual is found.branch:
+        return  # n * scale + n: a modulation, of a norm that was declined
 
     operands = (found.branch, found.residual, found.gate)
     inputs = tuple(dict.fromkeys(n for n in operands if n is not None))
@@ -110,10 +112,11 @@ def gated_residual(h: fx.Node, *, gate_required: bool) -> GatedResidual | None:
         return None
     found = algebra.sum_with_product(total)
     if found is not None:
-        residual, *factors = found
-        gate, branch = sorted(factors, key=lambda n: _unlike_a_gate(n, total))
-        if algebra.broadcasts_into(gate, branch):
-            return _whole(h, total, residual, branch, gate)
+        residual, a, b = found
+        for gate, branch in ((a, b), (b, a)):
+            whole = ir.same(ir.shape(branch), ir.shape(total))
+            if whole and _is_gate(gate, total) and algebra.broadcasts_into(gate, branch):
+                return _whole(h, total, residual, branch, gate)
     pair = algebra.terms(total)
     if gate_required or pair is None or not all(ir.tensor(p) is not None for p in pair):
         return None
@@ -129,16 +132,11 @@ def _whole(
     return GatedResidual(h, residual, branch, gate)
 
 
-def _unlike_a_gate(factor: fx.Node, total: fx.Node) -> int:
-    """0 where tokens share the factor; of two that differ per token, the one less like a branch.
-
-    The op is the same with both exchanged, but that it can add the bias of a linear to a branch.
-    """
+def _is_gate(factor: fx.Node, total: fx.Node) -> bool:
+    """Whether tokens share the factor; or have each its own, looked up or part of a modulation."""
     if not ir.same(ir.shape(factor), ir.shape(total)):
-        return 0
-    if lookup(factor) is not None:
-        return 1
-    return 3 if ir.is_call(ir.skip_casts(factor), ir.LINEAR) else 2
+        return True
+    return isinstance(lookup(factor), Lookup) or is_piece(factor)
 
 
 def _starts(n: fx.Node) -> list[fx.Node]:
