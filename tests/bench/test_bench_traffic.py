@@ -186,7 +186,7 @@ def test_delayed_scaling_moves_less(monkeypatch, capsys):
     assert traffic.main([*argv, "--check"]) == 0
     rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["glue, recipe / bf16 (asked: 1.25)"]["value"] == pytest.approx(1.820, abs=1e-3)
-    assert rows["quantization launches / linear (asked: 5)"]["value"] == 2.8
+    assert rows["quantization launches / linear (asked: 5)"]["value"] == 1.6
     assert all(row["holds"] for row in rows.values() if row["target"])
 
 
