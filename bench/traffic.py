@@ -33,7 +33,8 @@ from fxopt.errors import InvalidRecipe
 from fxopt.fakes import faked
 from fxopt.kernels.weight_casts import cast_weights_once
 from fxopt.presets import PRESETS, PresetBlock
-from fxopt.recipes import RECIPES, SAVED, Recipe, find
+from fxopt.recipe_problems import CHOICES
+from fxopt.recipes import RECIPES, Recipe, find
 from fxopt.schedule import at_step
 
 Rewrite = Callable[..., Callable[..., Any]]  # as `rewrite_block`
@@ -279,7 +280,10 @@ def main(argv: list[str] | None = None) -> int:
         "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
     )
     parser.add_argument(
-        "--saved", default="model", choices=SAVED, help="what fused ops keep for backward"
+        "--saved",
+        default="model",
+        choices=CHOICES["saved"],
+        help="what fused ops keep for backward",
     )
     args = parser.parse_args(argv)
     if args.history and not RECIPES[args.recipe].quantizes:

@@ -29,6 +29,7 @@ from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.backends.weight_reads import Read, quantized
 from fxopt.errors import StillRewritten
+from fxopt.kernels.attention_backends import BACKENDS
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
 from fxopt.kernels.saving import saving
@@ -38,6 +39,7 @@ from fxopt.recipes import Recipe
 from fxopt.report import Applied, Attention, Declined, Report
 
 OUT_OF_REACH = "swap sees modules, this pattern lies between them, in the forward of {}"
+UNREACHED = "swap does not replace the forward of {} that calls it: {!r} is not what runs"
 REMEDY = "fxopt.optimize(model) reads the forward itself"
 TIERS = {rule.name: rule.tier for rule in CATALOGUE}
 
@@ -93,6 +95,7 @@ class Swaps:
         self.settings, self.recipe = settings, settings.recipe
         self.installed: list[SwappedForward] = []
         self.declined: list[Declined] = list(outside)
+        self.unreached: list[Attention] = []
         self.device: torch.device | None = None
 
     def enter(self, fqn: str, block: nn.Module) -> None:
@@ -108,10 +111,13 @@ class Swaps:
         found = list(self._swap_within(fqn, block))
         if any(f.module is block for f in found):
             return
+        asked, name = self.recipe.attention, type(block).__name__
+        if asked in BACKENDS and not any(f.swap.name == "attention" for f in found):
+            self.unreached.append(Attention("pytorch", UNREACHED.format(name, asked), fqn, name))
         fired = {rule for f in found for rule, _ in f.verdict.fired}
         fired.add(linear_cross_entropy.RULE.name)  # lies in no block
         for rule in (r.name for r in options.rules_for(self.recipe) if r.name not in fired):
-            reason = OUT_OF_REACH.format(type(block).__name__)
+            reason = OUT_OF_REACH.format(name)
             self.declined.append(declined(rule, fqn, block, (reason,), REMEDY))
 
     def _swap_within(self, fqn: str, module: nn.Module) -> Iterator[SwappedForward]:
@@ -150,9 +156,12 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        attentions = tuple(a for f in self.installed for a in f.attentions())
+        chosen = (a for f in self.installed for a in f.attentions())
         given = applied, (*self.declined, *refused)
-        more: dict[str, Any] = {"attentions": attentions, "saved": self.recipe.saved}
+        more: dict[str, Any] = {
+            "attentions": (*self.unreached, *chosen),
+            "saved": self.recipe.saved,
+        }
         return Report("swap", self.recipe.name, target, *given, **more)
 
 

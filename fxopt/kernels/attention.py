@@ -98,10 +98,9 @@ def choose(asked: str, described: Callable[[], Call], target: str | None = None)
     rows = TABLE.get(name, ())
     row = next((row for row in rows if row.holds(call)), None)
     if row is None:
-        what = "nothing" if not rows else f"this kind of call ({call})"
-        lacks = "has been measured" if not rows else "has not been measured"
-        hint = ": python -m bench.attention prints the rows" * (name != "cpu")
-        return Choice("pytorch", f"{what} {lacks} on {name}{hint}")
+        what = f"nothing like {call}" if rows else "nothing"
+        hint = "" if name == "cpu" else ": python -m bench.attention prints the rows"
+        return Choice("pytorch", f"{what} has been measured on {name}{hint}")
     backend = BACKENDS[row.backend]
     measured = f"{row.speedup:.3g}x PyTorch's own choice as measured on {name}"
     reasons = refusals(backend, call) if target is None else ()

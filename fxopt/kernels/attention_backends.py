@@ -63,10 +63,11 @@ class Call(NamedTuple):
         mask: shape, dtype and whether it gets a gradient.
         is_grouped: whether several heads of queries may share one of keys and values.
         is_dense: whether the channels of a head lie side by side.
+        is_deterministic: whether PyTorch is to use deterministic algorithms alone.
     """
 
     device: torch.device
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float16
     batch: tuple[int, ...] = (1,)
     heads: tuple[int, int] = (1, 1)
     tokens: tuple[int, int] = (64, 64)
@@ -95,7 +96,7 @@ class Call(NamedTuple):
         """
         q, k, v, mask = query, key, value, attn_mask
         (*batch, heads, queries, head_dim), (*_, kv_heads, keys, _) = _sizes(q), _sizes(k)
-        given = mask is not None and (_sizes(mask), mask.dtype, mask.requires_grad)
+        given = None if mask is None else (_sizes(mask), mask.dtype, mask.requires_grad)
         return Call(
             q.device,
             q.dtype,
@@ -103,7 +104,7 @@ class Call(NamedTuple):
             (heads, kv_heads),
             (queries, keys),
             (head_dim, _sizes(v)[-1]),
-            given or None,
+            given,
             dropout_p,
             is_causal,
             enable_gqa,
@@ -137,19 +138,17 @@ class Call(NamedTuple):
         return stand_in(0, d), stand_in(1, d), stand_in(1, e), mask
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        shapes = [
-            [*self.batch, self.heads[which], self.tokens[which], d]
-            for which, d in ((0, self.head_dims[0]), (1, self.head_dims[0]), (1, self.head_dims[1]))
-        ]
-        mask = f"{self.mask_kind} mask" + (f" {list(self.mask[0])}" if self.mask else "")
+        (h, h_kv), (s, t), (d, e) = self.heads, self.tokens, self.head_dims
+        shapes = [[*self.batch, *sizes] for sizes in ((h, s, d), (h_kv, t, d), (h_kv, t, e))]
+        mask = "no mask" if self.mask is None else f"{self.mask_kind} mask {list(self.mask[0])}"
         notes = {
-            mask.replace("none mask", "no mask"): True,
+            mask: True,
             "causal": self.is_causal,
             "grouped queries": self.is_grouped,
             f"dropout {self.dropout_p:g}": self.dropout_p > 0,
             "with gradients": self.needs_grad,
         }
+        dtype = str(self.dtype).removeprefix("torch.")
         described = ", ".join(note for note, holds in notes.items() if holds)
         return "q {}, k {}, v {} in {} on {}, {}".format(*shapes, dtype, self.device, described)
 
@@ -160,8 +159,8 @@ def _sizes(t: Tensor) -> tuple[int, ...]:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """The size, of a dynamic one that of the call which is traced; adds no guard."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    """The size, of a dynamic one that of the call which is traced or 0; adds no guard."""
+    return size.node.hint or 0 if isinstance(size, torch.SymInt) else size
 
 
 # What PyTorch is asked about one at a time, as it states the first reason alone.
@@ -207,7 +206,11 @@ def _asked(kernel: SDPBackend, call: Call) -> tuple[str, ...]:
 
 
 def _refused(kernel: SDPBackend, call: Call) -> list[str]:
-    """PyTorch's first reason against `call`, in its own words."""
+    """PyTorch's first reason against `call`, in its own words.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+    (select_sdp_backend).
+    """
     with (
         _disable_current_modes(),
         torch.enable_grad(),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -161,6 +162,14 @@ def test_a_refusal_is_an_error_and_not_another_backend(door: Door) -> None:
     assert "in float32 on cpu, no mask, with gradients: PyTorch has no CUDNN" in text
 
 
+def test_a_refusal_ends_a_compilation() -> None:
+    model = stack()
+    model.compile(backend="fxopt", options={"recipe": asking("cudnn"), "inner": "aot_eager"})
+    with pytest.raises(BackendCompilerFailed) as caught:
+        model(tokens())
+    assert isinstance(caught.value.inner_exception, AttentionRefused)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_without_a_measurement_it_is_pytorchs_own_choice(door: Door) -> None:
     model, run = small(door, Recipe("bf16"))
@@ -230,6 +239,16 @@ def test_what_a_model_sets_itself_is_not_overridden(monkeypatch) -> None:
     assert set(lines(model)) == {
         "attention: PyTorch's own choice; with the attention backend '_native_math'"
     }
+
+
+def test_swap_says_where_a_backend_is_not_reached() -> None:
+    model = fxopt.swap(stack(), recipe=asking("flash"))
+    model(tokens())
+    why = "swap does not replace the forward of Block that calls it: 'flash' is not what runs"
+    assert lines(model) == [f"attention: PyTorch's own choice; {why}"]
+    plain = fxopt.swap(stack())
+    plain(tokens())
+    assert lines(plain) == []
 
 
 class ChoosesKernel(Block):

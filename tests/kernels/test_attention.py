@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 
@@ -13,11 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import attention as of_torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.contest import RESULTS
 from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose, steers
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
 from fxopt.recipe_errors import AttentionRefused
-from fxopt.recipes import ATTENTIONS
+from fxopt.recipe_problems import CHOICES
 from tests.numerics import assert_as_accurate
 
 CPU = torch.device("cpu")
@@ -56,12 +58,13 @@ def switches() -> tuple[list[SDPBackend], list[int]]:
 
 
 def test_recipes_know_the_backends() -> None:
-    assert ("auto", "pytorch", *BACKENDS) == ATTENTIONS
+    assert ("auto", "pytorch", *BACKENDS) == CHOICES["attention"]
 
 
-def test_nothing_has_been_measured() -> None:
-    """A row comes from `python -m bench.attention` on the device, and from nowhere else."""
-    assert TABLE == {}
+def test_no_row_without_a_run_behind_it() -> None:
+    saved = RESULTS.glob("attention_*.json")
+    devices = {json.loads(path.read_text())["environment"]["device"] for path in saved}
+    assert set(TABLE) <= devices
 
 
 @pytest.mark.parametrize("backend", ON_A_CPU)
@@ -241,7 +244,8 @@ def test_the_row_that_holds_is_taken(monkeypatch) -> None:
 def test_a_row_is_for_calls_of_its_kind(changes: dict, monkeypatch) -> None:
     monkeypatch.setitem(TABLE, "cpu", (ROW,))
     backend, why = chosen(described(**changes))
-    assert backend == "pytorch" and "this kind of call" in why and "has not been measured" in why
+    assert backend == "pytorch" and why.startswith("nothing like q [2, ")
+    assert why.endswith(" has been measured on cpu")
 
 
 def test_a_row_whose_backend_refuses_is_left_out_with_its_reasons(monkeypatch) -> None:
