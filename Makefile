@@ -47,6 +47,7 @@ bench-cpu: $(READY)
 	$(BIN)/python -m bench.traffic --check
 	$(BIN)/python -m bench.traffic --recipe fp8 --check
 	$(BIN)/python -m bench.traffic --recipe fp8 --history 16 --check
+	$(BIN)/python -m bench.traffic --recipe fp8 --saved fp8 --check
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check
 

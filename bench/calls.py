@@ -203,6 +203,15 @@ def quantize(
     provider.triton(x, rows, columns, None, is_delayed, None, None, *line)
 
 
+def quantize_together(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """Both copies and the bias's gradient of four gradients of two streams."""
+    from fxopt.kernels import quantize as provider
+
+    sizes = [(num, features) for num in (num_tokens, num_tokens + 1) for features in (1, 4)]
+    xs = [randn(batch, num, features * width) for num, features in sizes]
+    provider.triton_together([(x, name, name, None, True) for x in xs])
+
+
 def quantize_group(
     batch: int,
     num_tokens: int,
@@ -231,6 +240,7 @@ def quantized_producers(
     name: str,
     is_joined: bool = False,
     is_delayed: bool = False,
+    num_streams: int = 1,
 ) -> None:
     """A modulated norm and a gated activation that write codes quantized as `name` says.
 
@@ -239,29 +249,44 @@ def quantized_producers(
     """
     from fxopt.kernels import quantized_producers as provider
 
-    x, gate, up = (randn(batch, num_tokens, width) for _ in range(3))
-    gated = (randn(batch, num_tokens, width), randn(batch, 1, width))
-    residual = gated if is_joined else (None, None)
-    operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
-    constants = ("layer", EPS, 0.0, 1.0, BF16)
-    given = x, *residual, *operands, None, *constants, BF16
     known, seen = known_and_seen()
     formats = (name, None, None, known, seen) if is_delayed else (name, name)
-    _, _, amax_t, h, mean, rstd = provider.triton_norm(*given, *formats)
-    amax_t = known if is_delayed else amax_t
-    saved = h if is_joined else x, *operands, mean, rstd
-    provider.triton_norm_columns(*saved, *constants[:4], BF16, name, amax_t)
-    arguments = gate, up, x if is_joined else None, "silu", "none"
-    *_, amax_t = provider.triton_activation(*arguments, *formats)
-    amax_t = known if is_delayed else amax_t
-    grad = randn(batch, num_tokens, 2 * width if is_joined else width)[..., -width:]
-    provider.triton_activation_backward(grad, *arguments, name, amax_t)
+    norms, activations, grads = [], [], []
+    constants = ("layer", EPS, 0.0, 1.0, BF16)
+    for num in range(num_tokens, num_tokens + num_streams):
+        x, gate, up = (randn(batch, num, width) for _ in range(3))
+        gated = (randn(batch, num, width), randn(batch, 1, width))
+        operands = (None, None, randn(batch, 1, width), randn(batch, 1, width))
+        residual = gated if is_joined else (None, None)
+        norms.append((x, *residual, *operands, None, *constants, BF16, *formats))
+        activations.append((gate, up, x if is_joined else None, "silu", "none"))
+        grads.append(randn(batch, num, 2 * width if is_joined else width)[..., -width:])
+    saved = []
+    for call, found in zip(norms, provider.triton_norms(norms), strict=True):
+        _, _, amax_t, h, mean, rstd = found
+        kept = h if is_joined else call[0], *call[3:7], mean, rstd, *constants
+        saved.append((*kept, name, known if is_delayed else amax_t))
+    provider.triton_columns_of_norms(saved)
+    made = provider.triton_activations([(*call, *formats) for call in activations])
+    each = zip(grads, activations, made, strict=True)
+    provider.triton_activations_backward(
+        [(g, *call, name, known if is_delayed else amax_t) for g, call, (*_, amax_t) in each]
+    )
 
 
 def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     from fxopt.kernels import sum_parts as provider
 
     provider.triton([randn(batch, num_tokens, width) for _ in range(3)])
+
+
+def saving(batch: int, num_tokens: int, width: int) -> None:
+    """Two views of one projection, packed and unpacked."""
+    from fxopt.kernels import saving as provider
+
+    xs = randn(batch, num_tokens, 2 * width).chunk(2, -1)
+    found = provider.triton_pack(xs, 1)
+    provider.triton_unpack(found[:2], found[2:], [BF16, BF16])
 
 
 def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:

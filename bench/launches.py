@@ -25,7 +25,9 @@ from bench.calls import (
     qk_norm_rope,
     quantize,
     quantize_group,
+    quantize_together,
     quantized_producers,
+    saving,
     sum_parts,
 )
 
@@ -135,10 +137,14 @@ def _fp8_cases() -> Iterator[Case]:
     for name in ("e4m3/tensor/fp32", "e4m3/row/pow2"):
         weights = partial(quantize_group, name=name, num_weights=4)
         yield fp8(f"quantize_group {name}, 4 weights", weights)
-        yield fp8(f"quantized producers {name}", partial(quantized_producers, name=name))
+        producers = partial(quantized_producers, name=name)
+        yield fp8(f"quantized producers {name}", producers)
+        yield fp8(f"quantized producers {name}, two streams", partial(producers, num_streams=2))
+        yield fp8(f"quantize_together {name}", partial(quantize_together, name=name))
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
+    yield fp8("saving", saving)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (
         (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),

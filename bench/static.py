@@ -9,7 +9,7 @@ compares with it and with the limits, `--write` brings it up to date.
 - loads, stores: width of the widest global access of a thread, from the PTX.
 - doubles, atomics: instructions in the PTX; sums by atomics would differ from run to run, maxima of
   integers do not and are left out.
-- FP8 casts: instructions in the PTX, of kernels that write codes.
+- FP8 casts: instructions in the PTX, of kernels that write or read codes.
 - binaries: kernels compiled over several batches and token counts.
 """
 
@@ -63,8 +63,10 @@ STORE_SUMS = {
     "add_up_kernel",
     "amax_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
+    "quantized producers e4m3/tensor/fp32, two streams D=3072 rows_kernel",
 }
 
+FP8_CAST = re.compile(r"\bcvt\.rn\.(?:satfinite|f16x2)\.e[45]m")
 ATOMIC = re.compile(r"\b(?:red|atom)\.(?!\S*\.max\.[su]\d)")
 
 # What misses a limit. Why `passes/rules/fuse_bias.py` leaves the bias with its linear above 6,144
@@ -146,7 +148,7 @@ def figures(binary: Any, capability: int) -> dict[str, float]:
         "atomics": len(ATOMIC.findall(ptx)),
     }
     if "*u8" in str(binary.src.signature):
-        found["FP8 casts"] = len(re.findall(r"\bcvt\.rn\.satfinite\.e[45]m", ptx))
+        found["FP8 casts"] = len(re.findall(FP8_CAST, ptx))
     return found
 
 

@@ -79,7 +79,7 @@ def explain(
     device = hardware.lookup(target)
     if not isinstance(model, (str, nn.Module)):
         raise errors.NotAModule(model)
-    report = Report("explain", chosen.name, device.name)
+    report = Report("explain", chosen.name, device.name, saved=chosen.saved)
     with _apart(model):
         if isinstance(model, str):
             blocks = preset_blocks(model, batch, height, width)

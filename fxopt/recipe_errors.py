@@ -135,6 +135,17 @@ class AllGatherInGraph(FxoptError):
 
 
 @dataclass(eq=False)
+class SavedInGraph(FxoptError):
+    """A compiler was given a recipe that keeps activations as codes; it decides what is kept."""
+
+    recipe: str
+    template = (
+        "recipe {recipe!r} has saved='fp8', but a compiler decides itself what it keeps for "
+        "backward; use fxopt.optimize(model) or fxopt.swap(model), or compile with saved='model'"
+    )
+
+
+@dataclass(eq=False)
 class CannotGather(FxoptError):
     """None of a model's weights can be gathered as codes."""
 

@@ -39,6 +39,7 @@ __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 PROFITS = ("model", "always")
 ATTENTIONS = ("auto", "pytorch", "cudnn", "flash", "flash3", "flash4", "efficient", "math")
+SAVED = ("model", "fp8")
 FILE = "fxopt_recipe.json"
 
 
@@ -66,6 +67,9 @@ class Recipe:
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
         the device, else "pytorch".
+    saved: what fused ops keep of activations for their own backward: "model", the activations;
+        "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
+        gradients. Also without a quantized GEMM; fp64 stays.
 
     Raises:
         InvalidRecipe: fields contradict each other; all contradictions are listed.
@@ -84,6 +88,7 @@ class Recipe:
     margin: int = 0
     all_gather: str = "model"
     attention: str = "auto"
+    saved: str = "model"
 
     def __post_init__(self) -> None:
         problems = list(self._misshapen())
@@ -108,6 +113,13 @@ class Recipe:
         if self.profit not in PROFITS:
             problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
         problems += self._attention_problems()
+        if self.saved not in SAVED:
+            problems.append(f"unknown saved {self.saved!r}; known: {', '.join(SAVED)}")
+        problems += [
+            f"override {where!r} has a saved of its own; give it to the whole recipe"
+            for where, other in self.overrides
+            if other.saved != "model"
+        ]
         if problems:
             raise InvalidRecipe(self.name, "; ".join(problems))
 

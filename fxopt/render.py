@@ -147,6 +147,8 @@ def summary(report: Report) -> str:
 def totals_lines(report: Report) -> list[str]:
     """What was counted for the whole model, before and after."""
     lines = []
+    if report.saved != "model":
+        lines.append(f"activations that fused ops alone keep: {report.saved}")
     for key, label in (
         ("glue_bytes", "glue traffic"),
         ("saved_activation_bytes", "kept for backward"),

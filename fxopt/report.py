@@ -108,6 +108,7 @@ class Report:
         totals: bytes before and after, keys in `TOTALS`; empty where nothing was counted.
         blocks: costs per block class; only `explain` fills it.
         attentions: of rewritten blocks, who runs them.
+        saved: what fused ops keep for their backward, as in `Recipe.saved`.
     """
 
     door: str
@@ -118,6 +119,7 @@ class Report:
     totals: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockCost, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    saved: str = "model"
 
     def count(self, rule: str) -> int:
         """Number of substitutions that `rule` made in the whole model."""
@@ -150,6 +152,7 @@ class Report:
             totals=dict(totals),
             blocks=tuple(b for r in reports for b in r.blocks),
             attentions=tuple(a for r in reports for a in r.attentions),
+            saved=next((r.saved for r in reports if r.saved != "model"), "model"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,6 +175,7 @@ class Report:
             totals=dict(data["totals"]),
             blocks=tuple(BlockCost.from_dict(b) for b in data.get("blocks", ())),
             attentions=tuple(Attention(**a) for a in data.get("attentions", ())),
+            saved=data.get("saved", "model"),
         )
 
     def text(self) -> str:

@@ -41,6 +41,7 @@ CASES = [
         ["d/f.json", "'a'", "'b'", 'profit is "x", not "y"', "fxopt.Recipe.load"],
     ),
     (recipe_errors.NoStoredRecipe("d/f.json"), ["d/f.json", "does not exist", "save(directory)"]),
+    (recipe_errors.SavedInGraph("mine"), ["'mine'", "saved='fp8'", "fxopt.swap(model)"]),
     (recipe_errors.AllGatherInGraph("mine"), ["'mine'", "all_gather='fp8'", "fxopt.swap(model)"]),
     (
         recipe_errors.CannotGather("mine", "offloaded (3 weights)"),

@@ -274,3 +274,27 @@ def test_what_cannot_be_gathered_as_codes_is_refused(
     with pytest.raises(errors.InvalidRecipe) as caught:
         replace(RECIPES[name], **{"all_gather": "fp8", **changes})
     assert problem in str(caught.value)
+
+
+def test_what_is_saved_is_data() -> None:
+    recipe = Recipe("bf16 saved", saved="fp8")
+    assert Recipe.from_json(recipe.to_json()) == recipe == find(recipe.key) != RECIPES["bf16"]
+    assert not recipe.quantizes and recipe.at(3) == recipe
+    # One that an earlier version wrote.
+    data = json.loads(recipe.to_json())
+    del data["saved"]
+    assert Recipe.from_json(json.dumps(data)).saved == "model"
+
+
+def test_what_is_saved_changes_numbers(tmp_path: Path) -> None:
+    RECIPES["fp8"].save(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match='saved is "model", not "fp8"'):
+        replace(RECIPES["fp8"], saved="fp8").check(tmp_path)
+
+
+def test_saved_is_one_for_the_whole_recipe() -> None:
+    with pytest.raises(errors.InvalidRecipe, match="unknown saved 'int8'; known: model, fp8"):
+        Recipe("mine", saved="int8")
+    own = replace(RECIPES["fp8"], name="own", saved="fp8")
+    with pytest.raises(errors.InvalidRecipe, match="'role:qkv' has a saved of its own"):
+        replace(RECIPES["fp8"], overrides=(("role:qkv", own),))

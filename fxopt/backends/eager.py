@@ -32,6 +32,7 @@ from fxopt.errors import StillRewritten
 from fxopt.kernels.attention_backends import BACKENDS
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
+from fxopt.kernels.saving import saving
 from fxopt.passes.autocast import Autocast
 from fxopt.passes.rules import CATALOGUE, linear_cross_entropy, quantized_linear
 from fxopt.recipes import Recipe
@@ -155,10 +156,10 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        chosen = (a for f in self.installed for a in f.attentions())
-        attentions = (*self.unreached, *chosen)
-        declined = (*self.declined, *refused)
-        return Report("swap", self.recipe.name, target, applied, declined, attentions=attentions)
+        attentions = (*self.unreached, *(a for f in self.installed for a in f.attentions()))
+        given = applied, (*self.declined, *refused)
+        more: dict[str, Any] = {"attentions": attentions, "saved": self.recipe.saved}
+        return Report("swap", self.recipe.name, target, *given, **more)
 
 
 class SwappedForward:
@@ -235,10 +236,11 @@ class SwappedForward:
         return self.original(*args, **kwargs)
 
     def _run_fused(self, arguments: Arguments) -> Any:
+        recipe = self.formats.recipe
         quantized = quantizing(self.formats, self.theta, self.module)
-        with quantized as active, attending(self.attention):
+        with quantized as active, attending(self.attention), saving(recipe.saved):
             out = self.swap.forward(self.module, **arguments)
-        if self.formats.recipe.all_gather != "model":
+        if recipe.all_gather != "model":
             for linear, recipe in active.accepted.items():
                 self.met.setdefault(linear, {})[recipe] = None
             for linear, why_not in active.refused.items():

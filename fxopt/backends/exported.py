@@ -17,6 +17,7 @@ from fxopt.backends.rewritten import Bound, Captures, RewrittenForward
 from fxopt.backends.weight_reads import Read
 from fxopt.hardware import Target
 from fxopt.kernels.in_force import high_precision
+from fxopt.kernels.saving import saving
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
@@ -97,7 +98,7 @@ class RewrittenCallable:
     """
 
     def __init__(self, block: nn.Module, plan: Plan, recipe: Recipe) -> None:
-        self.bound = Bound(block, plan)
+        self.bound, self.saved = Bound(block, plan), recipe.saved
         first = next(block.parameters(), None)
         target = options.target_name(None if first is None else first.device)
         self.report = state.with_fqn(
@@ -107,7 +108,8 @@ class RewrittenCallable:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.bound(*args, **kwargs)
+        with saving(self.saved):
+            return self.bound(*args, **kwargs)
 
 
 def rewrite_block(
@@ -148,7 +150,7 @@ class Optimized:
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             rules = options.rules_for(recipe, block=fqn, target=target)
-            captures = shared.setdefault(key, Captures(rules, recipe.attention))
+            captures = shared.setdefault(key, Captures(rules, recipe.attention, recipe.saved))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             block.module.forward = block
@@ -169,11 +171,11 @@ class Optimized:
         applied = [a for b in self.blocks for a in b.applied()]
         declined = [*self.outside, *(d for b in self.blocks for d in b.declined())]
         device = next((b.device for b in self.blocks if b.device is not None), None)
-        recipe, target = self.settings.recipe.name, options.target_name(device)
+        recipe, target = self.settings.recipe, options.target_name(device)
+        given = tuple(applied), tuple(declined)
         attentions = tuple(a for b in self.blocks for a in b.attentions())
-        return Report(
-            "optimize", recipe, target, tuple(applied), tuple(declined), attentions=attentions
-        )
+        more: dict[str, Any] = {"attentions": attentions, "saved": recipe.saved}
+        return Report("optimize", recipe.name, target, *given, **more)
 
 
 def _device(blocks: Mapping[str, nn.Module]) -> torch.device:

@@ -13,7 +13,13 @@ from fxopt.errors import MetaModel, UnknownOption, UnknownRule, check_torch
 from fxopt.errors import check_inputs as check_signature
 from fxopt.passes.rule import Rule
 from fxopt.passes.rules import CATALOGUE, quantized_linear
-from fxopt.recipe_errors import AllGatherInGraph, HistoryInGraph, MathInGraph, ScheduleInGraph
+from fxopt.recipe_errors import (
+    AllGatherInGraph,
+    HistoryInGraph,
+    MathInGraph,
+    SavedInGraph,
+    ScheduleInGraph,
+)
 from fxopt.recipes import Recipe, find
 from fxopt.torchao_recipes import from_torchao
 
@@ -43,6 +49,8 @@ def check(
         raise AllGatherInGraph(found.name)
     if (execution, inner, found.attention) == ("compile", "inductor", "math"):
         raise MathInGraph(found.name)
+    if execution == "compile" and found.saved != "model":
+        raise SavedInGraph(found.name)
     names = [rule.name for rule in CATALOGUE]
     for rule in rules:
         if rule not in names:

@@ -21,6 +21,7 @@ from fxopt.backends.unseen import CannotCapture
 from fxopt.backends.weight_reads import Read, merged, parameters_read, quantized
 from fxopt.errors import StillRewritten
 from fxopt.kernels.gathered import require_whole
+from fxopt.kernels.saving import saving
 from fxopt.passes.rule import Rule
 from fxopt.report import Applied, Attention, Declined
 
@@ -46,10 +47,11 @@ class Refusal:
 
 @dataclass
 class Captures:
-    """What the blocks of one class share."""
+    """What the blocks of one class share; `saved` is that of the recipe."""
 
     rules: Sequence[Rule]
     attention: str = "pytorch"
+    saved: str = "model"
     plans: list[Plan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -136,7 +138,8 @@ class RewrittenForward:
         found = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
         if isinstance(found, Bound):
             if not found.watch.hooked():
-                return found.run(call.leaves)
+                with saving(self.captures.saved):
+                    return found.run(call.leaves)
             self.reasons[HOOKED] = None
         out = self._run_own(args, kwargs)
         if isinstance(found, Refusal):  # not if the call itself is at fault, and has just failed

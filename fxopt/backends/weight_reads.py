@@ -17,10 +17,14 @@ Name = TypeVar("Name")
 # A recipe by which all products of a weight read it, or what reads it otherwise.
 Read = Recipe | str
 CAST = "autocast casts it: let FSDP2's param_dtype do that"
-QUANTIZED = (
-    "fxopt.quantized_linears.default",
-    "fxopt.norm_modulate_quantized_linears.default",
-    "fxopt.gated_activation_quantized_linear.default",
+QUANTIZED = tuple(
+    f"fxopt.{name}{suffix}.default"
+    for name in (
+        "quantized_linears",
+        "norm_modulate_quantized_linears",
+        "gated_activation_quantized_linear",
+    )
+    for suffix in ("", "_streams")
 )
 
 
@@ -82,7 +86,7 @@ def _reads_by(user: fx.Node, weight: fx.Node) -> Iterator[Read]:
     if str(user.target) in QUANTIZED:
         given = ir.arguments(user)
         recipe = find(given.pop("recipe"))
-        weights = given.pop("weights", None) or [given.pop("weight")]
+        weights = pytree.tree_leaves(given.pop("weights", None) or given.pop("weight"))
         if weight in weights and weight not in pytree.tree_leaves(list(given.values())):
             yield recipe
             return

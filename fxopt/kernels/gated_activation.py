@@ -29,6 +29,7 @@ from fxopt.kernels.native_gated_activation import (
     split_backward,
 )
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import Arguments, rows
 
 
@@ -149,7 +150,7 @@ class GatedActivation(torch.autograd.Function):
         gate_bias: Tensor | None = None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gate, up, gate_bias)
+        ctx.save_for_backward(*packed(ctx, (gate, up)), gate_bias)
         ctx.settings = settings = activation, packing
         return below_autograd(gated_activation, gate, up, *settings, gate_bias)
 
@@ -160,7 +161,7 @@ class GatedActivation(torch.autograd.Function):
         absent = (None,) * len(needs_bias)
         if grad is None:
             return None, None, None, None, *absent
-        gate, up, bias = ctx.saved_tensors
+        gate, up, bias = unpacked(ctx, ctx.saved_tensors)
         args = *ctx.settings, False, bias, any(needs_bias)
         dgate, dup, _, dbias = gated_activation_backward(grad, gate, up, *args)
         of_bias = (dbias,) if any(needs_bias) else absent

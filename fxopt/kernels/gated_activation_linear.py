@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels.gated_activation_streams import launch, launch_backward
 from fxopt.kernels.linears import flat, without_autocast
 from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import packed, unpacked
 
 
 class GatedActivationLinear(torch.autograd.Function):
@@ -29,7 +30,9 @@ class GatedActivationLinear(torch.autograd.Function):
         """`tensors` are gate, up, beside, gate_bias, weight and bias of each stream."""
         streams = _grouped(tensors, 6)
         ys = launch([(gate, up, *settings, bias) for gate, up, _, bias, *_ in streams])
-        ctx.save_for_backward(*(t for stream in streams for t in stream[:5]))
+        activations = [t for stream in streams for t in stream[:2]]
+        others = [t for stream in streams for t in stream[2:5]]
+        ctx.save_for_backward(*packed(ctx, activations), *others)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         return tuple(
@@ -41,7 +44,9 @@ class GatedActivationLinear(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        streams, needs = _grouped(ctx.saved_tensors, 5), _grouped(ctx.needs_input_grad[1:], 6)
+        saved, needs = unpacked(ctx, ctx.saved_tensors), _grouped(ctx.needs_input_grad[1:], 6)
+        activations, others = _grouped(saved[: 2 * len(needs)], 2), saved[2 * len(needs) :]
+        streams = [[*a, *o] for a, o in zip(activations, _grouped(others, 3), strict=True)]
         d_inputs: list[Any] = [
             None if g is None else (flat(g) @ weight).view(*gate.shape[:-1], weight.shape[1])
             for g, (gate, *_, weight) in zip(grads, streams, strict=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxopt.kernels import gated_activation as op
 from fxopt.kernels import native_gated_activation as native
 from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.together import share
 
 Call = tuple[Any, ...]  # arguments of `gated_activation` or its backward, for one stream
 
@@ -56,8 +58,12 @@ def _backward_calls(args: Sequence[Any]) -> list[Call]:
     ]
 
 
+def _kind(gate: Tensor) -> tuple[int, torch.dtype]:
+    return gate.shape[-1], gate.dtype
+
+
 def _require_one_kind(gates: Iterable[Tensor]) -> None:
-    kinds = [(t.shape[-1], t.dtype) for t in gates]
+    kinds = [_kind(gate) for gate in gates]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
             f"gated_activation_streams takes streams of one width and dtype, but theirs are "
@@ -105,4 +111,10 @@ gated_activation_streams_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=op.launches_backward,
+)
+share(op.gated_activation, launch, lambda gate, _, *args: (_kind(gate), *args[:2]))
+share(
+    op.gated_activation_backward,
+    launch_backward,
+    lambda grad, gate, _, *args: (_kind(gate), *args[:2]),
 )

@@ -28,6 +28,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import rows
 
 
@@ -149,12 +150,13 @@ def keep(
     ctx.mark_non_differentiable(mean, rstd, *absent)
     branch = x if ctx.needs_input_grad[2] else None
     norm_input = None if norm == "none" else x if residual is None else h
-    ctx.save_for_backward(norm_input, branch, *operands, *more, mean, rstd)
+    activations = packed(ctx, (norm_input, branch), (is_own(x, residual, operands[4]), True))
+    ctx.save_for_backward(*activations, *operands, *more, mean, rstd)
 
 
 def kept(ctx: Any, grad_h: Tensor | None) -> tuple[Any, ...]:
     """h, x, gate, weight, bias, scale, shift, x_bias, what else was kept, mean and rstd."""
-    norm_input, branch, *others = ctx.saved_tensors
+    norm_input, branch, *others = unpacked(ctx, ctx.saved_tensors)
     h: Any = grad_h if norm_input is None else norm_input  # its shape and dtype, without a norm
     x = h.new_empty(0, dtype=ctx.dtypes[0]) if branch is None else branch
     return h, x, *others
@@ -164,6 +166,12 @@ def in_dtypes(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of all operands, those of x and residual in the dtypes of these."""
     given = zip(grads, ctx.dtypes, strict=False)
     return [*(None if g is None else g.to(dtype) for g, dtype in given), *grads[2:]]
+
+
+def is_own(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether the op alone keeps what its norm reads: the sum that it has made itself, or a branch
+    that it adds to a shift of full size. Another x is a residual stream, which others may keep."""
+    return residual is not None or passes_through(shift, x)
 
 
 def asked(needs: Sequence[bool], shift: Tensor | None, h: Tensor) -> list[bool]:

@@ -22,9 +22,10 @@ from fxopt.kernels.linears import (
     products,
     without_autocast,
 )
-from fxopt.kernels.norm_modulate import asked, operand_gradients
+from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call, launch, launch_backward
 from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import packed, unpacked
 
 
 class Stream(NamedTuple):
@@ -49,6 +50,8 @@ class NormModulateLinears(torch.autograd.Function):
         needs = [_taken(need, NUM_OPERANDS, 2 * s.num_linears)[0] for s in streams]
         calls = [(*e[0], *s.settings) for s, e in zip(streams, each, strict=True)]
         kept: list[Tensor | None] = []
+        activations: list[Tensor | None] = []
+        own: list[bool] = []
         outs: list[Tensor] = []
         for stream, (operands, weights, biases), (y, h, mean, rstd), needed in zip(
             streams, each, launch(calls), needs, strict=True
@@ -59,9 +62,11 @@ class NormModulateLinears(torch.autograd.Function):
             branch = None
             if gate is not None:
                 branch = x if needed[2] else x.new_empty(0)  # its dtype is that of its gradient
-            kept += [norm_input, branch, gate, *others, mean, rstd, *weights]
+            activations += [norm_input, branch]
+            own += [is_own(x, residual, others[3]), True]
+            kept += [gate, *others, mean, rstd, *weights]
             outs += [*products(y, weights, biases, stream.pieces), h]
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*packed(ctx, activations, own), *kept)
         ctx.streams = streams
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -70,7 +75,9 @@ class NormModulateLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        given = iter(ctx.saved_tensors), iter(grads), iter(ctx.needs_input_grad[1:])
+        saved, num_streams = unpacked(ctx, ctx.saved_tensors), len(ctx.streams)
+        activations, others = iter(saved[: 2 * num_streams]), iter(saved[2 * num_streams :])
+        given = activations, others, iter(grads), iter(ctx.needs_input_grad[1:])
         streams = [_Backward(stream, *given) for stream in ctx.streams]
         found = iter(launch_backward([s.call for s in streams if s.call is not None]))
         results: list[Tensor | None] = []
@@ -85,12 +92,14 @@ class _Backward:
     def __init__(
         self,
         stream: Stream,
+        activations: Iterator[Any],
         saved: Iterator[Any],
         grads: Iterator[Tensor | None],
         needs: Iterator[bool],
     ) -> None:
         settings, num_linears, self.pieces = stream
-        (h, x, *operands, mean, rstd), self.weights = _taken(saved, 10, num_linears)
+        ((h, x),) = _taken(activations, 2)
+        (*operands, mean, rstd), self.weights = _taken(saved, 8, num_linears)
         self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
         self.needs, self.needs_parameters = _taken(needs, NUM_OPERANDS, 2 * num_linears)
         self.num_inputs = NUM_OPERANDS + 2 * num_linears

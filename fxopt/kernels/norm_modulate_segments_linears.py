@@ -21,6 +21,7 @@ from fxopt.kernels.linears import (
 )
 from fxopt.kernels.norm_modulate_segments import gradients, norm_modulate_segments
 from fxopt.kernels.registration import below_autograd, register_composite
+from fxopt.kernels.saving import packed, unpacked
 
 NUM_OPERANDS = 9  # x, residual, gate, weight, bias, scale, shift, x_bias, index
 
@@ -46,8 +47,10 @@ class NormModulateSegmentsLinears(torch.autograd.Function):
         branch = None
         if gate is not None:
             branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
-        ctx.save_for_backward(h, branch, gate, *others, mean, rstd, *weights)
         ctx.shift_per_token, norm, _, weight_offset, scale_offset, _, dtype = settings
+        own = residual is not None or ctx.shift_per_token, True
+        kept = packed(ctx, (h, branch), own)
+        ctx.save_for_backward(*kept, gate, *others, mean, rstd, *weights)
         ctx.constants, ctx.pieces = (norm, weight_offset, scale_offset, dtype), pieces
         ctx.set_materialize_grads(False)
         return *products(y, weights, biases, pieces), h
@@ -56,7 +59,7 @@ class NormModulateSegmentsLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (*grad_outs, grad_h), kept = grads, ctx.saved_tensors
+        (*grad_outs, grad_h), kept = grads, unpacked(ctx, ctx.saved_tensors)
         saved, weights = kept[: NUM_OPERANDS + 2], kept[NUM_OPERANDS + 2 :]
         needs = ctx.needs_input_grad[2:]
         of_parameters = needs[NUM_OPERANDS:]

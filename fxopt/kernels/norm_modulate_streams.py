@@ -17,6 +17,7 @@ from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.together import share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
 NUM_OPERANDS = 8
@@ -142,4 +143,10 @@ norm_modulate_streams_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+)
+share(norm_modulate, launch, lambda x, *args: (x.shape[-1], args[7], *args[-2:]))
+share(
+    norm_modulate_backward,
+    launch_backward,
+    lambda _, grad_h, h, *args: (h.shape[-1], args[9], args[12]),
 )

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
 Optional = Sequence[Tensor | None]
@@ -257,7 +258,8 @@ class QKNormRope(torch.autograd.Function):
         *outs, mean, rstd = below_autograd(qk_norm_rope, *_fields(tensors), *settings)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(mean, rstd, *tensors)
+        xs, others = tensors[:num_sections], tensors[num_sections:]
+        ctx.save_for_backward(*packed(ctx, xs, num_row_dims=2), *others, mean, rstd)
         ctx.settings, ctx.shapes = settings, [out.shape for out in outs]
         return (*outs, mean, rstd)
 
@@ -266,7 +268,7 @@ class QKNormRope(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x_bias, weight and bias, None where there is none."""
-        mean, rstd, *tensors = ctx.saved_tensors
+        *tensors, mean, rstd = unpacked(ctx, ctx.saved_tensors)
         num_differentiable = len(tensors) // 6 * 4
         if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))

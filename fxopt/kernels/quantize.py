@@ -21,7 +21,8 @@ from fxopt.kernels.formats import (
     quantize_matrix,
     random_uniform,
 )
-from fxopt.kernels.registration import call_counting, register
+from fxopt.kernels.registration import register
+from fxopt.kernels.together import Ask, Call, alone, answer, register_together, where_it_fits
 from fxopt.recipes import Operand
 
 SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
@@ -50,8 +51,24 @@ def quantize_pair(
     slot: Slot = UNWATCHED,
 ) -> Pair:
     """`fxopt::quantize` with its operands and results by name."""
+    return pair_of(answer([ask_pair(x, rows, columns, seed, wants_sum, slot)])[0])
+
+
+def ask_pair(
+    x: Tensor,
+    rows: Operand | None,
+    columns: Operand | None,
+    seed: Tensor | None = None,
+    wants_sum: bool = False,
+    slot: Slot = UNWATCHED,
+) -> Ask:
+    """The call that `quantize_pair` makes."""
     names = [None if o is None else str(o) for o in (rows, columns)]
-    found = call_counting(quantize, slot, x, *names, seed, wants_sum)
+    return Ask(quantize, (x, *names, seed, wants_sum), slot)
+
+
+def pair_of(found: Sequence[Tensor]) -> Pair:
+    """The results of such a call by name."""
     return Pair(Quantized(*found[:3]), Quantized(*found[3:6]), found[6])
 
 
@@ -116,26 +133,32 @@ def native(
     return tuple(found)
 
 
-def triton(
-    x: Tensor,
-    rows: str | None,
-    columns: str | None,
-    seed: Tensor | None,
-    wants_sum: bool,
-    counters: Tensor | None = None,
-    counters_t: Tensor | None = None,
-    known: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    from fxopt.kernels import triton_quantize
+def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
+    """The op on the arguments of each call, in one launch; operands are those of the first."""
+    from fxopt.kernels import triton_quantize_group
 
-    operands = [None if name is None else Operand.parse(name) for name in (rows, columns)]
-    if x.numel() and can_cast(x) and all(map(covers, operands)):
-        x_RC = x.reshape(-1, x.shape[-1])
-        slot = Slot(counters, counters_t, known, seen)
-        found = triton_quantize.quantize(x_RC, operands[0], operands[1], wants_sum, slot)
-        return tuple(found)
-    return native(x, rows, columns, seed, wants_sum, counters, counters_t, known, seen)
+    def is_cast(x: Tensor, *args: Any) -> bool:
+        return x.numel() > 0 and can_cast(x) and fits(x, *args)
+
+    def cast(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
+        xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
+        slots = [Slot(*line) for line in zip(*lines, strict=True)] or [UNWATCHED] * len(xs)
+        by_row, by_column = _operands(rows[0], columns[0])
+        return triton_quantize_group.quantize(xs, by_row, by_column, wants_sum, slots)
+
+    return where_it_fits(calls, is_cast, cast, native)
+
+
+triton = alone(triton_together)
+
+
+def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:
+    """Whether the Triton kernels cast like this."""
+    return all(map(covers, _operands(rows, columns)))
+
+
+def _operands(*names: str | None) -> list[Operand | None]:
+    return [None if name is None else Operand.parse(name) for name in names]
 
 
 def fake(
@@ -198,4 +221,7 @@ quantize = register(
     # For the scale, then for the values.
     rereads=lambda args, _: [] if _is_known(args) else args[:1],
     counters="Tensor(a!)? counters, Tensor(b!)? counters_t, Tensor? known, Tensor(c!)? seen",
+)
+quantize_together = register_together(
+    quantize, triton_together, kind=lambda *args: () if fits(*args) else None
 )

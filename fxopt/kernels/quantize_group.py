@@ -18,6 +18,7 @@ from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.quantized_producers import amax_for, fake_amax
 from fxopt.kernels.registration import register
+from fxopt.kernels.together import share_lists
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -129,3 +130,5 @@ quantize_columns = register(
     triton=triton_columns,
     counters="Tensor(a!)[]? counters",
 )
+share_lists(quantize_rows)
+share_lists(quantize_columns)

@@ -1,4 +1,5 @@
-"""A fused op and the quantized linears on what it makes, as one autograd node.
+"""A fused op and the quantized linears on what it makes, as one autograd node for one or more
+streams.
 
 The op writes codes where its kernels can, and nothing is kept that can be made again from what the
 op keeps anyway: neither its result nor the codes of it.
@@ -8,22 +9,29 @@ Shapes: M tokens (all leading dims), K input features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
-from fxopt.kernels.in_force import Decision, decide, save_for_backward, saved_tensors
-from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward, operand_gradients
+from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
+from fxopt.kernels.norm_modulate import (
+    is_own,
+    norm_modulate,
+    norm_modulate_backward,
+    operand_gradients,
+)
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
+from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_linears import (
+    Cast,
+    cast_weights,
     fuses,
     gradients,
     products,
@@ -38,8 +46,11 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize,
     norm_modulate_quantize_columns,
 )
-from fxopt.kernels.registration import below_autograd, call_counting, register_composite
-from fxopt.recipes import Recipe
+from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.streams import Call, Streams
+from fxopt.kernels.together import Ask, Steps, parts
+from fxopt.recipes import Operand, Recipe
 
 
 def op_of(name: str, recipe: Recipe) -> str:
@@ -56,22 +67,31 @@ def _formats(recipe: Recipe, trains: bool, slot: Slot) -> tuple[str, str | None]
     return str(recipe.fprop.a), None if columns is None else str(columns)
 
 
-def _operand(x: Tensor, recipe: Recipe, slot: Slot) -> Tensor | Quantized:
+def _operand(x: Tensor, recipe: Recipe, slot: Slot) -> Steps[Tensor | Quantized]:
     """What the products read of x."""
-    return x if recipe.fprop is None else quantized(x, recipe.fprop.a, None, slot=slot).rows
+    if recipe.fprop is None:
+        return x
+    (pair,) = yield from quantized(Cast(x, recipe.fprop.a, None, slot=slot))
+    return pair.rows
+
+
+def _transposed(x: Tensor, columns: Operand, slot: Slot) -> Steps[Quantized]:
+    """What the gradients of weights read of x."""
+    (pair,) = yield from quantized(Cast(x, None, columns, slot=slot))
+    return pair.columns
 
 
 def _joined(beside: Tensor | None, activation: Tensor) -> Tensor:
     return activation if beside is None else torch.cat([beside, activation], -1)
 
 
-class NormModulateQuantizedLinears(torch.autograd.Function):
+class NormModulateQuantizedLinears(Streams):
     """norm_modulate, then linears on its y; h is returned as `NormModulateLinears` does."""
 
     @staticmethod
-    def forward(
+    def forward_of(
         ctx: Any, decision: Decision, settings: tuple[Any, ...], *tensors: Tensor | None
-    ) -> Any:
+    ) -> Steps[tuple[Any, ...]]:
         ctx.recipe, ctx.step, _ = decision
         recipe = ctx.recipe
         operands, parameters = tensors[:8], tensors[8:]
@@ -83,72 +103,71 @@ class NormModulateQuantizedLinears(torch.autograd.Function):
         y: Tensor | Quantized
         slot = (slots := slots_for(decision, weights)).x
         if fuses(recipe):
-            call = norm_modulate_quantize, [slot.rows, slot.known, slot.seen], *operands, *settings
-            found = below_autograd(call_counting, *call, *_formats(recipe, trains, slot))
+            given = *operands, *settings, *_formats(recipe, trains, slot)
+            lines = slot.rows, slot.known, slot.seen
+            (found,) = yield [Ask(norm_modulate_quantize, given, lines)]
             codes, scales, amax_t, h, mean, rstd = found
             amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
-            normed, h, mean, rstd = below_autograd(norm_modulate, *operands, *settings)
+            ((normed, h, mean, rstd),) = yield [Ask(norm_modulate, (*operands, *settings))]
             amax_t = x.new_empty(0)
-            y = _operand(normed, recipe, slot)
+            y = yield from _operand(normed, recipe, slot)
         h = x if residual is None else h
         branch = x if gate is not None else None
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
-        ctx.set_materialize_grads(False)
-        outs, amax = products(y, weights, biases, ctx, settings[-1], True)
-        kept = (h, branch, gate, *others, mean, rstd, amax_t)
+        copies = yield from cast_weights(weights, ctx, True)
+        outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
+        own = is_own(x, residual, others[3]), True
+        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, recipe = saved_tensors(ctx), ctx.recipe
+    def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
+        saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
             saved, 11, len(grads) - 1
         )
         *grad_outs, grad_h = grads
         norm, eps, weight_offset, scale_offset, _, dtype = ctx.settings
         needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
-        dy_MK, operands, dbiases = gradients(ctx, grad_outs, weights, amax, True, needs_parameters)
+        dy_MK, operands, dbiases = yield from gradients(
+            ctx, grad_outs, weights, amax, True, needs_parameters
+        )
         if dy_MK is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
         dy = None if dy_MK is None else dy_MK.view(h.shape)
         trains = any(operand is not None for operand in operands)
         has_columns = fuses(recipe) and recipe.wgrad is not None
         constants = (norm, weight_offset, scale_offset, dtype, needs, trains and not has_columns)
-        found = norm_modulate_backward(dy, grad_h, h, branch, gate, *others, mean, rstd, *constants)
+        tensors = dy, grad_h, h, branch, gate, *others, mean, rstd
+        (found,) = yield [Ask(norm_modulate_backward, (*tensors, *constants))]
         operand_grads = operand_gradients(found, dy, grad_h, h, gate, others[3], needs)
         y: Tensor | Quantized = found[-1]
         if trains and recipe.wgrad is not None:
             columns = recipe.wgrad.b
             if has_columns:
                 affine, offsets = others[:4], (weight_offset, scale_offset)
-                call = norm_modulate_quantize_columns, [ctx.slots.x.columns], h, *affine
                 formats = dtype, str(columns), amax_t
-                codes_t, scales_t = call_counting(*call, mean, rstd, norm, eps, *offsets, *formats)
+                given = h, *affine, mean, rstd, norm, eps, *offsets, *formats
+                lines = (ctx.slots.x.columns,)
+                ((codes_t, scales_t),) = yield [Ask(norm_modulate_quantize_columns, given, lines)]
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
-                y = quantized(found[-1], None, columns, slot=ctx.slots.x).columns
+                y = yield from _transposed(found[-1], columns, ctx.slots.x)
         return None, None, *operand_grads, *weight_gradients(operands, y, weights, recipe), *dbiases
 
 
-class GatedActivationQuantizedLinear(torch.autograd.Function):
+class GatedActivationQuantizedLinear(Streams):
     """[beside | act(gate) * up] -> linear: neither the activation nor its codes are kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        decision: Decision,
-        settings: tuple[str, str],
-        gate: Tensor,
-        up: Tensor | None,
-        beside: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def forward_of(
+        ctx: Any, decision: Decision, settings: tuple[str, str], *tensors: Tensor | None
+    ) -> Steps[tuple[Any, ...]]:
+        gate, up, beside, weight, bias = tensors
+        assert gate is not None and weight is not None
         ctx.recipe, ctx.step, _ = decision
         recipe = ctx.recipe
         trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
@@ -156,58 +175,55 @@ class GatedActivationQuantizedLinear(torch.autograd.Function):
         slot = (slots := slots_for(decision, [weight])).x
         if fuses(recipe):
             lines = slot.rows, slot.known, slot.seen
-            call = gated_activation_quantize, lines, gate, up, beside, *settings
-            formats = _formats(recipe, trains, slot)
-            codes, scales, amax_t = below_autograd(call_counting, *call, *formats)
+            given = gate, up, beside, *settings, *_formats(recipe, trains, slot)
+            ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
             amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
-            activation = below_autograd(gated_activation, gate, up, *settings)
-            y = _operand(_joined(beside, activation), recipe, slot)
+            (activation,) = yield [Ask(gated_activation, (gate, up, *settings, None))]
+            y = yield from _operand(_joined(beside, activation), recipe, slot)
         ctx.settings, ctx.slots = settings, slots
-        ctx.set_materialize_grads(False)
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        (out,), amax = products(y, [weight], [bias], ctx, gate.dtype, True)
-        save_for_backward(ctx, gate, up, beside, amax_t, weight, *amax)
-        return out
+        copies = yield from cast_weights([weight], ctx, True)
+        outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
+        save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
+        return outs
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
+    def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
+        (grad,) = grads
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        gate, up, beside, amax_t, weight, *amax = saved_tensors(ctx)
+        gate, up, beside, amax_t, weight, *amax = unpacked(ctx, saved_tensors(ctx))
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
-        dy_MK, operands, dbiases = gradients(ctx, [grad], [weight], amax, True, needs[3:])
+        dy_MK, operands, dbiases = yield from gradients(
+            ctx, [grad], [weight], amax, True, needs[3:]
+        )
         assert dy_MK is not None
         dy = dy_MK.view(ctx.shape)
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
-            call = gated_activation_quantize_backward, [ctx.slots.x.columns], dactivation
-            formats = str(recipe.wgrad.b), amax_t
-            dgate, dup, codes_t, scales_t = call_counting(
-                *call, gate, up, beside, *ctx.settings, *formats
-            )
+            formats = *ctx.settings, str(recipe.wgrad.b), amax_t
+            given, lines = (dactivation, gate, up, beside, *formats), (ctx.slots.x.columns,)
+            (found,) = yield [Ask(gated_activation_quantize_backward, given, lines)]
+            dgate, dup, codes_t, scales_t = found
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:
-            dgate, dup, activation, _ = gated_activation_backward(
-                dactivation, gate, up, *ctx.settings, trains
-            )
+            given = dactivation, gate, up, *ctx.settings, trains, None, False
+            ((dgate, dup, activation, _),) = yield [Ask(gated_activation_backward, given)]
             y = activation
             if trains and recipe.wgrad is not None:
                 joined, columns = _joined(beside, activation), recipe.wgrad.b
-                y = quantized(joined, None, columns, slot=ctx.slots.x).columns
+                y = yield from _transposed(joined, columns, ctx.slots.x)
         if trains and recipe.wgrad is None and beside is not None:
             (g,) = operands
             dweights: Any = [_weight_gradient(g, beside, activation, weight)]
         else:
             dweights = weight_gradients(operands, y, [weight], recipe)
-        grads = (dgate, dup, dy[..., :width])
-        given = (g if need else None for g, need in zip(grads, needs, strict=False))
-        return None, None, *given, *dweights, *dbiases
+        each = zip((dgate, dup, dy[..., :width]), needs, strict=False)
+        return None, None, *(g if need else None for g, need in each), *dweights, *dbiases
 
 
 def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
@@ -218,35 +234,63 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
     return dweight
 
 
+def _plain_norm(call: Call) -> Sequence[Tensor]:
+    operands, biases = call.tensors[:NUM_OPERANDS], call.tensors[NUM_OPERANDS + len(call.weights) :]
+    pieces = [i for piece in whole(call.weights) for i in piece]
+    outs, h = norm_modulate_linears(*operands, *call.settings, call.weights, biases, pieces)
+    return *outs, h
+
+
+def _plain_activation(call: Call) -> Sequence[Tensor]:
+    gate, up, beside, weight, bias = call.tensors
+    given = gate, up, *call.settings, beside, None, weight, bias
+    return (gated_activation_linear(*given),)
+
+
+def _norm_modulate_quantized_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    *operands, norm, eps, weight_offset, scale_offset, h_dtype, dtype = args[:14]
+    weights, biases, num_linears, recipe = args[14:]
+    numbers = zip(eps, weight_offset, scale_offset, strict=True)
+    parameters = parts(weights, num_linears), parts(biases, num_linears)
+    calls = [
+        Call((norm, *n, h_dtype, dtype), (*own, *w, *b), w, len(w) + 1)
+        for own, n, w, b in zip(zip(*operands, strict=True), numbers, *parameters, strict=True)
+    ]
+    found = NormModulateQuantizedLinears.run(recipe, calls, _plain_norm)
+    return [out for own in found for out in own[:-1]], [own[-1] for own in found]
+
+
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
     *operands, weights, biases, recipe = args
-    decision = decide(recipe, weights)
-    if decision is None:
-        pieces = [i for piece in whole(weights) for i in piece]
-        outs, h = norm_modulate_linears(*operands, weights, biases, pieces)
-        return outs, h
-    tensors, settings = operands[:8], tuple(operands[8:])
-    *outs, h = NormModulateQuantizedLinears.apply(decision, settings, *tensors, *weights, *biases)
+    tensors, settings = operands[:NUM_OPERANDS], tuple(operands[NUM_OPERANDS:])
+    call = Call(settings, (*tensors, *weights, *biases), weights, len(weights) + 1)
+    ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], _plain_norm)
     return outs, h
 
 
-def _gated_activation_quantized_linear(
-    gate: Tensor,
-    up: Tensor | None,
+def _gated_activation_quantized_linear_streams(
+    gates: Sequence[Tensor],
+    ups: Sequence[Tensor | None],
     activation: str,
     packing: str,
-    beside: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    recipe: str,
+    *others: Any,
+) -> list[Tensor]:
+    *parameters, recipe = others
+    calls = [
+        Call((activation, packing), tensors, [tensors[3]], 1)
+        for tensors in zip(gates, ups, *parameters, strict=True)
+    ]
+    found = GatedActivationQuantizedLinear.run(recipe, calls, _plain_activation)
+    return [out for own in found for out in own]
+
+
+def _gated_activation_quantized_linear(
+    gate: Tensor, up: Tensor | None, activation: str, packing: str, *others: Any
 ) -> Tensor:
-    settings, parameters = (activation, packing), (beside, weight, bias)
-    decision = decide(recipe, [weight])
-    if decision is None:
-        out: Tensor = gated_activation_linear(gate, up, *settings, beside, None, weight, bias)
-        return out
-    tensors = (gate, up, *parameters)
-    return GatedActivationQuantizedLinear.apply(decision, settings, *tensors)
+    *parameters, recipe = others
+    given = [gate], [up], activation, packing, *([p] for p in parameters), recipe
+    (out,) = _gated_activation_quantized_linear_streams(*given)
+    return out
 
 
 norm_modulate_quantized_linears = register_composite(
@@ -256,8 +300,22 @@ norm_modulate_quantized_linears = register_composite(
     "Tensor[] weights, Tensor?[] biases, str recipe) -> (Tensor[] outs, Tensor h)",
     _norm_modulate_quantized_linears,
 )
+# The linears of all streams follow one another; of each its `num_linears`.
+norm_modulate_quantized_linears_streams = register_composite(
+    "norm_modulate_quantized_linears_streams(Tensor[] x, Tensor?[] residual, Tensor?[] gate, "
+    "Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, Tensor?[] x_bias, "
+    "str norm, float[] eps, float[] weight_offset, float[] scale_offset, ScalarType h_dtype, "
+    "ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] num_linears, str recipe) "
+    "-> (Tensor[] outs, Tensor[] h)",
+    _norm_modulate_quantized_linears_streams,
+)
 gated_activation_quantized_linear = register_composite(
     "gated_activation_quantized_linear(Tensor gate, Tensor? up, str activation, str packing, "
     "Tensor? beside, Tensor weight, Tensor? bias, str recipe) -> Tensor",
     _gated_activation_quantized_linear,
+)
+gated_activation_quantized_linear_streams = register_composite(
+    "gated_activation_quantized_linear_streams(Tensor[] gate, Tensor?[] up, str activation, "
+    "str packing, Tensor?[] beside, Tensor[] weight, Tensor?[] bias, str recipe) -> Tensor[]",
+    _gated_activation_quantized_linear_streams,
 )

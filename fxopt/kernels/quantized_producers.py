@@ -12,6 +12,7 @@ Shapes: K features, M tokens (all leading dims).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
+from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 from fxopt.recipes import Operand
 
 NORM_ARGUMENTS = (
@@ -213,37 +215,46 @@ def _fits(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and x.numel() > 0 and quantize.can_cast(x)
 
 
-def triton_norm(*args: Any) -> tuple[Tensor, ...]:
+def triton_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    dtype = opmath_of(args[0], *args[12:14])
-    return kernels.forward(*args) if _fits(args[0], dtype) else native_norm(*args)
+    def fits(x: Tensor, *args: Any) -> bool:
+        return _fits(x, opmath_of(x, *args[11:13]))
+
+    return where_it_fits(calls, fits, kernels.forward_of, native_norm)
 
 
-def triton_norm_columns(*args: Any) -> tuple[Tensor, Tensor]:
+def triton_columns_of_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    h, rstd = args[0], args[6]
-    return kernels.columns(*args) if _fits(h, rstd.dtype) else native_norm_columns(*args)
+    def fits(h: Tensor, *args: Any) -> bool:
+        return _fits(h, args[5].dtype)
+
+    return where_it_fits(calls, fits, kernels.columns_of, native_norm_columns)
 
 
-def triton_activation(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def triton_activations(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    fits = _fits(gate, gate.dtype)
-    return kernels.forward(gate, *args) if fits else native_activation(gate, *args)
+    return where_it_fits(calls, _has_tiles, kernels.forward_of, native_activation)
 
 
-def triton_activation_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
+def triton_activations_backward(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    if not _fits(gate, gate.dtype):
-        return native_activation_backward(grad, gate, up, *args)
-    dgate, dup = _activation_gradients(gate, up)
-    copy = kernels.backward((dgate, None if up is None else dup), grad, gate, up, *args)
-    return dgate, dup, *copy
+    def fits(_: Tensor, gate: Tensor, *args: Any) -> bool:
+        return _has_tiles(gate)
+
+    return where_it_fits(calls, fits, kernels.backward_of, native_activation_backward)
+
+
+def _has_tiles(gate: Tensor, *_: Any) -> bool:
+    return _fits(gate, gate.dtype)
+
+
+triton_norm, triton_norm_columns = alone(triton_norms), alone(triton_columns_of_norms)
+triton_activation = alone(triton_activations)
+triton_activation_backward = alone(triton_activations_backward)
 
 
 def _is_of_tensor(operand: str | None) -> bool:
@@ -257,6 +268,13 @@ def _norm_launches(*args: Any) -> int:
     if _is_known(args, 17):
         return 1
     return 2 if _is_of_tensor(rows) or columns is not None else 1
+
+
+def _launches_of_norms(calls: Sequence[Call]) -> int:
+    """The reductions are one for each call."""
+    alone = [_norm_launches(*call) for call in calls]
+    casts_later = _is_of_tensor(calls[0][14]) and not _is_known(calls[0], 17)
+    return max(alone) if casts_later else 1 + sum(num - 1 for num in alone)
 
 
 def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
@@ -314,5 +332,15 @@ gated_activation_quantize_backward = register(
     triton=triton_activation_backward,
     counters=COUNTERS,
 )
+register_together(
+    norm_modulate_quantize,
+    triton_norms,
+    launches=_launches_of_norms,
+    kind=lambda x, *_: x.shape[-1],
+)
+register_together(norm_modulate_quantize_columns, triton_columns_of_norms)
+register_together(gated_activation_quantize, triton_activations)
+register_together(gated_activation_quantize_backward, triton_activations_backward)
 _FORWARDS = ("norm_modulate_quantize", "gated_activation_quantize")
-CAPABILITIES.update(dict.fromkeys(_FORWARDS, quantize.CAST_CAPABILITY))
+for _name in (*_FORWARDS, *(f"{name}_together" for name in _FORWARDS), "quantize_together"):
+    CAPABILITIES[_name] = quantize.CAST_CAPABILITY

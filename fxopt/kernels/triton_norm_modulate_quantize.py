@@ -1,15 +1,8 @@
-"""Triton provider of `fxopt::norm_modulate_quantize` and of its transposed copy.
-
-A row's largest magnitude is known to the program that owns the row: rows with scales of their own
-are normed, rounded and cast in one pass, and so are all rows where the magnitude behind their one
-scale is known beforehand; else a second pass casts where they share one scale.
-The transposed copy is cast tile by tile from the norm's input and its statistics.
+"""Triton provider of `fxopt::norm_modulate_quantize` and of its transposed copy: how the kernels
+are launched, for one or more calls.
 
 Shapes: M tokens are G groups of R rows that share per-group operands; K features; P programs.
 """
-
-# Kernel parameters have no Python types.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -22,29 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
+from fxopt.kernels import triton_norm_modulate_quantize_kernels as kernels
 from fxopt.kernels import triton_quantize as launch
+from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
-from fxopt.kernels.triton_quantize_kernels import (
-    code_of,
-    count,
-    factor_of,
-    magnitude,
-    raise_to,
-    scale_of,
-    store_codes,
-    tile_indices,
-)
-from fxopt.kernels.triton_rows import (
-    affine_of,
-    gated_residual,
-    groups_of,
-    load,
-    mean_of,
-    modulate,
-    modulation_of,
-    rows_of,
-)
+from fxopt.kernels.triton_rows import groups_of, rows_of
+from fxopt.kernels.triton_sizes import unspecialized
 from fxopt.recipes import Operand
 
 # Programs per SM: each leaves K magnitudes where columns have scales of their own.
@@ -56,207 +33,118 @@ TRITON_DTYPES = {
 }
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
-def rows_kernel(
-    x, residual, gate, weight, bias, scale, shift, x_bias, h, mean, rstd, codes, scales,
-    column_amax, tensor_amax,
-    num_tokens, num_rows, num_features, padded_columns, eps, weight_offset, scale_offset, counters,
-    known, seen,
-    NORM: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
-    POW2: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program strides over tokens; inputs and operands are (pointer, group stride, row stride).
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """The op's forward."""
+    return forward_of([args])[0]
 
-    column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met;
-    codes, scales and those two are None where not wanted. All rows are scaled by the magnitude
-    known [1] if it is there; seen [1] is raised to the magnitudes.
+
+def columns(*args: Any) -> tuple[Tensor, Tensor]:
+    """The transposed copy."""
+    return columns_of([args])[0]
+
+
+def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    """Codes, scales, amax_t, h, mean and rstd of each call; no x is empty and nothing is fp64.
+
+    Width, norm, dtypes and operands are those of the first, and all magnitudes are known or none.
     """
-    cols = tl.arange(0, BLOCK_K)
-    mask = cols < num_features
-    largest = tl.zeros([BLOCK_K], tl.int32)
-    program = tl.program_id(0).to(tl.int64)
-    if known is not None:
-        factor = factor_of(tl.load(known), LARGEST, POW2)
-        tl.store(scales, scale_of(factor), program == 0)
-    for token in range(program, num_tokens, tl.num_programs(0)):
-        group, row = token // num_rows, token % num_rows
-        if residual[0] is not None:
-            value = gated_residual(x, residual, gate, x_bias, group, row, cols, mask)
-            rounded = value.to(h.dtype.element_ty)
-            tl.store(h + token * num_features + cols, rounded, mask=mask)
-            value = rounded.to(tl.float32)
-        else:
-            value = load(x, group, row, cols, mask)
-        if NORM == "layer":
-            kept = x[0] if residual[0] is None else h
-            row_mean = mean_of(value, kept, num_features, mask)
-            tl.store(mean + token, row_mean)
-            value = tl.where(mask, value - row_mean, 0.0)
-        row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + eps)
-        tl.store(rstd + token, row_rstd)
-        n = affine_of(value * row_rstd, weight, bias, weight_offset, cols, mask)
-        modulation = modulation_of(scale, scale_offset, group, row, cols, mask)
-        y = modulate(n, modulation, shift, group, row, cols, mask)
-        y = tl.where(mask, y.to(DTYPE).to(tl.float32), 0.0)
-        bits = magnitude(y)
-        largest = tl.maximum(largest, bits)
-        if codes is not None:
-            if known is None:
-                factor = factor_of(tl.max(bits, 0), LARGEST, POW2)
-                tl.store(scales + token, scale_of(factor))
-            scaled = tl.where(mask, y * factor, 0.0)
-            code = code_of(scaled, LARGEST, FORMAT)
-            if counters is not None:
-                count(counters, y, scaled, code, factor, token == 0, LARGEST)
-            tl.store(codes + token * padded_columns + cols, code, mask=cols < padded_columns)
-    if column_amax is not None:
-        tl.store(column_amax + program * num_features + cols, largest, mask=mask)
-    if tensor_amax is not None:
-        tl.store(tensor_amax + program, tl.max(largest, 0))
-    if seen is not None:
-        raise_to(seen, tl.max(largest, 0))
-
-
-@triton.jit
-def _tile(t, group, row, c, mask):
-    """fp32 tile of an operand (pointer, group stride, row stride)."""
-    offsets = group[:, None] * t[1] + row[:, None] * t[2] + c[None, :]
-    return tl.load(t[0] + offsets, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "group_rows", "num_rows", "num_row_partials", "num_column_partials", "num_tiles",
-    ]
-)  # fmt: skip
-def tiles_kernel(
-    h, weight, bias, scale, shift, mean, rstd, group_rows, weight_offset, scale_offset,
-    num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
-    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t, seen,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, DTYPE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`store_codes` of y, made from the norm's input h and its statistics.
-
-    h and the operands are (pointer, group stride, row stride); mean is None for an RMSNorm.
-    """
-    r, c = tile_indices(BLOCK_R, BLOCK_C)
-    group, row = r // group_rows, r % group_rows
-    mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
-    y = _tile(h, group, row, c, mask)
-    if mean is not None:
-        y = y - tl.load(mean + r, r < num_rows, other=0.0)[:, None]
-    y = y * tl.load(rstd + r, r < num_rows, other=0.0)[:, None]
-    if weight[0] is not None:
-        y = y * (weight_offset + _tile(weight, group, row, c, mask))
-    if bias[0] is not None:
-        y = y + _tile(bias, group, row, c, mask)
-    if scale[0] is not None:
-        y = y * (scale_offset + _tile(scale, group, row, c, mask))
-    if shift[0] is not None:
-        y = y + _tile(shift, group, row, c, mask)
-    y = tl.where(mask, y.to(DTYPE).to(tl.float32), 0.0)
-    store_codes(
-        y, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
-        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t, seen,
-        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-    )  # fmt: skip
-
-
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    weight_offset: float,
-    scale_offset: float,
-    h_dtype: torch.dtype,
-    dtype: torch.dtype,
-    rows: str,
-    columns: str | None,
-    counters: Tensor | None = None,
-    known: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Codes, scales, amax_t, h, mean and rstd; x is not empty and nothing is fp64."""
+    x, norm, dtype, (rows, columns) = calls[0][0], calls[0][8], calls[0][13], calls[0][14:16]
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    num_features = x.shape[-1]
-    num_tokens = x.numel() // num_features
-    _, h, mean, rstd = op.outputs(x, residual, "none", h_dtype, dtype)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    mean = x.new_empty(x.shape[:-1] if norm == "layer" else 0, dtype=torch.float32)
-    groups = groups_of(x, (gate, scale, shift))
-    has_own = by_row.block == "row" or known is not None
-    copy = launch.copy_for(x, by_row, num_tokens, num_features) if has_own else None
+    slots = [Slot(line, None, *more) for line, *more in (c[16:] or [None] * 3 for c in calls)]
+    has_own = by_row.block == "row" or slots[0].known is not None
     of_columns = by_column is not None and by_column.block == "row"
     of_tensor = not has_own or (by_column is not None and not of_columns)
-    num_programs = min(_num_programs(x, of_columns), num_tokens)
-    amax = launch.Amax(
-        None,
-        x.new_empty((num_programs, num_features), dtype=torch.int32) if of_columns else None,
-        x.new_empty(num_programs, dtype=torch.int32) if of_tensor else None,
-    )
-    formats = launch.settings(by_row, None)
-    padded = launch.padded_size(by_row, num_features)
-    given = (x, residual, gate, weight, bias, scale, shift, x_bias)
+    num_tokens = [call[0].numel() // call[0].shape[-1] for call in calls]
+    share = _num_programs(x, of_columns) / sum(num_tokens)
+    made = []
+    for call, slot, num in zip(calls, slots, num_tokens, strict=True):
+        num_programs = min(max(1, int(share * num)), num)
+        made.append(_Rows(call, slot, num_programs, has_own, of_columns, of_tensor))
+    padded = launch.padded_size(by_row, x.shape[-1])
     with torch.cuda.device_of(x):
-        rows_kernel[(num_programs,)](
-            *(rows_of(t, x, groups) for t in given), h, mean, rstd,
-            *launch.pointers(copy), amax.columns, amax.tensor,
-            num_tokens, groups.num_rows, num_features, padded, eps, weight_offset, scale_offset,
-            counters, None if known is None else known.view(torch.int32), seen,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype], **_without_transposed(formats),
+        kernels.rows_kernel[(sum(m.num_programs for m in made),)](
+            tuple(m.stream() for m in made), x.shape[-1], padded,
+            NORM=norm, DTYPE=TRITON_DTYPES[dtype],
+            **_without_transposed(launch.settings(by_row, None)),
             BLOCK_K=triton.next_power_of_2(padded),
-            **triton_tables.parameters("norm_modulate forward", padded, num_tokens, x),
+            **triton_tables.parameters("norm_modulate forward", padded, sum(num_tokens), x),
         )  # fmt: skip
-    source = x if residual is None else h
-    affine, constants = (weight, bias, scale, shift), (norm, weight_offset, scale_offset, dtype)
-    matrix = _matrix(source, affine, mean, rstd, groups, constants)
-    if copy is None:
-        amax_t = launch.amax_for(matrix, by_column)
-        copy = launch.cast(
-            tiles_kernel, matrix, amax, by_row, None, amax_t, (), Slot(rows=counters)
-        )[0]
+    if has_own:
+        copies = [m.copy for m in made]
+        amax_t = [None if by_column is None else m.amax.of(by_column) for m in made]
     else:
-        amax_t = None if by_column is None else amax.of(by_column)
-    return copy.codes, copy.scales, launch.present(amax_t, x), h, mean, rstd
+        matrices = [m.matrix() for m in made]
+        amax_t = [launch.amax_for(matrix, by_column) for matrix in matrices]
+        lines, amaxes = [Slot(rows=slot.rows) for slot in slots], [m.amax for m in made]
+        given = matrices, amaxes, by_row, None, lines
+        pairs = group.cast(kernels.tiles_kernel, *given, amax_out=amax_t)
+        copies = [copy for copy, _ in pairs]
+    each = zip(made, copies, amax_t, strict=True)
+    return [(c.codes, c.scales, launch.present(a, m.h), m.h, m.mean, m.rstd) for m, c, a in each]
 
 
-def columns(
-    h: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    norm: str,
-    eps: float,
-    weight_offset: float,
-    scale_offset: float,
-    dtype: torch.dtype,
-    columns: str,
-    amax_t: Tensor,
-    counters: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the transposed copy, in one pass."""
-    by_column = Operand.parse(columns)
-    groups = groups_of(h, (scale, shift))
-    settings = (norm, weight_offset, scale_offset, dtype)
-    matrix = _matrix(h, (weight, bias, scale, shift), mean, rstd, groups, settings)
-    amax = launch.Amax.known(by_column, amax_t)
-    slot = Slot(columns=counters)
-    copy = launch.cast(tiles_kernel, matrix, amax, None, by_column, None, (), slot)[1]
-    return copy.codes, copy.scales
+class _Rows:
+    """One call of the forward: what its rows leave."""
+
+    def __init__(
+        self,
+        call: tuple[Any, ...],
+        slot: Slot,
+        num_programs: int,
+        has_own: bool,
+        of_columns: bool,
+        of_tensor: bool,
+    ) -> None:
+        self.call, self.slot, self.num_programs = call, slot, num_programs
+        (x, residual, gate, *_, scale, shift, _), norm = call[:8], call[8]
+        num_features = x.shape[-1]
+        self.num_tokens = x.numel() // num_features
+        self.groups = groups_of(x, (gate, scale, shift))
+        _, self.h, *_ = op.outputs(x, residual, "none", *call[12:14])
+        self.rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        self.mean = x.new_empty(x.shape[:-1] if norm == "layer" else 0, dtype=torch.float32)
+        by_row = Operand.parse(call[14])
+        copy = launch.copy_for(x, by_row, self.num_tokens, num_features) if has_own else None
+        self.copy = launch.nothing(x) if copy is None else copy
+        self.pointers = launch.pointers(copy)
+        sizes = (num_programs, num_features), (num_programs,)
+        bits = [x.new_empty(size, dtype=torch.int32) for size in sizes]
+        self.amax = launch.Amax(
+            None, bits[0] if of_columns else None, bits[1] if of_tensor else None
+        )
+
+    def stream(self) -> kernels.Stream:
+        """Arguments of the first kernel."""
+        known = None if self.slot.known is None else self.slot.known.view(torch.int32)
+        sizes = self.num_tokens, self.groups.num_rows, self.num_programs
+        return kernels.Stream._make((
+            *(rows_of(t, self.call[0], self.groups) for t in self.call[:8]),
+            self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
+            self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
+        ))  # fmt: skip
+
+    def matrix(self) -> launch.Matrix:
+        """Those of the second."""
+        x, residual, _, *affine = self.call[:7]
+        norm, _, weight_offset, scale_offset, _, dtype = self.call[8:14]
+        h = x if residual is None else self.h
+        constants = norm, weight_offset, scale_offset, dtype
+        return _matrix(h, affine, self.mean, self.rstd, self.groups, constants)
+
+
+def columns_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of the transposed copy of each call, in one pass."""
+    by_column = Operand.parse(calls[0][12])
+    matrices, amaxes, slots = [], [], []
+    for h, *affine, mean, rstd, norm, _, weight_offset, scale_offset, dtype, _, amax_t in (
+        call[:14] for call in calls
+    ):
+        groups, constants = groups_of(h, affine[2:]), (norm, weight_offset, scale_offset, dtype)
+        matrices.append(_matrix(h, affine, mean, rstd, groups, constants))
+        amaxes.append(launch.Amax.known(by_column, amax_t))
+    slots = [Slot(columns=call[14] if len(call) > 14 else None) for call in calls]
+    pairs = group.cast(kernels.tiles_kernel, matrices, amaxes, None, by_column, slots)
+    return [(copy.codes, copy.scales) for _, copy in pairs]
 
 
 def _matrix(
@@ -273,7 +161,7 @@ def _matrix(
         *(rows_of(t, h, groups) for t in (h, *operands)),
         mean if norm == "layer" else None,
         rstd,
-        groups.num_rows,
+        unspecialized(groups.num_rows),
         weight_offset,
         scale_offset,
     )

@@ -1,8 +1,6 @@
-"""Triton provider of `fxopt::quantize` for FP8 with one scale for a tensor or a row: two launches.
+"""What Triton kernels that cast matrices to FP8 are given: sizes, buffers, constants.
 
-The first leaves the largest magnitudes of tiles, the second takes the scales from them and writes
-both copies from one read. Where a magnitude is known beforehand, the second is all, and a small one
-adds up the sums of its tiles. Producers of the matrix have kernels of their own for the same steps.
+For one scale for a tensor or a row.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels.counters import UNWATCHED, Slot
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
-from fxopt.kernels.triton_add_up import add_up
-from fxopt.kernels.triton_quantize_kernels import amax_kernel, cast_kernel
 from fxopt.recipes import Operand
 
 BLOCK_R, BLOCK_C = 64, 128
@@ -77,57 +73,9 @@ def of_tensor(x_RC: Tensor) -> Matrix:
     return Matrix((x_RC, *x_RC.stride()), num_rows, num_columns, x_RC, {})
 
 
-def quantize(
-    x_RC: Tensor,
-    rows: Operand | None,
-    columns: Operand | None,
-    wants_sum: bool = False,
-    slot: Slot = UNWATCHED,
-) -> list[Tensor]:
-    """Codes, scales and an empty tensor scale of x and then of its transpose; the sum of the rows.
-
-    Args:
-        x_RC: any strides, not empty.
-        rows, columns: operands that `covers` holds for, or None.
-        slot: counters of both copies, and what is known and seen of x.
-    """
-    matrix = of_tensor(x_RC)
-    num_tiles = grid(matrix, rows, columns)[0]
-    sums = column_sum = None
-    if wants_sum:
-        sums = x_RC.new_empty((num_tiles, x_RC.shape[1]), dtype=torch.float32)
-        column_sum = x_RC.new_empty(x_RC.shape[1])
-    if slot.known is None:
-        amax = measure(amax_kernel, matrix, rows, columns, (sums,))
-        pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, column_sum), slot)
-    else:
-        amax = Amax.known(None, slot.known)
-        pair = cast(cast_kernel, matrix, amax, rows, columns, None, (sums, None), slot)
-        if sums is not None and column_sum is not None:
-            add_up([column_sum], [sums])
-    return [*pair[0], *pair[1], x_RC.new_empty(0) if column_sum is None else column_sum]
-
-
-def measure(
-    kernel: Any,
-    matrix: Matrix,
-    rows: Operand | None,
-    columns: Operand | None,
-    more: Sequence[Tensor | None] = (),
-) -> Amax:
-    """The first pass: largest magnitudes of tiles, as far as the operands need them."""
-    amax = amax_buffers(matrix, rows, columns)
-    sizes = matrix.num_rows, matrix.num_columns
-    with torch.cuda.device_of(matrix.like):
-        kernel[grid(matrix, rows, columns)](
-            *matrix.arguments, *sizes, *amax, *more, **BLOCKS | matrix.constants
-        )
-    return amax
-
-
 def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Amax:
     """Room for the largest magnitudes of tiles, as far as the operands need them."""
-    num_tiles = grid(matrix, rows, columns)
+    num_tiles = grid(matrix)
     operands = [o for o in (rows, columns) if o is not None]
     is_row, is_column = (o is not None and o.block == "row" for o in (rows, columns))
     has_tensor = any(o.block == "tensor" for o in operands)
@@ -139,36 +87,7 @@ def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) 
     return Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
 
 
-def cast(
-    kernel: Any,
-    matrix: Matrix,
-    amax: Amax,
-    rows: Operand | None,
-    columns: Operand | None,
-    amax_out: Tensor | None = None,
-    more: Sequence[Tensor | None] = (),
-    slot: Slot = UNWATCHED,
-) -> tuple[Quantized, Quantized]:
-    """The second pass: codes and scales of the copies, empty where there is no operand.
-
-    Args:
-        amax_out: fp32, where to put what later scales of the columns come from, or None.
-        slot: counters of both copies, and where to record the magnitudes.
-    """
-    copies = copies_for(matrix, rows, columns)
-    with torch.cuda.device_of(matrix.like):
-        kernel[grid(matrix, rows, columns)](
-            *matrix.arguments,
-            *cast_arguments(matrix, amax, rows, columns, copies, amax_out, slot),
-            *more,
-            **settings(rows, columns),
-            **BLOCKS | matrix.constants,
-            CHUNK=CHUNK,
-        )
-    of_rows, of_columns = copies
-    return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
-
-
+Pair = tuple[Quantized, Quantized]
 Copies = tuple[Quantized | None, Quantized | None]
 
 
@@ -181,27 +100,27 @@ def copies_for(matrix: Matrix, rows: Operand | None, columns: Operand | None) ->
     )
 
 
-def cast_arguments(
+def filled(matrix: Matrix, copies: Copies) -> Pair:
+    """Both copies, empty where there is none."""
+    of_rows, of_columns = copies
+    return of_rows or nothing(matrix.like), of_columns or nothing(matrix.like)
+
+
+def copy_arguments(
     matrix: Matrix,
-    amax: Amax,
     rows: Operand | None,
     columns: Operand | None,
     copies: Copies,
     amax_out: Tensor | None,
     slot: Slot,
 ) -> tuple[Any, ...]:
-    """The arguments of `store_codes`, from num_rows on."""
-    num_rows, num_columns = matrix.num_rows, matrix.num_columns
+    """The arguments of `store_codes` behind the magnitudes."""
     return (
-        num_rows,
-        num_columns,
-        *amax.counts,
-        *amax,
         *pointers(copies[0]),
         *pointers(copies[1]),
         None if amax_out is None else amax_out.view(torch.int32),
-        padded_size(columns, num_rows),
-        padded_size(rows, num_columns),
+        0 if columns is None else padded_size(columns, matrix.num_rows),
+        padded_size(rows, matrix.num_columns),
         slot.rows,
         slot.columns,
         slot.seen,
@@ -220,12 +139,9 @@ def present(amax_t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if amax_t is None else amax_t
 
 
-def grid(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> tuple[int, int]:
-    """Tiles of the padded matrix."""
-    return (
-        triton.cdiv(padded_size(columns, matrix.num_rows), BLOCK_R),
-        triton.cdiv(padded_size(rows, matrix.num_columns), BLOCK_C),
-    )
+def grid(matrix: Matrix) -> tuple[int, int]:
+    """Tiles of the matrix; what it is padded with lies in the last ones."""
+    return triton.cdiv(matrix.num_rows, BLOCK_R), triton.cdiv(matrix.num_columns, BLOCK_C)
 
 
 def settings(rows: Operand | None, columns: Operand | None) -> dict[str, object]:

@@ -68,17 +68,6 @@ def store_amax(
         tl.store(column_sums + column, tl.sum(value, 0), c < num_columns)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def amax_kernel(
-    x, stride_R, stride_C, num_rows, num_columns, row_amax, column_amax, tile_amax, column_sums,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`store_amax` of a matrix."""
-    r, c = tile_indices(BLOCK_R, BLOCK_C)
-    value = load_tile(x, stride_R, stride_C, r, c, num_rows, num_columns)
-    store_amax(value, r, c, num_rows, num_columns, row_amax, column_amax, tile_amax, column_sums)
-
-
 @triton.jit
 def reduce(partial, num_partials, index, size, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Largest of partial [num_partials, size] at `index` [BLOCK]."""
@@ -232,29 +221,3 @@ def store_sum(
             part = tl.load(column_sums + p[:, None] * num_columns + c[None, :], mask, other=0.0)
             total += tl.sum(part, 0)
         tl.store(out + c, total.to(out.dtype.element_ty), c < num_columns)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_row_partials", "num_column_partials", "num_tiles"])
-def cast_kernel(
-    x, stride_R, stride_C, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
-    row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-    padded_rows, padded_columns, counters, counters_t, seen, column_sums, column_sum,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """`store_codes` of a matrix; and its column_sum [C] from the column_sums of tiles, or those."""
-    r, c = tile_indices(BLOCK_R, BLOCK_C)
-    value = load_tile(x, stride_R, stride_C, r, c, num_rows, num_columns)
-    store_codes(
-        value, r, c, num_rows, num_columns, num_row_partials, num_column_partials, num_tiles,
-        row_amax, column_amax, tile_amax, codes, scales, codes_t, scales_t, amax,
-        padded_rows, padded_columns, counters, counters_t, seen,
-        FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-    )  # fmt: skip
-    if column_sum is not None:
-        num_partials = tl.num_programs(0)
-        store_sum(column_sums, num_partials, c, num_columns, column_sum, BLOCK_C, CHUNK)
-    elif column_sums is not None:
-        column = tl.program_id(0).to(tl.int64) * num_columns + c
-        tl.store(column_sums + column, tl.sum(value, 0), c < num_columns)

@@ -18,7 +18,7 @@ from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gathered import GatheredWeight, gathered
 from fxopt.kernels.quantize import Pair, covers, quantize_pair
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.registration import call_counting
+from fxopt.kernels.together import Ask, Steps
 from fxopt.recipes import Operand, Recipe
 
 
@@ -110,7 +110,7 @@ class Copies(NamedTuple):
 
 def for_products(
     weights: Sequence[Tensor], recipe: Recipe, comes_back: bool, slots: Sequence[Slot]
-) -> Copies:
+) -> Steps[Copies]:
     """Cast the weights of linears on one input.
 
     Args:
@@ -135,8 +135,8 @@ def for_products(
         return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
     known = [slot.known for slot in slots if slot.known is not None]
     formats = str(rows), None if columns is None or known else str(columns)
-    found = call_counting(quantize_rows, lists(slots), list(weights), *formats)
-    codes, scales, amax_t = found
+    lines = tuple(lists(slots))
+    ((codes, scales, amax_t),) = yield [Ask(quantize_rows, (list(weights), *formats), lines)]
     return Copies(_joined(codes, scales), [], (known or amax_t) if columns is not None else [])
 
 
@@ -160,7 +160,7 @@ def _with_gathered(
 
 def for_gradients(
     weights: Sequence[Tensor], amax_t: Sequence[Tensor], recipe: Recipe, slots: Sequence[Slot]
-) -> list[Quantized]:
+) -> Steps[list[Quantized]]:
     """The transposed copies, which dgrad reads; `recipe` has one."""
     assert recipe.dgrad is not None
     columns = recipe.dgrad.b
@@ -170,7 +170,8 @@ def for_gradients(
         return [p.columns() if isinstance(p, GatheredWeight) else p.columns for p in pairs]
     lines = present(slot.columns for slot in slots)
     matrices = list(weights), str(columns), list(amax_t)
-    return _joined(*call_counting(quantize_columns, [lines], *matrices))
+    (found,) = yield [Ask(quantize_columns, matrices, (lines,))]
+    return _joined(*found)
 
 
 def columns_of(copy: Quantized | GatheredWeight) -> Quantized:

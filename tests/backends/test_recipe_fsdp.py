@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import fxopt
+from fxopt.recipes import RECIPES
 from tests.backends.test_fsdp import WORLD_SIZE, shard, step
 from tests.backends.toys import stack, tokens
 from tests.ranks import needs_gloo, spawn
@@ -53,6 +55,23 @@ def check(rank: int) -> None:
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 
 
+def saved_worker(rank: int) -> None:
+    """Shards keep codes of activations as a whole model does."""
+    recipe = replace(RECIPES[RECIPE], name="saved", saved="fp8")
+    model, x = stack(num_blocks=3), tokens(batch=4)
+    plain = step(fxopt.optimize(copy.deepcopy(model), recipe=RECIPE), x)
+    expected = step(fxopt.optimize(copy.deepcopy(model), recipe=recipe), x)
+    assert expected[0] == plain[0]
+    shard(fxopt.optimize(model, recipe=recipe), MixedPrecisionPolicy())
+    _, gradients = step(model, x.chunk(WORLD_SIZE)[rank])
+    moved = []
+    for name, gradient in expected[1].items():
+        size = gradient.norm().clamp(min=1e-4)
+        assert (gradients[name] - gradient).norm() / size < 2e-2, name  # as above
+        moved.append((plain[1][name] - gradient).norm() / size)
+    assert max(moved) > 1e-2
+
+
 @needs_gloo
 def test_sharded_blocks_train_in_fp8(tmp_path: Path) -> None:
-    spawn(tmp_path, WORLD_SIZE, worker)
+    spawn(tmp_path, WORLD_SIZE, worker, saved_worker)

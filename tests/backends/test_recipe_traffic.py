@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bench import traffic as bench
 from fxopt import explain
 from fxopt.backends.exported import rewrite_block
+from fxopt.recipes import RECIPES
 from fxopt.traffic import Traffic
 
 pytest.importorskip("diffusers", reason="presets need diffusers")
@@ -23,7 +25,7 @@ def single(recipe: str) -> Traffic:
     return bench.count(block, inputs, rewrite_block(block, (), inputs, recipe))
 
 
-RECIPES = ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"]
+NAMES = ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"]
 TOKENS, WIDTH = 4608, 3072
 INPUT = TOKENS * WIDTH  # elements
 SIZES = [(WIDTH, WIDTH)] * 3 + [(4 * WIDTH, WIDTH), (WIDTH, 5 * WIDTH)]  # out, features
@@ -58,7 +60,7 @@ def test_rows_of_a_norm_are_quantized_in_one_pass() -> None:
     assert 3 * INPUT <= found["fxopt::norm_modulate_quantize"] <= 1.01 * 3 * INPUT
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", NAMES)
 def test_gates(recipe: str) -> None:
     """What `python -m bench.traffic --recipe` holds, on one block."""
     found, plain = single(recipe), single("bf16")
@@ -77,11 +79,22 @@ def test_products_are_those_of_bf16() -> None:
     assert flops[8] > 0.99 * sum(flops.values())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", NAMES)
 def test_what_is_kept(recipe: str) -> None:
     """What bf16 keeps: no codes beside it, only magnitudes for each feature."""
     plain, low = single("bf16").saved, single(recipe).saved
     assert plain <= low <= plain + 4 * sum(features for _, features in SIZES) + 4 * 6 * WIDTH
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_what_codes_save_and_cost(recipe: str) -> None:
+    """Of q, k, the activation's input, four times as wide, and the branch before the gate."""
+    packed, plain = single(replace(RECIPES[recipe], name="packed", saved="fp8").key), single(recipe)
+    elements, per_code = (1 + 1 + 4 + 1) * INPUT, 1 + 4 / 128
+    assert plain.saved - packed.saved == elements * (2 - per_code)
+    for op in ("fxopt::pack", "fxopt::unpack"):
+        assert packed.glue.pop(op) == elements * (2 + per_code)
+    assert packed.glue == plain.glue
 
 
 def test_weights_are_cast_once_for_all_micro_batches() -> None:

@@ -310,3 +310,13 @@ def test_what_is_no_mlp_by_its_structure_is_not_tried(monkeypatch: pytest.Monkey
     model = nn.Sequential(FusedBlock(), FusedBlock())
     report = fxopt.report(swap(model))
     assert not report.applied and not [d for d in report.declined if d.rule == "swap"]
+
+
+@pytest.mark.parametrize("hidden, num_quantized", [(64, 3), (40, 0), (36, 0)])
+def test_an_mlp_reports_the_linears_that_are_quantized(hidden: int, num_quantized: int) -> None:
+    """And not those of the narrow copy that it is proved on."""
+    model = nn.Sequential(SwiGLU(48, hidden))
+    report = fxopt.report(swap(model, recipe="fp8", targets=["0"]))
+    assert report.count("quantized_linear") == num_quantized
+    refused = [d for d in report.declined if d.rule == "quantized_linear"]
+    assert len(refused) == 3 - num_quantized

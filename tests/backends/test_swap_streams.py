@@ -32,12 +32,24 @@ def flux() -> Family:
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_rowwise", "mxfp8"])
 def test_counts_under_a_recipe_are_those_of_optimize(flux: Family, recipe: str) -> None:
-    """Quantized linears keep their biases, and only what is not quantized shares a launch."""
+    """Quantized linears keep their biases, and share launches as those in bf16 do."""
     inputs = flux.inputs(2, 0, torch.float32)
     model = fxopt.optimize(flux.build(), recipe=recipe, example_inputs=inputs)
     counts = fxopt.report(swap(flux.build(), recipe=recipe)).counts()
     assert counts == fxopt.report(model).counts()
     assert "fuse_bias" not in counts
+    # And what attention gives to both streams is cast together, in each of two blocks.
+    assert counts["merge_streams"] == COUNTS["flux"]["merge_streams"] + 2
+
+
+def test_dual_attention_under_a_recipe_shares_what_optimize_shares() -> None:
+    family = FAMILIES["sd3.5"]
+    inputs = family.inputs(2, 0, torch.float32)
+    model = fxopt.optimize(family.build(), recipe="fp8", example_inputs=inputs)
+    count = fxopt.report(swap(family.build(), recipe="fp8")).count("merge_streams")
+    # In the last of five blocks the text goes no further than attention.
+    assert count == fxopt.report(model).count("merge_streams")
+    assert count == COUNTS["sd3.5"]["merge_streams"] + 4
 
 
 def test_streams_of_which_one_is_quantized(flux: Family) -> None:

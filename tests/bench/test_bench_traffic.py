@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bench import floor_traffic, traffic
 from fxopt.cost import Product
 from fxopt.presets import PRESETS
+from fxopt.recipes import Recipe, find
 from fxopt.traffic import Traffic
 
 N, D = 16, 32
@@ -187,3 +188,17 @@ def test_delayed_scaling_moves_less(monkeypatch, capsys):
     assert rows["glue, recipe / bf16 (asked: 1.25)"]["value"] == pytest.approx(1.820, abs=1e-3)
     assert rows["quantization launches / linear (asked: 5)"]["value"] == 2.8
     assert all(row["holds"] for row in rows.values() if row["target"])
+
+
+def test_what_is_saved_needs_no_quantized_linear(monkeypatch, capsys):
+    def rewrite(block, args, inputs, recipe="bf16"):
+        assert recipe == "bf16" or find(recipe) == Recipe("bf16_saved", saved="fp8")
+        return block
+
+    monkeypatch.setattr(traffic, "eager_door", lambda: rewrite)
+    only = ("--recipe", "bf16", "--saved", "fp8", "--only", "flux-dev single")
+    assert traffic.main([*only, "--json", "-", "--check"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    value = {row["metric"]: row["value"] for row in rows}
+    assert value["saved, recipe / bf16 (asked: 0.75)"] == 1
+    assert not any("quantization" in metric for metric in value)

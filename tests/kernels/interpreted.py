@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,40 @@ from fxopt.kernels import (
     gated_activation,
     norm_modulate,
     norm_modulate_segments,
+    norm_modulate_streams,
     qk_norm_rope,
     quantize,
     quantize_group,
+    quantized_producers,
 )
+from fxopt.kernels.registration import COUNTING
 
+
+def triton_together(op: torch._ops.OpOverload) -> dict[torch._ops.OpOverload, Any]:
+    """The Triton providers of an op for several calls, counting or not."""
+    keys, found = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), {}
+    for each in (op, COUNTING[op]):
+        name = f"{each._schema.name}_together"
+        kernel = torch.library.get_kernel(name, "CUDA")
+        together = getattr(torch.ops.fxopt, name.removeprefix("fxopt::")).default
+        found[together] = partial(kernel.call_boxed, keys)
+    return found
+
+
+QUANTIZING = {
+    torch.ops.fxopt.quantize.default: quantize.triton,
+    torch.ops.fxopt.norm_modulate_quantize.default: quantized_producers.triton_norm,
+    torch.ops.fxopt.norm_modulate_quantize_columns.default: quantized_producers.triton_norm_columns,
+    torch.ops.fxopt.gated_activation_quantize.default: quantized_producers.triton_activation,
+    torch.ops.fxopt.gated_activation_quantize_backward.default: (
+        quantized_producers.triton_activation_backward
+    ),
+}
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
     torch.ops.fxopt.norm_modulate_backward.default: norm_modulate._triton_backward,
+    torch.ops.fxopt.norm_modulate_streams.default: norm_modulate_streams._triton,
+    torch.ops.fxopt.norm_modulate_streams_backward.default: norm_modulate_streams._triton_backward,
     torch.ops.fxopt.norm_modulate_segments.default: norm_modulate_segments._triton,
     torch.ops.fxopt.norm_modulate_segments_backward.default: (
         norm_modulate_segments._triton_backward
@@ -28,9 +55,11 @@ TRITON = {
     torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
-    torch.ops.fxopt.quantize.default: quantize.triton,
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
+    **QUANTIZING,
+    **{COUNTING[op]: run for op, run in QUANTIZING.items()},
+    **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
 }
 
 

@@ -189,7 +189,7 @@ def test_launches_and_second_reads_are_those_of_the_providers() -> None:
                 counted.append("amax")
             return func(*args, **(kwargs or {}))
 
-    kernels = [(norm, "rows_kernel"), (norm, "tiles_kernel")]
+    kernels = [(norm.kernels, "rows_kernel"), (norm.kernels, "tiles_kernel")]
     kernels += [(activation, "amax_kernel"), (activation, "cast_kernel")]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in kernels:

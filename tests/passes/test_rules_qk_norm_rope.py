@@ -440,3 +440,73 @@ def test_tables_that_came_to_need_a_gradient_are_refused():
     cos, sin = (t.requires_grad_() for t in tables(5))
     with pytest.raises(AssertionError, match="captured for"):
         found(inputs[0], cos, sin)
+
+
+def test_a_norm_of_each_head_says_so():
+    """StableLM."""
+
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)).transpose(1, 2) for w in (m.q, m.k, m.v))
+        weights = m.norm_q, m.norm_k
+        parts = zip(weights, q.split(1, dim=1), strict=True)
+        q = torch.cat([F.layer_norm(part, (d,), w) for w, part in parts], dim=1)
+        q = halves(q.transpose(1, 2), cos, sin).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert found.reasons("qk_norm_rope") == [
+        "queries: 2 norms stand side by side, as of heads that have a weight each; "
+        "the op has one norm for all heads"
+    ]
+
+
+def every_two(x_BSHr: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """GPT-J: strided slices, sin before cos, tables repeated in the forward."""
+    sin, cos = (torch.repeat_interleave(t[:, :, None, :], 2, 3) for t in (sin, cos))
+    turned = torch.stack((-x_BSHr[..., 1::2], x_BSHr[..., ::2]), dim=-1).flatten(-2)
+    return x_BSHr * cos + turned * sin
+
+
+@pytest.mark.parametrize("r", [d, d // 2])
+def test_rotation_of_every_two_of_part_of_a_head(r: int):
+    def rotated(x_BSHd: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        turned = every_two(x_BSHd[..., :r], sin, cos)
+        return turned if r == d else torch.cat([turned, x_BSHd[..., r:]], dim=-1)
+
+    def forward(m, x: Tensor, embed_positions: Tensor, position_ids: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        index = position_ids.unsqueeze(-1).repeat(1, 1, embed_positions.shape[-1])
+        table = torch.gather(embed_positions.repeat(x.shape[0], 1, 1), 1, index)
+        sin, cos = table.split(r // 2, dim=-1)
+        q, k = (rotated(t, sin, cos) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def inputs(batch: int, tokens: int) -> list[Tensor]:
+        positions = torch.arange(tokens).expand(batch, -1)
+        return [normal(batch, tokens, D), normal(1, 9, r, seed=3).detach(), positions]
+
+    found = rewritten(forward, *inputs(2, 5), **projections())
+    assert found.count("qk_norm_rope") == 2
+    found.assert_as_accurate(*inputs(3, 7))
+
+
+@pytest.mark.parametrize("interleaves", [True, False])
+def test_keys_that_are_repeated_for_grouped_queries(interleaves: bool):
+    """Lumina: heads are repeated before they change places with tokens, by `repeat`."""
+
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        k, v = k[:, :, :1], v[:, :, :1]
+        q, k = (halves(t, cos, sin) for t in (q, k))
+        if interleaves:
+            k, v = (t.unsqueeze(3).repeat(1, 1, 1, H, 1).flatten(2, 3) for t in (k, v))
+        else:  # of each item of the last dim
+            k = k.unsqueeze(3).repeat(1, 1, 1, H, 1)[..., : d // 2].repeat(1, 1, 1, 1, 2)
+            k, v = k.flatten(2, 3), v.expand(-1, -1, H, -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert found.count("qk_norm_rope") == 1 + interleaves, found.code()
+    found.assert_as_accurate(normal(3, 5, D), *tables(5))

@@ -19,7 +19,7 @@ from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.fused import fire, fire_low, ops, project
 from fxopt.backends.swaps.quantized import Unbiased, is_plain
 from fxopt.passes.rules.fuse_bias import has_room
-from fxopt.passes.rules.merge_streams import common_of_activations
+from fxopt.passes.rules.merge_streams import common_of_activations, common_of_linears
 
 _originals: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("originals", default=None)
 
@@ -62,6 +62,24 @@ class Out(NamedTuple):
         for i, module in enumerate(self.modules):
             (x,) = project(x, module, keeps_x=i == 0)  # attention keeps its result
         return x
+
+    @property
+    def linear(self) -> Any:
+        """The first of the modules."""
+        return next(iter(self.modules))
+
+    def rest(self, x: Tensor) -> Tensor:
+        """What the others make of what the first one made."""
+        _, *others = self.modules
+        for module in others:
+            (x,) = project(x, module)
+        return x
+
+    def common(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What streams share whose linears can be cast in one launch, their recipe first; None
+        where this one is not quantized."""
+        recipe = quantized.quantizes(x, self.linear)
+        return None if recipe is None else (recipe, *common_of_linears(keeps_x=True))
 
     def branch(self, x: Tensor, *, all_sums: bool) -> Branch:
         """The same, for an op that adds it to the residual; `all_sums` as in `waiting_bias`."""
@@ -119,11 +137,14 @@ class Mlp(NamedTuple):
         return waiting_bias(hidden[0], self.out, all_sums=False)
 
     def common(self, hidden: Sequence[Tensor]) -> tuple[Any, ...] | None:
-        """What streams share whose activations can be one launch; None where this is none."""
+        """What streams share whose activations can be one launch, their recipe or None first; None
+        where this is none."""
         gate = hidden[0]
-        if not self._is_direct() or quantized.quantizes(gate, self.out) is not None:
+        recipe = quantized.quantizes(gate, self.out)
+        if not self._is_direct() or (recipe is not None and self.gate_bias is not None):
             return None
-        return common_of_activations(self.activation, self.packing, gate.dtype, gate.shape[-1])
+        kind = self.activation, self.packing, gate.dtype, gate.shape[-1]
+        return recipe, *common_of_activations(*kind)
 
     def _is_direct(self) -> bool:
         """Whether nothing stands between the activation and a plain linear."""

@@ -136,14 +136,17 @@ class Normed(NamedTuple):
         return outs, h
 
     def common(self, linears: Sequence[nn.Module]) -> tuple[Any, ...] | None:
-        """What streams share whose `into(*linears)` can be one launch; None where it is none."""
+        """What streams share whose `into(*linears)` can be one launch, their recipe or None first;
+        None where it is none."""
         n = read_norm(self.norm, self.x)
-        is_low = any(quantized.quantizes(self.x, m) is not None for m in linears)
-        if n.kind == "none" or is_low or self.segments or not all(map(is_plain, linears)):
+        recipes = [quantized.quantizes(self.x, m) for m in linears]
+        is_one = all(r is recipes[0] for r in recipes) and all(map(is_plain, linears))
+        if n.kind == "none" or self.segments or not is_one:
             return None
         dtype: Any = linears[0].weight.dtype
         width = self.x.shape[-1]
-        return common_of_norms(n.kind, self._h_dtype(), dtype, width, has_linears=True)
+        common = common_of_norms(n.kind, self._h_dtype(), dtype, width, has_linears=True)
+        return None if common is None else (recipes[0], *common)
 
     def _into_low(
         self, n: NormConstants, linears: Sequence[nn.Module], recipe: Recipe

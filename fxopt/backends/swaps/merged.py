@@ -10,18 +10,21 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.branches import Branch, Mlp
+from fxopt.backends.swaps.branches import Branch, Mlp, Out
 from fxopt.backends.swaps.fused import (
     Normed,
     Segments,
     fire,
+    fire_low,
     gated_residual,
     ops,
     pieces,
     promoted,
     read_norm,
 )
-from fxopt.passes.rules.merge_streams import common_of_norms
+from fxopt.kernels.scaled_matmul import op_of
+from fxopt.passes.rules.merge_streams import common_of_norms, streams_op_of
+from fxopt.recipes import Recipe
 
 Result = TypeVar("Result")
 
@@ -49,13 +52,16 @@ def into(
 
     def together(streams: list[int]) -> list[tuple[list[Tensor], Tensor]]:
         given = [(normed[i], read_norm(normed[i].norm, normed[i].x)) for i in streams]
-        for stream, n in given:
+        recipe, _, *common, _ = commons[streams[0]] or ()
+        for (stream, n), i in zip(given, streams, strict=True):
             stream.fire(n)
-            fire("merge_linears", "norm_modulate")
+            if recipe is None:
+                fire("merge_linears", "norm_modulate")
+            else:
+                fire_low("norm_modulate", len(linears[i]), recipe)
         operands = [stream.operands(n) for stream, n in given]
         constants = [(*n[1:3], stream.scale_offset) for stream, n in given]
-        _, *common, _ = commons[streams[0]] or ()
-        outs, hs = _norms(operands, constants, common, [linears[i] for i in streams])
+        outs, hs = _norms(operands, constants, common, [linears[i] for i in streams], recipe)
         rest = iter(outs)
         return [([next(rest) for _ in linears[i]], h) for i, h in zip(streams, hs, strict=True)]
 
@@ -101,45 +107,76 @@ def _norms(
     constants: Sequence[tuple[float, ...]],
     common: Sequence[Any],
     linears: Sequence[Sequence[Any]],
+    recipe: Recipe | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`fxopt::norm_modulate_linears_streams`; every sequence but `common` is one of streams.
 
-    constants: eps and the offsets of weight and scale. common: norm, h_dtype, dtype.
+    constants: eps and the offsets of weight and scale. common: norm, h_dtype, dtype. recipe: by
+    which the linears run; None for the model's dtype.
     """
-    fire("merge_streams", "norm_modulate_streams")
+    fire("merge_streams", streams_op_of("norm_modulate", recipe))
     fields, numbers = (map(list, zip(*each, strict=True)) for each in (operands, constants))
     norm, *dtypes = common
     every = [m for of_stream in linears for m in of_stream]
+    counts = [len(of_stream) for of_stream in linears]
+    parameters = [m.weight for m in every], [m.bias for m in every], counts
+    arguments = (*fields, norm, *numbers, *dtypes, *parameters)
+    if recipe is not None:
+        return ops.norm_modulate_quantized_linears_streams(*arguments, recipe.key)
     each = [pieces([m.weight for m in of_stream]) for of_stream in linears]
-    outs, hs = ops.norm_modulate_linears_streams(
-        *fields, norm, *numbers, *dtypes,
-        [m.weight for m in every],
-        [m.bias for m in every],
-        [len(of_stream) for of_stream in linears],
-        [number for of_stream in each for number in of_stream],
-        [len(of_stream) // 3 for of_stream in each],
-    )  # fmt: skip
-    return outs, hs
+    flat = [number for of_stream in each for number in of_stream]
+    return ops.norm_modulate_linears_streams(*arguments, flat, counts)
+
+
+def outs(
+    modules: Sequence[Out], attended: Sequence[Tensor], *, all_sums: Sequence[bool]
+) -> list[Branch]:
+    """`Out.branch` of each stream's part of an attention's result."""
+
+    def together(streams: list[int]) -> list[Branch]:
+        recipe, *_ = commons[streams[0]] or ()
+        linears = [modules[i].linear for i in streams]
+        for _ in linears:
+            fire("quantized_linear", op_of(recipe))
+        fire("merge_streams", streams_op_of("linears", recipe))
+        parameters = [m.weight for m in linears], [m.bias for m in linears], [1] * len(linears)
+        xs = [attended[i] for i in streams]
+        products = ops.quantized_linears_streams(xs, *parameters, recipe.key, True)
+        return [Branch(modules[i].rest(x)) for i, x in zip(streams, products, strict=True)]
+
+    def alone(i: int) -> Branch:
+        return modules[i].branch(attended[i], all_sums=all_sums[i])
+
+    commons = [out.common(x) for out, x in zip(modules, attended, strict=True)]
+    return _by_launch(commons, together, alone)
 
 
 def branches(mlps: Sequence[Mlp], hidden: Sequence[Sequence[Tensor]]) -> list[Branch]:
     """`Mlp.branch` of each stream."""
 
     def together(streams: list[int]) -> list[Branch]:
+        recipe, *_ = commons[streams[0]] or ()
         for i in streams:
             fire("gated_activation", "gated_activation")
             if mlps[i].gate_bias is not None:
                 fire("fuse_bias", "gated_activation")
-            fire("merge_linears", "gated_activation")
-        fire("merge_streams", "gated_activation_streams")
+            if recipe is None:
+                fire("merge_linears", "gated_activation")
+            else:
+                fire_low("gated_activation", 1, recipe)
+        fire("merge_streams", streams_op_of("gated_activation", recipe))
         gates, ups = zip(*((*hidden[i], None)[:2] for i in streams), strict=True)
         own = [mlps[i] for i in streams]
         waiting = [mlps[i].waiting_bias(hidden[i]) for i in streams]
         weights = [m.out.weight for m in own]
         biases = [m.out.bias if w is None else None for m, w in zip(own, waiting, strict=True)]
-        gate_biases = [m.gate_bias for m in own]
-        settings = (own[0].activation, own[0].packing, [None] * len(own), gate_biases)
-        outs = ops.gated_activation_linear_streams(gates, ups, *settings, weights, biases)
+        gate_biases, absent = [m.gate_bias for m in own], [None] * len(own)
+        settings = (gates, ups, own[0].activation, own[0].packing, absent)
+        if recipe is None:
+            outs = ops.gated_activation_linear_streams(*settings, gate_biases, weights, biases)
+        else:
+            parameters = weights, biases, recipe.key
+            outs = ops.gated_activation_quantized_linear_streams(*settings, *parameters)
         return [Branch(x, bias) for x, bias in zip(outs, waiting, strict=True)]
 
     commons = [m.common(h) for m, h in zip(mlps, hidden, strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.fused import is_plain, project
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
+from fxopt.kernels.scaled_matmul import MULTIPLE
 
 ACTIVATIONS = ("gelu_tanh", "silu", "gelu_erf", "relu", "sigmoid")
 # Classes of diffusers' `FeedForward.net[0]` and of activations, and what they compute.
@@ -94,13 +95,18 @@ def _swap(argument: str, inputs: tuple[str, ...], out: str, name: str, packing: 
 
 
 def _narrow(module: nn.Module, hidden: int) -> nn.Module:
-    """A copy whose features are few; `hidden` of them stand between activation and last linear."""
-    few = {hidden: 24, 2 * hidden: 48}
+    """A copy whose features are few; `hidden` of them stand between activation and last linear.
+
+    Multiples of what the matrix units take stay multiples, as the proof notes what is quantized.
+    """
+    narrow = 32 if hidden % MULTIPLE == 0 else 24 if 2 * hidden % MULTIPLE == 0 else 20
+    few = {hidden: narrow, 2 * hidden: 2 * narrow}
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     memo: dict[int, Any] = {}
     for linear in linears:
         for size in (linear.in_features, linear.out_features):
-            few.setdefault(size, 16 + 4 * len(few))
+            even = MULTIPLE * (3 + len(few))
+            few.setdefault(size, even if size % MULTIPLE == 0 else even + 4)
         for p in linear.parameters():
             shape = [few[size] for size in p.shape]
             memo[id(p)] = nn.Parameter(torch.empty(shape, device="cpu"))

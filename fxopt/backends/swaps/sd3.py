@@ -53,18 +53,22 @@ def joint_block(
     head_dim = projected[0].shape[-1] // attn.heads
     projections = (projected, projected_text)
     attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend)
-    branch = Out(attn.to_out).branch(attended, all_sums=not own)
+    results = [attended, attended_text][: 1 if last else 2]
+    outs = [Out(attn.to_out), Out((attn.to_add_out,))][: len(results)]
+    if own:
+        results += joint_attention([own[0][0]], parts[2:], head_dim, attend)
+        outs.append(Out(attn2.to_out))
+    all_sums = [not own, *[True] * (len(outs) - 1)]
+    branch, *branches = merged.outs(outs, results, all_sums=all_sums)
     if own:
         x = gated_residual(x, image[0], branch.x, x_bias=branch.bias)
-        (attended,) = joint_attention([own[0][0]], parts[2:], head_dim, attend)
-        branch = Out(attn2.to_out).branch(attended, all_sums=True)
-        image = [gate2, *image[1:]]
+        image, branch = [gate2, *image[1:]], branches[-1]
     ending = Ending(x, branch, image, block.norm2, feed_forward(block.ff))
     if last:
         return None, finish(ending)[0]
-    branch = Out((attn.to_add_out,)).branch(attended_text, all_sums=True)
     mlp = feed_forward(block.ff_context)
-    out, text = finish(ending, Ending(text, branch, of_text_branch, block.norm2_context, mlp))
+    ending_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
+    out, text = finish(ending, ending_text)
     return text, out
 
 

@@ -46,9 +46,8 @@ class Stream(NamedTuple):
         shift, scale = self.modulation[:2]
         return Normed(self.norms[0], self.x, scale, shift, segments=self.segments)
 
-    def ending(self, residual: Tensor, attended: Tensor) -> Ending:
-        """The rest of the block, from the stream's part of the attention's result [B, S, H * d]."""
-        branch = self.out.branch(attended, all_sums=True)
+    def ending(self, residual: Tensor, branch: Branch) -> Ending:
+        """The rest of the block, from what the stream's part of the attention's result gave."""
         rest = self.modulation[2:], self.norms[1], self.mlp, self.segments
         return Ending(residual, branch, *rest)
 
@@ -91,9 +90,11 @@ def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tens
     found = merged.into([s.normed() for s in streams], linears)
     projections, residuals = zip(*found, strict=True)
     attended = joint_attention(projections, parts, head_dim, attend)
-    each = list(zip(streams, residuals, attended, strict=True))
     # Image first, as the blocks do it.
-    return finish(*(s.ending(residual, part) for s, residual, part in reversed(each)))[::-1]
+    outs = [s.out for s in streams][::-1]
+    branches = merged.outs(outs, attended[::-1], all_sums=[True] * len(outs))
+    each = zip(streams[::-1], residuals[::-1], branches, strict=True)
+    return finish(*(s.ending(residual, branch) for s, residual, branch in each))[::-1]
 
 
 def joint_attention(

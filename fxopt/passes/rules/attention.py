@@ -259,10 +259,15 @@ def unrepeated(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not ir.is_call(node, *SPLITS):
         return None
     expanded = ir.skip_copies(node.args[0])
-    inner = expanded.args[0] if ir.is_call(expanded, aten.expand.default) else None
+    if not ir.is_call(expanded, aten.expand.default, aten.repeat.default):
+        return None
+    inner, repeats = expanded.args[:2]
     if not ir.is_call(inner, aten.unsqueeze.default):
         return None
     dim = inner.args[1] % len(ir.shape(inner)) - 1
+    others = repeats[: dim + 1] + repeats[dim + 2 :]
+    if expanded.target is aten.repeat.default and any(r != 1 for r in others):
+        return None
     return inner.args[0], dim
 
 

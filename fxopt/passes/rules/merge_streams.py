@@ -1,4 +1,5 @@
-"""The norms of two streams, text and image say, in one launch each way; likewise the activations.
+"""The norms of two streams, text and image say, in one launch each way; likewise the activations
+and the casts of quantized linears.
 
 They join where both are ready: at one depth, counted in products and attentions. Their linears
 stay as they are, a product per stream, in the one autograd node. A compiler schedules kernels on
@@ -30,11 +31,15 @@ from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear,
+    gated_activation_quantized_linear_streams,
     norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+    op_of,
 )
-from fxopt.kernels.quantized_linears import quantized_linears
+from fxopt.kernels.quantized_linears import fuses, quantized_linears, quantized_linears_streams
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.recipes import Recipe, find
 
 # Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
@@ -42,14 +47,18 @@ STEPS = (
     ir.SDPA,
     linears,
     quantized_linears,
+    quantized_linears_streams,
     gated_activation_linear,
     gated_activation_linear_streams,
     gated_activation_quantized_linear,
+    gated_activation_quantized_linear_streams,
     norm_modulate_linears,
     norm_modulate_linears_streams,
     norm_modulate_segments_linears,
     norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
 )
+OTHER_FORMATS = "{} is normed, activated or cast at the same time, but in other formats"
 
 
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
@@ -57,27 +66,35 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if common is None:
         return
     depths = _depths(anchor.graph)
+    ready = {n: c for n in anchor.graph.nodes if depths[n] == depths[anchor] and (c := _common(n))}
     calls: list[fx.Node] = []
-    for node in anchor.graph.nodes:
-        if depths[node] == depths[anchor] and _common(node) == common:
+    for node, own in ready.items():
+        if own == common:
             calls += [node] if not _depends(node, set(calls), depths) else []
     if len(calls) > 1 and calls[0] is anchor:
-        is_norm = calls[0].target is not gated_activation_linear
-        yield _bind_norms([_norm(c) for c in calls]) if is_norm else _bind_activations(calls)
+        yield _bind(calls)
+    elif len(calls) == 1:
+        others = [n for n, (_, *own) in ready.items() if own == [*common[1:]] and n is not anchor]
+        yield from (Reason(OTHER_FORMATS.format(n.name), anchor) for n in others[:1])
 
 
 def _common(call: fx.Node) -> tuple[Any, ...] | None:
-    """What the streams of a launch share; None where `call` is none that can be one of them."""
-    if ir.is_call(call, norm_modulate, norm_modulate_linears):
-        arguments = ir.arguments(call)
+    """What the streams of a launch share, the key of a recipe or None first; None where `call` is
+    none that can be one of them."""
+    arguments = ir.arguments(call) if ir.is_call(call, *RULE.anchors) else {}
+    recipe = arguments.get("recipe")
+    if ir.is_call(call, norm_modulate, norm_modulate_linears, norm_modulate_quantized_linears):
         x, norm, h_dtype, dtype = (arguments[k] for k in ("x", "norm", "h_dtype", "dtype"))
-        has_linears = call.target is norm_modulate_linears
+        has_linears = call.target is not norm_modulate
         width = ir.expression(ir.shape(x)[-1])
-        return common_of_norms(norm, h_dtype, dtype, width, has_linears=has_linears)
-    if ir.is_call(call, gated_activation_linear):
+        common = common_of_norms(norm, h_dtype, dtype, width, has_linears=has_linears)
+        return None if common is None else (recipe, *common)
+    if ir.is_call(call, gated_activation_linear, gated_activation_quantized_linear):
         gate, _, activation, packing = call.args[:4]
         width = ir.expression(ir.shape(gate)[-1])
-        return common_of_activations(activation, packing, ir.dtype(gate), width)
+        return recipe, *common_of_activations(activation, packing, ir.dtype(gate), width)
+    if ir.is_call(call, quantized_linears):
+        return recipe, *common_of_linears(arguments["keeps_x"])
     return None
 
 
@@ -93,6 +110,11 @@ def common_of_activations(
 ) -> tuple[Any, ...]:
     """What activations of one launch share."""
     return "activation", activation, packing, dtype, width
+
+
+def common_of_linears(keeps_x: bool) -> tuple[Any, ...]:
+    """What quantized linears share whose casts are one launch, beside the recipe."""
+    return "linears", keeps_x
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -115,16 +137,31 @@ def _depends(node: fx.Node, others: set[fx.Node], depths: dict[fx.Node, int]) ->
     return False
 
 
+def _bind(calls: list[fx.Node]) -> Binding:
+    if ir.is_call(calls[0], quantized_linears):
+        return _bind_linears(calls)
+    if ir.is_call(calls[0], gated_activation_linear, gated_activation_quantized_linear):
+        return _bind_activations(calls)
+    return _bind_norms([_norm(c) for c in calls])
+
+
 @dataclass(frozen=True)
 class Norm:
-    """A call of norm_modulate, with its linears or without a norm, and the nodes of its results."""
+    """A call of norm_modulate, with its linears or without a norm, and the nodes of its results.
+
+    pieces: numbers of `linears`; None where they are quantized, and each has one output.
+    """
 
     call: fx.Node
     weights: list[fx.Node]
     biases: list[fx.Node | None]
-    pieces: list[int]
+    pieces: list[int] | None
     outs: dict[int, fx.Node]
     h: fx.Node | None
+
+    @property
+    def num_outs(self) -> int:
+        return len(self.weights) if self.pieces is None else len(self.pieces) // 3
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -140,6 +177,8 @@ def _norm(call: fx.Node) -> Norm:
     taken = ir.results(call)
     parameters: Any = call.args[14:] or ([], [], [])
     weights, biases, pieces = parameters
+    if ir.is_call(call, norm_modulate_quantized_linears):
+        pieces = None
     outs = ir.results(taken[0]) if 0 in taken else {}
     return Norm(call, weights, biases, pieces, outs, taken.get(1))
 
@@ -152,42 +191,80 @@ def _bind_norms(norms: list[Norm]) -> Binding:
         fields = [[given[n] for n in f] for f in zip(*(s.operands for s in norms), strict=True)]
         numbers = map(list, zip(*(s.numbers for s in norms), strict=True))
         norm, *dtypes = (norms[0].call.args[i] for i in (8, 12, 13))
-        op = call(
-            norm_modulate_linears_streams, *fields, norm, *numbers, *dtypes,
+        op, more = norm_modulate_quantized_linears_streams, norms[0].call.args[16:]
+        pieces = [number for s in norms for number in s.pieces or ()]
+        if norms[0].pieces is not None:
+            op, more = norm_modulate_linears_streams, (pieces, [s.num_outs for s in norms])
+        made = call(
+            op, *fields, norm, *numbers, *dtypes,
             [given[w] for s in norms for w in s.weights],
             [given[b] for s in norms for b in s.biases],
             [len(s.weights) for s in norms],
-            [number for s in norms for number in s.pieces],
-            [len(s.pieces) // 3 for s in norms],
+            *more,
         )  # fmt: skip
-        outs, hs = (call(operator.getitem, op, i) for i in range(2))
+        outs, hs = (call(operator.getitem, made, i) for i in range(2))
         results: list[fx.Node] = []
         start = 0
         for i, s in enumerate(norms):
             results += [call(operator.getitem, outs, start + k) for k in s.outs]
             results += [call(operator.getitem, hs, i)] if s.h is not None else []
-            start += len(s.pieces) // 3
+            start += s.num_outs
         return tuple(results)
 
-    return _binding("norm_modulate_streams", norms[0].call, listed, outputs, emit)
+    return _binding("norm_modulate", norms[0].call, listed, outputs, emit)
 
 
 def _bind_activations(calls: list[fx.Node]) -> Binding:
-    gates, ups, _, _, *others = map(list, zip(*(c.args for c in calls), strict=True))
-    activation, packing = calls[0].args[2:4]
+    gates, ups, names, packings, *others = map(list, zip(*(c.args for c in calls), strict=True))
+    recipe = [others.pop()[0]] if ir.is_call(calls[0], gated_activation_quantized_linear) else []
+    streams_op = (
+        gated_activation_quantized_linear_streams if recipe else gated_activation_linear_streams
+    )
     listed = [n for field in (gates, ups, *others) for n in field]
 
     def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
         fields = [[given[n] for n in field] for field in (gates, ups, *others)]
-        settings = (*fields[:2], activation, packing, *fields[2:])
-        op = call(gated_activation_linear_streams, *settings)
+        settings = (*fields[:2], names[0], packings[0], *fields[2:], *recipe)
+        op = call(streams_op, *settings)
         return tuple(call(operator.getitem, op, i) for i in range(len(calls)))
 
-    return _binding("gated_activation_streams", calls[0], listed, tuple(calls), emit)
+    return _binding("gated_activation", calls[0], listed, tuple(calls), emit)
+
+
+def _bind_linears(calls: list[fx.Node]) -> Binding:
+    xs, weights, biases, recipes, keeps_x = zip(*(c.args for c in calls), strict=True)
+    numbers = [len(own) for own in weights]
+    taken = [ir.results(c) for c in calls]
+    listed = [*xs, *(w for own in weights for w in own), *(b for own in biases for b in own)]
+    outputs = tuple(n for own in taken for n in own.values())
+
+    def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
+        each = ([given[n] for own in field for n in own] for field in (weights, biases))
+        rest = numbers, recipes[0], keeps_x[0]
+        op = call(quantized_linears_streams, [given[x] for x in xs], *each, *rest)
+        starts = [sum(numbers[:i]) for i in range(len(calls))]
+        each_taken = zip(starts, taken, strict=True)
+        return tuple(
+            call(operator.getitem, op, start + i) for start, own in each_taken for i in own
+        )
+
+    return _binding("linears", calls[0], listed, outputs, emit)
+
+
+def streams_op_of(name: str, recipe: Recipe | None) -> str:
+    """The op behind `name` that launches for all streams, whose linears run by `recipe`.
+
+    name: norm_modulate, gated_activation, or linears for the casts of quantized ones.
+    """
+    if recipe is None:
+        return f"{name}_streams"
+    if name == "linears":
+        return "quantize_together" if fuses(recipe) else "quantize"
+    return f"{op_of(name, recipe)}_{'together' if fuses(recipe) else 'streams'}"
 
 
 def _binding(
-    op: str,
+    name: str,
     anchor: fx.Node,
     listed: list[Any],
     outputs: tuple[fx.Node, ...],
@@ -199,6 +276,8 @@ def _binding(
     def emit_from(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         return emit(call, dict(zip(inputs, nodes, strict=True)) | {None: None})
 
+    recipe = ir.arguments(anchor).get("recipe")
+    op = streams_op_of(name, None if recipe is None else find(recipe))
     # Grouped otherwise, not computed otherwise.
     return Binding(anchor, inputs, outputs, emit_from, op, regroups=True, carries=outputs)
 
@@ -208,7 +287,7 @@ def share_residual(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not ir.is_call(node, *NODES_OF_NORMS):
             continue
-        is_one = not ir.is_call(node, norm_modulate_linears_streams)
+        is_one = not ir.is_call(node, *NODES_OF_STREAMS)
         xs, residuals = ([a] if is_one else a for a in node.args[:2])
         for i, (x, residual) in enumerate(zip(xs, residuals, strict=True)):
             readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
@@ -223,9 +302,10 @@ def share_residual(graph: fx.Graph) -> None:
                     reader.replace_input_with(x, h)
 
 
+NODES_OF_STREAMS = (norm_modulate_linears_streams, norm_modulate_quantized_linears_streams)
 NODES_OF_NORMS = (
+    *NODES_OF_STREAMS,
     norm_modulate_linears,
-    norm_modulate_linears_streams,
     norm_modulate_segments_linears,
     norm_modulate_quantized_linears,
 )
@@ -233,8 +313,15 @@ FUSED_NORMS = (norm_modulate, norm_modulate_segments, *NODES_OF_NORMS)
 
 RULE = Rule(
     name="merge_streams",
-    version=1,
-    anchors=(norm_modulate_linears, norm_modulate, gated_activation_linear),
+    version=2,
+    anchors=(
+        norm_modulate,
+        norm_modulate_linears,
+        norm_modulate_quantized_linears,
+        gated_activation_linear,
+        gated_activation_quantized_linear,
+        quantized_linears,
+    ),
     propose=propose,
     compiled=False,
     finish=share_residual,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from torch import fx
@@ -21,6 +22,7 @@ from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
+from fxopt.passes.regions import between
 from fxopt.passes.rotation import Rotation, find_rotation
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.rules.attention import unrepeated
@@ -193,6 +195,9 @@ def _section(end: fx.Node, region: list[fx.Node]) -> Section | Reason:
     (source,) = _sources(part)
     if not norms:
         return Section(source, None, end)
+    if len(norms) > 1 and not any(between(a.out, b.out) for a, b in permutations(norms, 2)):
+        why = f"{len(norms)} norms stand side by side, as of heads that have a weight each"
+        return Reason(f"{why}; the op has one norm for all heads", end)
     if len(norms) > 1 or not _is_view_of(ir.skip_casts(_skip_views(norms[0].x)), source):
         return Reason("more than one norm stands before attention", end)
     return Section(source, norms[0], end)

@@ -139,6 +139,7 @@ def attention(pick: Pick) -> Spelling:
             .expand(k.shape[0], k.shape[1], num_groups, k.shape[2], d)
             .reshape(k.shape[0], -1, k.shape[2], d)
         ),
+        lambda k: k.unsqueeze(2).repeat(1, 1, num_groups, 1, 1).flatten(1, 2),
         lambda k: k.repeat_interleave(num_groups, dim=1),
         lambda k: torch.repeat_interleave(k, num_groups, 1),
     )

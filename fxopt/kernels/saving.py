@@ -1,0 +1,196 @@
+"""What fused ops keep for their own backward: activations as they are, or as FP8 codes.
+
+`Recipe(saved="fp8")` asks for codes: a door's forward runs in `saving`, and the autograd Functions
+inside of it save their activations through `packed` and read them back through `unpacked`.
+
+Shapes: R rows (all dims but those of a row), C features of a row, c blocks of 128 features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.kernels.formats import FORMATS, quantize_matrix
+from fxopt.kernels.in_force import is_high_precision
+from fxopt.kernels.registration import register
+from fxopt.recipes import Operand
+
+OPERAND = Operand.parse("e4m3/1x128/fp32")
+BLOCK = 128
+# Reference runs in fp64 stay what they are.
+PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_packs: ContextVar[bool] = ContextVar("packs", default=False)
+
+
+@contextmanager
+def saving(saved: str) -> Iterator[None]:
+    """Inside, fused ops save their activations as `saved` of a recipe says; in this thread.
+
+    Without gradients nothing is saved, and nothing packed.
+    """
+    token = _packs.set(saved == "fp8" and torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        _packs.reset(token)
+
+
+def packed(
+    ctx: Any,
+    activations: Sequence[Tensor | None],
+    are_own: Sequence[bool] | None = None,
+    num_row_dims: int = 1,
+) -> list[Tensor | None]:
+    """What a node saves of its activations, which are to come first of all that it saves.
+
+    Args:
+        ctx: of the node; where `unpacked` finds which of them are packed.
+        activations: what the node alone keeps.
+        are_own: which of them that holds for; None for all. The others are saved as they are.
+        num_row_dims: how many of the last dims make up a row.
+
+    As they are saved as well: fp64, and tensors that do not fill their memory. That is kept whole
+    by whoever keeps another part of it, as attention does the values of a joint projection.
+    """
+    ctx.packed = [None] * len(activations)
+    if not _packs.get() or not any(ctx.needs_input_grad) or is_high_precision():
+        return [*activations]
+    fill, kept = _fill_their_memory(activations), [*activations]
+    chosen = {
+        i: t
+        for i, t in enumerate(activations)
+        if t is not None and fill[i] and t.dtype in PACKED_DTYPES and (not are_own or are_own[i])
+    }
+    if not chosen:
+        return kept
+    found = pack([*chosen.values()], num_row_dims)
+    for (i, t), codes in zip(chosen.items(), found, strict=False):
+        ctx.packed[i], kept[i] = t.dtype, codes
+    return [*kept, *found[len(chosen) :]]
+
+
+def unpacked(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+    """What a node saved: its activations, and what it saved behind them."""
+    where = [i for i, dtype in enumerate(ctx.packed) if dtype is not None]
+    if not where:
+        return [*saved]
+    activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
+    scales, dtypes = others[: len(where)], [ctx.packed[i] for i in where]
+    found = unpack([activations[i] for i in where], scales, dtypes)
+    for i, activation in zip(where, found, strict=True):
+        activations[i] = activation
+    return [*activations, *others[len(where) :]]
+
+
+def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Of each, whether it and the others that lie in the same memory are all of it."""
+    present = {
+        (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t
+        for t in tensors
+        if t is not None
+    }
+    covered: Counter[int] = Counter()
+    for (storage, *_), t in present.items():
+        covered[storage] += t.numel() * t.element_size()
+    return [
+        t is not None
+        and t.numel() > 0
+        and covered[t.untyped_storage()._cdata] == t.untyped_storage().nbytes()
+        for t in tensors
+    ]
+
+
+def native_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
+    """code = round(x / scale) in e4m3, scale = amax / 448 of each 128 neighbours in a row.
+
+    Args:
+        xs: any shapes and strides, fp32, bf16 or fp16.
+        num_row_dims: how many of the last dims make up a row.
+
+    Returns the codes of all, of x's shape, then the scales of all, [..., c] in fp32; the last block
+    of a row may be shorter.
+
+    Numerics: to nearest, ties to even, once; nothing saturates, and the largest value of a block
+    comes back but for fp32 rounding. A block of zeros has scale 1; one that holds a NaN or Inf
+    becomes NaN.
+    """
+    codes, scales = [], []
+    for x in xs:
+        rows = x.flatten(-num_row_dims)
+        codes_RC, scales_Rc, _ = quantize_matrix(rows.reshape(-1, rows.shape[-1]), OPERAND)
+        codes.append(codes_RC[:, : rows.shape[-1]].reshape(x.shape).contiguous())
+        scales.append(scales_Rc.reshape(*rows.shape[:-1], scales_Rc.shape[-1]).contiguous())
+    return codes + scales
+
+
+def native_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """x = code * scale, rounded once from fp32 to its dtype, contiguous."""
+    found = []
+    for code, scale, dtype in zip(codes, scales, dtypes, strict=True):
+        rows = code.flatten(scale.dim() - 1).float()
+        per_code = scale.repeat_interleave(BLOCK, -1)[..., : rows.shape[-1]]
+        found.append((rows * per_code).to(dtype).view(code.shape))
+    return found
+
+
+def fake_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
+    codes, scales = [], []
+    for x in xs:
+        lead, num_features = x.shape[:-num_row_dims], x.shape[-num_row_dims:].numel()
+        codes.append(x.new_empty(x.shape, dtype=FORMATS[OPERAND.format].dtype))
+        scales.append(x.new_empty((*lead, -(-num_features // BLOCK)), dtype=torch.float32))
+    return codes + scales
+
+
+def fake_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    return [c.new_empty(c.shape, dtype=dtype) for c, dtype in zip(codes, dtypes, strict=True)]
+
+
+def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
+    from fxopt.kernels import triton_saving
+
+    if not triton_saving.can_cast(xs[0].device):
+        return native_pack(xs, num_row_dims)
+    found = fake_pack(xs, num_row_dims)
+    rows = [x.flatten(-num_row_dims) for x in xs]
+    triton_saving.pack(rows, found[: len(xs)], found[len(xs) :])
+    return found
+
+
+def triton_unpack(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    from fxopt.kernels import triton_saving
+
+    if not triton_saving.can_cast(codes[0].device):
+        return native_unpack(codes, scales, dtypes)
+    found = fake_unpack(codes, scales, dtypes)
+    triton_saving.unpack(codes, scales, found)
+    return found
+
+
+# (codes..., scales...)
+pack = register(
+    "pack(Tensor[] xs, int num_row_dims) -> Tensor[]",
+    native=native_pack,
+    fake=fake_pack,
+    triton=triton_pack,
+)
+unpack = register(
+    "unpack(Tensor[] codes, Tensor[] scales, ScalarType[] dtypes) -> Tensor[]",
+    native=native_unpack,
+    fake=fake_unpack,
+    triton=triton_unpack,
+)

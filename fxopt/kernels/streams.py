@@ -1,0 +1,118 @@
+"""Autograd nodes of several streams, text and image say, that are written for one.
+
+Forward and backward of a stream are generators: they yield the calls that they want, and go on with
+the results. Those of all streams run side by side, and what they want at one time is launched
+together; what only one wants runs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fxopt.kernels.in_force import Decision, decide
+from fxopt.kernels.linears import without_autocast
+from fxopt.kernels.together import Steps, parts, run, side_by_side
+
+
+class Call(NamedTuple):
+    """A stream on its way into a node, which makes `num_outs` outputs of `tensors`.
+
+    settings: what a subclass of `Streams` likes. weights: those of the tensors that are.
+    """
+
+    settings: Any
+    tensors: Sequence[Tensor | None]
+    weights: Sequence[Tensor]
+    num_outs: int
+
+
+class Stream(NamedTuple):
+    """What a node knows of one stream beside its tensors."""
+
+    decision: Decision
+    settings: Any
+    num_tensors: int
+    num_outs: int
+
+
+class Context:
+    """What a node knows of one stream; autograd's own ctx, as far as a stream needs it.
+
+    needs_input_grad: of decision and settings, which have none, and of the tensors.
+    """
+
+    def __init__(self, needs_input_grad: Sequence[bool]) -> None:
+        self.needs_input_grad = False, False, *needs_input_grad
+        self.saved_tensors: Sequence[Tensor | None] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+class Streams(torch.autograd.Function):
+    """Runs the `forward_of` and `backward_of` of a subclass, which are those of one stream.
+
+    They take what an autograd function's forward and backward do, and return a tuple each: the
+    outputs, and the gradients of all that the forward took.
+    """
+
+    @staticmethod
+    def forward_of(
+        ctx: Any, decision: Decision, settings: Any, *tensors: Tensor | None
+    ) -> Steps[tuple[Any, ...]]:
+        raise NotImplementedError
+
+    @staticmethod
+    def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
+        raise NotImplementedError
+
+    @classmethod
+    def run(
+        cls, recipe: str, calls: Sequence[Call], plain: Callable[[Call], Sequence[Tensor]]
+    ) -> list[Sequence[Tensor]]:
+        """The outputs of each call: of one node, or of `plain` where no GEMM is quantized now."""
+        decisions = [decide(recipe, call.weights) for call in calls]
+        low = [(d, c) for d, c in zip(decisions, calls, strict=True) if d is not None]
+        streams = [Stream(d, c.settings, len(c.tensors), c.num_outs) for d, c in low]
+        outs = cls.apply(cls, streams, *(t for _, c in low for t in c.tensors)) if low else ()
+        found = iter(parts(outs, [stream.num_outs for stream in streams]))
+        each = zip(decisions, calls, strict=True)
+        return [plain(call) if d is None else next(found) for d, call in each]
+
+    @staticmethod
+    def forward(
+        ctx: Any, node: type[Streams], streams: Sequence[Stream], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        sizes = [stream.num_tensors for stream in streams]
+        contexts = [Context(needs) for needs in parts(ctx.needs_input_grad[2:], sizes)]
+        runs = [
+            node.forward_of(context, stream.decision, stream.settings, *own)
+            for context, stream, own in zip(contexts, streams, parts(tensors, sizes), strict=True)
+        ]
+        outs = run(side_by_side(*runs))
+        ctx.node, ctx.streams, ctx.contexts = node, streams, contexts
+        ctx.num_saved = [len(context.saved_tensors) for context in contexts]
+        ctx.save_for_backward(*(t for context in contexts for t in context.saved_tensors))
+        for context in contexts:
+            context.save_for_backward()
+        ctx.set_materialize_grads(False)
+        return tuple(t for own in outs for t in own)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        runs, saved = [], parts(ctx.saved_tensors, ctx.num_saved)
+        given = parts(grads, [stream.num_outs for stream in ctx.streams])
+        for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
+            context.saved_tensors = own
+            runs.append(ctx.node.backward_of(context, *of_stream))
+        found = run(side_by_side(*runs))
+        for context in ctx.contexts:
+            context.save_for_backward()
+        return None, None, *(g for own in found for g in own[2:])

@@ -1,0 +1,259 @@
+"""Calls of one op that are wanted at the same time, in one launch: `fxopt::<name>_together`.
+
+Of linears on one input, or of streams, text and image say. What is a tensor, a number or a flag of
+the op is there a list with an entry for each call; strings and dtypes are those of all calls. The
+results of a call follow those of the one before it. The values are those of the single calls.
+
+What computes in several steps is a generator (`Steps`): it yields the calls that it wants next and
+goes on with their results, so that several can run side by side and share launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Sequence
+from itertools import accumulate, islice, pairwise
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from torch._ops import OpOverload
+
+from fxopt.kernels.registration import COUNTING, LAUNCHES, REREADS, call_counting, register
+
+Call = tuple[Any, ...]  # arguments of one call
+COMMON = ("str", "str?", "ScalarType")  # what has one value for all calls
+
+
+class Ask(NamedTuple):
+    """A call that is wanted; lines: as `call_counting` takes them."""
+
+    op: OpOverload
+    args: Call
+    lines: Call = ()
+
+
+Result = TypeVar("Result")
+# Yields calls that it wants, goes on with their results, and ends with one of its own.
+Steps: TypeAlias = Generator[Sequence[Ask], list[Any], Result]
+
+
+class Shared(NamedTuple):
+    """How calls of an op run together.
+
+    run: the results of calls that have the same `common`.
+    common: of the arguments; None for a call that has to run alone.
+    """
+
+    run: Callable[[Sequence[Ask]], Sequence[Any]]
+    common: Callable[[Call], Hashable]
+
+
+SHARED: dict[OpOverload, Shared] = {}
+
+
+def answer(asks: Sequence[Ask]) -> list[Any]:
+    """The results of all calls, in as few launches as there are kinds of them."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i, ask in enumerate(asks):
+        kinds.setdefault(_kind(ask) or i, []).append(i)
+    found: dict[int, Any] = {}
+    for members in kinds.values():
+        own = [asks[i] for i in members]
+        if len(own) == 1:
+            results: Sequence[Any] = [call_counting(own[0].op, own[0].lines, *own[0].args)]
+        else:
+            results = SHARED[own[0].op].run(own)
+        found |= zip(members, results, strict=True)
+    return [found[i] for i in range(len(asks))]
+
+
+def run(steps: Steps[Result]) -> Result:
+    """What they end with."""
+    found: Any = None
+    while True:
+        try:
+            asks = steps.send(found)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        found = answer(asks)
+
+
+def side_by_side(*runs: Steps[Any]) -> Steps[list[Any]]:
+    """Several as one, which ends with what each ends with: what they want at one time is wanted
+    together."""
+    results: dict[int, Any] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(runs)))
+    while answers:
+        asked: dict[int, Sequence[Ask]] = {}
+        for i, found in answers.items():
+            try:
+                asked[i] = runs[i].send(found)
+            except StopIteration as end:
+                results[i] = end.value
+        every = yield [ask for asks in asked.values() for ask in asks]
+        each = parts(every, [len(asks) for asks in asked.values()])
+        answers = {i: list(own) for i, own in zip(asked, each, strict=True)}
+    return [results[i] for i in range(len(runs))]
+
+
+def parts(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """The items in groups of these sizes."""
+    return [items[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
+
+
+def _kind(ask: Ask) -> Hashable:
+    """What calls have in common that run together; None for one that runs alone."""
+    shared = SHARED.get(ask.op)
+    common = None if shared is None else shared.common(ask.args)
+    watched = tuple(i for i, line in enumerate(ask.lines) if line is not None)
+    return None if common is None else (ask.op, common, watched)
+
+
+def where_it_fits(
+    calls: Sequence[Call],
+    fits: Callable[..., bool],
+    together: Callable[[Sequence[Call]], Sequence[Any]],
+    otherwise: Callable[..., Any],
+) -> Sequence[Any]:
+    """`together` of calls that all fit; else each by itself, `otherwise` one that does not."""
+    if all(fits(*call) for call in calls):
+        return together(calls)
+    return [together([c])[0] if fits(*c) else otherwise(*c) for c in calls]
+
+
+def alone(together: Callable[[Sequence[Call]], Sequence[Any]]) -> Callable[..., Any]:
+    """What `together` makes of a single call."""
+    return lambda *args: together([args])[0]
+
+
+def share(
+    op: OpOverload, launch: Callable[[list[Call]], Sequence[Any]], kind: Callable[..., Hashable]
+) -> None:
+    """Let calls of an op run by `launch`, which takes the arguments of each, where `kind` of the
+    arguments is the same."""
+    SHARED[op] = Shared(lambda asks: launch([ask.args for ask in asks]), lambda args: kind(*args))
+
+
+def share_lists(op: OpOverload) -> None:
+    """Let calls of an op that takes lists, and returns lists as long, run as one."""
+
+    def run(asks: Sequence[Ask]) -> list[Call]:
+        args, lines = (
+            [_joined(field) for field in zip(*each, strict=True)]
+            for each in ([ask.args for ask in asks], [ask.lines for ask in asks])
+        )
+        every = [iter(field) for field in call_counting(op, lines, *args)]
+        sizes = [len(ask.args[0]) for ask in asks]
+        return [tuple(list(islice(field, size)) for field in every) for size in sizes]
+
+    def common(args: Call) -> Hashable:
+        return tuple(a for a in args if not isinstance(a, list))
+
+    SHARED[op] = Shared(run, common)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Lists as one; anything else is the same in all calls."""
+    first = values[0]
+    return [t for each in values for t in each] if isinstance(first, list) else first
+
+
+def register_together(
+    op: OpOverload,
+    triton: Callable[[list[Call]], Sequence[Sequence[Any]]],
+    launches: Callable[[list[Call]], int] | None = None,
+    kind: Callable[..., Hashable] = lambda *args: (),
+) -> OpOverload:
+    """Define `<name>_together` of an op and of its second form that counts.
+
+    Args:
+        op: with results that are tensors.
+        triton: the results of each of several calls, in one launch.
+        launches: kernels of these calls; None for those of the largest.
+        kind: what else calls share that run together; None for one that runs alone.
+    """
+    num_args = len(op._schema.arguments)
+    together = _define(op, num_args, triton, launches)
+    counting = _define(COUNTING[op], num_args, triton, launches)
+    types = _types(op)
+
+    def run(asks: Sequence[Ask]) -> list[Call]:
+        columns = zip(*(ask.args for ask in asks), strict=True)
+        args = [c[0] if t in COMMON else list(c) for t, c in zip(types, columns, strict=True)]
+        lines = [
+            None if c[0] is None else list(c) for c in zip(*(a.lines for a in asks), strict=True)
+        ]
+        is_counting = any(line is not None for line in lines)
+        results = counting(*args, *lines) if is_counting else together(*args)
+        return _by_call(results, len(op._schema.returns))
+
+    def common(args: Call) -> Hashable:
+        own = kind(*args)
+        shared = [a for t, a in zip(types, args, strict=True) if t in COMMON]
+        return None if own is None else (own, *shared)
+
+    SHARED[op] = Shared(run, common)
+    return together
+
+
+def _define(
+    op: OpOverload,
+    num_args: int,
+    triton: Callable[[list[Call]], Sequence[Sequence[Any]]],
+    launches: Callable[[list[Call]], int] | None,
+) -> OpOverload:
+    """`<name>_together`, of an op whose arguments from `num_args` on are lines."""
+    name, types = op._schema.name, _types(op)
+    alone, rereads = LAUNCHES.get(name, lambda *args: 1), REREADS.get(name)
+    num_results = len(op._schema.returns)
+
+    def calls(args: Sequence[Any]) -> list[Call]:
+        num_calls = len(next(a for t, a in zip(types, args, strict=True) if t == "Tensor"))
+        each = [
+            [a] * num_calls if t in COMMON or a is None else a
+            for t, a in zip(types, args, strict=True)
+        ]
+        return list(zip(*each, strict=True))
+
+    def one_by_one(*args: Any) -> list[Any]:
+        return [t for call in calls(args) for t in op(*call)]
+
+    def in_one(*args: Any) -> list[Any]:
+        return [t for results in triton(calls(args)) for t in results]
+
+    def num_launches(*args: Any) -> int:
+        every = calls(args)
+        return launches(every) if launches else max(alone(*call) for call in every)
+
+    def reads(args: Sequence[Any], out: Any) -> list[Any]:
+        pairs = zip(calls(args), _by_call(out, num_results), strict=True)
+        return [t for call, own in pairs for t in rereads(call, own)] if rereads else []
+
+    names = [argument.name for argument in op._schema.arguments]
+    lists = [_list_of(t, i >= num_args) for i, t in enumerate(types)]
+    listed = ", ".join(f"{t} {n}" for t, n in zip(lists, names, strict=True))
+    return register(
+        f"{name.removeprefix('fxopt::')}_together({listed}) -> Tensor[]",
+        native=one_by_one,
+        fake=one_by_one,
+        triton=in_one,
+        launches=num_launches,
+        rereads=reads,
+    )
+
+
+def _types(op: OpOverload) -> list[str]:
+    """Of each argument its type as the schema writes it."""
+    inside = str(op._schema).partition("(")[2].rpartition(") -> ")[0]
+    return [argument.rpartition(" ")[0] for argument in inside.split(", ")]
+
+
+def _list_of(type: str, is_line: bool) -> str:
+    """The type for several calls; of lines there is one for each call or none at all."""
+    if type in COMMON:
+        return type
+    return f"{type.removesuffix('?')}[]?" if is_line else f"{type}[]"
+
+
+def _by_call(results: Sequence[Any], num_results: int) -> list[Call]:
+    starts = range(0, len(results), num_results)
+    return [tuple(results[i : i + num_results]) for i in starts]

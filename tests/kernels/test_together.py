@@ -1,0 +1,249 @@
+"""Several calls of an op in one launch: the values of the single calls, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxopt.kernels import quantize as quantizing
+from fxopt.kernels import quantized_producers as producers
+from fxopt.kernels import triton_gated_activation_quantize as activation
+from fxopt.kernels import triton_norm_modulate_quantize as norm
+from fxopt.kernels import triton_quantize_group as group
+from fxopt.kernels.counters import FIELDS
+from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.kernels.registration import COUNTING, LAUNCHES, call_counting
+from fxopt.kernels.together import SHARED, Ask, answer
+from tests.kernels.interpreted import Interpreted
+from tests.kernels.test_quantized_producers import activation_arguments, draw, norm_arguments
+
+FORMATS = [
+    ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
+    ("e4m3/row/pow2", "e4m3/row/pow2"),
+    ("e5m2/tensor/pow2", "e4m3/row/fp32"),
+    ("e4m3/row/fp32", None),
+]
+OPS = {
+    "quantize": quantizing.quantize,
+    "norm": producers.norm_modulate_quantize,
+    "norm columns": producers.norm_modulate_quantize_columns,
+    "activation": producers.gated_activation_quantize,
+    "activation backward": producers.gated_activation_quantize_backward,
+}
+
+
+def line() -> Tensor:
+    return torch.zeros(len(FIELDS), dtype=torch.int64)
+
+
+def seen() -> Tensor:
+    return torch.zeros(1, dtype=torch.int32)
+
+
+def norms(rows: str, columns: str | None) -> list[tuple[Any, ...]]:
+    """A stream with a residual, affine and a bias, and one of other rows with a modulation."""
+    first, second = norm_arguments("residual"), norm_arguments("modulated")
+    second[0], second[9:12] = second[0][:, :7], [1e-6, 0.0, 2.0]
+    return [(*first, rows, columns), (*second, rows, columns)]
+
+
+def calls(name: str, rows: str, columns: str | None) -> list[tuple[Any, ...]]:
+    """Calls of other sizes, strides and operands."""
+    if name == "quantize":
+        xs = [draw(70, 40), draw(140, 80).T, draw(3, 20, 136), torch.zeros(5, 16)]
+        return [(x, rows, columns, None, i != 1) for i, x in enumerate(xs)]
+    if name.startswith("norm"):
+        given = norms(rows, columns)
+        if name == "norm":
+            return given
+        found = [producers.native_norm(*call) for call in given]
+        kept = [c[0] if c[1] is None else f[3] for c, f in zip(given, found, strict=True)]
+        return [
+            (h, *c[3:7], *f[4:], *c[8:12], c[13], columns, f[2])
+            for h, c, f in zip(kept, given, found, strict=True)
+        ]
+    first = activation_arguments("silu", "none", True, False)
+    second = activation_arguments("silu", "none", True, True)
+    second[:3] = [t[:, :5] for t in second[:3]]
+    given = [(*first, rows, columns), (*second, rows, columns)]
+    if name == "activation":
+        return given
+    amax_t = [producers.native_activation(*call)[2] for call in given]
+    return [
+        (draw(*c[0].shape, seed=7), *c[:5], columns, a) for c, a in zip(given, amax_t, strict=True)
+    ]
+
+
+def cases() -> list[tuple[str, str, str, str | None]]:
+    """Op, its lines, and how it quantizes."""
+    found = []
+    for name in OPS:
+        transposes = name in ("norm columns", "activation backward")
+        each = [("no", *formats) for formats in FORMATS[: 3 if transposes else 4]]
+        each += [("counted", *formats) for formats in FORMATS[:2]]
+        # Delayed scaling has one scale for a tensor.
+        each += [("known", "e4m3/tensor/fp32", "e4m3/tensor/fp32" if transposes else None)]
+        found += [(name, *case) for case in each]
+    return found
+
+
+def lines_of(name: str, is_known: bool) -> tuple[Any, ...]:
+    """A line for each copy; where the op takes them, a magnitude and where to record one."""
+    known = torch.tensor([1.5]) if is_known else None
+    return {
+        "quantize": (line(), line(), known, seen() if is_known else None),
+        "norm columns": (line(),),
+        "activation backward": (line(),),
+    }.get(name, (line(), known, seen() if is_known else None))
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.element_size() == 1 else t
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape and f.dtype == e.dtype and torch.equal(bits(f), bits(e))
+
+
+@pytest.mark.parametrize("name, lines, rows, columns", cases())
+@pytest.mark.parametrize("provider", ["native", "triton"])
+def test_values_are_those_of_single_calls(
+    provider: str, name: str, lines: str, rows: str, columns: str | None
+) -> None:
+    op, own = OPS[name], calls(name, rows, columns)
+    given = [() if lines == "no" else lines_of(name, lines == "known") for _ in own]
+    again = [() if lines == "no" else lines_of(name, lines == "known") for _ in own]
+    with Interpreted(provider == "triton"):
+        found = answer([Ask(op, c, more) for c, more in zip(own, given, strict=True)])
+        alone = [call_counting(op, more, *c) for c, more in zip(own, again, strict=True)]
+    for f, e in zip(found, alone, strict=True):
+        assert_same(f, e)
+    for f, e in zip(given, again, strict=True):
+        assert_same([t for t in f if t is not None], [t for t in e if t is not None])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_stream(name: str) -> None:
+    first, *_, second = calls(name, *FORMATS[0])
+    # What has a dim for each token; statistics are of all tokens.
+    empty = [a[:0] if isinstance(a, Tensor) and a.dim() > 1 else a for a in second]
+    op, pair = OPS[name], [first, tuple(empty)]
+    with Interpreted():
+        found = answer([Ask(op, call) for call in pair])
+        for f, call in zip(found, pair, strict=True):
+            assert_same(f, op(*call))
+
+
+class Launched(Interpreted):
+    """Collects the launches of Triton kernels and of ATen's reductions, and what was called."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.called: list[tuple[str, Any]] = []
+        for module in (norm.kernels, activation, group):
+            for name in ("rows_kernel", "tiles_kernel", "amax_kernel", "cast_kernel"):
+                self.count(patch, module, name)
+        self.count(patch, activation, "backward_kernel")
+
+    def count(self, patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        kernel, launches = getattr(module, name, None), self.launches
+
+        class Counting:
+            def __getitem__(self, grid: Any) -> Any:
+                launches.append(name)
+                return kernel[grid]
+
+        patch.setattr(module, name, Counting(), raising=False)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append((op._schema.name, args))
+        with Reductions(self.launches):
+            return super().__torch_dispatch__(op, types, args, kwargs)
+
+
+class Reductions(TorchDispatchMode):
+    def __init__(self, launches: list[str]) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches += ["amax"] * (op is torch.ops.aten.amax.default)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_launches_are_those_of_the_provider(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows, columns in FORMATS[:3]:
+        own = calls(name, rows, columns)
+        with monkeypatch.context() as patch, Launched(patch) as mode:
+            answer([Ask(OPS[name], call) for call in own])
+        ((called, args),) = mode.called
+        assert called == f"{OPS[name]._schema.name}_together"
+        assert LAUNCHES[called](*args) == len(mode.launches)
+
+
+def called(asks: list[Ask]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch, Launched(patch) as mode:
+        answer(asks)
+    return [op.removeprefix("fxopt::") for op, _ in mode.called]
+
+
+def test_calls_of_other_kinds_run_apart() -> None:
+    x, wide, op = draw(20, 32), draw(20, 48), quantizing.quantize
+    plain, other = (x, *FORMATS[0], None, True), (wide, *FORMATS[0], None, False)
+    assert called([Ask(op, plain), Ask(op, other)]) == ["quantize_together"]
+    assert called([Ask(op, plain)]) == ["quantize"]
+    in_rows = (x, *FORMATS[1], None, True)
+    assert called([Ask(op, plain), Ask(op, in_rows)]) == ["quantize"] * 2
+    known = None, None, torch.ones(1), seen()
+    assert called([Ask(op, plain), Ask(op, plain, known)]) == ["quantize", "quantize_counting"]
+    emulated = (x, "e4m3/1x32/e8m0", None, None, False)
+    assert called([Ask(op, emulated), Ask(op, emulated)]) == ["quantize"] * 2
+    (norm, _), rows = norms(*FORMATS[0]), producers.norm_modulate_quantize
+    narrow = [a[..., :32] if isinstance(a, Tensor) else a for a in norm]
+    assert called([Ask(rows, norm), Ask(rows, tuple(narrow))]) == ["norm_modulate_quantize"] * 2
+
+
+def test_lists_are_joined() -> None:
+    xs = [draw(20, 32), draw(4, 48), draw(8, 16)]
+    asks = [Ask(quantize_rows, (own, *FORMATS[0])) for own in (xs[:1], xs[1:])]
+    assert called(asks) == ["quantize_rows"]
+    for ask, found in zip(asks, answer(asks), strict=True):
+        for f, e in zip(found, quantize_rows(*ask.args), strict=True):
+            assert_same(f, e)
+    amax_t = [answer(asks)[0][2], answer(asks)[1][2]]
+    names = [(own, FORMATS[0][1], a) for own, a in zip((xs[:1], xs[1:]), amax_t, strict=True)]
+    lines = [([line() for _ in own],) for own, *_ in names]
+    asks = [Ask(quantize_columns, n, c) for n, c in zip(names, lines, strict=True)]
+    assert called(asks) == ["quantize_columns_counting"]
+    assert all(c[0] == 1 for (own,) in lines for c in own)
+    assert [len(codes) for codes, _ in answer(asks)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
+    checks = ("test_faketensor", "test_autograd_registration")
+    own, op = calls(name, *FORMATS[1]), OPS[name]
+    for lines in ((), lines_of(name, is_known=False)):
+        asks = [Ask(op, call, lines) for call in own]
+        with pytest.MonkeyPatch.context() as patch, Launched(patch) as mode:
+            answer(asks)
+        ((called, args),) = mode.called
+        overload = getattr(torch.ops.fxopt, called.removeprefix("fxopt::")).default
+        torch.library.opcheck(overload, args, test_utils=checks)
+        written = [a.name for a in overload._schema.arguments if a.alias_info]
+        assert bool(written) == bool(lines)
+
+
+def test_every_op_has_both_forms() -> None:
+    assert SHARED.keys() >= {*OPS.values(), quantize_rows, quantize_columns}
+    for op in OPS.values():
+        for form in (op, COUNTING[op]):
+            assert hasattr(torch.ops.fxopt, f"{form._schema.name[7:]}_together")
