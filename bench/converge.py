@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ import fxopt
 from bench import rows
 from fxopt.demo.training import Batch, Run, Scale, batches, build_model, flow_loss
 from fxopt.kernels.in_force import high_precision
-from fxopt.recipes import RECIPES, Recipe, find
+from fxopt.recipes import RECIPES, SAVED, Recipe, find
 
 NUM_BINS = 4  # of time
 NUM_PROBES = 4  # along a run
@@ -219,12 +219,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="fp8,mxfp8,nvfp4", help=f"of {', '.join(names)}")
     parser.add_argument("--seeds", type=int, default=5, help="runs each, at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, default=200, help="of a run (default: 200)")
+    parser.add_argument(
+        "--saved", default="model", choices=SAVED, help="what fused ops keep for backward"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses into FILE")
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a spread takes at least 2")
     scale = Scale(num_steps=args.steps, batch=16, num_double=1, num_single=2)
     recipes = [find(name) for name in args.recipe.split(",")]
+    if args.saved != "model":
+        recipes = [replace(r, name=f"{r.name}_saved", saved=args.saved) for r in recipes]
     plain = [train(None, scale, seed) for seed in range(args.seeds)]
     low: dict[str, list[Result]] = {}
     measured: list[rows.Row] = []

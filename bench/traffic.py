@@ -33,7 +33,8 @@ from fxopt.errors import InvalidRecipe
 from fxopt.fakes import faked
 from fxopt.kernels.weight_casts import cast_weights_once
 from fxopt.presets import PRESETS, PresetBlock
-from fxopt.recipes import RECIPES, SAVED, Recipe, find
+from fxopt.recipe_problems import CHOICES
+from fxopt.recipes import RECIPES, Recipe, find
 from fxopt.schedule import at_step
 
 Rewrite = Callable[..., Callable[..., Any]]  # as `rewrite_block`
@@ -89,12 +90,12 @@ OF_DELAYED = {
 }
 # As far as is asked, but where the values of a joint projection keep the rest of it.
 OF_SAVED = {
-    "flux-dev double": Gate(5.92, 5.4, 3.59, ASKED["saved"]),
-    "flux-dev single": Gate(3.6, 3.93, 3.02, ASKED["saved"]),
+    "flux-dev double": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
+    "flux-dev single": Gate(2.4, 3.93, 3.02, ASKED["saved"]),
     "flux2-dev single": Gate(6.5, 10.46, 6.53, 0.967),
-    "qwen-image block": Gate(5.92, 5.4, 3.59, ASKED["saved"]),
-    "z-image block": Gate(4.86, 6.28, 4.86, ASKED["saved"]),
-    "wan2.1-14b block": Gate(5.5, 49.2, 46.4, ASKED["saved"]),
+    "qwen-image block": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
+    "z-image block": Gate(3.58, 6.28, 4.86, ASKED["saved"]),
+    "wan2.1-14b block": Gate(4.3, 49.2, 46.4, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9
@@ -279,7 +280,10 @@ def main(argv: list[str] | None = None) -> int:
         "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
     )
     parser.add_argument(
-        "--saved", default="model", choices=SAVED, help="what fused ops keep for backward"
+        "--saved",
+        default="model",
+        choices=CHOICES["saved"],
+        help="what fused ops keep for backward",
     )
     args = parser.parse_args(argv)
     if args.history and not RECIPES[args.recipe].quantizes:

@@ -10,19 +10,11 @@ from fxopt.gemms import Gemm
 if TYPE_CHECKING:
     from fxopt.recipes import Recipe
 
-ALL_GATHERS = ("model", "fp8")
 BLOCKS = ("tensor", "row")
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
     """What speaks against the `all_gather` of a recipe."""
-    if recipe.all_gather not in ALL_GATHERS:
-        yield f"unknown all_gather {recipe.all_gather!r}; known: {', '.join(ALL_GATHERS)}"
-    yield from (
-        f"override {where!r} has an all_gather of its own; give it to the whole recipe"
-        for where, other in recipe.overrides
-        if other.all_gather != "model"
-    )
     if recipe.all_gather != "fp8":
         return
     if not recipe.quantizes:

@@ -19,27 +19,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fxopt import all_gather, roles
-from fxopt import schedule as schedules
-from fxopt.errors import InvalidRecipe, UnknownRecipe, nearest
-from fxopt.gemms import (
-    GEMMS,
-    HIGH_PRECISION,
-    Gemm,
-    Operand,
-    from_data,
-    gemm,
-    history_problems,
-    to_data,
-)
+from fxopt import roles
+from fxopt.errors import InvalidRecipe, UnknownRecipe
+from fxopt.gemms import GEMMS, HIGH_PRECISION, Gemm, Operand, from_data, gemm, to_data
 from fxopt.recipe_errors import NoStoredRecipe, OtherStoredRecipe
+from fxopt.recipe_problems import misshapen, problems
 from fxopt.schedule import Phase
 
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
-PROFITS = ("model", "always")
-ATTENTIONS = ("auto", "pytorch", "cudnn", "flash", "flash3", "flash4", "efficient", "math")
-SAVED = ("model", "fp8")
 FILE = "fxopt_recipe.json"
 
 
@@ -91,59 +79,9 @@ class Recipe:
     saved: str = "model"
 
     def __post_init__(self) -> None:
-        problems = list(self._misshapen())
-        if problems:
-            raise InvalidRecipe(self.name, "; ".join(problems))
-        problems += [
-            f"unknown role {role!r} in {where!r}; known: {', '.join(roles.ROLES)}"
-            for where in self.places
-            if (role := roles.unknown(where)) is not None
-        ]
-        problems += [f"{n}: {p}" for n in GEMMS if (g := getattr(self, n)) for p in g.problems()]
-        problems += schedules.problems(self.schedule)
-        problems += history_problems(self.history, self.margin, self.gemms)
-        problems += all_gather.problems(self)
-        problems += [
-            f"{name}.{which} rounds stochastically; only gradients (a of dgrad and wgrad) may, as "
-            "the forward of a checkpoint runs twice and would draw twice"
-            for name, product in self.gemms
-            for which in ("a", "b")
-            if getattr(product, which).stochastic and (which == "b" or name.startswith("fprop"))
-        ]
-        if self.profit not in PROFITS:
-            problems.append(f"unknown profit {self.profit!r}; known: {', '.join(PROFITS)}")
-        problems += self._attention_problems()
-        if self.saved not in SAVED:
-            problems.append(f"unknown saved {self.saved!r}; known: {', '.join(SAVED)}")
-        problems += [
-            f"override {where!r} has a saved of its own; give it to the whole recipe"
-            for where, other in self.overrides
-            if other.saved != "model"
-        ]
-        if problems:
-            raise InvalidRecipe(self.name, "; ".join(problems))
-
-    def _misshapen(self) -> Iterator[str]:
-        """Fields that would not be hashable, or not what they are taken for."""
-        for field, kind in (("keep", str), ("schedule", Phase), ("overrides", tuple)):
-            value = getattr(self, field)
-            if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
-                yield f"{field} is {value!r}, not a tuple of {kind.__name__}"
-            elif field == "overrides":
-                for pair in value:
-                    if list(map(type, pair)) != [str, Recipe]:
-                        yield f"override {pair!r} is not a glob or role and a Recipe"
-                    elif pair[1].places:
-                        yield f"override {pair[0]!r} has keep or overrides of its own"
-
-    def _attention_problems(self) -> Iterator[str]:
-        if self.attention not in ATTENTIONS:
-            close = nearest(str(self.attention), ATTENTIONS)
-            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-            yield f"unknown attention {self.attention!r}; {hint}known: {', '.join(ATTENTIONS)}"
-        for where, other in self.overrides:
-            if other.attention != "auto":
-                yield f"override {where!r} has an attention of its own; give it to the whole recipe"
+        found = list(misshapen(self)) or list(problems(self))
+        if found:
+            raise InvalidRecipe(self.name, "; ".join(found))
 
     @property
     def places(self) -> tuple[str, ...]:

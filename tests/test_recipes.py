@@ -98,7 +98,7 @@ def test_an_attention_is_data() -> None:
         ({"attention": 3}, "unknown attention 3; known: auto, pytorch, cudnn"),
         (
             {"overrides": (("role:qkv", Recipe("other", attention="math")),)},
-            "override 'role:qkv' has an attention of its own",
+            "override 'role:qkv' has its own attention",
         ),
     ],
 )
@@ -264,7 +264,7 @@ LATE = Phase("fprop", 9, formats=gemm("e4m3/row/fp32", "e4m3/row/fp32"))
         (
             "fp8",
             {"overrides": (("*.q", replace(RECIPES["fp8"], all_gather="fp8")),)},
-            "override '*.q' has an all_gather of its own",
+            "override '*.q' has its own all_gather",
         ),
     ],
 )
@@ -296,5 +296,5 @@ def test_saved_is_one_for_the_whole_recipe() -> None:
     with pytest.raises(errors.InvalidRecipe, match="unknown saved 'int8'; known: model, fp8"):
         Recipe("mine", saved="int8")
     own = replace(RECIPES["fp8"], name="own", saved="fp8")
-    with pytest.raises(errors.InvalidRecipe, match="'role:qkv' has a saved of its own"):
+    with pytest.raises(errors.InvalidRecipe, match="'role:qkv' has its own saved"):
         replace(RECIPES["fp8"], overrides=(("role:qkv", own),))

@@ -156,9 +156,12 @@ class Swaps:
         applied = tuple(a for f in self.installed for a in f.applied(self.device))
         refused = tuple(d for f in self.installed for d in f.declined())
         target = options.target_name(self.device)
-        attentions = (*self.unreached, *(a for f in self.installed for a in f.attentions()))
+        chosen = (a for f in self.installed for a in f.attentions())
         given = applied, (*self.declined, *refused)
-        more: dict[str, Any] = {"attentions": attentions, "saved": self.recipe.saved}
+        more: dict[str, Any] = {
+            "attentions": (*self.unreached, *chosen),
+            "saved": self.recipe.saved,
+        }
         return Report("swap", self.recipe.name, target, *given, **more)
 
 

@@ -10,8 +10,8 @@ import torch
 from bench import converge
 from bench.converge import Result, faults, judge, plot, train
 from fxopt.demo.training import Scale
-from fxopt.kernels import formats, quantize, quantized_linears
-from fxopt.recipes import RECIPES
+from fxopt.kernels import formats, quantize, quantized_linears, saving
+from fxopt.recipes import RECIPES, Recipe
 
 pytest.importorskip("diffusers", reason="the demo's model is diffusers'")
 pytest.importorskip("sklearn", reason="the demo's images are scikit-learn's")
@@ -56,8 +56,11 @@ def test_gradients_come_before_the_loss(ratio: float, cosine: float) -> None:
     assert verdict.word == "wrong gradients" and "mlp" in verdict.found[0]
 
 
+SAVED = Recipe("bf16 saved", saved="fp8")
+
+
 def test_a_sound_recipe_has_sound_gradients() -> None:
-    for recipe in (FP8, NVFP4):
+    for recipe in (FP8, NVFP4, SAVED):
         assert not list(faults(recipe, [train(recipe, SCALE, 0)]))
 
 
@@ -67,6 +70,13 @@ def test_a_wrong_scale_in_one_product_is_found(monkeypatch: pytest.MonkeyPatch) 
     found = list(faults(FP8, [train(FP8, SCALE, 0)]))
     assert any("attention is 1.1" in fault for fault in found)
     assert not any("modulation" in fault for fault in found)  # it is not quantized
+
+
+def test_activations_that_come_back_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = saving.unpack
+    monkeypatch.setattr(saving, "unpack", lambda *a: [1.125 * x for x in right(*a)])
+    found = list(faults(SAVED, [train(SAVED, SCALE, 0)]))
+    assert any("mlp" in fault for fault in found)
 
 
 def test_a_dropped_hadamard_transform_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +112,8 @@ def test_the_command(
     monkeypatch.setattr(converge, "NUM_BINS", 1)
     picture = tmp_path / "losses.png"
     arguments = ["--recipe", "fp8,mxfp8", "--seeds", "2", "--plot", str(picture)]
+    assert converge.main([*arguments, "--saved", "fp8"]) == 0
+    assert "mxfp8_saved: same" in capsys.readouterr().err
     assert converge.main([*arguments, "--check"]) == 0
     printed = capsys.readouterr()
     assert "mxfp8: same" in printed.err and "gradient cosine, mlp" in printed.out

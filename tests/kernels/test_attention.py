@@ -19,7 +19,7 @@ from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose, steers
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
 from fxopt.recipe_errors import AttentionRefused
-from fxopt.recipes import ATTENTIONS
+from fxopt.recipe_problems import CHOICES
 from tests.numerics import assert_as_accurate
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def switches() -> tuple[list[SDPBackend], list[int]]:
 
 
 def test_recipes_know_the_backends() -> None:
-    assert ("auto", "pytorch", *BACKENDS) == ATTENTIONS
+    assert ("auto", "pytorch", *BACKENDS) == CHOICES["attention"]
 
 
 def test_no_row_without_a_run_behind_it() -> None:

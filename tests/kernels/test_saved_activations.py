@@ -116,6 +116,14 @@ def activation_streams(c: Case) -> Any:
     )
 
 
+def quantized_activation_streams(c: Case) -> Any:
+    gates, ups = ([own(c, *TOKENS) for _ in "ab"] for _ in "gu")
+    parameters = [None] * 2, [c.leaf(32, K) for _ in "ab"], [c.leaf(32), None]
+    return ops.gated_activation_quantized_linear_streams(
+        gates, ups, "silu", "none", *parameters, "fp8"
+    )
+
+
 def norm_streams(c: Case) -> Any:
     weights, biases = zip(*(linear(c) for _ in "ab"), strict=True)
     settings = "rms", [1e-6] * 2, [0.0] * 2, [1.0] * 2, BF16, BF16
@@ -123,6 +131,15 @@ def norm_streams(c: Case) -> Any:
     outs, hs = ops.norm_modulate_linears_streams(
         *streams(c), *settings, *parameters, [1, 1], [0, 0, 32] * 2, [1, 1]
     )
+    return [*outs, *hs]
+
+
+def quantized_norm_streams(c: Case) -> Any:
+    weights, biases = zip(*(linear(c) for _ in "ab"), strict=True)
+    settings = "rms", [1e-6] * 2, [0.0] * 2, [1.0] * 2, BF16, BF16
+    parameters = [w for (w,) in weights], [b for (b,) in biases], [1, 1]
+    given = *streams(c), *settings, *parameters, "fp8"
+    outs, hs = ops.norm_modulate_quantized_linears_streams(*given)
     return [*outs, *hs]
 
 
@@ -148,11 +165,13 @@ CASES = {
     "silu, up, fp8 linear": Case(activated("fp8"), TOKENS),
     "silu, up, mxfp8 linear": Case(activated("mxfp8"), TOKENS),
     "activation streams": Case(activation_streams, (B, S, 2 * K)),
+    "activation streams, fp8 linears": Case(quantized_activation_streams, TOKENS),
     "norm": Case(lambda c: ops.norm_modulate(*operands(c), *SETTINGS)[:2], TOKENS),
     "norm, linear": Case(normed("bf16"), TOKENS),
     "norm, fp8 linear": Case(normed("fp8"), TOKENS),
     "norm, nvfp4 linear": Case(normed("nvfp4"), TOKENS),
     "norm streams": Case(norm_streams, TOKENS),
+    "norm streams, fp8 linears": Case(quantized_norm_streams, TOKENS),
     "sandwich": Case(sandwich, TOKENS),
     "segments": Case(lambda c: ops.norm_modulate_segments(*segments(c))[:2], TOKENS),
     "segments, linear": Case(segment_linears, TOKENS),

@@ -3,6 +3,8 @@
 Shapes: B batch, S image tokens, T text tokens, D features.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,71 @@ def test_quantized_products_count_as_steps():
     found = Rewritten(module, capture(module, module.forward, tuple(inputs()), {}, rules))
     assert found.count("quantized_linear") == 2
     assert found.count("merge_streams") == 1
+
+
+def low(forward, recipe: str) -> Rewritten:
+    """What the rules of a recipe make of it, as of a block of a model."""
+    module = Written(forward, **parameters())
+    rules = rules_for(RECIPES[recipe], block="block")
+    return Rewritten(module, capture(module, module.forward, tuple(inputs()), {}, rules))
+
+
+def test_quantized_norms():
+    found = low(before_attention, "fp8_rowwise")
+    assert found.count("merge_quantized") == 2 and found.count("merge_streams") == 1
+    assert_expected_inline(
+        found.code(),
+        """\
+unsqueeze = aten.unsqueeze(inputs_2, 1)
+unsqueeze_1 = aten.unsqueeze(inputs_3, 1)
+norm_modulate_quantized_linears_streams =
+    fxopt.norm_modulate_quantized_linears_streams([inputs_0, inputs_1], [None, None], [None,
+    None], [None, None], [None, None], [unsqueeze, unsqueeze_1], [None, None], [None, None],
+    'layer', [1e-06, 1e-05], [0.0, 0.0], [1.0, 1.0], float32, float32, [p_q, p_k, p_v], [p_b,
+    None, None], [2, 1], 'fp8_rowwise')
+getitem_10 = norm_modulate_quantized_linears_streams[0]
+getitem_12 = getitem_10[0]
+getitem_13 = getitem_10[1]
+getitem_14 = getitem_10[2]
+return (getitem_12, getitem_13, getitem_14)""",
+    )
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8"])
+def test_a_quantized_block(recipe: str):
+    """Norms, attention's results, norms behind residuals, activations, residuals."""
+    found = low(block, recipe)
+    assert found.count("merge_streams") == 5
+    code = found.code()
+    for op in ("norm_modulate_quantized_linears", "quantized_linears"):
+        assert f"fxopt.{op}_streams(" in code and f"fxopt.{op}(" not in code
+    outs, exact = found(*inputs()), Written(block, **parameters())(*inputs())
+    for out, expected in zip(outs, exact, strict=True):
+        # Four products deep, each of 27 dB.
+        assert (out - expected).norm() < 0.1 * expected.norm()
+
+
+def test_streams_in_other_formats_stay_apart_and_say_so():
+    recipe = replace(
+        RECIPES["fp8_rowwise"], name="two", overrides=(("*.v", RECIPES["fp8_tensorwise"]),)
+    )
+
+    class Two(Written):
+        """Its linears are modules, so that a recipe knows them by name."""
+
+        def __init__(self) -> None:
+            super().__init__(lambda m, x, text, a, b: None)
+            self.q, self.v = torch.nn.Linear(D, D), torch.nn.Linear(D, D)
+
+        def forward(self, x: Tensor, text: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            return self.q(normed(x, a)), self.v(normed(text, b))
+
+    module = Two()
+    rules = rules_for(recipe, block="block")
+    found = Rewritten(module, capture(module, module.forward, tuple(inputs()), {}, rules))
+    assert found.count("quantized_linear") == 2 and not found.count("merge_streams")
+    assert all("in other formats" in why for why in found.reasons("merge_streams"))
+    assert found.reasons("merge_streams")
 
 
 def test_one_stream_goes_on_alone():

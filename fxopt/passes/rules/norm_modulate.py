@@ -13,7 +13,7 @@ from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
-from fxopt.passes.lookup import is_piece, lookup
+from fxopt.passes.lookup import Lookup, is_piece, lookup
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -136,7 +136,7 @@ def _is_gate(factor: fx.Node, total: fx.Node) -> bool:
     """Whether tokens share the factor; or have each its own, looked up or part of a modulation."""
     if not ir.same(ir.shape(factor), ir.shape(total)):
         return True
-    return lookup(factor) is not None or is_piece(factor)
+    return isinstance(lookup(factor), Lookup) or is_piece(factor)
 
 
 def _starts(n: fx.Node) -> list[fx.Node]:
