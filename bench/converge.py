@@ -30,7 +30,8 @@ import fxopt
 from bench import rows
 from fxopt.demo.training import Batch, Run, Scale, batches, build_model, flow_loss
 from fxopt.kernels.in_force import high_precision
-from fxopt.recipes import RECIPES, SAVED, Recipe, find
+from fxopt.recipe_problems import CHOICES
+from fxopt.recipes import RECIPES, Recipe, find
 
 NUM_BINS = 4  # of time
 NUM_PROBES = 4  # along a run
@@ -220,7 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="runs each, at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, default=200, help="of a run (default: 200)")
     parser.add_argument(
-        "--saved", default="model", choices=SAVED, help="what fused ops keep for backward"
+        "--saved",
+        default="model",
+        choices=CHOICES["saved"],
+        help="what fused ops keep for backward",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses into FILE")
     args = parser.parse_args(argv)
