@@ -89,7 +89,11 @@ class Streams(torch.autograd.Function):
         ctx: Any, node: type[Streams], streams: Sequence[Stream], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         sizes = [stream.num_tensors for stream in streams]
-        contexts = [Context(needs) for needs in parts(ctx.needs_input_grad[2:], sizes)]
+        # Without gradients autograd says the same of what requires them.
+        contexts = [
+            Context([need and stream.decision.has_grad for need in needs])
+            for stream, needs in zip(streams, parts(ctx.needs_input_grad[2:], sizes), strict=True)
+        ]
         runs = [
             node.forward_of(context, stream.decision, stream.settings, *own)
             for context, stream, own in zip(contexts, streams, parts(tensors, sizes), strict=True)
