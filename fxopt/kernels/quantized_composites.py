@@ -114,7 +114,9 @@ class NormModulateQuantizedLinears(Streams):
             amax_t = x.new_empty(0)
             y = yield from _operand(normed, recipe, slot)
         h = x if residual is None else h
-        branch = x if gate is not None else None
+        branch = None
+        if gate is not None:
+            branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
         copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
