@@ -115,7 +115,10 @@ class Streams(torch.autograd.Function):
         given = parts(grads, [stream.num_outs for stream in ctx.streams])
         for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
             context.saved_tensors = own
-            runs.append(ctx.node.backward_of(context, *of_stream))
+            # With another stream's outputs those of a frozen one have gradients as well.
+            is_frozen = not any(context.needs_input_grad)
+            reached = [None] * len(of_stream) if is_frozen else of_stream
+            runs.append(ctx.node.backward_of(context, *reached))
         found = run(side_by_side(*runs))
         for context in ctx.contexts:
             context.save_for_backward()

@@ -256,6 +256,21 @@ def test_without_gradients_nothing_is_cast_for_them(name: str) -> None:
         assert not mode.num_transposed
 
 
+@pytest.mark.parametrize("name", ["norms", "activations"])
+def test_nothing_is_computed_for_a_stream_that_is_frozen(name: str) -> None:
+    case = CASES[name]()
+    inputs = case.first if name == "norms" else [case.gates[0]]
+    weights = case.weights[:2] if name == "norms" else case.weights[:1]
+    for t in (*inputs, *weights, case.biases[0]):
+        if t is not None:
+            t.requires_grad_(False)
+    num_trained = len(case.weights) - len(weights)
+    outs = case.together("fp8_rowwise")
+    with Called() as mode:
+        torch.autograd.backward(outs, grads_of(outs))
+    assert mode.counts["scaled_matmul"] == 2 * num_trained
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_delayed_scaling(name: str) -> None:
     """Over steps, and where some of what is cast in one launch has no past yet."""
