@@ -289,7 +289,9 @@ class QKNormRope(torch.autograd.Function):
 
 def _without_values(x: Any) -> Tensor:
     """What has x's shape and dtype; a DTensor as it is, whose placements count as well."""
-    return x if is_traceable_wrapper_subclass(x) else x.new_empty(()).expand(x.shape)
+    is_plain = not is_traceable_wrapper_subclass(x)
+    found: Tensor = x.new_empty(()).expand(x.shape) if is_plain else x
+    return found
 
 
 def _fields(tensors: Sequence[Tensor | None]) -> Iterator[Optional]:
