@@ -155,3 +155,10 @@ def state_sources(
         holder = module.get_submodule(path)
         sources.append((holder._parameters if kind == "parameter" else holder._buffers, name))
     return sources
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an export reads this call: while one thread exports, PyTorch says in
+    all threads that it compiles."""
+    reads = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return reads and torch.compiler.is_compiling()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import checkpoints, options, precision, state
 from fxopt.backends.blocks import find_blocks
+from fxopt.backends.calls import is_traced
 from fxopt.backends.failures import described
 from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
@@ -220,7 +221,7 @@ class SwappedForward:
         raise StillRewritten(self.fqn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or len(args) > len(self.names):
+        if is_traced() or len(args) > len(self.names):
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fxopt.backends import checkpoints, trial
-from fxopt.backends.calls import Call, state_sources
+from fxopt.backends.calls import Call, is_traced, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.unseen import CannotCapture
@@ -127,7 +127,7 @@ class RewrittenForward:
             self.module.forward = self.installed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_transformed():
+        if is_traced() or _is_transformed():
             require_whole(self.module.parameters(), f"{self.fqn} runs its own forward")
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)

@@ -28,7 +28,7 @@ from fxopt.kernels import counters
 from fxopt.kernels.counters import Slot, Slots
 from fxopt.kernels.formats import is_clipped
 from fxopt.kernels.in_force import Decision
-from fxopt.kernels.origins import leaf_of
+from fxopt.kernels.origins import leaf_of, uncast
 from fxopt.recipe_errors import NoHistory, Saturated
 from fxopt.recipes import Operand, Recipe
 from fxopt.schedule import current_group
@@ -279,7 +279,7 @@ def _line(weight: Tensor, recipe: Recipe, records: bool) -> _Line | None:
     """The line of the parameter that a weight is, or is a cast of; None if there is none yet."""
     leaf = leaf_of(weight)
     # Slices of one parameter are weights by themselves.
-    key = id(leaf), int(weight.storage_offset()), *_numbers(recipe)
+    key = id(leaf), int(uncast(weight).storage_offset()), *_numbers(recipe)
     line = _lines.get(key)
     if line is not None and line.weight() is leaf:
         return line

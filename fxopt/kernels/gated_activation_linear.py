@@ -47,6 +47,8 @@ class GatedActivationLinear(torch.autograd.Function):
         saved, needs = unpacked(ctx, ctx.saved_tensors), _grouped(ctx.needs_input_grad[1:], 6)
         activations, others = _grouped(saved[: 2 * len(needs)], 2), saved[2 * len(needs) :]
         streams = [[*a, *o] for a, o in zip(activations, _grouped(others, 3), strict=True)]
+        # A frozen stream has a gradient beside one that trains.
+        grads = tuple(g if any(needed) else None for g, needed in zip(grads, needs, strict=True))
         d_inputs: list[Any] = [
             None if g is None else (flat(g) @ weight).view(*gate.shape[:-1], weight.shape[1])
             for g, (gate, *_, weight) in zip(grads, streams, strict=True)

@@ -87,7 +87,7 @@ class NormModulateLinears(torch.autograd.Function):
 
 
 class _Backward:
-    """A stream on the way back; `call` is None where no gradient came in."""
+    """A stream on the way back; `call` is None where no gradient came in, or none is needed."""
 
     def __init__(
         self,
@@ -103,6 +103,8 @@ class _Backward:
         self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
         self.needs, self.needs_parameters = _taken(needs, NUM_OPERANDS, 2 * num_linears)
         self.num_inputs = NUM_OPERANDS + 2 * num_linears
+        if not any((*self.needs, *self.needs_parameters)):  # frozen, beside one that trains
+            self.grad_outs, self.grad_h = (None,) * len(self.pieces), None
         self.h = h = self.grad_h if h is None else h  # without a norm only its shape counts
         self.dy = (
             h if h is None else input_gradient(self.grad_outs, self.weights, self.pieces, h.shape)

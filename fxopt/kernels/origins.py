@@ -19,12 +19,16 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def uncast(weight: Tensor) -> Tensor:
+    """What `cast` made a weight of; else the weight."""
+    found: Tensor = getattr(weight, ATTRIBUTE, weight)
+    return found
+
+
 def leaf_of(weight: Tensor) -> Tensor:
     """What a weight was cast from, by autocast or by `cast`; else the weight."""
     node: Any = weight.grad_fn
     while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
     found = getattr(node, "variable", None)
-    if found is None:
-        found = getattr(weight, ATTRIBUTE, None)
-    return weight if found is None else found
+    return uncast(weight) if found is None else found

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
@@ -236,7 +237,7 @@ def _triton_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
 
 
 class QKNormRope(torch.autograd.Function):
-    """Autograd of `fxopt::qk_norm_rope`; saves the inputs and the statistics."""
+    """Autograd of `fxopt::qk_norm_rope`; saves the statistics, and inputs that are normed."""
 
     @classmethod
     def apply(cls, *args: Any) -> list[Tensor]:
@@ -259,6 +260,9 @@ class QKNormRope(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd)
         xs, others = tensors[:num_sections], tensors[num_sections:]
+        has_weight = any(t is not None for t in tensors[2 * num_sections : 3 * num_sections])
+        if settings[1] == "none" and not has_weight:
+            xs = tuple(map(_without_values, xs))
         ctx.save_for_backward(*packed(ctx, xs, num_row_dims=2), *others, mean, rstd)
         ctx.settings, ctx.shapes = settings, [out.shape for out in outs]
         return (*outs, mean, rstd)
@@ -281,6 +285,13 @@ class QKNormRope(torch.autograd.Function):
         computed = qk_norm_rope_backward(filled, *fields, mean, rstd, *ctx.settings, needs)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
+
+
+def _without_values(x: Any) -> Tensor:
+    """What has x's shape and dtype; a DTensor as it is, whose placements count as well."""
+    is_plain = not is_traceable_wrapper_subclass(x)
+    found: Tensor = x.new_empty(()).expand(x.shape) if is_plain else x
+    return found
 
 
 def _fields(tensors: Sequence[Tensor | None]) -> Iterator[Optional]:

@@ -114,9 +114,11 @@ class NormModulateQuantizedLinears(Streams):
             amax_t = x.new_empty(0)
             y = yield from _operand(normed, recipe, slot)
         h = x if residual is None else h
-        branch = x if gate is not None else None
+        branch = None
+        if gate is not None:
+            branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
-        copies = yield from cast_weights(weights, ctx, True)
+        copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
         own = is_own(x, residual, others[3]), True
         kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
@@ -184,7 +186,7 @@ class GatedActivationQuantizedLinear(Streams):
             y = yield from _operand(_joined(beside, activation), recipe, slot)
         ctx.settings, ctx.slots = settings, slots
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        copies = yield from cast_weights([weight], ctx, True)
+        copies = yield from cast_weights([weight], ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
         save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
         return outs

@@ -89,7 +89,11 @@ class Streams(torch.autograd.Function):
         ctx: Any, node: type[Streams], streams: Sequence[Stream], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         sizes = [stream.num_tensors for stream in streams]
-        contexts = [Context(needs) for needs in parts(ctx.needs_input_grad[2:], sizes)]
+        # Without gradients autograd says the same of what requires them.
+        contexts = [
+            Context([need and stream.decision.has_grad for need in needs])
+            for stream, needs in zip(streams, parts(ctx.needs_input_grad[2:], sizes), strict=True)
+        ]
         runs = [
             node.forward_of(context, stream.decision, stream.settings, *own)
             for context, stream, own in zip(contexts, streams, parts(tensors, sizes), strict=True)
@@ -111,7 +115,10 @@ class Streams(torch.autograd.Function):
         given = parts(grads, [stream.num_outs for stream in ctx.streams])
         for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
             context.saved_tensors = own
-            runs.append(ctx.node.backward_of(context, *of_stream))
+            # With another stream's outputs those of a frozen one have gradients as well.
+            is_frozen = not any(context.needs_input_grad)
+            reached = [None] * len(of_stream) if is_frozen else of_stream
+            runs.append(ctx.node.backward_of(context, *reached))
         found = run(side_by_side(*runs))
         for context in ctx.contexts:
             context.save_for_backward()

@@ -148,6 +148,8 @@ def _indexed(node: fx.Node) -> Lookup | str | None:
         a = ir.arguments(node)
         if a["padding_idx"] >= 0 or a["scale_grad_by_freq"]:
             return f"{node.name} is an embedding whose gradient leaves out or scales rows"
+        if a["sparse"]:
+            return f"{node.name} is an embedding whose gradient is sparse"
         return Lookup((a["weight"],), a["indices"])
     return None
 

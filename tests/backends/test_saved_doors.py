@@ -33,7 +33,8 @@ CASES = {
     ("flux", FP8, "optimize"): 0.75,
     ("wan", BF16, "swap"): 0.80,
     ("z-image", FP8, "swap"): 0.75,
-    ("llama-sdpa", BF16, "optimize"): 0.78,
+    # 89128 of 111208 bytes: its rotation, without a norm, keeps no queries and keys in either.
+    ("llama-sdpa", BF16, "optimize"): 0.802,
 }
 cases = pytest.mark.parametrize(
     "name, recipe, door, share", [(*case, share) for case, share in CASES.items()]

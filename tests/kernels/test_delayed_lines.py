@@ -19,6 +19,7 @@ from fxopt.gemms import GEMMS
 from fxopt.kernels import counters, delayed
 from fxopt.kernels.counters import FIELDS, Slot, Slots
 from fxopt.kernels.in_force import decide, high_precision
+from fxopt.kernels.origins import cast
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipe_errors import HistoryInGraph, NoHistory, Saturated, StepNotTold
 from fxopt.recipes import Recipe
@@ -75,6 +76,15 @@ def test_slices_of_a_parameter_have_lines_of_their_own() -> None:
                 found = linears(x, part, DELAYED.key)
                 assert torch.equal(found, linears(x, weight, DELAYED.key)), step
                 found.sum().backward()
+
+
+def test_so_do_casts_of_slices() -> None:
+    whole = nn.Parameter(torch.cat([draw(32, 48), draw(32, 48, seed=1) / 4096]))
+    for step in range(2):
+        with fxopt.at_step(step):
+            for part in whole.chunk(2):
+                linears(draw(2, 5, 48).bfloat16(), cast(part, torch.bfloat16), DELAYED.key)
+    assert len(delayed._lines) == 2
 
 
 def test_weights_of_one_launch_scale_alike() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels import gated_activation as op
 from fxopt.kernels.gated_activation_linear import gated_activation_linear_streams
@@ -111,3 +112,17 @@ def test_with_linears(which: slice):
     )
     assert [g is None for g in grads] == [g is None for g in expected_grads]
     torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_computed_for_a_stream_that_is_frozen():
+    """Its output has a gradient as well, as the node is one."""
+    gates, weights = [draw(2, 5, 8), draw(2, 3, 8).requires_grad_()], [draw(4, 8), draw(4, 8)]
+    absent = [None, None]
+    with FlopCounterMode(display=False) as counter:
+        outs = gated_activation_linear_streams(
+            gates, absent, "gelu_erf", "none", absent, absent, weights, absent
+        )
+        forward = counter.get_total_flops()
+        (outs[0].sum() + outs[1].sum()).backward()
+    assert counter.get_total_flops() - forward == 2 * 2 * 3 * 8 * 4
+    assert gates[1].grad is not None

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels import norm_modulate_streams as op_module
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
@@ -178,6 +179,18 @@ def test_a_node_that_no_gradient_reaches_gives_none():
     outs, _ = norm_modulate_linears_streams(*with_linears(calls, [weight, weight]))
     grads = torch.autograd.grad(outs[0].sum(), [calls[0][0], text], allow_unused=True)
     assert grads[0] is not None and grads[1] is None
+
+
+def test_nothing_is_computed_for_a_stream_that_is_frozen():
+    """Its outputs have gradients as well, as the node is one."""
+    calls, _ = made((IMAGE, TEXT), "layer")
+    calls[1][0].requires_grad_()
+    weights = [torch.randn(24, 24) for _ in range(2)]
+    outs, hs = norm_modulate_linears_streams(*with_linears(calls, weights))
+    with FlopCounterMode(display=False) as counter:
+        sum(t.sum() for t in (*outs, *hs)).backward()
+    assert counter.get_total_flops() == 0  # only the stream without linears trains
+    assert calls[1][0].grad is not None
 
 
 def test_a_frozen_gate_keeps_no_branch():

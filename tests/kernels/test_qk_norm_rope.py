@@ -511,6 +511,18 @@ def test_saves_its_inputs_and_statistics_only():
     assert {t.data_ptr() for t in saved if t.numel()} == inputs
 
 
+@pytest.mark.parametrize("affine", ["none", "x_bias"])
+def test_a_rotation_alone_keeps_no_input(affine: str):
+    args = Case(norm="none", affine=affine).args
+    xs = [x.requires_grad_() for x in args[0]]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outs = fused(*args)
+    assert not {t.data_ptr() for t in xs} & {t.data_ptr() for t in saved}
+    assert sum(t.untyped_storage().nbytes() for t in saved[: len(xs)]) < xs[0].nbytes
+    torch.autograd.grad(outs, xs, [torch.ones_like(o) for o in outs])
+
+
 def test_a_table_that_requires_grad_is_refused():
     args = Case().args
     args[0][0].requires_grad_()

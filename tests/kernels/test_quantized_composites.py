@@ -140,6 +140,15 @@ def test_no_codes_are_kept(recipe: str) -> None:
     )  # gate, up, beside are leaves
 
 
+def test_a_branch_is_kept_for_its_gate_alone() -> None:
+    case = Normed("layer", has_residual=True)
+    x, _, gate, *_ = case.operands
+    case.operands[0] = x.detach()
+    trained = kept(case.fused, case, "fp8_tensorwise")
+    case.operands[2] = gate.detach()
+    assert kept(case.fused, case, "fp8_tensorwise") == trained - B * S * K * 2 + B * K * 2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_part_of_the_gradients(name: str) -> None:
     """Frozen weights, frozen operands, an output that nothing was made of."""

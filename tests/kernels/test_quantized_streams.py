@@ -200,15 +200,18 @@ def test_checkpoint_and_cast_weights_once(name: str) -> None:
 
 
 class Called(TorchDispatchMode):
-    """Counts the ops of fxopt that are called."""
+    """Counts the ops of fxopt that are called, and those that prepare a transposed copy."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.num_transposed = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "fxopt":
             self.counts[op._schema.name.removeprefix("fxopt::")] += 1
+            given = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
+            self.num_transposed += given.get("columns") is not None
         return op(*args, **(kwargs or {}))
 
 
@@ -238,6 +241,34 @@ def test_ops_run_once_for_all_streams(name: str) -> None:
     assert products == 3 * num_linears
     common = {"quantize_together": 1, "quantize_rows": 1, "quantize_columns": 1}
     assert mode.counts == common | LAUNCHED[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_gradients_nothing_is_cast_for_them(name: str) -> None:
+    case = CASES[name]()
+    with Called() as mode:
+        expected = case.apart("fp8_rowwise")
+    assert mode.num_transposed
+    for call in (case.together, case.apart):
+        with torch.no_grad(), Called() as mode:
+            assert_same(call("fp8_rowwise"), expected)
+        assert mode.counts["scaled_matmul"] == len(case.weights)
+        assert not mode.num_transposed
+
+
+@pytest.mark.parametrize("name", ["norms", "activations"])
+def test_nothing_is_computed_for_a_stream_that_is_frozen(name: str) -> None:
+    case = CASES[name]()
+    inputs = case.first if name == "norms" else [case.gates[0]]
+    weights = case.weights[:2] if name == "norms" else case.weights[:1]
+    for t in (*inputs, *weights, case.biases[0]):
+        if t is not None:
+            t.requires_grad_(False)
+    num_trained = len(case.weights) - len(weights)
+    outs = case.together("fp8_rowwise")
+    with Called() as mode:
+        torch.autograd.backward(outs, grads_of(outs))
+    assert mode.counts["scaled_matmul"] == 2 * num_trained
 
 
 @pytest.mark.parametrize("name", CASES)

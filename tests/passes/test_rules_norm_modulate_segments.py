@@ -270,6 +270,17 @@ NO_LOOKUPS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+def test_a_sparse_gradient_stays_sparse() -> None:
+    x, index, tables = per_sample(2, 5)
+    table = tables[0, :, :D]
+    found = rewritten(
+        lambda m, x, i, t: norm(x) * (1 + F.embedding(i, t, sparse=True)), x, index, table
+    )
+    assert not found.count("norm_modulate_segments")
+    (reason,) = found.reasons("norm_modulate_segments")
+    assert reason == "the scale: embedding is an embedding whose gradient is sparse"
+
+
 @pytest.mark.parametrize("name", NO_LOOKUPS)
 def test_what_is_no_lookup_says_what_is_seen(name: str) -> None:
     forward, reason = NO_LOOKUPS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,10 @@ def attend(
     if chosen == "eager":
         fire("attention", "attention")
     own = None if chosen in ("eager", "sdpa") else f"attn_implementation={chosen!r}"
-    return attending.attend(run, lambda: Call.of(q, k, v, **call), lambda: own).flatten(2)
+    # As transformers' own function decides.
+    is_causal = chosen == "sdpa" and mask is None and q.shape[2] > 1 and attn.is_causal
+    described = partial(Call.of, q, k, v, **call, is_causal=is_causal)
+    return attending.attend(run, described, lambda: own).flatten(2)
 
 
 def examples(layer: Any, draw: Draw) -> Iterator[Arguments]:
