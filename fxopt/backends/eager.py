@@ -240,11 +240,10 @@ class SwappedForward:
         return self.original(*args, **kwargs)
 
     def _run_fused(self, arguments: Arguments) -> Any:
-        recipe = self.formats.recipe
-        quantized = quantizing(self.formats, self.theta, self.module)
-        with quantized as active, attending(self.attention), saving(recipe.saved):
+        asked, low = self.formats.recipe, quantizing(self.formats, self.theta, self.module)
+        with low as active, attending(self.attention), saving(asked.saved):
             out = self.swap.forward(self.module, **arguments)
-        if recipe.all_gather != "model":
+        if asked.all_gather != "model":
             for linear, recipe in active.accepted.items():
                 self.met.setdefault(linear, {})[recipe] = None
             for linear, why_not in active.refused.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
-from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.registration import LAUNCHES, below_autograd, opmath_of, register
 from fxopt.kernels.together import share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
@@ -91,9 +91,8 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 
 
 def _launches_backward(*args: Any) -> int:
-    """One pass over the rows, and one over the partial sums if there are any."""
-    calls = _backward_calls(args)
-    return 1 + any(any(wanted(call[0], call[4:10], call[-2])) for call in calls)
+    """As the call that launches most."""
+    return max(LAUNCHES["fxopt::norm_modulate_backward"](*call) for call in _backward_calls(args))
 
 
 def _native(*args: Any) -> list[Tensor]:
