@@ -28,8 +28,6 @@ from fxopt.recipes import Operand
 SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "two_level": torch.float8_e4m3fn}
 # Draws of the two copies do not repeat each other.
 ROWS, COLUMNS = 0, 1
-
-
 # The first compute capability with units that cast to e4m3.
 CAST_CAPABILITY = (8, 9)
 
@@ -42,29 +40,23 @@ class Pair(NamedTuple):
     sum: Tensor
 
 
-def quantize_pair(
-    x: Tensor,
-    rows: Operand | None,
-    columns: Operand | None,
-    seed: Tensor | None = None,
-    wants_sum: bool = False,
-    slot: Slot = UNWATCHED,
-) -> Pair:
-    """`fxopt::quantize` with its operands and results by name."""
-    return pair_of(answer([ask_pair(x, rows, columns, seed, wants_sum, slot)])[0])
+class Cast(NamedTuple):
+    """A call of `fxopt::quantize`: a tensor and how its copies are quantized, None for no copy."""
 
+    x: Tensor
+    rows: Operand | None
+    columns: Operand | None
+    seed: Tensor | None = None
+    wants_sum: bool = False
+    slot: Slot = UNWATCHED
 
-def ask_pair(
-    x: Tensor,
-    rows: Operand | None,
-    columns: Operand | None,
-    seed: Tensor | None = None,
-    wants_sum: bool = False,
-    slot: Slot = UNWATCHED,
-) -> Ask:
-    """The call that `quantize_pair` makes."""
-    names = [None if o is None else str(o) for o in (rows, columns)]
-    return Ask(quantize, (x, *names, seed, wants_sum), slot)
+    def ask(self) -> Ask:
+        names = [None if o is None else str(o) for o in (self.rows, self.columns)]
+        return Ask(quantize, (self.x, *names, self.seed, self.wants_sum), self.slot)
+
+    def pair(self) -> Pair:
+        """What the call returns."""
+        return pair_of(answer([self.ask()])[0])
 
 
 def pair_of(found: Sequence[Tensor]) -> Pair:

@@ -29,8 +29,8 @@ from fxopt.kernels.norm_modulate import (
 )
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
+from fxopt.kernels.quantize import Cast
 from fxopt.kernels.quantized_linears import (
-    Cast,
     cast_weights,
     fuses,
     gradients,

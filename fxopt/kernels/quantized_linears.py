@@ -12,19 +12,19 @@ Shapes: M tokens (all leading dims), K input features, N output features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import counters, weight_casts
-from fxopt.kernels.counters import UNWATCHED, Slot
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
 from fxopt.kernels.linears import Linears
-from fxopt.kernels.quantize import Pair, ask_pair, covers, pair_of
+from fxopt.kernels.quantize import Cast, Pair, covers, pair_of
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.scaled_matmul import multiply
@@ -32,7 +32,7 @@ from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.sum_parts import sum_parts
 from fxopt.kernels.together import Ask, Steps, parts, side_by_side
 from fxopt.kernels.weight_casts import Copies
-from fxopt.recipes import Operand, Recipe
+from fxopt.recipes import Recipe
 
 
 class QuantizedLinears(Streams):
@@ -196,21 +196,10 @@ def _flat(grad: Tensor | None) -> Tensor:
     return grad.reshape(-1, grad.shape[-1])
 
 
-class Cast(NamedTuple):
-    """A tensor and how its copies are quantized, None for no copy; as `quantize_pair` takes it."""
-
-    x: Tensor
-    rows: Operand | None
-    columns: Operand | None
-    seed: Tensor | None = None
-    wants_sum: bool = False
-    slot: Slot = UNWATCHED
-
-
 def quantized(*casts: Cast) -> Steps[list[Pair]]:
     """The copies of each tensor; nothing is launched for one that has none but its sum."""
     is_cast = [cast.rows is not None or cast.columns is not None for cast in casts]
-    found = iter((yield [ask_pair(*c) for c, needed in zip(casts, is_cast, strict=True) if needed]))
+    found = iter((yield [c.ask() for c, needed in zip(casts, is_cast, strict=True) if needed]))
     return [
         pair_of(next(found)) if needed else _nothing(cast)
         for cast, needed in zip(casts, is_cast, strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS, quantize_matrix
 from fxopt.kernels.in_force import is_high_precision
+from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.registration import register
 from fxopt.recipes import Operand
 
@@ -161,7 +162,7 @@ def fake_unpack(
 def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
     from fxopt.kernels import triton_saving
 
-    if not triton_saving.can_cast(xs[0].device):
+    if not can_cast(xs[0]):
         return native_pack(xs, num_row_dims)
     found = fake_pack(xs, num_row_dims)
     rows = [x.flatten(-num_row_dims) for x in xs]
@@ -174,7 +175,7 @@ def triton_unpack(
 ) -> list[Tensor]:
     from fxopt.kernels import triton_saving
 
-    if not triton_saving.can_cast(codes[0].device):
+    if not can_cast(codes[0]):
         return native_unpack(codes, scales, dtypes)
     found = fake_unpack(codes, scales, dtypes)
     triton_saving.unpack(codes, scales, found)

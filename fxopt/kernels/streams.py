@@ -8,7 +8,7 @@ together; what only one wants runs alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,15 +61,8 @@ class Streams(torch.autograd.Function):
     outputs, and the gradients of all that the forward took.
     """
 
-    @staticmethod
-    def forward_of(
-        ctx: Any, decision: Decision, settings: Any, *tensors: Tensor | None
-    ) -> Steps[tuple[Any, ...]]:
-        raise NotImplementedError
-
-    @staticmethod
-    def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
-        raise NotImplementedError
+    forward_of: ClassVar[Callable[..., Steps[tuple[Any, ...]]]]
+    backward_of: ClassVar[Callable[..., Steps[tuple[Any, ...]]]]
 
     @classmethod
     def run(

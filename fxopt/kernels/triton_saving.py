@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels.formats import FORMATS
+from fxopt.kernels.triton_quantize_group import has_tile
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
     factor_of,
@@ -46,13 +47,6 @@ class Packed(NamedTuple):
 
 
 @triton.jit
-def is_inside(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Whether the program's tile has anything of a matrix of this size."""
-    first_row, first_column = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_C
-    return (first_row < num_rows) & (first_column < num_columns)
-
-
-@triton.jit
 def offsets_of(m, r, c, BLOCK_C: tl.constexpr):
     """Where the tile's codes and scales lie."""
     of_block = r * tl.cdiv(m.num_columns, BLOCK_C) + tl.program_id(1)
@@ -63,9 +57,9 @@ def offsets_of(m, r, c, BLOCK_C: tl.constexpr):
 def pack_kernel(matrices, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     for k in tl.static_range(len(matrices)):
         m = matrices[k]
-        num_rows = size(m.num_rows)
-        if (tl.program_id(2) == k) & is_inside(num_rows, m.num_columns, BLOCK_R, BLOCK_C):
+        if has_tile(m, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
+            num_rows = size(m.num_rows)
             value = load_tile(m.x, m.stride_R, m.stride_C, r, c, num_rows, m.num_columns)
             factor = factor_of(tl.max(magnitude(value), 1), LARGEST, False)
             code = code_of(value * factor[:, None], LARGEST, FORMAT)
@@ -80,20 +74,15 @@ def unpack_kernel(matrices, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """x is contiguous."""
     for k in tl.static_range(len(matrices)):
         m = matrices[k]
-        num_rows = size(m.num_rows)
-        if (tl.program_id(2) == k) & is_inside(num_rows, m.num_columns, BLOCK_R, BLOCK_C):
+        if has_tile(m, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
+            num_rows = size(m.num_rows)
             mask = (r < num_rows)[:, None] & (c < m.num_columns)[None, :]
             offsets, of_block = offsets_of(m, r, c, BLOCK_C)
             code = tl.load(m.codes + offsets, mask, other=0)
             scale = tl.load(m.scales + of_block, r < num_rows, other=0.0)
             value = code.to(FORMAT, bitcast=True).to(tl.float32) * scale[:, None]
             tl.store(m.x + offsets, value.to(m.x.dtype.element_ty), mask)
-
-
-def can_cast(device: torch.device) -> bool:
-    """Whether Triton compiles casts to e4m3 there; interpreted it does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def pack(rows: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxopt.kernels.counters import Slot, lists, present
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gathered import GatheredWeight, gathered
-from fxopt.kernels.quantize import Pair, covers, quantize_pair
+from fxopt.kernels.quantize import Cast, Pair, covers
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.together import Ask, Steps
 from fxopt.recipes import Operand, Recipe
@@ -58,7 +58,7 @@ class WeightCasts:
         state = weight._version, weight.untyped_storage()._cdata, weight.storage_offset()
         entry = self._entries.get(key)
         if entry is None or not entry.serves(weight, state, slot):
-            pair = quantize_pair(weight.detach(), rows, columns, slot=slot)
+            pair = Cast(weight.detach(), rows, columns, slot=slot).pair()
             entry = self._entries[key] = _Entry(weakref.ref(weight), state, slot, pair)
         return entry.pair
 
@@ -132,7 +132,7 @@ def for_products(
         return Copies([p.rows for p in kept], [p.columns for p in kept], [])
     if not covers(rows) or not covers(columns):
         apart = zip(weights, slots, strict=True)
-        return Copies([quantize_pair(w, rows, None, slot=s).rows for w, s in apart], [], [])
+        return Copies([Cast(w, rows, None, slot=s).pair().rows for w, s in apart], [], [])
     known = [slot.known for slot in slots if slot.known is not None]
     formats = str(rows), None if columns is None or known else str(columns)
     lines = tuple(lists(slots))
@@ -149,7 +149,7 @@ def _with_gathered(
     for weight, slot in zip(weights, slots, strict=True):
         found = gathered(weight)
         if found is None:
-            pair = quantize_pair(weight, rows, columns, slot=slot)
+            pair = Cast(weight, rows, columns, slot=slot).pair()
             copies.rows.append(pair.rows)
             copies.columns.append(pair.columns)
         else:
@@ -166,7 +166,7 @@ def for_gradients(
     columns = recipe.dgrad.b
     if not amax_t or any(gathered(w) for w in weights):
         apart = zip(weights, slots, strict=True)
-        pairs = [gathered(w) or quantize_pair(w, None, columns, slot=slot) for w, slot in apart]
+        pairs = [gathered(w) or Cast(w, None, columns, slot=slot).pair() for w, slot in apart]
         return [p.columns() if isinstance(p, GatheredWeight) else p.columns for p in pairs]
     lines = present(slot.columns for slot in slots)
     matrices = list(weights), str(columns), list(amax_t)

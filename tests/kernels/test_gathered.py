@@ -19,7 +19,7 @@ from fxopt.kernels.gathered import (
     values_of,
 )
 from fxopt.kernels.in_force import decide, high_precision
-from fxopt.kernels.quantize import quantize_pair
+from fxopt.kernels.quantize import Cast
 from fxopt.recipe_errors import WeightGathered
 from fxopt.recipes import RECIPES, Operand
 
@@ -63,7 +63,7 @@ def gathered(w_NK: Tensor, formats: tuple[Operand, Operand], held: int) -> Gathe
 def test_codes_and_scales_are_those_of_the_whole_weight(names: tuple[str, str], kind: str) -> None:
     rows, columns = formats = Operand.parse(names[0]), Operand.parse(names[1])
     w_NK = weight(kind)
-    expected = quantize_pair(w_NK, rows, columns)
+    expected = Cast(w_NK, rows, columns).pair()
     found = gathered(w_NK, formats, ROWS).rows(), gathered(w_NK, formats, COLUMNS).columns()
     for ours, whole in zip(found, expected[:2], strict=True):
         codes, scales, _ = whole

@@ -7,7 +7,7 @@ import torch
 
 import fxopt
 from fxopt.kernels import quantize, scaled_matmul
-from fxopt.kernels.quantize import quantize_pair
+from fxopt.kernels.quantize import Cast
 from fxopt.recipes import RECIPES, Operand
 from tests.families import FAMILIES
 from tests.numerics import relative_l2, run
@@ -34,7 +34,7 @@ def test_codes_and_scales_are_bit_identical(shape, name, dtype):
 def test_products_are_those_of_the_emulation(name, dtype):
     how = RECIPES[name].fprop
     x, w = (torch.randn(s, device="cuda", dtype=dtype) for s in ((4608, 512), (768, 512)))
-    a, b = quantize_pair(x, how.a, None).rows, quantize_pair(w, how.b, None).rows
+    a, b = Cast(x, how.a, None).pair().rows, Cast(w, how.b, None).pair().rows
     formats = (str(how.a), str(how.b), False, dtype)
     found = torch.ops.fxopt.scaled_matmul(*a, *b, None, *formats)
     expected = scaled_matmul.emulated(*a, *b, None, *formats)
@@ -45,8 +45,8 @@ def test_products_are_those_of_the_emulation(name, dtype):
 def test_other_blocks_are_emulated():
     x = torch.randn(64, 256, device="cuda")
     for name in ("e4m3/1x32/e8m0", "e2m1/1x16/two_level"):
-        found = quantize_pair(x, Operand.parse(name), None).rows
-        expected = quantize_pair(x.cpu(), Operand.parse(name), None).rows
+        found = Cast(x, Operand.parse(name), None).pair().rows
+        expected = Cast(x.cpu(), Operand.parse(name), None).pair().rows
         for f, e in zip(found, expected, strict=True):
             assert torch.equal(f.float().cpu(), e.float())
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels.formats import dequantize_matrix, quantize_matrix
 from fxopt.kernels.in_force import high_precision
-from fxopt.kernels.quantize import quantize, quantize_pair, quantize_together
+from fxopt.kernels.quantize import Cast, quantize, quantize_together
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.registration import provider
@@ -308,7 +308,7 @@ def test_opcheck() -> None:
         # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
         checks = ("test_faketensor", "test_autograd_registration")
         torch.library.opcheck(quantize, (x, name, None, None, True), test_utils=checks)
-        a = quantize_pair(x, Operand.parse(name), None).rows
+        a = Cast(x, Operand.parse(name), None).pair().rows
         args = (*a, *a, None, name, name, False, torch.float32)
         torch.library.opcheck(scaled_matmul, args, test_utils=checks)
 
@@ -330,8 +330,8 @@ def test_fp8_products_are_bit_identical_to_the_library() -> None:
         gemm("e5m2/row/pow2", "e4m3/row/pow2"),
     ):
         x = case.x.detach().reshape(-1, WIDTH)
-        a = quantize_pair(x, how.a, None).rows
-        b = quantize_pair(case.weights[0], how.b, None).rows
+        a = Cast(x, how.a, None).pair().rows
+        b = Cast(case.weights[0], how.b, None).pair().rows
         ours = multiply(a, b, how, torch.float32)
         library = on_units(a.codes, a.scales, b.codes, b.scales, None, False, torch.float32)
         # Sums of 64 products of 4-bit mantissas in fp32, added in another order.
@@ -345,8 +345,8 @@ def test_a_gpu_accepts_the_layouts(name: str) -> None:
         for how, sizes in gemms(RECIPES[name], num_tokens, 96, 64):
             with FakeTensorMode():
                 m, n, k = sizes
-                a = quantize_pair(torch.empty(m, k, device="cuda"), how.a, None).rows
-                b = quantize_pair(torch.empty(n, k, device="cuda"), how.b, None).rows
+                a = Cast(torch.empty(m, k, device="cuda"), how.a, None).pair().rows
+                b = Cast(torch.empty(n, k, device="cuda"), how.b, None).pair().rows
                 y = on_units(a.codes, a.scales, b.codes, b.scales, None, True, torch.bfloat16)
                 assert y.shape == (m, n)
 

@@ -11,11 +11,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fxopt.passes.rules  # noqa: F401  loads every op
+from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.gated_activation_linear import (
+    gated_activation_linear,
+    gated_activation_linear_streams,
+)
 from fxopt.kernels.in_force import high_precision
+from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_linears import (
+    norm_modulate_linears,
+    norm_modulate_linears_streams,
+)
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.qk_norm_rope import qk_norm_rope
+from fxopt.kernels.quantized_composites import (
+    gated_activation_quantized_linear,
+    gated_activation_quantized_linear_streams,
+    norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+)
 from fxopt.kernels.saving import native_pack, native_unpack, pack, saving
 
-ops = torch.ops.fxopt
 BF16 = torch.bfloat16
 
 
@@ -83,7 +100,7 @@ def heads(c: Case) -> list[Tensor]:
     tables = [torch.rand(S, 1, 32) for _ in range(4)]
     parameters = [None] * 4, [c.leaf(32) for _ in xs], [None] * 4, tables, tables
     settings = [2, 2], "rms", [1e-6] * 4, 0.0, False, "interleaved", "channels", BF16
-    return ops.qk_norm_rope(xs, *parameters, *settings)[:2]
+    return qk_norm_rope(xs, *parameters, *settings)[:2]
 
 
 def activated(recipe: str) -> Callable[[Case], Any]:
@@ -91,8 +108,8 @@ def activated(recipe: str) -> Callable[[Case], Any]:
         given = own(c, *TOKENS), own(c, *TOKENS), "silu", "none", c.leaf(B, S, 16)
         parameters = c.leaf(32, K + 16), c.leaf(32)
         if recipe == "bf16":
-            return ops.gated_activation_linear(*given, None, *parameters)
-        return ops.gated_activation_quantized_linear(*given, *parameters, recipe)
+            return gated_activation_linear(*given, None, *parameters)
+        return gated_activation_quantized_linear(*given, *parameters, recipe)
 
     return call
 
@@ -101,9 +118,9 @@ def normed(recipe: str) -> Callable[[Case], Any]:
     def call(c: Case) -> Any:
         given = *operands(c), *SETTINGS, *linear(c)
         if recipe == "bf16":
-            outs, h = ops.norm_modulate_linears(*given, [0, 0, 32])
+            outs, h = norm_modulate_linears(*given, [0, 0, 32])
         else:
-            outs, h = ops.norm_modulate_quantized_linears(*given, recipe)
+            outs, h = norm_modulate_quantized_linears(*given, recipe)
         return [*outs, h]
 
     return call
@@ -111,7 +128,7 @@ def normed(recipe: str) -> Callable[[Case], Any]:
 
 def activation_streams(c: Case) -> Any:
     gates, weights = [own(c, B, S, 2 * K) for _ in "ab"], [c.leaf(32, K) for _ in "ab"]
-    return ops.gated_activation_linear_streams(
+    return gated_activation_linear_streams(
         gates, [None] * 2, "gelu_tanh", "gate_up", [None] * 2, [None] * 2, weights, [None] * 2
     )
 
@@ -119,16 +136,14 @@ def activation_streams(c: Case) -> Any:
 def quantized_activation_streams(c: Case) -> Any:
     gates, ups = ([own(c, *TOKENS) for _ in "ab"] for _ in "gu")
     parameters = [None] * 2, [c.leaf(32, K) for _ in "ab"], [c.leaf(32), None]
-    return ops.gated_activation_quantized_linear_streams(
-        gates, ups, "silu", "none", *parameters, "fp8"
-    )
+    return gated_activation_quantized_linear_streams(gates, ups, "silu", "none", *parameters, "fp8")
 
 
 def norm_streams(c: Case) -> Any:
     weights, biases = zip(*(linear(c) for _ in "ab"), strict=True)
     settings = "rms", [1e-6] * 2, [0.0] * 2, [1.0] * 2, BF16, BF16
     parameters = [w for (w,) in weights], [b for (b,) in biases]
-    outs, hs = ops.norm_modulate_linears_streams(
+    outs, hs = norm_modulate_linears_streams(
         *streams(c), *settings, *parameters, [1, 1], [0, 0, 32] * 2, [1, 1]
     )
     return [*outs, *hs]
@@ -139,26 +154,24 @@ def quantized_norm_streams(c: Case) -> Any:
     settings = "rms", [1e-6] * 2, [0.0] * 2, [1.0] * 2, BF16, BF16
     parameters = [w for (w,) in weights], [b for (b,) in biases], [1, 1]
     given = *streams(c), *settings, *parameters, "fp8"
-    outs, hs = ops.norm_modulate_quantized_linears_streams(*given)
+    outs, hs = norm_modulate_quantized_linears_streams(*given)
     return [*outs, *hs]
 
 
 def sandwich(c: Case) -> Any:
     given = own(c, *TOKENS), None, None, c.leaf(K), None, c.leaf(B, 1, K), own(c, *TOKENS), None
-    return ops.norm_modulate(*given, "rms", *SETTINGS[1:])[0]
+    return norm_modulate(*given, "rms", *SETTINGS[1:])[0]
 
 
 def segment_linears(c: Case) -> Any:
-    outs, h = ops.norm_modulate_segments_linears(*segments(c), *linear(c), [0, 0, 32])
+    outs, h = norm_modulate_segments_linears(*segments(c), *linear(c), [0, 0, 32])
     return [*outs, h]
 
 
 CASES = {
-    "gelu": Case(
-        lambda c: ops.gated_activation(own(c, *TOKENS), None, "gelu_tanh", "none"), TOKENS
-    ),
+    "gelu": Case(lambda c: gated_activation(own(c, *TOKENS), None, "gelu_tanh", "none"), TOKENS),
     "silu, bias": Case(
-        lambda c: ops.gated_activation(own(c, B, S, 2 * K), None, "silu", "gate_up", c.leaf(2 * K)),
+        lambda c: gated_activation(own(c, B, S, 2 * K), None, "silu", "gate_up", c.leaf(2 * K)),
         (B, S, 2 * K),
     ),
     "silu, up, linear": Case(activated("bf16"), TOKENS),
@@ -166,14 +179,14 @@ CASES = {
     "silu, up, mxfp8 linear": Case(activated("mxfp8"), TOKENS),
     "activation streams": Case(activation_streams, (B, S, 2 * K)),
     "activation streams, fp8 linears": Case(quantized_activation_streams, TOKENS),
-    "norm": Case(lambda c: ops.norm_modulate(*operands(c), *SETTINGS)[:2], TOKENS),
+    "norm": Case(lambda c: norm_modulate(*operands(c), *SETTINGS)[:2], TOKENS),
     "norm, linear": Case(normed("bf16"), TOKENS),
     "norm, fp8 linear": Case(normed("fp8"), TOKENS),
     "norm, nvfp4 linear": Case(normed("nvfp4"), TOKENS),
     "norm streams": Case(norm_streams, TOKENS),
     "norm streams, fp8 linears": Case(quantized_norm_streams, TOKENS),
     "sandwich": Case(sandwich, TOKENS),
-    "segments": Case(lambda c: ops.norm_modulate_segments(*segments(c))[:2], TOKENS),
+    "segments": Case(lambda c: norm_modulate_segments(*segments(c))[:2], TOKENS),
     "segments, linear": Case(segment_linears, TOKENS),
     "heads": Case(heads, HEADS),
 }
@@ -242,7 +255,7 @@ def test_nan_and_inf_reach_the_gradient() -> None:
         gate[1, 7] = value
         gate.requires_grad_()
         with saving("fp8"):
-            y = ops.gated_activation(gate * 1, None, "gelu_tanh", "none")
+            y = gated_activation(gate * 1, None, "gelu_tanh", "none")
         (grad,) = torch.autograd.grad(y, gate, torch.ones_like(y))
         expected = torch.zeros_like(gate, dtype=torch.bool)
         expected[1, :128] = True  # its block
@@ -268,7 +281,7 @@ def num_packed(run: Callable[[], Any], saved: str = "fp8") -> int:
 
 
 def activation(gate: Tensor) -> Callable[[], Tensor]:
-    return lambda: ops.gated_activation(gate, None, "gelu_tanh", "none")
+    return lambda: gated_activation(gate, None, "gelu_tanh", "none")
 
 
 def test_what_is_not_packed() -> None:
@@ -298,13 +311,13 @@ def test_parts_of_a_projection_are_packed_if_nobody_keeps_the_rest(
     q, k, *_ = parts(num_parts)
     norm = [None] * 2, [leaf(1, 32)] * 2, [None] * 2, [None] * 2, [None] * 2
     settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", BF16
-    assert num_packed(lambda: ops.qk_norm_rope([q, k], *norm, *settings)) == expected
+    assert num_packed(lambda: qk_norm_rope([q, k], *norm, *settings)) == expected
 
 
 def test_a_stream_that_is_added_to_elsewhere_stays() -> None:
     x = leaf(0, B, S, K) * 1
     given = x, None, None, None, None, leaf(1, B, 1, K), leaf(2, B, 1, K), None
-    assert num_packed(lambda: ops.norm_modulate(*given, *SETTINGS)) == 0
+    assert num_packed(lambda: norm_modulate(*given, *SETTINGS)) == 0
 
 
 def test_a_thread_has_its_own() -> None:

@@ -26,7 +26,7 @@ from fxopt.kernels.linear_cross_entropy import linear_cross_entropy
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
-from fxopt.kernels.quantize import quantize_pair
+from fxopt.kernels.quantize import Cast
 from fxopt.recipes import Operand
 from tests.kernels import test_connectivity
 from tests.ranks import needs_gloo, spawn
@@ -271,7 +271,7 @@ def worker(rank: int) -> None:
     with pytest.raises(NotImplementedError, match=r"_streams.*sharding strategy"):
         torch.ops.fxopt.gated_activation_streams([gate], [None], [None], "silu", "none")
     with pytest.raises(NotImplementedError, match=r"fxopt.quantize.*sharding strategy"):
-        quantize_pair(distributed(torch.ones(4, 32), mesh, Shard(0)), OPERAND, OPERAND)
+        Cast(distributed(torch.ones(4, 32), mesh, Shard(0)), OPERAND, OPERAND).pair()
 
 
 @needs_gloo
