@@ -11,13 +11,17 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.attention import Choice, attention, choose, steers
-from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_backends import BACKENDS, Call
 from fxopt.passes import ir
+
+NO_CALL = "it calls no scaled_dot_product_attention that {!r} could run"
 
 
 def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) -> list[Choice]:
     """Who runs each attention; where that may be another kernel than PyTorch's own choice, the
     node becomes `fxopt::attention`.
+
+    A backend that is named and has nothing to run in the graph is a choice too, for the report.
 
     Args:
         asked: "auto", "pytorch" or the name of a backend.
@@ -35,4 +39,6 @@ def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) 
                 in_order = (arguments[a.name] for a in ir.SDPA._schema.arguments)
                 node.target, node.args, node.kwargs = attention, (*in_order, asked), {}
         body.recompile()
+    if not choices and asked in BACKENDS:
+        choices.append(Choice("pytorch", NO_CALL.format(asked)))
     return choices

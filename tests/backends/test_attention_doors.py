@@ -179,6 +179,26 @@ def test_without_a_measurement_it_is_pytorchs_own_choice(door: Door) -> None:
     assert set(lines(model)) == {NOT_MEASURED}
 
 
+class Mixer(nn.Module):
+    """A block whose attention, if it is one, is no call that a backend could run."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x).cumsum(1))
+
+
+@pytest.mark.parametrize("door", [optimized, compiled])
+def test_a_backend_that_has_nothing_to_run_is_reported(door: Door) -> None:
+    model = stack(Mixer)
+    door(model, asking("math"))
+    model(tokens())
+    (line,) = set(lines(model))
+    assert "it calls no scaled_dot_product_attention that 'math' could run" in line
+
+
 def test_without_a_measurement_graphs_are_what_they_were() -> None:
     models = [fxopt.optimize(stack(), recipe=asking(a)) for a in ("auto", "pytorch", "flash")]
     codes = []
