@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         if options.world_size and "RANK" not in os.environ:
             return _launch(options.world_size, options.out, argv)
         with joined(options.patience) as ranks:
-            return _measure_together(options, ["fxopt", "bench", *argv], ranks)
+            return ranks.leave(_measure_together(options, ["fxopt", "bench", *argv], ranks))
     except FxoptError as error:
         print(f"fxopt bench: {error}", file=sys.stderr)
         return 2
@@ -148,9 +148,9 @@ def _measure_together(options: argparse.Namespace, command: Sequence[str], ranks
         code = _measure(options, command, ranks)
     except FxoptError as error:
         ranks.fail(str(error), "")
-        if not ranks.rank:
-            raise
-        print(f"fxopt bench, rank {ranks.rank}: {error}", file=sys.stderr)
+        rank = f", rank {ranks.rank}" if ranks.rank else ""
+        print(f"fxopt bench{rank}: {error}", file=sys.stderr)
+        return 0 if ranks.rank else 2
     return 0 if ranks.rank or options.world_size else code
 
 

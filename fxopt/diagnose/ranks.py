@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -50,6 +51,7 @@ class Ranks:
         self.rank, self.world_size, self.store = rank, world_size, store
         self.patience = timedelta(seconds=patience)
         self.num_decisions = 0
+        self.has_parted = False
 
     def agree(self, values: list[float]) -> list[float]:
         """The largest of each value over all ranks, so that every rank decides alike.
@@ -80,6 +82,7 @@ class Ranks:
     def fail(self, error: str, where: str) -> None:
         """Tell the others that this rank will not come any more."""
         if self.world_size > 1:
+            self.has_parted = True
             self.store.set(self._key(self.rank), json.dumps({"error": error, "where": where}))
 
     def failure(self) -> RankFailed | None:
@@ -91,6 +94,18 @@ class Ranks:
                 if "error" in word:
                     return RankFailed(rank, word["error"], word["where"])
         return None
+
+    def leave(self, code: int) -> int:
+        """The exit code of this process; after a failure the process ends here and now.
+
+        A collective that was left unmatched still has its threads, and C++ aborts a process that
+        ends with them. torchrun would then kill the others, and with them who writes the record.
+        """
+        if self.has_parted:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
     def _key(self, rank: int) -> str:
         return f"decision {self.num_decisions} of rank {rank}"

@@ -101,6 +101,16 @@ def test_a_silent_rank_is_named(store):
         first.agree([1.0])
 
 
+def test_ranks_that_part_end_without_cleaning_up(store, monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    _, second = of_two(store)
+    assert second.leave(3) == 3
+    second.fail("ValueError: planted", "steps.py:9")
+    second.leave(2)
+    assert left == [2]
+
+
 def bench(folder: Path, candidate: str, *options: str, baseline: str = "plain"):
     (folder / "steps.py").write_text(STEPS)
     steps = f"steps.py:{baseline}", "--candidate", f"steps.py:{candidate}"
