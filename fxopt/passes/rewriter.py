@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.fx.node import map_arg
 from fxopt.kernels.attention import Choice
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.registration import provider
-from fxopt.passes import ir
+from fxopt.passes import in_place, ir
 from fxopt.passes.autocast import suspended
+from fxopt.passes.legality import is_size, obstacles, placeholders, region
 from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
@@ -66,8 +67,9 @@ def rewrite(
     with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
             rewriter = _Rewriter(body, device, parameters, outcome, meter, capability)
+            blocked = in_place.blocked(body, rules)
             for rule in rules:
-                rewriter.apply(rule)
+                rewriter.apply(rule, blocked.get(rule.name, {}))
             rewriter.finish()
     return outcome
 
@@ -88,12 +90,13 @@ class _Rewriter:
         self.sizes = Sizes(gm.graph.nodes)
         self.standing: list[tuple[Applied, tuple[fx.Node, ...]]] = []
 
-    def apply(self, rule: Rule) -> None:
+    def apply(self, rule: Rule, blocked: Mapping[fx.Node, Reason]) -> None:
         missed: list[tuple[fx.Node, list[Reason]]] = []
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or node.target not in rule.anchors:
-                continue
-            reasons = self.apply_at(rule, node)
+            is_anchor = node.op == "call_function" and node.target in rule.anchors
+            reasons = self.apply_at(rule, node) if is_anchor else []
+            if not reasons and node in blocked:
+                reasons = [blocked[node]]
             if reasons:
                 missed.append((node, reasons))
         if rule.finish is not None:
@@ -112,84 +115,20 @@ class _Rewriter:
                 if isinstance(proposal, Reason):
                     reasons.append(proposal)
                     continue
-                obstacles = self.legal(proposal) or self.disprove(proposal)
-                if not obstacles:
+                found = obstacles(self.graph, proposal, self.parameters) or self.disprove(proposal)
+                if not found:
                     self.replace(rule, proposal)
                     break
-                reasons += obstacles
+                reasons += found
             else:
                 return reasons
         return []  # the anchor was part of what was replaced
-
-    def legal(self, binding: Binding) -> list[Reason]:
-        """All structural reasons why the region may not be replaced."""
-        region, reasons = self.region(binding)
-        outputs, inputs = set(binding.outputs), set(binding.inputs)
-        kept = _kept(region, inputs | outputs)
-        inner = region - kept - set(binding.stays)
-        segments = ir.segments(self.graph)
-        for node in sorted(inner - outputs):
-            strangers = [u for u in node.users if u not in region]
-            if strangers and ir.tensor(node) is not None:
-                why = f"{node.name} is also used by {strangers[0].name} ({strangers[0].target})"
-                reasons.append(Reason(why, node))
-        reasons += self.overwritten(binding, region)
-        if len({segments[n] for n in region - kept}) > 1:
-            why = "a write, a random number or a change of grad mode stands inside the region"
-            reasons.append(Reason(why, binding.anchor))
-        after = _descendants(inner) - region
-        if after & inputs:
-            reasons.append(Reason("an input of the region depends on its output", binding.anchor))
-        for node in binding.constants:
-            learned = _placeholders(node) & self.parameters
-            if learned:
-                why = f"{sorted(learned)[0]} is trained, and the op gives it no gradient"
-                reasons.append(Reason(why, node, "freeze it, or leave this region as it is"))
-        return reasons
-
-    def overwritten(self, binding: Binding, region: set[fx.Node]) -> list[Reason]:
-        """What is read at the anchor, or moved ahead of it, is not written before or after."""
-        writes = [(w, ir.memory(t)) for w in self.graph.nodes for t in ir.written(w)]
-        if not writes:
-            return []
-        read = {*region, *binding.inputs, *binding.outputs}
-        stack = [i for i in binding.inputs if i > binding.anchor]
-        while stack:
-            sources = set(stack.pop().all_input_nodes) - read
-            read |= sources
-            stack += [i for i in sources if i > binding.anchor]
-        reasons = []
-        for node in sorted(read):
-            memory = ir.memory(node)
-            later = next((w for w, written in writes if written is memory and w > node), None)
-            if later is not None:
-                reasons.append(Reason(f"{node.name} is written in place by {later.name}", node))
-            elif ir.mutates(node) and (node in region or node > binding.anchor):
-                reasons.append(Reason(f"{node.target} writes in place", node))
-        return reasons
-
-    def region(self, binding: Binding) -> tuple[set[fx.Node], list[Reason]]:
-        """The nodes between the binding's inputs and outputs, and what it reads unannounced."""
-        region: set[fx.Node] = set()
-        reasons: list[Reason] = []
-        stack = list(binding.outputs)
-        while stack:
-            node = stack.pop()
-            if node in region or node in binding.inputs or _is_size(node):
-                continue
-            if node.op == "placeholder":
-                reasons.append(Reason(f"the region also reads {node.name}", node))
-                continue
-            region.add(node)
-            stack += node.all_input_nodes
-        return region, reasons
 
     def disprove(self, binding: Binding) -> list[Reason]:
         """Run the region and the replacement; the reason why they differ, or nothing."""
         if binding.regroups:
             return []
-        region = self.extract(binding)
-        replacement = self.build(binding)
+        original, replacement = self.extract(binding), self.build(binding)
         constants = set(binding.constants)
         specs = []
         for node in binding.inputs:
@@ -197,20 +136,20 @@ class _Rewriter:
             assert value is not None
             shape = tuple(self.sizes(s) for s in value.shape)
             specs.append(Spec(shape, value.dtype, ir.is_floating(node) and node not in constants))
-        verdict = prove(region, replacement, specs)
+        verdict = prove(original, replacement, specs)
         return [Reason(verdict, binding.anchor)] if verdict else []
 
     def extract(self, binding: Binding) -> Runnable:
         """The region as a graph of its own, symbolic sizes made concrete."""
-        region, _ = self.region(binding)
+        members, _ = region(binding)
         graph = fx.Graph()
         copies = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(binding.inputs)}
 
         def argument(node: fx.Node) -> Any:
-            return self.sizes(node.meta["val"]) if _is_size(node) else copies[node]
+            return self.sizes(node.meta["val"]) if is_size(node) else copies[node]
 
         for node in self.graph.nodes:
-            if node in region:
+            if node in members:
                 copy = graph.node_copy(node, lambda n: n)
                 copy.args = map_arg(node.args, argument)
                 copy.kwargs = map_arg(node.kwargs, argument)
@@ -234,7 +173,7 @@ class _Rewriter:
 
     def replace(self, rule: Rule, binding: Binding) -> None:
         anchor = binding.anchor
-        region, _ = self.region(binding)
+        members, _ = region(binding)
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             node = self.graph.call_function(target, args, kwargs)
@@ -255,7 +194,7 @@ class _Rewriter:
         ir.toposort(self.graph)
         ir.eliminate_dead_code(self.graph)
         for node in binding.constants:
-            self.outcome.constants |= _placeholders(node)
+            self.outcome.constants |= placeholders(node)
         applied = Applied(
             rule=rule.name,
             fqn=ir.fqn(anchor),
@@ -272,7 +211,7 @@ class _Rewriter:
         taken = [a for a, nodes in self.standing if not alive & set(nodes)]
         self.standing = [(a, nodes) for a, nodes in self.standing if alive & set(nodes)]
         if self.meter is not None:
-            applied = self.meter.credit(applied, region, taken)
+            applied = self.meter.credit(applied, members, taken)
         self.standing.append((applied, replacements))
 
     def finish(self) -> None:
@@ -289,52 +228,5 @@ def _declined(rule: Rule, node: fx.Node, reasons: Sequence[Reason]) -> Declined:
     return Declined(rule.name, ir.fqn(node), node.name, ir.source(node), tuple(unique), remedy)
 
 
-def _kept(region: set[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
-    """What stays for others at next to no cost: casts, views, one row per sample."""
-    kept: set[fx.Node] = set()
-    for node in sorted(region - ends):
-        if all(i in ends or i in kept or _is_size(i) for i in node.all_input_nodes) and (
-            ir.is_call(node, *ir.CASTS, *ir.VIEWS) or _is_row(node)
-        ):
-            kept.add(node)
-    return kept
-
-
-def _is_row(node: fx.Node) -> bool:
-    sizes = ir.shape(node) if ir.tensor(node) is not None else ()
-    return bool(sizes) and (len(sizes) < 3 or ir.same(sizes[-2], 1)) and not ir.mutates(node)
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether `node` computes a size, not a tensor."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
-
 def _as_tuple(nodes: fx.Node | tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     return nodes if isinstance(nodes, tuple) else (nodes,)
-
-
-def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def _placeholders(node: fx.Node) -> set[str]:
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            found.add(str(current.target))
-        stack += [i for i in current.all_input_nodes if not _is_size(i)]
-    return found

@@ -1,6 +1,6 @@
 """What a rule is: it looks at an anchor node and says which region means which op.
 
-A rule only has to be a good guess. Whether the region may be replaced (`rewriter.legal`) and
+A rule only has to be a good guess. Whether the region may be replaced (`legality.obstacles`) and
 whether it computes the same (`prove.prove`) is decided in one place for all rules and all doors.
 """
 

@@ -144,6 +144,7 @@ NEAR_MISSES = {
     ),
     "weights are returned": lambda m, q, k, v: ((q @ k.mT).softmax(-1), (q @ k.mT).softmax(-1) @ v),
     "weights are masked after": lambda m, q, k, v: (q @ k.mT).softmax(-1).tril() @ v,
+    "biased in place": lambda m, q, k, v: (q @ k.mT).add_(q @ q.mT).softmax(-1) @ v,
     "subtracted mask": lambda m, q, k, v: (q @ k.mT - (q @ k.mT).tril()).softmax(-1) @ v,
 }
 
@@ -182,3 +183,20 @@ def test_declines_with_the_reason():
         "\n".join(found.reasons("attention")),
         """the softmax does not go into one product with the values alone""",
     )
+    found = rewritten(NEAR_MISSES["biased in place"], *qkv(2, 5))
+    assert_expected_inline(
+        "\n".join(found.reasons("attention")),
+        """aten.add_.Tensor writes in place""",
+    )
+    found = rewritten(NEAR_MISSES["scale by a tensor"], *qkv(2, 5))
+    assert_expected_inline(
+        "\n".join(found.reasons("attention")),
+        """aten.mul.Tensor, between scores and softmax, is no scale and no mask""",
+    )
+
+
+def test_a_softmax_of_no_attention_is_no_near_miss():
+    def routed(m, q, k, v):
+        return (q @ k.mT).relu().softmax(-1) * v
+
+    assert rewritten(routed, *qkv(d, d)).reasons("attention") == []

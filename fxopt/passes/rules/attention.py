@@ -85,6 +85,8 @@ def propose(softmax: fx.Node) -> Iterator[Binding | Reason]:
         yield scores
         return
     if scores is None:
+        if _attended(softmax) is not None:
+            yield from _obstacles(ir.skip_casts(x))
         return  # a softmax over something else
     if dim % rank != rank - 1:
         yield Reason(f"softmax is over dim {dim}, attention is over the last", softmax)
@@ -185,6 +187,24 @@ def read_scores(node: fx.Node) -> Scores | Reason | None:
             if algebra.broadcasts_into(mask, node):
                 return replace(found, mask=mask)
     return None
+
+
+def _obstacles(node: fx.Node) -> Iterator[Reason]:
+    """What stands between scores and the softmax over `node`, if there are scores behind it."""
+    stack, seen = [node], {node}
+    while stack:
+        outer = stack.pop()
+        for inner in outer.all_input_nodes:
+            if inner in seen or ir.tensor(inner) is None:
+                continue
+            if isinstance(read_scores(inner), Scores):
+                if not ir.mutates(outer):  # `in_place` speaks of writes
+                    why = f"{outer.target}, between scores and softmax, is no scale and no mask"
+                    yield Reason(why, outer)
+                return
+            if ir.same(ir.shape(inner), ir.shape(node)) and not ir.is_call(inner, *ir.MATERIALIZED):
+                seen.add(inner)
+                stack.append(inner)
 
 
 def _unmasked(product: Product) -> Scores | None:
