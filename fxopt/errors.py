@@ -311,8 +311,8 @@ class NotReported(FxoptError):
 
     module: str
     template = (
-        "{module} has no report: call fxopt.optimize or fxopt.swap on it first, or fxopt.explain "
-        "to see what they would do"
+        "{module} has no report: call fxopt.optimize or fxopt.swap on it first, or run it once if "
+        "it is compiled with backend='fxopt'; fxopt.explain shows what they would do"
     )
 
 

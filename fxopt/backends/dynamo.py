@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.backends import inductor, precision
+from fxopt.backends import compiled_graphs, inductor, precision
 from fxopt.backends import options as shared
 from fxopt.backends.failures import described, giving_up
 from fxopt.backends.unseen import CHOOSES_KERNEL, CannotCapture
@@ -32,8 +32,6 @@ from fxopt.report import Declined, Report
 INNER = ("inductor", "aot_eager", "eager")
 # How Dynamo writes down a scope of `sdpa_kernel`.
 ENTERS = torch.nn.attention._sdpa_kernel
-# What `torch.compile(backend="fxopt")` has done in this process, a report for each graph.
-compile_reports: list[Report] = []
 
 
 def backend(
@@ -53,7 +51,7 @@ def backend(
         mode: as for `torch.compile`; handed to Inductor.
         options: "recipe", "inner" (which compiler gets the graph: "inductor", "aot_eager" or
             "eager"), and whatever else Inductor takes.
-        reports: where to note what was done; None for the process-wide list.
+        reports: where to note what was done; None for the list of the process.
         block: name of the block that the graph is known to be of.
 
     Raises:
@@ -69,7 +67,10 @@ def backend(
     precision.check_device(chosen, _device(example_inputs))
     precision.check_parameters(chosen, _parameters(gm).items())
     rewritten, report = rewritten_graph(gm, example_inputs, chosen, block)
-    (compile_reports if reports is None else reports).append(report)
+    if reports is None:
+        compiled_graphs.note(gm, report)
+    else:
+        reports.append(report)
     if inner == "eager":
         return rewritten.forward
     if inner == "aot_eager":

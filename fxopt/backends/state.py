@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fxopt.backends.dynamo import compile_reports
+from fxopt.backends import compiled_graphs
 from fxopt.errors import (
     NotAModule,
     NothingToRestore,
@@ -87,19 +87,18 @@ def report(model: nn.Module | None = None) -> Report:
     """What the doors have rewritten so far, what they declined, and why.
 
     Args:
-        model: what was given to `optimize` or `swap`, or comes from `torch.compile`; None for all
-            graphs that `torch.compile(backend="fxopt")` has compiled in this process.
+        model: what was given to `optimize` or `swap`, or is compiled with `backend="fxopt"`, as a
+            whole or in parts; None for all graphs that were so compiled in this process.
 
     Raises:
-        NotReported: no door was opened on this model.
+        NotReported: no door was opened on this model, or no graph of it is compiled yet.
     """
     if model is None:
-        found = list(compile_reports)
+        found = [graph.report for graph in compiled_graphs.GRAPHS]
     else:
         require_module(model)
         found = [door.report() for door in doors(model)]
-        if not found and is_compiled(model):
-            found = list(compile_reports)
+        found = found or compiled_graphs.reports_of(model, is_compiled(model))
     if not found:
         raise NotReported(type(model).__name__)
     merged = found[0]

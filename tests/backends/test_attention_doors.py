@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import fxopt
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs, dynamo
 from fxopt.kernels.attention import TABLE, Row, attention
 from fxopt.passes import ir
 from fxopt.recipe_errors import AttentionRefused, MathInGraph
@@ -51,7 +51,7 @@ DOORS = (optimized, compiled, swapped)
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 def asking(attention: str) -> Recipe:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt import errors
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs, dynamo
 from tests.families import FAMILIES
 from tests.numerics import Draw, assert_as_accurate, redrawn, run, truth
 
@@ -49,7 +49,7 @@ FIRED = {
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 def check_family(name: str, inner: str) -> None:
@@ -156,14 +156,54 @@ def test_dynamic_sizes_are_not_recompiled():
     model = Model("plain")
     compiled = torch.compile(model, backend="fxopt", options={"inner": "aot_eager"}, dynamic=True)
     step(model, compiled, "plain")
-    num_graphs = len(dynamo.compile_reports)
+    num_graphs = len(compiled_graphs.GRAPHS)
     for batch, num_tokens in ((3, 5), (4, 9), (2, 17)):
         assert_same(
             step(model, model, "plain", batch, num_tokens),
             step(model, compiled, "plain", batch, num_tokens),
         )
     # One more for the switch to symbolic floats, none per size.
-    assert len(dynamo.compile_reports) <= num_graphs + 1
+    assert len(compiled_graphs.GRAPHS) <= num_graphs + 1
+
+
+def test_a_report_is_of_one_model():
+    model, other = Model("plain"), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    through, through_other = (
+        torch.compile(m, backend="fxopt", options={"inner": "eager"}) for m in (model, other)
+    )
+    with pytest.raises(errors.NotReported, match="run it once"):
+        fxopt.report(through)
+    step(model, through, "plain")
+    through_other(torch.randn(2, 8, 32)).sum().backward()
+    assert fxopt.report(through).counts() == {"norm_modulate": 2, "gated_activation": 2}
+    assert fxopt.report(through_other).counts() == {"gated_activation": 1}
+    assert fxopt.report().count("gated_activation") == 3
+
+
+def test_a_model_on_the_graph_of_another_has_its_report():
+    for _ in range(2):  # Dynamo compiles once: it does not guard whose parameters they are
+        model = Model("plain")
+        through = torch.compile(model, backend="fxopt", options={"inner": "eager"})
+        step(model, through, "plain")
+        assert fxopt.report(through).counts() == {"norm_modulate": 2, "gated_activation": 2}
+    assert len(compiled_graphs.GRAPHS) == 1
+
+
+def test_a_graph_for_other_sizes_counts_once():
+    model = Model("plain")
+    compiled = torch.compile(model, backend="fxopt", options={"inner": "eager"})
+    for num_tokens in (3, 5):
+        step(model, compiled, "plain", 2, num_tokens)
+    assert len(compiled_graphs.GRAPHS) > 1
+    assert fxopt.report(compiled).counts() == {"norm_modulate": 2, "gated_activation": 2}
+
+
+def test_a_model_whose_blocks_are_compiled_has_their_report():
+    model = Model("plain")
+    for block in model.blocks:
+        block.compile(backend="fxopt", options={"inner": "eager"})
+    step(model, model, "plain")
+    assert fxopt.report(model).count("gated_activation") in (1, 2)  # Dynamo may share one graph
 
 
 def test_frozen_weights_get_no_gradient():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs
 from tests import numerics
 from tests.families import FAMILIES
 
@@ -26,7 +26,7 @@ class Loss(nn.Module):
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 def compiled(name: str, logits: bool = False):
@@ -44,14 +44,15 @@ def compiled(name: str, logits: bool = False):
 def test_loss_and_gradients(name):
     eager, twin, inputs = compiled(name)
     numerics.Judge(eager, inputs)(twin)
-    applied = [a for r in dynamo.compile_reports for a in r.applied]
+    applied = [a for g in compiled_graphs.GRAPHS for a in g.report.applied]
     assert sum(a.count for a in applied if a.rule == RULE) == 1
 
 
 def test_logits_that_are_returned_stay_whole():
     _, twin, inputs = compiled("llama-sdpa", logits=True)
     twin(**inputs)
-    (report,) = dynamo.compile_reports
+    (graph,) = compiled_graphs.GRAPHS
+    report = graph.report
     assert RULE not in {a.rule for a in report.applied}
     (declined,) = (d for d in report.declined if d.rule == RULE)
     assert any("is also used by" in why for why in declined.reasons)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs
 from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, language_config, language_inputs, seeded
 from tests.numerics import Judge, run
 
@@ -197,7 +197,7 @@ def test_optimize(name: str, dtype: torch.dtype) -> None:
 )
 def test_compiled(name: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
     model, _, judge = built(name, dtype)
     model.compile(backend="fxopt", options={"inner": "aot_eager"})
     judge(model, name)
