@@ -27,6 +27,8 @@ from fxopt.diagnose.verdict import Regime, regime
 
 CASES: dict[str, Callable[[], models.Example]] = {
     "flux": models.flux,
+    # Wide enough for the arithmetic to take longer than the calls.
+    "flux-512": lambda: models.flux(num_layers=2, num_heads=8, head_dim=64, side=32),
     "sd3.5": models.sd3,
     "wan": models.wan,
     "llama-eager": models.llama,

@@ -40,7 +40,7 @@ def test_every_case_trains(case):
 def test_an_unknown_case_is_named(capsys):
     with pytest.raises(SystemExit):
         cpu_step.main(["--only", "gpt"])
-    assert "there are flux, sd3.5, wan, llama-eager" in capsys.readouterr().err
+    assert "there are flux, flux-512, sd3.5, wan, llama-eager" in capsys.readouterr().err
 
 
 def test_setup_compares_depths_and_torch_compile(monkeypatch, capsys):
