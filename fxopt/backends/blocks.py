@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from fxopt.errors import TargetMatchesNothing
+from fxopt.errors import NotATarget, TargetMatchesNothing
 
 # A transformer block has at least an attention or MLP of two matrices; a list of single linears
 # is no list of blocks.
@@ -25,6 +25,7 @@ def find_blocks(
 
     Raises:
         TargetMatchesNothing: a target picks no submodule.
+        NotATarget: a target is neither a glob nor a class.
     """
     if targets is None:
         return dict(_repeated("", model)) or {"": model}
@@ -33,8 +34,10 @@ def find_blocks(
     for target in [targets] if isinstance(targets, (str, type)) else targets:
         if isinstance(target, str):
             found = {f: m for f, m in named.items() if fnmatch.fnmatchcase(f, target)}
-        else:
+        elif isinstance(target, type):
             found = {f: m for f, m in named.items() if isinstance(m, target)}
+        else:
+            raise NotATarget(target)
         if not found:
             name = target if isinstance(target, str) else target.__name__
             raise TargetMatchesNothing(name, list(named))

@@ -49,7 +49,7 @@ def swap(
     model: nn.Module,
     *,
     recipe: str | Recipe = "bf16",
-    strict: Sequence[str] = (),
+    strict: str | Sequence[str] = (),
     targets: Sequence[str | type[nn.Module]] | None = None,
 ) -> nn.Module:
     """Replace forwards of known blocks, or of their parts, in place; the same object comes back.
@@ -61,13 +61,14 @@ def swap(
     Args:
         model: any module; parameters, `state_dict`, hooks and classes are untouched.
         recipe: numerics, a name or a `Recipe`; "bf16" keeps the model's own dtypes.
-        strict: names of rules that must find a place.
+        strict: name or names of rules that must find a place.
         targets: FQN globs or classes of the modules to look into; None for the repeated blocks.
 
     Raises:
         FxoptError: one class per mistake, see `fxopt.errors`; the model is as it was.
     """
     state.require_module(model)
+    strict = options.rule_names(strict)
     chosen = options.check(recipe=recipe, rules=strict)
     blocks = find_blocks(model, targets)
     precision.check_model(chosen, model)

@@ -28,7 +28,7 @@ def optimize(
     recipe: str | Recipe = "bf16",
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     execution: str = "eager",
-    strict: Sequence[str] = (),
+    strict: str | Sequence[str] = (),
     targets: Sequence[str | type[nn.Module]] | None = None,
 ) -> nn.Module:
     """Rewrite the repeated blocks of `model` in place; the same object comes back.
@@ -45,13 +45,14 @@ def optimize(
             now instead of at the first call.
         execution: "eager" runs the rewritten graphs as they are; "compile" compiles each block in
             place with `torch.compile(backend="fxopt")`.
-        strict: names of rules that must fire, checked when the first call is over.
+        strict: name or names of rules that must fire, checked when the first call is over.
         targets: FQN globs or classes of the modules to rewrite; None for the repeated blocks.
 
     Raises:
         FxoptError: one class per mistake, see `fxopt.errors`; the model is as it was.
     """
     state.require_module(model)
+    strict = options.rule_names(strict)
     chosen = options.check(recipe=recipe, execution=execution, rules=strict)
     blocks = find_blocks(model, targets)
     precision.check_model(chosen, model)

@@ -58,6 +58,11 @@ def check(
     return found
 
 
+def rule_names(strict: str | Iterable[str]) -> tuple[str, ...]:
+    """One name, or several."""
+    return (strict,) if isinstance(strict, str) else tuple(strict)
+
+
 def check_inputs(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> None:
     """Raise if `model` cannot run on `inputs`."""
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
