@@ -131,6 +131,19 @@ return (getitem, getitem_1)""",
     found.assert_as_accurate(*adaln_inputs(1, 3))
 
 
+def test_a_norm_behind_its_branch():
+    """The next branch is added to the norm it is made of; that is no shift."""
+
+    def forward(m, x: Tensor, branch: Tensor) -> Tensor:
+        n = F.layer_norm(x + branch, (D,))
+        return F.layer_norm(n + F.gelu(n @ m.w), (D,))
+
+    inputs = sandwich_inputs(2, 5)[:2]
+    found = rewritten(forward, *inputs, w=normal(D, D))
+    assert found.count("norm_modulate") == 2, found.code()
+    found.assert_as_accurate(*inputs)
+
+
 def test_a_scale_without_the_one_is_read_as_such():
     found = rewritten(
         lambda m, x, a, b: F.layer_norm(x, (D,)) * a[:, None] + b[:, None], *adaln_inputs(2, 5)

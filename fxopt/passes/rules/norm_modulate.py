@@ -14,6 +14,7 @@ from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
 from fxopt.passes.ir import aten
 from fxopt.passes.lookup import Lookup, is_piece, lookup
+from fxopt.passes.regions import between
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
 
@@ -170,15 +171,15 @@ def _step(last: Modulation, n: fx.Node, user: fx.Node) -> Modulation | None:
         return None
     if ir.is_call(user, aten.addcmul.default) and last.scale is None and last.shift is None:
         addend, a, b = user.args
-        other = _other((a, b), last.out)
+        other = _other((a, b), last.out, n)
         if ir.arguments(user)["value"] == 1 and other is not None:
             scale, offset = algebra.offset_by_one(other)
             return _plus(Modulation(user, scale, offset), addend, n)
-    other = _other(algebra.factors(user), last.out)
+    other = _other(algebra.factors(user), last.out, n)
     if other is not None and last.scale is None and last.shift is None:
         scale, offset = algebra.offset_by_one(other)
         return Modulation(user, scale, offset)
-    other = _other(algebra.terms(user), last.out)
+    other = _other(algebra.terms(user), last.out, n)
     if other is not None and last.shift is None:
         return _plus(replace(last, out=user), other, n)
     return None
@@ -190,12 +191,14 @@ def _plus(product: Modulation, addend: fx.Node, n: fx.Node) -> Modulation:
     return replace(product, shift=algebra.skip_upcasts(addend))
 
 
-def _other(pair: tuple[fx.Node, fx.Node] | None, one: fx.Node) -> fx.Node | None:
-    """The tensor that `one` is paired with, if it broadcasts into it."""
+def _other(pair: tuple[fx.Node, fx.Node] | None, one: fx.Node, n: fx.Node) -> fx.Node | None:
+    """The tensor that `one` is paired with, if it broadcasts into it and is not made of `n`: what
+    is added to a norm that stands after its branch is the next branch, not a shift.
+    """
     if pair is None or pair.count(one) != 1:
         return None
     other = pair[1] if pair[0] is one else pair[0]
-    return other if algebra.broadcasts_into(other, one) else None
+    return other if algebra.broadcasts_into(other, one) and not between(n, other) else None
 
 
 def bind(norm: Norm, before: GatedResidual | None, after: tuple[Modulation, ...]) -> Binding:
