@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from torch.backends import cuda
 from torch.nn import attention as sdpa
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fxopt.kernels import varlen
 
 
 class Backend(NamedTuple):
@@ -30,12 +32,17 @@ class Backend(NamedTuple):
         implementation: what must be active in place of PyTorch's own flash attention; None for
             PyTorch's own.
             Source: https://docs.pytorch.org/docs/stable/nn.attention.html
+        in_place: what runs in the place of scaled_dot_product_attention, with its arguments, on
+            this kernel or whatever is active in its place; None for that function itself.
+        refuses: what it refuses beside a mask, which it takes off the kernel's hands.
     """
 
     name: str
     kernel: SDPBackend
     is_enabled: Callable[[], bool]
     implementation: str | None = None
+    in_place: Callable[..., Tensor] | None = None
+    refuses: Callable[[Call], Iterable[str]] = lambda call: ()
 
 
 BACKENDS = {
@@ -47,6 +54,13 @@ BACKENDS = {
         Backend("flash4", SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled, "FA4"),
         Backend("efficient", SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
         Backend("math", SDPBackend.MATH, cuda.math_sdp_enabled),
+        Backend(
+            "varlen",
+            SDPBackend.FLASH_ATTENTION,
+            cuda.flash_sdp_enabled,
+            in_place=varlen.attention,
+            refuses=varlen.refusals,
+        ),
     )
 }
 
@@ -60,7 +74,7 @@ class Call(NamedTuple):
         batch: the sizes before those of `heads`; one in a tensor of four dims.
         heads, tokens: of queries, and of keys and values.
         head_dims: of queries and keys, and of values.
-        mask: shape, dtype and whether it gets a gradient.
+        mask: shape, dtype and whether it gets a gradient. A dim that was expanded counts as 1.
         is_grouped: whether several heads of queries may share one of keys and values.
         is_dense: whether the channels of a head lie side by side.
         is_deterministic: whether PyTorch is to use deterministic algorithms alone.
@@ -96,7 +110,7 @@ class Call(NamedTuple):
         """
         q, k, v, mask = query, key, value, attn_mask
         (*batch, heads, queries, head_dim), (*_, kv_heads, keys, _) = _sizes(q), _sizes(k)
-        given = None if mask is None else (_sizes(mask), mask.dtype, mask.requires_grad)
+        given = None if mask is None else (_held(mask), mask.dtype, mask.requires_grad)
         return Call(
             q.device,
             q.dtype,
@@ -115,10 +129,13 @@ class Call(NamedTuple):
 
     @property
     def mask_kind(self) -> str:
-        """ "none", "boolean" or "additive"."""
+        """ "none", "additive", "boolean" or, where heads and queries share it, "padding"."""
         if self.mask is None:
             return "none"
-        return "boolean" if self.mask[1] == torch.bool else "additive"
+        shape, dtype, _ = self.mask
+        if dtype != torch.bool:
+            return "additive"
+        return "padding" if set(shape[-3:-1]) <= {1} else "boolean"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Stand-ins for queries, keys, values and mask: one head's channels, expanded."""
@@ -158,6 +175,12 @@ def _sizes(t: Tensor) -> tuple[int, ...]:
     return *(1,) * (3 - t.dim()), *map(_hint, t.shape)
 
 
+def _held(mask: Tensor) -> tuple[int, ...]:
+    """The sizes of what lies in memory."""
+    each = zip(map(_hint, mask.shape), mask.stride(), strict=True)
+    return tuple(1 if isinstance(stride, int) and stride == 0 else size for size, stride in each)
+
+
 def _hint(size: int | torch.SymInt) -> int:
     """The size, of a dynamic one that of the call which is traced or 0; adds no guard."""
     return size.node.hint or 0 if isinstance(size, torch.SymInt) else size
@@ -176,13 +199,15 @@ ASPECTS = (
 
 def refusals(backend: Backend, call: Call) -> tuple[str, ...]:
     """All reasons why `backend` cannot run `call`; none if it can. PyTorch is asked for them."""
-    return (*replaced(backend), *_asked(backend.kernel, call))
+    of_kernel = call if backend.in_place is None else call._replace(mask=None)
+    return (*replaced(backend), *backend.refuses(call), *_asked(backend.kernel, of_kernel))
 
 
 def replaced(backend: Backend) -> tuple[str, ...]:
     """Why PyTorch's flash attention is another than this backend's."""
     active, needed = sdpa.current_flash_attention_impl(), backend.implementation
-    if backend.kernel is not SDPBackend.FLASH_ATTENTION or active == needed:
+    is_free = backend.kernel is not SDPBackend.FLASH_ATTENTION or backend.in_place is not None
+    if is_free or active == needed:
         return ()
     if needed is None:
         remedy = "call torch.nn.attention.restore_flash_attention_impl()"
