@@ -92,6 +92,7 @@ class Attention:
             is_causal=self.is_causal,
             is_grouped=bool(self.num_kv_heads),
             needs_grad=True,
+            is_padding=self.has_mask,
         )
 
     @property

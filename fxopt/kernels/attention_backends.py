@@ -74,10 +74,11 @@ class Call(NamedTuple):
         batch: the sizes before those of `heads`; one in a tensor of four dims.
         heads, tokens: of queries, and of keys and values.
         head_dims: of queries and keys, and of values.
-        mask: shape, dtype and whether it gets a gradient. A dim that was expanded counts as 1.
+        mask: shape, dtype and whether it gets a gradient.
         is_grouped: whether several heads of queries may share one of keys and values.
         is_dense: whether the channels of a head lie side by side.
         is_deterministic: whether PyTorch is to use deterministic algorithms alone.
+        is_padding: whether the mask can but leave out keys, the same for all heads and queries.
     """
 
     device: torch.device
@@ -93,6 +94,7 @@ class Call(NamedTuple):
     needs_grad: bool = False
     is_dense: bool = True
     is_deterministic: bool = False
+    is_padding: bool = False
 
     @staticmethod
     def of(
@@ -110,7 +112,7 @@ class Call(NamedTuple):
         """
         q, k, v, mask = query, key, value, attn_mask
         (*batch, heads, queries, head_dim), (*_, kv_heads, keys, _) = _sizes(q), _sizes(k)
-        given = None if mask is None else (_held(mask), mask.dtype, mask.requires_grad)
+        given = None if mask is None else (_sizes(mask), mask.dtype, mask.requires_grad)
         return Call(
             q.device,
             q.dtype,
@@ -125,17 +127,15 @@ class Call(NamedTuple):
             any(t.requires_grad for t in (q, k, v)),
             all(_hint(t.stride(-1)) == 1 for t in (q, k, v)),
             torch.are_deterministic_algorithms_enabled(),
+            mask is not None and _is_padding(mask),
         )
 
     @property
     def mask_kind(self) -> str:
-        """ "none", "additive", "boolean" or, where heads and queries share it, "padding"."""
-        if self.mask is None:
-            return "none"
-        shape, dtype, _ = self.mask
-        if dtype != torch.bool:
-            return "additive"
-        return "padding" if set(shape[-3:-1]) <= {1} else "boolean"
+        """ "none", "padding", "boolean" of another kind, or "additive"."""
+        if self.mask is None or self.is_padding:
+            return "padding" if self.is_padding else "none"
+        return "boolean" if self.mask[1] == torch.bool else "additive"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Stand-ins for queries, keys, values and mask: one head's channels, expanded."""
@@ -175,10 +175,11 @@ def _sizes(t: Tensor) -> tuple[int, ...]:
     return *(1,) * (3 - t.dim()), *map(_hint, t.shape)
 
 
-def _held(mask: Tensor) -> tuple[int, ...]:
-    """The sizes of what lies in memory."""
-    each = zip(map(_hint, mask.shape), mask.stride(), strict=True)
-    return tuple(1 if isinstance(stride, int) and stride == 0 else size for size, stride in each)
+def _is_padding(mask: Tensor) -> bool:
+    """By its shape, [..., 1, 1, T] or expanded from it; adds no guard."""
+    each = zip(mask.shape[-3:-1], mask.stride()[-3:-1], strict=True)
+    known = [[n if isinstance(n, int) else None for n in pair] for pair in each]
+    return mask.dtype == torch.bool and all(n == 1 or stride == 0 for n, stride in known)
 
 
 def _hint(size: int | torch.SymInt) -> int:
@@ -199,7 +200,7 @@ ASPECTS = (
 
 def refusals(backend: Backend, call: Call) -> tuple[str, ...]:
     """All reasons why `backend` cannot run `call`; none if it can. PyTorch is asked for them."""
-    of_kernel = call if backend.in_place is None else call._replace(mask=None)
+    of_kernel = call if backend.in_place is None else call._replace(mask=None, is_padding=False)
     return (*replaced(backend), *backend.refuses(call), *_asked(backend.kernel, of_kernel))
 
 

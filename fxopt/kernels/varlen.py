@@ -28,13 +28,14 @@ class Packing(NamedTuple):
     """Where each key goes.
 
     Args:
-        source_N: the key, of N, that a packed row holds; of rows past the last one, any.
+        sample_N, key_N: which key of which sample a packed row holds; past the last one, any.
         row_BT: the packed row of a key; of one that is left out, any.
         is_kept_BT: whether a key is there at all.
         offsets: [B + 1], int32: the first packed row of each sample, and the number of all.
     """
 
-    source_N: Tensor
+    sample_N: Tensor
+    key_N: Tensor
     row_BT: Tensor
     is_kept_BT: Tensor
     offsets: Tensor
@@ -42,12 +43,13 @@ class Packing(NamedTuple):
 
 def pack_mask(is_kept_BT: Tensor) -> Packing:
     """Where keys go under a boolean mask, found on its device."""
-    num_BT = is_kept_BT.flatten().cumsum(0).view(is_kept_BT.shape)
-    num_N = num_BT.flatten()
+    T = is_kept_BT.shape[1]
+    num_N = is_kept_BT.flatten().cumsum(0)
+    num_BT = num_N.view(is_kept_BT.shape)
     rows_N = torch.arange(1, num_N.shape[0] + 1, device=num_N.device)
     source_N = torch.searchsorted(num_N, rows_N).clamp(max=num_N.shape[0] - 1)
     offsets = F.pad(num_BT[:, -1].int(), (1, 0))
-    return Packing(source_N, (num_BT - 1).clamp(min=0), is_kept_BT, offsets)
+    return Packing(source_N // T, source_N % T, (num_BT - 1).clamp(min=0), is_kept_BT, offsets)
 
 
 class Pack(torch.autograd.Function):
@@ -59,17 +61,21 @@ class Pack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BKTd: Tensor, source_N: Tensor, row_BT: Tensor, is_kept_BT: Tensor
+        ctx: Any,
+        x_BKTd: Tensor,
+        sample_N: Tensor,
+        key_N: Tensor,
+        row_BT: Tensor,
+        is_kept_BT: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(row_BT, is_kept_BT)
-        num_keys = x_BKTd.shape[2]
-        return x_BKTd.transpose(1, 2)[source_N // num_keys, source_N % num_keys]
+        return x_BKTd.transpose(1, 2)[sample_N, key_N]
 
     @staticmethod
-    def backward(ctx: Any, grad_NKd: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_NKd: Tensor) -> tuple[Tensor, None, None, None, None]:
         row_BT, is_kept_BT = ctx.saved_tensors
         dx_BTKd = torch.where(is_kept_BT[..., None, None], grad_NKd[row_BT], 0)
-        return dx_BTKd.transpose(1, 2), None, None, None
+        return dx_BTKd.transpose(1, 2), None, None, None, None
 
 
 def refusals(call: Call) -> Iterator[str]:

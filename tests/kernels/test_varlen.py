@@ -227,12 +227,13 @@ def test_packing(rows: list[list[bool]]) -> None:
     is_kept_BT = torch.tensor(rows)
     packing = pack_mask(is_kept_BT)
     kept = is_kept_BT.flatten().nonzero().flatten().tolist()
-    assert packing.source_N[: len(kept)].tolist() == kept
+    source_N = packing.sample_N * is_kept_BT.shape[1] + packing.key_N
+    assert source_N[: len(kept)].tolist() == kept
     assert packing.row_BT[is_kept_BT].tolist() == list(range(len(kept)))
     sizes = [sum(row) for row in rows]
     assert packing.offsets.tolist() == [sum(sizes[:b]) for b in range(len(rows) + 1)]
     assert packing.offsets.dtype == torch.int32
-    for index in (packing.source_N, packing.row_BT):  # also where any will do
+    for index in (source_N, packing.row_BT):  # also where any will do
         assert index.min() >= 0 and index.max() < is_kept_BT.numel()
 
 
@@ -241,8 +242,8 @@ def test_pack_is_a_gather_both_ways(samples: str) -> None:
     *places, _ = pack_mask(mask_of(samples)[:, 0, 0])
     x = torch.randn(B, 2, T, d, dtype=torch.float64, requires_grad=True)
     rows = Pack.apply(x, *places)
-    used = rows[: int(places[2].sum())]
-    assert torch.equal(used, x.transpose(1, 2)[places[2]])
+    used = rows[: int(places[-1].sum())]
+    assert torch.equal(used, x.transpose(1, 2)[places[-1]])
     assert torch.autograd.gradcheck(lambda x: Pack.apply(x, *places)[: len(used)], x)
 
 
@@ -394,6 +395,21 @@ def test_the_arguments_are_those_of_pytorch() -> None:
     assert {"scale", "window_size"} <= known.keys()
 
 
-def test_refusals_of_the_plain_kernels_are_as_before() -> None:
-    call = Call(CPU, torch.float32, mask=((1, 1, 64, 64), torch.bool, False))
-    assert refusals(BACKENDS["math"], call) == () and call.mask_kind == "boolean"
+def test_padding_is_described_without_a_guard() -> None:
+    kinds = []
+
+    def run(q: Tensor, mask: Tensor) -> Tensor:
+        for each in (mask[:, None, None], mask[:, None, None].expand(-1, H, q.shape[2], -1)):
+            kinds.append(Call.of(q, q, q, each).mask_kind)
+        kinds.append(Call.of(q, q, q, mask[:, None, :, None] & mask[:, None, None]).mask_kind)
+        return q + q.shape[2]
+
+    q, mask = torch.empty(B, H, T, d), torch.ones(B, T, dtype=torch.bool)
+    traced = make_fx(run, tracing_mode="symbolic")(q, mask)
+    assert kinds == ["padding", "padding", "boolean"]
+    assert not traced.shape_env.guards
+
+
+def test_the_plain_kernels_are_asked_with_the_mask() -> None:
+    call = Call.of(*qkv(), torch.ones(B, 3, 1, T, dtype=torch.bool))
+    assert any("mask" in why for why in refusals(BACKENDS["flash"], call))
