@@ -34,7 +34,7 @@ class Backend(NamedTuple):
             Source: https://docs.pytorch.org/docs/stable/nn.attention.html
         in_place: what runs in the place of scaled_dot_product_attention, with its arguments, on
             this kernel or whatever is active in its place; None for that function itself.
-        refuses: what it refuses beside a mask, which it takes off the kernel's hands.
+        refuses: its own reasons against a call; the kernel is asked about it without its mask.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Call(NamedTuple):
         is_grouped: whether several heads of queries may share one of keys and values.
         is_dense: whether the channels of a head lie side by side.
         is_deterministic: whether PyTorch is to use deterministic algorithms alone.
-        is_padding: whether the mask can but leave out keys, the same for all heads and queries.
+        is_padding: whether the mask is boolean and by its shape shared by all heads and queries.
     """
 
     device: torch.device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.recipes import Recipe
 from tests.backends.toys import captures
@@ -44,7 +44,7 @@ DOORS = (optimized, swapped, compiled)
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 @pytest.fixture
@@ -148,3 +148,22 @@ def test_an_additive_mask_is_an_error(door: Door, kernels: Kernels) -> None:
     door(model)
     with pytest.raises(AttentionRefused, match="the mask is added to the scores"):
         loss(model, FAMILIES["ltx"].inputs(2, 0, torch.float32))
+
+
+@pytest.mark.parametrize("door", DOORS[:2])
+def test_language_models(door: Door, kernels: Kernels) -> None:
+    """With a mask of padding alone, as of encoders; a causal one differs by query."""
+    family = FAMILIES["qwen3-sdpa"]
+    inputs = family.inputs(2, 0, torch.float32)
+    length = inputs["input_ids"].shape[1]
+    is_token = torch.arange(length) >= torch.tensor([[0], [7]])
+    shared = is_token[:, None, None].expand(2, 1, length, length)
+    judge = Judge(family.build(), inputs | {"attention_mask": shared})
+    model = family.build()
+    door(model)
+    judge(model, door.__name__)
+    assert "backward" in kernels.calls
+    causal = family.build()
+    door(causal)
+    with pytest.raises(AttentionRefused, match="the mask may differ between queries or heads"):
+        loss(causal, inputs | {"attention_mask": is_token.long()})
