@@ -92,6 +92,7 @@ class Attention:
             is_causal=self.is_causal,
             is_grouped=bool(self.num_kv_heads),
             needs_grad=True,
+            is_padding=self.has_mask,
         )
 
     @property
@@ -106,7 +107,7 @@ class Attention:
     @property
     def kind(self) -> str:
         """What the calls that one row is for have in common."""
-        mask = "boolean mask" if self.has_mask else "no mask"
+        mask = "padding mask" if self.has_mask else "no mask"
         notes = ", causal" * self.is_causal + ", grouped" * bool(self.num_kv_heads)
         return f"head {self.head_dim}, {mask}{notes}, {self.num_tokens} tokens"
 
@@ -118,6 +119,7 @@ CALLS = (
     Attention("flux-dev, 512 pixels", 4, 24, 1536),
     Attention("wan2.1-14b", 1, 40, 32760),
     Attention("qwen-image, padded", 1, 24, 4608, has_mask=True),
+    Attention("qwen-image, padded, batch 4", 4, 24, 4608, has_mask=True),
     Attention("llama-3-8b", 1, 32, 8192, num_kv_heads=8, is_causal=True),
 )
 
@@ -167,7 +169,7 @@ def best_row(calls: Sequence[Attention], found: Sequence[Mapping[str, float]]) -
         best,
         round(gains[best], 3),
         call.head_dim,
-        "boolean" if call.has_mask else "none",
+        "padding" if call.has_mask else "none",
         call.is_causal,
         bool(call.num_kv_heads),
         min_tokens=3 * call.num_tokens // 4,

@@ -54,7 +54,7 @@ class Recipe:
         codes that their products read, with the same results.
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
-        the device, else "pytorch".
+        the device, else "pytorch". "varlen" packs away keys that a mask leaves out.
     saved: what fused ops keep of activations for their own backward: "model", the activations;
         "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
         gradients. Also without a quantized GEMM; fp64 stays.

@@ -47,7 +47,7 @@ def kind(op: torch._ops.OpOverload) -> str:
     name = op._schema.name.split("::")[-1]
     if op.namespace == "fxopt":
         return "gemm" if name == "scaled_matmul" else "glue"
-    if "scaled_dot_product" in name:
+    if "scaled_dot_product" in name or "varlen_attn" in name:
         return "attention"
     if name in GEMMS:
         return "gemm"

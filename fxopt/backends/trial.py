@@ -105,6 +105,14 @@ class _Results:
     gradients: list[Any]
 
 
+def _copied(x: Tensor) -> Tensor:
+    """A copy that is expanded where `x` is, by which attention tells what kind a mask is of."""
+    if 0 not in x.stride():
+        return x.clone()
+    held = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+    return held.clone().expand(x.shape)
+
+
 def _run(
     module: nn.Module, forward: Callable[..., Any], call: Call, trainable: Sequence[bool]
 ) -> _Results:
@@ -113,13 +121,13 @@ def _run(
     }
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     inputs = [
-        v.detach().clone().requires_grad_(t and v.is_floating_point())
+        _copied(v.detach()).requires_grad_(t and v.is_floating_point())
         if isinstance(v, Tensor)
         else v
         for v, t in zip(call.leaves, trainable, strict=True)
     ]
     # Copies, as leaves that require a gradient cannot be written.
-    copies = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
+    copies = [_copied(v) if isinstance(v, Tensor) else v for v in inputs]
     args, kwargs = call.arguments(copies)
     with same_random_numbers(), _reparametrize_module(module, parameters | buffers):
         outputs = pytree.tree_leaves(forward(*args, **kwargs))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
+from fxopt.kernels.in_place import InPlace
 from fxopt.kernels.registration import register_composite
 from fxopt.recipe_errors import AttentionRefused
 
@@ -123,7 +124,7 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
     reasons = replaced(backend)
     if not reasons:
         try:
-            with told(backend.kernel):
+            with told(backend.kernel) if backend.in_place is None else InPlace(backend):
                 return run()
         except RuntimeError:
             reasons = refusals(backend, described())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from torch.backends import cuda
 from torch.nn import attention as sdpa
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fxopt.kernels import varlen
 
 
 class Backend(NamedTuple):
@@ -30,12 +32,17 @@ class Backend(NamedTuple):
         implementation: what must be active in place of PyTorch's own flash attention; None for
             PyTorch's own.
             Source: https://docs.pytorch.org/docs/stable/nn.attention.html
+        in_place: what runs in the place of scaled_dot_product_attention, with its arguments, on
+            this kernel or whatever is active in its place; None for that function itself.
+        refuses: its own reasons against a call; the kernel is asked about it without its mask.
     """
 
     name: str
     kernel: SDPBackend
     is_enabled: Callable[[], bool]
     implementation: str | None = None
+    in_place: Callable[..., Tensor] | None = None
+    refuses: Callable[[Call], Iterable[str]] = lambda call: ()
 
 
 BACKENDS = {
@@ -47,6 +54,13 @@ BACKENDS = {
         Backend("flash4", SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled, "FA4"),
         Backend("efficient", SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
         Backend("math", SDPBackend.MATH, cuda.math_sdp_enabled),
+        Backend(
+            "varlen",
+            SDPBackend.FLASH_ATTENTION,
+            cuda.flash_sdp_enabled,
+            in_place=varlen.attention,
+            refuses=varlen.refusals,
+        ),
     )
 }
 
@@ -64,6 +78,7 @@ class Call(NamedTuple):
         is_grouped: whether several heads of queries may share one of keys and values.
         is_dense: whether the channels of a head lie side by side.
         is_deterministic: whether PyTorch is to use deterministic algorithms alone.
+        is_padding: whether the mask is boolean and by its shape shared by all heads and queries.
     """
 
     device: torch.device
@@ -79,6 +94,7 @@ class Call(NamedTuple):
     needs_grad: bool = False
     is_dense: bool = True
     is_deterministic: bool = False
+    is_padding: bool = False
 
     @staticmethod
     def of(
@@ -111,13 +127,14 @@ class Call(NamedTuple):
             any(t.requires_grad for t in (q, k, v)),
             all(_hint(t.stride(-1)) == 1 for t in (q, k, v)),
             torch.are_deterministic_algorithms_enabled(),
+            mask is not None and _is_padding(mask),
         )
 
     @property
     def mask_kind(self) -> str:
-        """ "none", "boolean" or "additive"."""
-        if self.mask is None:
-            return "none"
+        """ "none", "padding", "boolean" of another kind, or "additive"."""
+        if self.mask is None or self.is_padding:
+            return "padding" if self.is_padding else "none"
         return "boolean" if self.mask[1] == torch.bool else "additive"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -158,6 +175,13 @@ def _sizes(t: Tensor) -> tuple[int, ...]:
     return *(1,) * (3 - t.dim()), *map(_hint, t.shape)
 
 
+def _is_padding(mask: Tensor) -> bool:
+    """By its shape, [..., 1, 1, T] or expanded from it; adds no guard."""
+    each = zip(mask.shape[-3:-1], mask.stride()[-3:-1], strict=True)
+    known = [[n if isinstance(n, int) else None for n in pair] for pair in each]
+    return mask.dtype == torch.bool and all(n == 1 or stride == 0 for n, stride in known)
+
+
 def _hint(size: int | torch.SymInt) -> int:
     """The size, of a dynamic one that of the call which is traced or 0; adds no guard."""
     return size.node.hint or 0 if isinstance(size, torch.SymInt) else size
@@ -176,13 +200,15 @@ ASPECTS = (
 
 def refusals(backend: Backend, call: Call) -> tuple[str, ...]:
     """All reasons why `backend` cannot run `call`; none if it can. PyTorch is asked for them."""
-    return (*replaced(backend), *_asked(backend.kernel, call))
+    of_kernel = call if backend.in_place is None else call._replace(mask=None, is_padding=False)
+    return (*replaced(backend), *backend.refuses(call), *_asked(backend.kernel, of_kernel))
 
 
 def replaced(backend: Backend) -> tuple[str, ...]:
     """Why PyTorch's flash attention is another than this backend's."""
     active, needed = sdpa.current_flash_attention_impl(), backend.implementation
-    if backend.kernel is not SDPBackend.FLASH_ATTENTION or active == needed:
+    is_free = backend.kernel is not SDPBackend.FLASH_ATTENTION or backend.in_place is not None
+    if is_free or active == needed:
         return ()
     if needed is None:
         remedy = "call torch.nn.attention.restore_flash_attention_impl()"

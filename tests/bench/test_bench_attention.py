@@ -15,6 +15,7 @@ from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.verdict import Regime
 from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Row
+from tests.kernels.emulated_varlen import on_cpu
 
 CPU = torch.device("cpu")
 PLAN = Plan(min_rounds=2, max_rounds=2, min_seconds=0.0, min_warmup=0.0, warmup_seconds=0.0)
@@ -48,8 +49,19 @@ def test_every_backend_that_takes_a_call_is_timed(options, capsys) -> None:
     assert rows["math vs PyTorch's choice, speedup"].value > 0
     assert rows["fxopt's choice vs the best"].target == ">= 0.99"
     said = capsys.readouterr().err
-    for backend in ("cudnn", "flash3", "flash4", "efficient"):
+    for backend in ("cudnn", "flash3", "flash4", "efficient", "varlen"):
         assert f"toy: attention={backend!r} cannot run q [1, 2, 16, 8]" in said
+
+
+def test_packed_keys_are_a_candidate_under_a_mask() -> None:
+    """Right, with the kernel emulated, and named by the row that it would get."""
+    contest, padded = Timed({"varlen": 1.5}), replace(SMALL, batch=2, has_mask=True)
+    with on_cpu() as kernels:
+        found = measure(contest, padded, torch.float32)
+    assert found["varlen"] == 1.5 and "backward" in kernels.calls
+    wrong = {row.metric: row.value for row in contest.found}["varlen, wrong tensors"]
+    row = best_row((padded,), [found])
+    assert wrong == 0 and row == Row("varlen", 1.5, 8, "padding", False, False, 12, 24)
 
 
 def test_the_fastest_is_the_row_to_add() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import fxopt
 from fxopt.kernels import gated_activation, linear_cross_entropy, norm_modulate, qk_norm_rope
+from fxopt.kernels.attention import attention
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
 from tests.families import FAMILIES
 from tests.numerics import Judge, assert_as_accurate
@@ -187,6 +188,28 @@ def test_linear_cross_entropy(num_logits, dtype):
 
     def reference(to, *tensors):
         return (linear_cross_entropy.reference(*tensors, target, -100, "mean"),)
+
+    check(op, reference, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_attention_on_packed_keys(kv_heads, dtype):
+    """Padding inside, in front, at the end, nowhere and everywhere; the host waits for nothing."""
+    inputs = leaves((5, 8, 300, 64), *[(5, kv_heads, 333, 64)] * 2, dtype=dtype)
+    keys = torch.arange(333, device="cuda")
+    mask = torch.stack([keys % 3 > 0, keys > 200, keys < 77, keys >= 0, keys < 0])[:, None, None]
+    options = (mask, 0.0, False, None, kv_heads < 8)
+
+    def op(*tensors):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return (attention(*tensors, *options, "varlen"),)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def reference(to, *tensors):
+        return (attention(*tensors, *options, "math"),)
 
     check(op, reference, inputs, dtype)
 
