@@ -235,17 +235,6 @@ class TargetMatchesNothing(_MatchesNothing):
     )
 
 
-@dataclass(eq=False)
-class NotATarget(FxoptError):
-    """An entry of `targets` is neither a glob nor a class."""
-
-    value: Any
-    template = (
-        "targets has {value!r}; targets are globs over fully qualified names "
-        "('transformer_blocks.*') or module classes"
-    )
-
-
 class KeepMatchesNothing(_MatchesNothing):
     """A glob or role in a recipe's `keep` or `overrides` picks no linear."""
 

@@ -60,7 +60,6 @@ CASES = [
     (errors.UnknownPreset("flux", ("flux-dev",)), ["preset 'flux'", "'flux-dev'"]),
     (errors.UnknownOption("zzz", ("inner",)), ["option 'zzz'", "known: inner"]),
     (errors.TargetMatchesNothing("blok.*", ("blocks.0",)), ["'blok.*'", "1 submodules", "glob"]),
-    (errors.NotATarget(3), ["targets has 3", "transformer_blocks.*", "classes"]),
     (errors.UnsupportedTorch("2.10.1"), ["2.10.1", "2.11", "pip install"]),
     (errors.NothingToRestore("Flux"), ["Flux", "nothing to restore", "fxopt.optimize"]),
     (errors.StillRewritten("blocks.0"), ["'blocks.0'", "pickled", "fxopt.restore"]),

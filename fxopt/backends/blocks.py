@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from fxopt.errors import NotATarget, TargetMatchesNothing
+from fxopt.errors import TargetMatchesNothing
 
 # A transformer block has at least an attention or MLP of two matrices; a list of single linears
 # is no list of blocks.
@@ -24,8 +24,7 @@ def find_blocks(
             model without lists of blocks is one block itself, under the name "".
 
     Raises:
-        TargetMatchesNothing: a target picks no submodule.
-        NotATarget: a target is neither a glob nor a class.
+        TargetMatchesNothing: a target picks no submodule, or is neither glob nor class.
     """
     if targets is None:
         return dict(_repeated("", model)) or {"": model}
@@ -34,12 +33,11 @@ def find_blocks(
     for target in [targets] if isinstance(targets, (str, type)) else targets:
         if isinstance(target, str):
             found = {f: m for f, m in named.items() if fnmatch.fnmatchcase(f, target)}
-        elif isinstance(target, type):
-            found = {f: m for f, m in named.items() if isinstance(m, target)}
         else:
-            raise NotATarget(target)
+            is_class = isinstance(target, type)
+            found = {f: m for f, m in named.items() if is_class and isinstance(m, target)}
         if not found:
-            name = target if isinstance(target, str) else target.__name__
+            name = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
             raise TargetMatchesNothing(name, list(named))
         picked |= found
     # A module inside a picked one is rewritten with it.

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from fxopt.kernels.attention import Choice
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.registration import provider
-from fxopt.passes import in_place, ir
+from fxopt.passes import ir, writes
 from fxopt.passes.autocast import suspended
 from fxopt.passes.legality import is_size, obstacles, placeholders, region
 from fxopt.passes.meter import Meter
@@ -67,7 +67,7 @@ def rewrite(
     with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):
             rewriter = _Rewriter(body, device, parameters, outcome, meter, capability)
-            blocked = in_place.blocked(body, rules)
+            blocked = writes.blocked(body, rules)
             for rule in rules:
                 rewriter.apply(rule, blocked.get(rule.name, {}))
             rewriter.finish()

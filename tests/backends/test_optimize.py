@@ -71,7 +71,7 @@ def test_targets(targets: object, expected: list[str]) -> None:
         ({"execution": "compiled"}, errors.UnknownOption, "did you mean 'compile'"),
         ({"strict": ["qk_norm_rop"]}, errors.UnknownRule, "did you mean 'qk_norm_rope'"),
         ({"strict": "qk_norm_rop"}, errors.UnknownRule, "did you mean 'qk_norm_rope'"),
-        ({"targets": [3]}, errors.NotATarget, "targets has 3"),
+        ({"targets": [3]}, errors.TargetMatchesNothing, "targets='3' matches none"),
         ({"targets": ["block.*"]}, errors.TargetMatchesNothing, "blocks.0"),
         ({"targets": [nn.Conv2d]}, errors.TargetMatchesNothing, "Conv2d"),
         ({"targets": ["blocks.*", "none"]}, errors.TargetMatchesNothing, "none"),

@@ -198,7 +198,7 @@ def _obstacles(node: fx.Node) -> Iterator[Reason]:
             if inner in seen or ir.tensor(inner) is None:
                 continue
             if isinstance(read_scores(inner), Scores):
-                if not ir.mutates(outer):  # `in_place` speaks of writes
+                if not ir.mutates(outer):  # `writes` speaks of it
                     why = f"{outer.target}, between scores and softmax, is no scale and no mask"
                     yield Reason(why, outer)
                 return
