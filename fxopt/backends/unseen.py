@@ -1,8 +1,8 @@
 """What a forward may do that its graph would not show; a capture that meets it is given up.
 
-A graph holds tensor operations. Autograd functions, hooks on tensors and checkpoints inside a
-forward change its backward or its memory, attributes that it sets change the module: tracing goes
-through all of them without a trace.
+A graph holds tensor operations. Hooks on tensors and checkpoints inside a forward change its
+backward or its memory, attributes that it sets change the module: tracing goes through all of them
+without a trace. Autograd functions are held as a whole, where they can be.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxopt.backends import opaque
 from fxopt.backends.reads import Reads, replaced
 
 CHOOSES_KERNEL = (
     "its forward chooses who runs attention (sdpa_kernel, or diffusers' set_attention_backend), "
     "which a graph would not show; take that out and give the recipe attention=... instead"
 )
+
+# A graph has a custom op as a whole, with the backward that was registered for it.
+OF_CUSTOM_OPS = "torch._library.autograd"
 
 
 class CannotCapture(Exception):
@@ -54,13 +58,15 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
     inside = {id(m) for m in module.modules()}
     set_kernels: Any = torch.nn.attention._sdpa_kernel
     set_attribute, is_grad_enabled = nn.Module.__setattr__, torch.is_grad_enabled
-    applied: Any = torch.autograd.Function.apply
     entered = torch.autograd.graph.saved_tensors_hooks.__enter__
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != own:
-            return applied.__func__(cls, *args, **kwargs)
-        raise CannotCapture(f"it calls {cls.__qualname__}.apply: a graph would lose its backward")
+    def apply(cls: type, *args: Any) -> Any:
+        if threading.get_ident() != own or cls.__module__ == OF_CUSTOM_OPS:
+            return opaque.apply(cls, *args)
+        try:
+            return opaque.call(cls, args)
+        except opaque.CannotHold as reason:
+            raise CannotCapture(f"it calls {cls.__qualname__}.apply, which {reason}") from reason
 
     def enter(hooks: Any) -> Any:
         if threading.get_ident() != own:
@@ -84,7 +90,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
 
     with ExitStack() as stack:
         for owner, name, value in (
-            (torch.autograd.Function, "apply", classmethod(apply)),
+            (opaque.FUNCTION, "apply", classmethod(apply)),
             (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
             (nn.Module, "__setattr__", set_on_module),
             (torch.nn.attention, "_sdpa_kernel", choose_kernel),

@@ -196,6 +196,7 @@ def test_pytorch_is_left_as_it_was() -> None:
     names = [
         (torch, "is_grad_enabled"),
         (torch.autograd.Function, "apply"),
+        (torch.autograd.function._SingleLevelFunction, "apply"),
         (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
         (nn.Module, "__setattr__"),
         (nn.Module, "__getattribute__"),

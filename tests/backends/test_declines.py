@@ -26,21 +26,6 @@ from tests.backends.toys import (
 )
 
 
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return -grad
-
-
-class CustomFunction(Block):
-    def forward(self, x_BSC: Tensor) -> Tensor:
-        return Reversed.apply(super().forward(x_BSC))
-
-
 class ChecksPoint(Block):
     def forward(self, x_BSC: Tensor) -> Tensor:
         return x_BSC + checkpoint(self.mlp, self.norm1(x_BSC), use_reentrant=False)
@@ -98,7 +83,6 @@ class Caches(Block):
 
 
 REASONS = {
-    CustomFunction: "Reversed.apply",
     ChecksPoint: "checkpoint",
     ChecksPointReentrant: "CheckpointFunction.apply",
     HooksTensor: "registers a hook",
