@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import fxopt
 from bench import rows
+from bench.traffic import changed
 from fxopt.demo.training import Batch, Run, Scale, batches, build_model, flow_loss
 from fxopt.kernels.in_force import high_precision
 from fxopt.recipe_problems import CHOICES
@@ -98,10 +99,12 @@ def train(recipe: Recipe | None, scale: Scale, seed: int) -> Result:
     run.open()
     every = max(scale.num_steps // NUM_PROBES, 1)
     for index, batch in enumerate(batches(scale, seed)):
-        run.step(batch)
-        if recipe is not None and index % every == every - 1:
-            probe(run, batch, result)
-    result.losses = validation(run.forward, scale)
+        with fxopt.at_step(index):
+            run.step(batch)
+            if recipe is not None and index % every == every - 1:
+                probe(run, batch, result)
+    with fxopt.at_step(scale.num_steps):
+        result.losses = validation(run.forward, scale)
     return result
 
 
@@ -221,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="runs each, at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, default=200, help="of a run (default: 200)")
     parser.add_argument(
+        "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
+    )
+    parser.add_argument(
         "--saved",
         default="model",
         choices=CHOICES["saved"],
@@ -232,8 +238,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--seeds {args.seeds}: a spread takes at least 2")
     scale = Scale(num_steps=args.steps, batch=16, num_double=1, num_single=2)
     recipes = [find(name) for name in args.recipe.split(",")]
-    if args.saved != "model":
-        recipes = [replace(r, name=f"{r.name}_saved", saved=args.saved) for r in recipes]
+    if args.history or args.saved != "model":
+        recipes = [changed(recipe, args.history, args.saved) for recipe in recipes]
     plain = [train(None, scale, seed) for seed in range(args.seeds)]
     low: dict[str, list[Result]] = {}
     measured: list[rows.Row] = []

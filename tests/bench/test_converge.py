@@ -114,6 +114,9 @@ def test_the_command(
     arguments = ["--recipe", "fp8,mxfp8", "--seeds", "2", "--plot", str(picture)]
     assert converge.main([*arguments, "--saved", "fp8"]) == 0
     assert "mxfp8_saved: same" in capsys.readouterr().err
+    delayed = ["--recipe", "fp8", "--seeds", "2", "--history", "16"]
+    assert converge.main(delayed) == 0
+    assert "fp8_delayed: same" in capsys.readouterr().err
     assert converge.main([*arguments, "--check"]) == 0
     printed = capsys.readouterr()
     assert "mxfp8: same" in printed.err and "gradient cosine, mlp" in printed.out
