@@ -7,6 +7,7 @@ node, which at run time is the function itself, on the call's tensors, with its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxopt.backends.calls import PLAIN
+from fxopt.passes.autocast import Autocast
 
 _LIBRARY = torch.library.Library("fxopt_opaque", "DEF")
 # What every `apply` comes to, also one that was bound before anybody looked.
@@ -44,7 +46,10 @@ def call(cls: type, args: tuple[Any, ...]) -> Any:
         if not isinstance(value, PLAIN):
             raise CannotHold(f"is given a {type(value).__name__}")
     kinds = "".join(_kind(v) for v in leaves)
-    op, nested = _op(cls, kinds, spec, tuple((type(v), v) for v in others))
+    devices = {t.device.type for t in tensors}
+    known = filter(torch.amp.is_autocast_available, sorted(devices))
+    autocast = tuple(map(Autocast.current, known))
+    op, nested = _op(cls, kinds, spec, tuple((type(v), v) for v in others), autocast)
     versions = [t._version for t in tensors]
     results = op(tensors, sizes)
     if versions != [t._version for t in tensors]:
@@ -63,7 +68,11 @@ def _kind(leaf: Any) -> str:
 
 @cache
 def _op(
-    cls: type, kinds: str, spec: pytree.TreeSpec, others: tuple[tuple[type, Any], ...]
+    cls: type,
+    kinds: str,
+    spec: pytree.TreeSpec,
+    others: tuple[tuple[type, Any], ...],
+    autocast: tuple[Autocast, ...],
 ) -> tuple[Callable[..., list[Tensor]], list[tuple[pytree.TreeSpec, list[bool]]]]:
     """The op for calls that differ in tensors and sizes alone; and, once it has run, how its
     results are nested and which are None.
@@ -73,7 +82,11 @@ def _op(
     def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         given = {"t": iter(tensors), "s": iter(sizes), "o": iter([value for _, value in others])}
         args = pytree.tree_unflatten([next(given[kind]) for kind in kinds], spec)
-        results, out_spec = pytree.tree_flatten(apply(cls, *args))
+        with ExitStack() as stack:
+            # A graph runs without: the casts of its other nodes are written out.
+            for state in autocast:
+                stack.enter_context(torch.autocast(state.device_type, state.dtype, state.enabled))
+            results, out_spec = pytree.tree_flatten(apply(cls, *args))
         if not all(r is None or isinstance(r, Tensor) for r in results):
             raise CannotHold("returns more than tensors")
         nested[:] = [(out_spec, [r is None for r in results])]

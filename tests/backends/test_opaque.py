@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -120,6 +120,38 @@ def test_a_call_is_one_op_however_often_it_is_captured() -> None:
     num_ops = opaque._op.cache_info().currsize
     opened(Reverses)(tokens())
     assert opaque._op.cache_info().currsize == num_ops
+
+
+class Multiplied(torch.autograd.Function):
+    dtypes: ClassVar[list[tuple[torch.dtype, torch.dtype]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x @ x.mT
+        ctx.save_for_backward(x)
+        Multiplied.dtypes.append((x.dtype, out.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad + grad.mT).to(x.dtype) @ x
+
+
+class Multiplies(Block):
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        x_BSC = super().forward(x_BSC)
+        return x_BSC + Multiplied.apply(x_BSC).mean(-1, keepdim=True)
+
+
+def test_its_ops_are_cast_as_where_it_was_called() -> None:
+    for model in (stack(Multiplies), opened(Multiplies)):
+        Multiplied.dtypes.clear()
+        for _ in range(2):  # the first is checked against the module's own forward
+            with torch.autocast("cpu", torch.bfloat16):
+                model(tokens()).sum().backward()
+        assert set(Multiplied.dtypes) == {(torch.float32, torch.bfloat16)}
+    assert not reasons(model)
 
 
 class Object:
