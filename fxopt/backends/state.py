@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fxopt.backends import replicas
 from fxopt.backends.dynamo import compile_reports
 from fxopt.errors import (
     NotAModule,
@@ -155,8 +156,8 @@ def shut(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, forward, compiled in installed:
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            if hasattr(forward, "replicated"):
+                replicas.install(module, forward)
             module._compiled_call_impl = compiled
         for module, of_module in hooks.items():
             module._forward_hooks.clear()
