@@ -194,6 +194,12 @@ class UnknownRule(_UnknownName):
     kind = "rule"
 
 
+class UnknownAttention(_UnknownName):
+    """No backend of attention has this name."""
+
+    kind = "attention backend"
+
+
 class UnknownTarget(_UnknownName):
     """No planning target of `fxopt.hardware` has this name."""
 

@@ -309,7 +309,7 @@ class SwappedForward:
             yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
 
     def attentions(self) -> Iterator[Attention]:
-        for backend, why in self.attention.choices:
+        for backend, why in dict.fromkeys(self.attention.choices.values()):
             yield Attention(backend, why, self.fqn, type(self.module).__name__)
 
     def declined(self) -> Iterator[Declined]:
