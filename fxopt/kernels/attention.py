@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.errors import UnknownAttention
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
 from fxopt.kernels.registration import register_composite
-from fxopt.recipe_errors import AttentionRefused
+from fxopt.recipe_errors import AttentionRefused, UnknownAttention
 from fxopt.recipe_problems import CHOICES
 
 

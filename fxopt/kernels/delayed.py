@@ -241,12 +241,18 @@ def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
         return slots
     for line in lines if records else ():
         line.history.meet(line.place, decision)
-    are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
-    of_weights = zip(slots.weights, lines, strict=True)
+    of_weights = slots.weights
+    # Codes are gathered by a magnitude that all ranks have found already.
+    if recipe.all_gather == "model":
+        are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
+        of_weights = [
+            line.put(slot, WEIGHT, records, are_known)
+            for slot, line in zip(slots.weights, lines, strict=True)
+        ]
     of_gradients = zip(slots.gradients, lines, strict=True)
     return Slots(
         lines[0].put(slots.x, X, records),
-        [line.put(slot, WEIGHT, records, are_known) for slot, line in of_weights],
+        of_weights,
         [line.put(slot, GRADIENT, records) for slot, line in of_gradients],
     )
 
