@@ -118,7 +118,7 @@ def _standing_for(module: nn.Module, forward: Callable[..., Any]) -> Iterator[nn
     kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
     if own.__call__ is not nn.Module.__call__:
         own = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
-    alike = own.__new__(own)
+    alike = object.__new__(own)  # FSDP2 has a `__new__` that makes another
     vars(alike).update(vars(module), **{name: OrderedDict() for name in HOOKS}, forward=forward)
     try:
         yield alike

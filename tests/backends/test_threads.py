@@ -167,6 +167,19 @@ def test_hooks_of_a_block_run_while_it_is_captured() -> None:
     assert len(called) == len(set(called)) == 2
 
 
+class Made(Slow):
+    """Made by its class's own `__new__`, as FSDP2's modules are."""
+
+    def __new__(cls, layer_idx: int) -> Made:
+        return super().__new__(cls)
+
+
+def test_the_stand_in_of_a_capture_is_not_made_anew() -> None:
+    model = fxopt.optimize(stack(Made))
+    model(tokens())
+    assert captures(model) == 1 and not reasons(model)
+
+
 def test_two_inside_of_calls_do_not_wait_for_each_other() -> None:
     blocks, meet, begun = (Turns(), Turns()), threading.Barrier(2), []
 
