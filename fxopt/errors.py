@@ -103,7 +103,9 @@ class InputMismatch(FxoptError):
 
 
 @dataclass(eq=False)
-class _UnknownName(FxoptError):
+class UnknownName(FxoptError):
+    """What all unknown names have in common: the message, with the nearest of the known ones."""
+
     name: str
     known: Sequence[str]
     kind: ClassVar[str]
@@ -119,7 +121,7 @@ class _UnknownName(FxoptError):
         )
 
 
-class UnknownRecipe(_UnknownName):
+class UnknownRecipe(UnknownName):
     """No recipe has this name."""
 
     kind = "recipe"
@@ -188,25 +190,25 @@ class LowPrecisionParameter(FxoptError):
     )
 
 
-class UnknownRule(_UnknownName):
+class UnknownRule(UnknownName):
     """No rule of the catalogue has this name."""
 
     kind = "rule"
 
 
-class UnknownTarget(_UnknownName):
+class UnknownTarget(UnknownName):
     """No planning target of `fxopt.hardware` has this name."""
 
     kind = "target"
 
 
-class UnknownPreset(_UnknownName):
+class UnknownPreset(UnknownName):
     """No preset of `fxopt explain` has this name."""
 
     kind = "preset"
 
 
-class UnknownOption(_UnknownName):
+class UnknownOption(UnknownName):
     """A door does not take this option, or not this value for it."""
 
     kind = "option"

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, UnknownName
 
 
 @dataclass(eq=False)
@@ -179,6 +179,12 @@ class MathInGraph(FxoptError):
         "attention in its place; use fxopt.optimize(model), fxopt.swap(model) or the option "
         "'inner': 'aot_eager'"
     )
+
+
+class UnknownAttention(UnknownName):
+    """No backend of attention has this name."""
+
+    kind = "attention backend"
 
 
 @dataclass(eq=False)

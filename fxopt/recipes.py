@@ -48,10 +48,12 @@ class Recipe:
         linears have instead of these; the first that matches counts.
     history: delayed scaling: a tensor is scaled by the largest magnitude that it had in this many
         steps before, so that it is quantized in one pass; 0 for its own. Larger values saturate.
-        For blocks "tensor"; `fxopt.at_step` says which step it is.
+        For blocks "tensor"; `fxopt.at_step` says which step it is. Weights have a history if
+        `all_gather` is "model".
     margin: powers of two between that magnitude and the format's largest value.
     all_gather: what FSDP2 gathers of quantized weights: "model", in the model's dtype; "fp8", the
-        codes that their products read, with the same results.
+        codes that their products read, with the same results. Beside a history weights are then
+        scaled by their own magnitudes, gathered or not.
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
         the device, else "pytorch". "varlen" packs away keys that a mask leaves out.
@@ -114,6 +116,8 @@ class Recipe:
             return None
         found = (recipe for where, recipe in self.overrides if roles.matches(where, fqn))
         recipe = next(found, self)
+        if recipe.history and recipe.all_gather != self.all_gather:  # of an override
+            recipe = replace(recipe, all_gather=self.all_gather)
         return recipe if recipe.gemms else None
 
     @property
@@ -153,7 +157,9 @@ class Recipe:
     def _numerics(self) -> dict[str, Any]:
         """What changes numbers by more than their rounding, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"], data["all_gather"], data["attention"]
+        del data["name"], data["emulate"], data["attention"]
+        if not self.is_delayed:  # else it says whether weights have a history
+            data["all_gather"] = "model"
         formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -218,7 +224,8 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name, `emulate`, `all_gather` and `attention`, which is rounding, may differ.
+        Its name, `emulate`, `attention`, which is rounding, and without a history `all_gather` may
+        differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

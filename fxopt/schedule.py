@@ -105,8 +105,8 @@ def at_step(step: int, *, group: Any = None) -> Iterator[None]:
             optimizer.step()
 
     A recipe with a schedule or a history asks for it whenever its linears run, in validation as
-    well; other recipes do not care. It holds for the whole process. A CUDA graph repeats the
-    formats of the step in which it was recorded.
+    well, which leaves a history as it is, at whatever step; other recipes do not care. It holds for
+    the whole process. A CUDA graph repeats the formats of the step in which it was recorded.
 
     Args:
         step: the loop's count of optimizer steps, from 0, the same on all ranks.

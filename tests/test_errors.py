@@ -56,6 +56,7 @@ CASES = [
     (errors.LowPrecisionParameter("w", "torch.e5m2"), ["'w'", "torch.e5m2", "bf16"]),
     (errors.KeepMatchesNothing("blok.*", ("blocks.0.q",)), ["'blok.*'", "1 linears", "glob"]),
     (errors.UnknownRule("rmsnorm", ("rms_norm",)), ["rule 'rmsnorm'", "'rms_norm'"]),
+    (recipe_errors.UnknownAttention("flsh", ("flash", "math")), ["backend 'flsh'", "'flash'"]),
     (errors.UnknownTarget("H10", ("h100", "b200")), ["target 'H10'", "'h100'", "b200"]),
     (errors.UnknownPreset("flux", ("flux-dev",)), ["preset 'flux'", "'flux-dev'"]),
     (errors.UnknownOption("zzz", ("inner",)), ["option 'zzz'", "known: inner"]),

@@ -246,13 +246,27 @@ def test_codes_of_scales_per_tensor_and_row_can_be_gathered(name: str, tmp_path:
     replace(mine, all_gather="model").check(tmp_path)  # the numbers are the same
 
 
+def test_beside_a_history_a_gather_of_codes_is_another_recipe(tmp_path: Path) -> None:
+    """Weights then scale by themselves, those of overrides as well."""
+    other = replace(RECIPES["fp8"], name="other", history=2)
+    mine = replace(RECIPES["fp8"], name="mine", history=4, overrides=(("*.q", other),))
+    codes = replace(mine, all_gather="fp8")
+    assert [r.of(f) for r in (mine, codes) for f in ("q", "a.q")] == [
+        *(mine, other),
+        *(codes, replace(other, all_gather="fp8")),
+    ]
+    codes.save(tmp_path)
+    codes.check(tmp_path)
+    with pytest.raises(recipe_errors.OtherStoredRecipe, match="all_gather"):
+        mine.check(tmp_path)
+
+
 LATE = Phase("fprop", 9, formats=gemm("e4m3/row/fp32", "e4m3/row/fp32"))
 
 
 @pytest.mark.parametrize(
     "name, changes, problem",
     [
-        ("fp8", {"history": 4}, "magnitudes, not by those of a history"),
         ("fp8", {"all_gather": "int8"}, "unknown all_gather 'int8'; known: model, fp8"),
         ("bf16", {}, "no quantized weights to gather"),
         ("fp8_blockwise", {}, "fprop.b is e4m3/128x128/fp32"),

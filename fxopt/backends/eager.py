@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxopt.backends import checkpoints, options, precision, state
+from fxopt.backends import checkpoints, options, precision, replicas, state
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.calls import is_traced
 from fxopt.backends.failures import described
@@ -125,7 +125,7 @@ class Swaps:
     def _swap_within(self, fqn: str, module: nn.Module) -> Iterator[SwappedForward]:
         forward = self._first_proved(fqn, module)
         if forward is not None:
-            module.forward = forward
+            replicas.install(module, forward)
             self.installed.append(forward)
             yield forward
             return
@@ -148,7 +148,7 @@ class Swaps:
     def restore(self, model: nn.Module) -> None:
         for forward in self.installed:
             if forward.module.__dict__.get("forward") is forward:
-                del forward.module.forward
+                replicas.uninstall(forward.module, forward.installed)
 
     def weights_read(self) -> dict[str, Read]:
         """By FQN, how the swapped forwards read the weights that they quantize."""
@@ -172,6 +172,8 @@ class SwappedForward:
 
     A proof holds for the kind of arguments it was made with; another kind is proved when it comes.
     """
+
+    installed = None
 
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
         self.fqn, self.module, self.swap = fqn, module, candidate
@@ -220,6 +222,9 @@ class SwappedForward:
 
     def __reduce__(self) -> Any:
         raise StillRewritten(self.fqn)
+
+    def replicated(self) -> None:
+        self.refusals[replicas.REPLICATED] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced() or len(args) > len(self.names):
@@ -305,7 +310,7 @@ class SwappedForward:
             yield Applied(rule, self.fqn, count, by, TIERS[rule], where, block_class=name)
 
     def attentions(self) -> Iterator[Attention]:
-        for backend, why in self.attention.choices:
+        for backend, why in dict.fromkeys(self.attention.choices.values()):
             yield Attention(backend, why, self.fqn, type(self.module).__name__)
 
     def declined(self) -> Iterator[Declined]:

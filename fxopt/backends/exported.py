@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.backends import checkpoints, options, precision, state, trial
+from fxopt.backends import checkpoints, options, precision, replicas, state, trial
 from fxopt.backends.blocks import find_blocks
 from fxopt.backends.capture import Plan, capture
 from fxopt.backends.compiled import CompiledBlocks
@@ -154,7 +154,7 @@ class Optimized:
             captures = shared.setdefault(key, Captures(rules, recipe.attention, recipe.saved))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
-            block.module.forward = block
+            replicas.install(block.module, block)
 
     def restore(self, model: nn.Module) -> None:
         for block in self.blocks:

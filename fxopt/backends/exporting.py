@@ -16,6 +16,7 @@ from fxopt.backends.calls import Call
 from fxopt.backends.failures import described, giving_up
 from fxopt.backends.quiet import quiet
 from fxopt.backends.reads import HOOKS, Reads, recording
+from fxopt.backends.turns import CAPTURING
 from fxopt.backends.unseen import CannotCapture, refusing
 
 
@@ -44,14 +45,15 @@ def export_forward(
     reads = Reads()
     with giving_up(reads, _of_export):
         with (
-            _untouched(module, forward),
+            CAPTURING,
+            _standing_for(module, forward) as alike,
             quiet(),
             torch.inference_mode(False),
             torch.enable_grad(),
             recording(module, reads),
             refusing(module) as asked,
         ):
-            program = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            program = export(alike, args, kwargs, dynamic_shapes=dynamic, strict=False)
         if asked.grad_mode and not call.grad_mode:
             raise CannotCapture("its forward asks for the grad mode, which is off")
         if not reads.hold_for(module):
@@ -106,20 +108,22 @@ def _by_name(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _untouched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Show the export the module's own forward alone.
+def _standing_for(module: nn.Module, forward: Callable[..., Any]) -> Iterator[nn.Module]:
+    """A module of the same submodules and tensors, for the export to call `forward` by.
 
-    Its hooks run around it already, and so does a `__call__` of its class, such as one that
-    checkpoints. The export leaves copies in the place of lists and dicts that modules hold.
+    It has no hooks, which run around the module's own forward already, and no `__call__` of its
+    class, such as one that checkpoints. The module itself goes on for other threads. The export
+    leaves copies in the place of lists and dicts that modules hold.
     """
     kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
-    vars(module).update({name: OrderedDict() for name in HOOKS}, forward=forward)
     if own.__call__ is not nn.Module.__call__:
-        module.__class__ = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
+        own = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
+    alike = object.__new__(own)  # FSDP2 has a `__new__` that makes another
+    vars(alike).update(vars(module), **{name: OrderedDict() for name in HOOKS}, forward=forward)
     try:
-        yield
+        yield alike
     finally:
-        module.__class__ = own
         for held, before in kept:
-            held.clear()
-            held.update(before)
+            for name in held.keys() - before.keys():
+                del held[name]
+            held.update((n, v) for n, v in before.items() if held.get(n) is not v)

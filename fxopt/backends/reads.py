@@ -9,9 +9,10 @@ differ.
 from __future__ import annotations
 
 import copy
+import threading
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,21 +71,57 @@ class Reads:
 
 @contextmanager
 def recording(module: nn.Module, reads: Reads | None = None) -> Iterator[Reads]:
-    """Record the plain attributes that code reads from `module` and its submodules, in `reads`."""
+    """Record the plain attributes that this thread's code reads from `module` and its submodules,
+    in `reads`."""
     reads = reads or Reads()
     paths = {id(m): path for path, m in module.named_modules()}
-    original = nn.Module.__getattribute__
 
-    def recorder(self: nn.Module, name: str) -> Any:
-        path = paths.get(id(self))
-        if path is not None and _is_setting(self, path, name) and (path, name) not in reads.values:
-            value = _find(self, name)[1]
+    def record(read: nn.Module, name: str) -> None:
+        path = paths.get(id(read))
+        if path is not None and _is_setting(read, path, name) and (path, name) not in reads.values:
+            value = _find(read, name)[1]
             reads.values[path, name] = frozen(value)
             reads.contents += _contents(value)
-        return original(self, name)
 
-    with replaced(nn.Module, "__getattribute__", recorder):
+    with _recorders.added(record):
         yield reads
+
+
+class _Recorders:
+    """Those of all threads, behind one replaced attribute: threads leave in any order."""
+
+    def __init__(self) -> None:
+        self.lock, self.replaced = threading.Lock(), ExitStack()
+        self.recorders: list[tuple[int, Callable[[nn.Module, str], None]]] = []
+
+    @contextmanager
+    def added(self, record: Callable[[nn.Module, str], None]) -> Iterator[None]:
+        added = threading.get_ident(), record
+        with self.lock:
+            if not self.recorders:
+                self.replaced.enter_context(replaced(nn.Module, "__getattribute__", self._reader()))
+            self.recorders = [*self.recorders, added]
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.recorders = [r for r in self.recorders if r is not added]
+                if not self.recorders:
+                    self.replaced.close()
+
+    def _reader(self) -> Callable[[nn.Module, str], Any]:
+        original = nn.Module.__getattribute__
+
+        def read(module: nn.Module, name: str) -> Any:
+            for thread, record in self.recorders:
+                if thread == threading.get_ident():
+                    record(module, name)
+            return original(module, name)
+
+        return read
+
+
+_recorders = _Recorders()
 
 
 @contextmanager

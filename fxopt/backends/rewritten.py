@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,10 +12,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from fxopt.backends import checkpoints, trial
+from fxopt.backends import checkpoints, replicas, trial
 from fxopt.backends.calls import Call, is_traced, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
+from fxopt.backends.turns import Turns
 from fxopt.backends.unseen import CannotCapture
 from fxopt.backends.weight_reads import Read, merged, parameters_read, quantized
 from fxopt.errors import StillRewritten
@@ -27,8 +27,6 @@ from fxopt.report import Applied, Attention, Declined
 
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
-# A capture replaces attributes of PyTorch's classes for its time, and tracing is not for threads.
-_CAPTURING = threading.RLock()
 HOOKED = "a submodule has hooks, which a graph would not call"
 
 
@@ -102,6 +100,7 @@ class RewrittenForward:
         self.own, self.original = own, checkpoints.within(own)
 
     def _forget(self) -> None:
+        self.turns = Turns()
         self.bounds: list[Bound] = []
         self.refused: dict[Hashable, Watch] = {}
         self.reasons: dict[str, None] = {}
@@ -121,10 +120,10 @@ class RewrittenForward:
         raise StillRewritten(self.fqn)
 
     def uninstall(self) -> None:
-        if self.installed is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.forward = self.installed
+        replicas.uninstall(self.module, self.installed)
+
+    def replicated(self) -> None:
+        self.reasons[replicas.REPLICATED] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced() or _is_transformed():
@@ -135,31 +134,48 @@ class RewrittenForward:
     def within_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Run the call by a graph, or else as it was."""
         call = Call.of(args, kwargs)
-        found = next((b for b in self.bounds if b.takes(call)), None) or self._bind(call)
-        if isinstance(found, Bound):
-            if not found.watch.hooked():
-                with saving(self.captures.saved):
-                    return found.run(call.leaves)
-            self.reasons[HOOKED] = None
-        out = self._run_own(args, kwargs)
+        with self.turns.beside():
+            is_known, bound = self._known(call)
+            if is_known:
+                return self._run(bound, call, args, kwargs)
+        found = self._bind(call)
+        with self.turns.beside():
+            out = self._run(found if isinstance(found, Bound) else None, call, args, kwargs)
         if isinstance(found, Refusal):  # not if the call itself is at fault, and has just failed
             self._refuse(found)
         return out
 
-    def _run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _known(self, call: Call) -> tuple[bool, Bound | None]:
+        """Whether it is settled who runs this call, and the graph that does, if any."""
+        bound = next((b for b in self.bounds if b.takes(call)), None)
+        if bound is not None:
+            return True, bound
+        watch = self.refused.get(call.kind())
+        if watch is not None and watch.unchanged():
+            return True, None
+        if any(hooks(self.module)) or has_global_hooks():
+            self.reasons[HOOKED] = None
+            return True, None
+        return False, None
+
+    def _run(
+        self, bound: Bound | None, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if bound is not None:
+            if not bound.watch.hooked():
+                with saving(self.captures.saved):
+                    return bound.run(call.leaves)
+            self.reasons[HOOKED] = None
         require_whole(self.module.parameters(), f"{self.fqn} runs its own forward")
         return self.original(*args, **kwargs)
 
     def _bind(self, call: Call) -> Bound | Refusal | None:
-        """A graph for this call: one that another block of the class has, or a new capture."""
-        watch = self.refused.get(call.kind())
-        if watch is not None and watch.unchanged():
-            return None
-        if any(hooks(self.module)) or has_global_hooks():
-            self.reasons[HOOKED] = None
-            return None
-        with _CAPTURING, trial.aside():
-            return self._shared(call) or self._capture(call)
+        """A graph for this call: one that another thread or block has captured, or a new one."""
+        with self.turns.alone() as is_alone, trial.aside():
+            if not is_alone:
+                return None
+            is_known, bound = self._known(call)
+            return bound if is_known else self._shared(call) or self._capture(call)
 
     def _shared(self, call: Call) -> Bound | Refusal | None:
         for plan in self.captures.plans:
@@ -209,8 +225,9 @@ class RewrittenForward:
         return bound
 
     def _refuse(self, refusal: Refusal) -> None:
-        if refusal not in self.captures.refusals:
-            self.captures.refusals.append(refusal)
+        others = self.captures.refusals
+        if not any(r.kind == refusal.kind and r.fits(self.module) for r in others):
+            others.append(refusal)
         self.refused[refusal.kind] = Watch(self.module, refusal.reads)
         self.reasons[refusal.reason] = None
 

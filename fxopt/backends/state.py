@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fxopt.backends import compiled_graphs
+from fxopt.backends import compiled_graphs, replicas
 from fxopt.errors import (
     NotAModule,
     NothingToRestore,
@@ -154,8 +154,8 @@ def shut(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, forward, compiled in installed:
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            if hasattr(forward, "replicated"):
+                replicas.install(module, forward)
             module._compiled_call_impl = compiled
         for module, of_module in hooks.items():
             module._forward_hooks.clear()

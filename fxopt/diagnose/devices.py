@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fxopt.diagnose import resident
 from fxopt.diagnose.errors import NoSuchDevice
 from fxopt.diagnose.protocol import Step
 from fxopt.diagnose.ranks import ALONE, Ranks
@@ -111,7 +111,10 @@ class TorchDevice:
     def held_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident.largest()
+
+    def forget_held(self) -> str:
+        return "" if self.device.type == "cuda" else resident.forget()
 
     def agree(self, values: list[float]) -> list[float]:
         return self.ranks.agree(values)

@@ -49,7 +49,10 @@ class Device(Protocol):
         """Graphs that were compiled so far."""
 
     def held_bytes(self) -> int:
-        """What the allocator has taken from the system."""
+        """What the allocator has taken from the system; on a CPU the most since `forget_held`."""
+
+    def forget_held(self) -> str:
+        """Begin anew where only the most that was ever held is known; why it cannot, or ""."""
 
     def agree(self, values: list[float]) -> list[float]:
         """The largest of each value over all ranks, so that every rank decides alike."""
@@ -85,12 +88,14 @@ class WarmUp:
         num_rounds: calls of each step.
         seconds: that it took.
         num_recompiles: during it.
+        blind: why growth of memory may not have shown; "" if it did.
     """
 
     ended: str = ""
     num_rounds: int = 0
     seconds: float = 0.0
     num_recompiles: int = 0
+    blind: str = ""
 
 
 @dataclass
@@ -174,7 +179,7 @@ def warm_up(baseline: Step, candidate: Step, device: Device, plan: Plan, progres
     Quiet: nothing was compiled, the allocator did not grow, and the times of both steps keep their
     level.
     """
-    start, compiled = device.now(), device.num_recompiles()
+    start, compiled, progress.blind = device.now(), device.num_recompiles(), device.forget_held()
     history: list[list[float]] = []
     while True:
         times = [device.seconds(step, 1, False) for step in (baseline, candidate)]

@@ -84,6 +84,7 @@ def details(claim: Claim) -> list[str]:
         lines.append(
             f"warm-up: {warmup.num_rounds} calls of each in {warmup.seconds:.1f} s, ended on "
             f"{warmup.ended}, {warmup.num_recompiles} graphs compiled"
+            + (f"; {warmup.blind}" if warmup.blind else "")
         )
     if claim.checks and not any(check.num_gradients for check in claim.checks):
         lines.append("only outputs were compared, no gradients")

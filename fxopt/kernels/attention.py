@@ -17,7 +17,8 @@ from torch import Tensor
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
 from fxopt.kernels.in_place import InPlace
 from fxopt.kernels.registration import register_composite
-from fxopt.recipe_errors import AttentionRefused
+from fxopt.recipe_errors import AttentionRefused, UnknownAttention
+from fxopt.recipe_problems import CHOICES
 
 
 class Row(NamedTuple):
@@ -91,8 +92,13 @@ def choose(asked: str, described: Callable[[], Call], target: str | None = None)
         described: the call; it costs too much to describe where nobody asks.
         target: of `hardware`, which is planned for; nobody can ask here what it refuses. None for
             the device of the call.
+
+    Raises:
+        UnknownAttention: nothing is called so.
     """
     if asked != "auto":
+        if asked not in CHOICES["attention"]:
+            raise UnknownAttention(asked, CHOICES["attention"])
         return Choice(asked, "as the recipe says")
     call = described()
     name = device_name(call.device) if target is None else _measured_on(target)

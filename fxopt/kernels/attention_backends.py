@@ -137,6 +137,12 @@ class Call(NamedTuple):
             return "padding" if self.is_padding else "none"
         return "boolean" if self.mask[1] == torch.bool else "additive"
 
+    @property
+    def kind(self) -> Call:
+        """What it has in common with calls of other sizes."""
+        mask = None if self.mask is None else ((), *self.mask[1:])
+        return self._replace(batch=(), heads=(1, 1), tokens=(1, 1), mask=mask)
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Stand-ins for queries, keys, values and mask: one head's channels, expanded."""
 

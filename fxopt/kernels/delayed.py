@@ -13,6 +13,7 @@ Shapes: L linears, 3 operands, N steps.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxopt.kernels import counters
 from fxopt.kernels.counters import Slot, Slots
@@ -101,9 +103,9 @@ class History:
             self._learn(self._readings.pop(0))
 
     def meet(self, place: int, decision: Decision) -> None:
-        """A linear runs: where it did not in the step before, as when a schedule had it in other
-        formats, nobody knows how its tensors grew since, and it scales by themselves; what it was
-        more than `history` steps before is no past any more."""
+        """A linear is trained: where it was not in the step before, as when a schedule had it in
+        other formats, nobody knows how its tensors grew since, and it scales by themselves; what it
+        was more than `history` steps before is no past any more."""
         assert decision.step is not None
         for operand, formats in enumerate(_formats(decision.recipe)):
             if not formats:
@@ -115,12 +117,11 @@ class History:
                 if num_steps > self.recipe.history:
                     self.past[:, place, operand] = 0
                     self._num_read = 0  # as of a new line
-            if decision.has_grad:
-                all_formats = formats | (self.formats[place][operand] if num_steps == 0 else NONE)
-                if self.formats[place][operand] != all_formats:
-                    self.formats[place][operand] = all_formats
-                    self._casts = None
-                self.last[place][operand] = decision.step
+            all_formats = formats | (self.formats[place][operand] if num_steps == 0 else NONE)
+            if self.formats[place][operand] != all_formats:
+                self.formats[place][operand] = all_formats
+                self._casts = None
+            self.last[place][operand] = decision.step
 
     def _is_clipped(self, amax: Tensor) -> Tensor:
         """Of each line, whether a cast of the step that ends clipped this magnitude."""
@@ -187,7 +188,10 @@ class _Line(NamedTuple):
     seen: tuple[Tensor, ...]
 
     def is_known(self, operand: int) -> bool:
-        return self.history.usable[self.place][operand]
+        """Also to a validation, which meets nothing."""
+        assert _step is not None
+        is_behind_gap = abs(_step - self.history.last[self.place][operand]) > 1
+        return self.history.usable[self.place][operand] and not is_behind_gap
 
     def put(self, slot: Slot, operand: int, records: bool, uses: bool = True) -> Slot:
         """Put what is known into a slot, if it is to be used, and where to record."""
@@ -229,30 +233,37 @@ def slots_for(decision: Decision, weights: Sequence[Tensor | None]) -> Slots:
     slots, recipe = counters.slots_for(weights), decision.recipe
     if not recipe.history:
         return slots
-    _go_on(decision.step)
+    _go_on(decision)
     records = decision.has_grad
     found = [_line(weight, recipe, records) for weight in weights if weight is not None]
     lines = [line for line in found if line is not None]
     if len(lines) < len(found):
         return slots
-    for line in lines:
+    for line in lines if records else ():
         line.history.meet(line.place, decision)
-    are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
-    of_weights = zip(slots.weights, lines, strict=True)
+    of_weights = slots.weights
+    # Codes are gathered by a magnitude that all ranks have found already.
+    if recipe.all_gather == "model":
+        are_known = all(line.is_known(WEIGHT) for line in lines)  # they are cast in one launch
+        of_weights = [
+            line.put(slot, WEIGHT, records, are_known)
+            for slot, line in zip(slots.weights, lines, strict=True)
+        ]
     of_gradients = zip(slots.gradients, lines, strict=True)
     return Slots(
         lines[0].put(slots.x, X, records),
-        [line.put(slot, WEIGHT, records, are_known) for slot, line in of_weights],
+        of_weights,
         [line.put(slot, GRADIENT, records) for slot, line in of_gradients],
     )
 
 
-def _go_on(step: int | None) -> None:
-    """Have all lines move on, if this is another step."""
+def _go_on(decision: Decision) -> None:
+    """Have all lines move on, if this is another step of the training; what runs without gradients
+    is a validation, at whatever step and in the midst of another."""
     global _step
-    if step == _step:
+    if decision.step == _step or not (decision.has_grad or _is_checkpointed()):
         return
-    _step = step
+    _step = decision.step
     for key in [key for key, line in _lines.items() if line.weight() is None]:
         del _lines[key]
     group = current_group()
@@ -262,6 +273,14 @@ def _go_on(step: int | None) -> None:
         _join([history.seen for history in _histories], group)
     for history in _histories:
         history.advance()
+
+
+def _is_checkpointed() -> bool:
+    """Whether gradients are off only until a reentrant checkpoint computes this again."""
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _join(seen: Sequence[Tensor], group: Any) -> None:

@@ -30,15 +30,20 @@ class GatedActivationLinear(torch.autograd.Function):
         """`tensors` are gate, up, beside, gate_bias, weight and bias of each stream."""
         streams = _grouped(tensors, 6)
         ys = launch([(gate, up, *settings, bias) for gate, up, _, bias, *_ in streams])
-        activations = [t for stream in streams for t in stream[:2]]
+        trains = [any(needed) for needed in _grouped(ctx.needs_input_grad[1:], 6)]
+        activations = [
+            t if trains[i] else None for i, stream in enumerate(streams) for t in stream[:2]
+        ]
         others = [t for stream in streams for t in stream[2:5]]
         ctx.save_for_backward(*packed(ctx, activations), *others)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return tuple(
+        outs = tuple(
             _product(y, beside, weight, bias)
             for y, (_, _, beside, _, weight, bias) in zip(ys, streams, strict=True)
         )
+        ctx.mark_non_differentiable(*(out for i, out in enumerate(outs) if not trains[i]))
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -47,8 +52,6 @@ class GatedActivationLinear(torch.autograd.Function):
         saved, needs = unpacked(ctx, ctx.saved_tensors), _grouped(ctx.needs_input_grad[1:], 6)
         activations, others = _grouped(saved[: 2 * len(needs)], 2), saved[2 * len(needs) :]
         streams = [[*a, *o] for a, o in zip(activations, _grouped(others, 3), strict=True)]
-        # A frozen stream has a gradient beside one that trains.
-        grads = tuple(g if any(needed) else None for g, needed in zip(grads, needs, strict=True))
         d_inputs: list[Any] = [
             None if g is None else (flat(g) @ weight).view(*gate.shape[:-1], weight.shape[1])
             for g, (gate, *_, weight) in zip(grads, streams, strict=True)

@@ -54,7 +54,10 @@ class Linears(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.pieces = pieces
         ctx.set_materialize_grads(False)
-        return products(x, weights, biases, pieces)
+        outs = products(x, weights, biases, pieces)
+        _, needs_x, *needs = ctx.needs_input_grad
+        ctx.mark_non_differentiable(*frozen(outs, needs_x, needs, pieces))
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -75,6 +78,21 @@ def products(
         y if (y := wholes[i]).shape[-1] == stop - start else y[..., start:stop]
         for i, start, stop in pieces
     )
+
+
+def frozen(
+    outs: Sequence[Tensor], needs_x: bool, needs: Sequence[bool], pieces: Pieces
+) -> list[Tensor]:
+    """The outputs that nothing goes into which needs a gradient; `needs` of weights, then biases.
+
+    One node for all would have autograd ask for theirs as soon as it does for another's.
+    """
+    trains = [needs_x or any(pair) for pair in zip(*halves(needs), strict=True)]
+    return [out for out, (i, _, _) in zip(outs, pieces, strict=True) if not trains[i]]
+
+
+def halves(items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return items[: len(items) // 2], items[len(items) // 2 :]
 
 
 def flat(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fxopt.kernels.linears import (
     Pieces,
     as_pieces,
+    frozen,
     input_gradient,
     parameter_gradients,
     products,
@@ -26,6 +27,9 @@ from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call, launch, launch_backward
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import packed, unpacked
+
+# Operands that go into h: x, residual, gate, x_bias.
+OF_SUM = (0, 1, 2, 7)
 
 
 class Stream(NamedTuple):
@@ -47,13 +51,14 @@ class NormModulateLinears(torch.autograd.Function):
     def forward(ctx: Any, streams: tuple[Stream, ...], *tensors: Tensor | None) -> Any:
         given, need = iter(tensors), iter(ctx.needs_input_grad[1:])
         each = [_taken(given, NUM_OPERANDS, s.num_linears, s.num_linears) for s in streams]
-        needs = [_taken(need, NUM_OPERANDS, 2 * s.num_linears)[0] for s in streams]
+        needs = [_taken(need, NUM_OPERANDS, 2 * s.num_linears) for s in streams]
         calls = [(*e[0], *s.settings) for s, e in zip(streams, each, strict=True)]
         kept: list[Tensor | None] = []
         activations: list[Tensor | None] = []
         own: list[bool] = []
         outs: list[Tensor] = []
-        for stream, (operands, weights, biases), (y, h, mean, rstd), needed in zip(
+        constant: list[Tensor] = []
+        for stream, (operands, weights, biases), (y, h, mean, rstd), (needed, of_parameters) in zip(
             streams, each, launch(calls), needs, strict=True
         ):
             x, residual, gate, *others = operands
@@ -62,10 +67,15 @@ class NormModulateLinears(torch.autograd.Function):
             branch = None
             if gate is not None:
                 branch = x if needed[2] else x.new_empty(0)  # its dtype is that of its gradient
-            activations += [norm_input, branch]
+            trains = any((*needed, *of_parameters))
+            activations += [norm_input, branch] if trains else [None, None]
             own += [is_own(x, residual, others[3]), True]
             kept += [gate, *others, mean, rstd, *weights]
-            outs += [*products(y, weights, biases, stream.pieces), h]
+            results = products(y, weights, biases, stream.pieces)
+            constant += frozen(results, any(needed), of_parameters, stream.pieces)
+            constant += [] if any(needed[i] for i in OF_SUM) else [h]
+            outs += [*results, h]
+        ctx.mark_non_differentiable(*constant)
         ctx.save_for_backward(*packed(ctx, activations, own), *kept)
         ctx.streams = streams
         ctx.set_materialize_grads(False)
@@ -103,8 +113,6 @@ class _Backward:
         self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
         self.needs, self.needs_parameters = _taken(needs, NUM_OPERANDS, 2 * num_linears)
         self.num_inputs = NUM_OPERANDS + 2 * num_linears
-        if not any((*self.needs, *self.needs_parameters)):  # frozen, beside one that trains
-            self.grad_outs, self.grad_h = (None,) * len(self.pieces), None
         self.h = h = self.grad_h if h is None else h  # without a norm only its shape counts
         self.dy = (
             h if h is None else input_gradient(self.grad_outs, self.weights, self.pieces, h.shape)

@@ -5,6 +5,7 @@ Shape suffixes: B batch, S tokens of a section, H heads, d head dim, r rotated c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -258,7 +259,10 @@ class QKNormRope(torch.autograd.Function):
             )
         *outs, mean, rstd = below_autograd(qk_norm_rope, *_fields(tensors), *settings)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, rstd)
+        trains = map(any, zip(*_fields(ctx.needs_input_grad[1:]), strict=True))  # by section
+        of_outs = [any([*itertools.islice(trains, num)]) for num in settings[0]]
+        constant = (out for out, needed in zip(outs, of_outs, strict=True) if not needed)
+        ctx.mark_non_differentiable(*constant, mean, rstd)
         xs, others = tensors[:num_sections], tensors[num_sections:]
         has_weight = any(t is not None for t in tensors[2 * num_sections : 3 * num_sections])
         if settings[1] == "none" and not has_weight:
@@ -294,8 +298,8 @@ def _without_values(x: Any) -> Tensor:
     return found
 
 
-def _fields(tensors: Sequence[Tensor | None]) -> Iterator[Optional]:
-    """(x, x_bias, weight, bias, cos, sin), a list each."""
+def _fields(tensors: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Of (x, x_bias, weight, bias, cos, sin), a list each."""
     num_sections = len(tensors) // 6
     return (tensors[i * num_sections : (i + 1) * num_sections] for i in range(6))
 

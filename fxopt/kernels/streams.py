@@ -50,6 +50,11 @@ class Context:
         self.needs_input_grad = False, False, *needs_input_grad
         self.saved_tensors: Sequence[Tensor | None] = ()
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything in the stream needs a gradient; its outputs have none otherwise."""
+        return any(self.needs_input_grad)
+
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
 
@@ -92,9 +97,12 @@ class Streams(torch.autograd.Function):
             for context, stream, own in zip(contexts, streams, parts(tensors, sizes), strict=True)
         ]
         outs = run(side_by_side(*runs))
+        each = zip(contexts, outs, strict=True)
+        ctx.mark_non_differentiable(*(t for c, own in each if not c.trains for t in own))
         ctx.node, ctx.streams, ctx.contexts = node, streams, contexts
-        ctx.num_saved = [len(context.saved_tensors) for context in contexts]
-        ctx.save_for_backward(*(t for context in contexts for t in context.saved_tensors))
+        saved = [context.saved_tensors if context.trains else () for context in contexts]
+        ctx.num_saved = [len(own) for own in saved]
+        ctx.save_for_backward(*(t for own in saved for t in own))
         for context in contexts:
             context.save_for_backward()
         ctx.set_materialize_grads(False)
@@ -108,11 +116,13 @@ class Streams(torch.autograd.Function):
         given = parts(grads, [stream.num_outs for stream in ctx.streams])
         for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
             context.saved_tensors = own
-            # With another stream's outputs those of a frozen one have gradients as well.
-            is_frozen = not any(context.needs_input_grad)
-            reached = [None] * len(of_stream) if is_frozen else of_stream
-            runs.append(ctx.node.backward_of(context, *reached))
-        found = run(side_by_side(*runs))
+            if context.trains:
+                runs.append(ctx.node.backward_of(context, *of_stream))
+        computed = iter(run(side_by_side(*runs)))
+        found = [
+            next(computed) if context.trains else [None] * len(context.needs_input_grad)
+            for context in ctx.contexts
+        ]
         for context in ctx.contexts:
             context.save_for_backward()
         return None, None, *(g for own in found for g in own[2:])

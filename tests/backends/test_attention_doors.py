@@ -241,21 +241,6 @@ def test_a_row_that_is_refused_is_reported(monkeypatch) -> None:
     assert "but refuses: PyTorch has no EFFICIENT_ATTENTION for this call on cpu" in line
 
 
-def test_a_decoder_without_a_mask_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers leaves the mask of a whole sequence to scaled_dot_product_attention."""
-    rows = [
-        Row("math", 1.0, 32, "none", is_causal, False, 1, 64, torch.float32)
-        for is_causal in (False, True)
-    ]
-    monkeypatch.setitem(TABLE, "cpu", (rows[0]._replace(backend="flash"), rows[1]))
-    llama = importlib.import_module("transformers.models.llama")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32}
-    config = llama.LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=32)
-    model = fxopt.swap(llama.LlamaModel(config))
-    model(torch.arange(8)[None], use_cache=False)
-    assert [a.backend for a in fxopt.report(model).attentions] == ["math"]
-
-
 def test_what_a_model_sets_itself_is_not_overridden(monkeypatch) -> None:
     family = FAMILIES["flux"]
     # `set_attention_backend` sets it for all models to come as well.

@@ -6,11 +6,14 @@ That they do, and how often in each family, is in test_swap.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt
 from fxopt.backends.eager import swap
@@ -19,7 +22,7 @@ from fxopt.backends.swaps.branches import Branch
 from fxopt.backends.swaps.fused import Normed, counting
 from fxopt.recipes import RECIPES
 from tests.backends.swapping import COUNTS, same
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, Family, outputs, project
 from tests.passes.rewriting import normal
 
 D = 32
@@ -81,6 +84,44 @@ def test_lora(flux: Family, target: str) -> None:
     }[target]
     for rule in ("fuse_bias", "merge_streams"):
         assert fired[rule] == COUNTS["flux"][rule] - lost.get(rule, 0)
+
+
+class Ops(TorchDispatchMode):
+    """Counts the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[op._schema.name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("door", [swap, fxopt.optimize])
+def test_nothing_goes_back_to_a_frozen_stream(
+    flux: Family, door: Callable[[nn.Module], nn.Module]
+) -> None:
+    """An adapter on the image's values: texts, queries and keys of the first block are constant."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=r".*\.to_v", init_lora_weights=False)
+    model = inject_adapter_in_model(config, flux.build())
+    adapters = [p for name, p in model.named_parameters() if "lora" in name]
+    for p in model.parameters():
+        p.requires_grad_(any(p is adapter for adapter in adapters))
+    inputs = flux.inputs(2, 0, torch.float32)
+    expected = torch.autograd.grad(project(outputs(model, inputs)), adapters)
+    door(model)
+    outputs(model, inputs)
+    loss = project(outputs(model, inputs))
+    with Ops() as ops:
+        found = torch.autograd.grad(loss, adapters)
+    num_blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    assert ops.counts["fxopt::qk_norm_rope_backward"] == num_blocks - 1
+    # Roundings of fp32 in four blocks, of gradients that are sums over all tokens.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["flux", "ltx"])

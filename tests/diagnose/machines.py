@@ -83,6 +83,9 @@ class Machine:
     def held_bytes(self) -> int:
         return self.held
 
+    def forget_held(self) -> str:
+        return ""
+
     def agree(self, values: list[float]) -> list[float]:
         return values
 

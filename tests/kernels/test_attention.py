@@ -18,7 +18,7 @@ from bench.contest import RESULTS
 from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose, steers
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
-from fxopt.recipe_errors import AttentionRefused
+from fxopt.recipe_errors import AttentionRefused, UnknownAttention
 from fxopt.recipe_problems import CHOICES
 from tests.numerics import assert_as_accurate
 
@@ -187,6 +187,11 @@ def described(**changes) -> Call:
 
 def chosen(call: Call) -> Choice:
     return choose("auto", lambda: call)
+
+
+def test_a_name_that_is_no_backend_is_refused() -> None:
+    with pytest.raises(UnknownAttention, match="unknown attention backend 'flsh'"):
+        attend(qkv(), "flsh")
 
 
 def test_an_empty_table_leaves_the_choice_to_pytorch() -> None:

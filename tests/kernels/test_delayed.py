@@ -228,6 +228,17 @@ def test_checkpoints(node: Node, is_reentrant: bool) -> None:
         emulation.advance()
 
 
+@nodes
+def test_weights_that_are_gathered_as_codes_scale_by_themselves(node: Node) -> None:
+    """Whether they are gathered or not."""
+    case, emulation, recipe = Case(node), Emulation(N), replace(DELAYED, all_gather="fp8")
+    for step in range(2 * N):
+        emulation.past.pop("w", None)
+        assert same(case.run(recipe, step), case.expected(emulation, step)), step
+        case.change_weight(step)
+        emulation.advance()
+
+
 def test_a_checkpoint_of_another_step_is_an_error() -> None:
     case = Case(linears)
     with fxopt.at_step(0):
@@ -249,9 +260,9 @@ def test_a_forward_without_gradients_leaves_no_trace(node: Node) -> None:
             mode = torch.inference_mode() if batch == 7 else torch.no_grad()
             with mode, fxopt.at_step(step):
                 assert torch.equal(node(x.detach(), case.weight, DELAYED.key), expected)
-            if batch == 7:
+            if batch == 7:  # the training moves on, and no validation before it
+                emulation.advance()
                 assert same(case.run(DELAYED, step), case.expected(emulation, step))
-        emulation.advance()
 
 
 def test_two_calls_of_a_shared_weight_share_its_lines() -> None:

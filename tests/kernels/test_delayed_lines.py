@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.gemms import GEMMS
@@ -129,6 +130,40 @@ def test_kept_casts_of_a_validation_record_nothing_and_do_not_stand_in_for_those
             found, expected = case.run(DELAYED, step), case.expected(emulation, step)
             assert same(found, expected), step
         case.change_weight(step)
+        emulation.advance()
+
+
+@pytest.mark.parametrize("told", [0, 2, 10_000])
+def test_a_validation_at_any_step_scales_by_the_training_and_leaves_it_as_it_is(told: int) -> None:
+    """Before the training, between the micro-batches of a step, and behind it."""
+    case, emulation = Case(linears), Emulation(N)
+
+    def validate(step: int) -> Tensor:
+        with torch.no_grad(), fxopt.at_step(told):
+            return linears(case.at(step)[0], case.weight, DELAYED.key)
+
+    validate(0)
+    for step in range(2 * N):
+        for batch in range(2):
+            found = case.run(DELAYED, step, batch)
+            assert same(found, case.expected(emulation, step, batch)), (step, batch)
+            if step:  # in the first, own magnitudes scale
+                beside = Emulation(N)
+                beside.past = emulation.past
+                assert torch.equal(validate(3), case.expected(beside, 3)[0]), step
+        case.change_weight(step)
+        emulation.advance()
+
+
+def test_both_forwards_of_a_reentrant_checkpoint_scale_alike() -> None:
+    case, emulation = Case(linears), Emulation(N)
+    for step in range(N):
+        x, grad = case.at(step)
+        with fxopt.at_step(step):
+            y = checkpoint(lambda x: linears(x, case.weight, DELAYED.key), x, use_reentrant=True)
+            case.weight.grad = None
+            y.backward(grad)
+        assert same([y, x.grad, case.weight.grad], case.expected(emulation, step)), step
         emulation.advance()
 
 

@@ -181,16 +181,42 @@ def test_a_node_that_no_gradient_reaches_gives_none():
     assert grads[0] is not None and grads[1] is None
 
 
-def test_nothing_is_computed_for_a_stream_that_is_frozen():
-    """Its outputs have gradients as well, as the node is one."""
+def test_nothing_is_kept_and_computed_for_a_stream_that_is_frozen():
     calls, _ = made((IMAGE, TEXT), "layer")
     calls[1][0].requires_grad_()
-    weights = [torch.randn(24, 24) for _ in range(2)]
-    outs, hs = norm_modulate_linears_streams(*with_linears(calls, weights))
+    weights, kept = [torch.randn(24, 24) for _ in range(2)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outs, hs = norm_modulate_linears_streams(*with_linears(calls, weights))
+    assert not any(t.requires_grad for t in (*outs, hs[0])) and hs[1].requires_grad
+    assert not [t for t in kept if t.shape == calls[0][0].shape]
     with FlopCounterMode(display=False) as counter:
         sum(t.sum() for t in (*outs, *hs)).backward()
     assert counter.get_total_flops() == 0  # only the stream without linears trains
     assert calls[1][0].grad is not None
+
+
+def test_an_output_has_a_gradient_if_something_in_it_is_trained():
+    """Not because another output of the node has one."""
+    x, weights = torch.randn(2, 3, 24), [torch.randn(24, 24) for _ in range(2)]
+    bias, scale = torch.randn(24), torch.randn(2, 1, 24)
+    settings = ("layer", EPS, 1.0, 1.0, torch.float32, torch.float32)
+
+    def trained() -> list[bool]:
+        operands = x, None, None, None, None, scale, None, None
+        pieces = [0, 0, 8, 1, 0, 24, 0, 8, 24]
+        outs, h = norm_modulate_linears(*operands, *settings, weights, [None, bias], pieces)
+        return [t.requires_grad for t in (*outs, h)]
+
+    assert trained() == [False] * 4
+    for leaf, expected in (
+        (weights[0], [True, False, True, False]),
+        (bias, [False, True, False, False]),
+        (scale, [True, True, True, False]),
+        (x, [True] * 4),
+    ):
+        leaf.requires_grad_()
+        assert trained() == expected
+        leaf.requires_grad_(False)
 
 
 def test_a_frozen_gate_keeps_no_branch():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fxopt.kernels.attention import Choice, choose, steers
 from fxopt.kernels.attention import attend as attend_by
@@ -19,12 +24,13 @@ from fxopt.recipe_errors import AttentionRefused
 class Attending:
     """What a recipe asks for, and who ran the attentions of one module so far.
 
-    is_idle: nothing is asked for but what the module does on its own.
+    choices: by backend and kind of call, the first of each.
+    idle: devices on which nothing is asked for but what the module does on its own.
     """
 
     asked: str
-    choices: dict[Choice, None] = field(default_factory=dict)
-    is_idle: bool = False
+    choices: dict[Hashable, Choice] = field(default_factory=dict)
+    idle: set[torch.device] = field(default_factory=set)
 
 
 _active: ContextVar[Attending | None] = ContextVar("attending", default=None)
@@ -41,26 +47,52 @@ def attending(active: Attending) -> Iterator[None]:
 
 
 def attend(
-    run: Callable[[], Tensor],
-    described: Callable[[], Call],
-    setting: Callable[[], str | None] = lambda: None,
+    run: Callable[[], Tensor], query: Tensor, setting: Callable[[], str | None] = lambda: None
 ) -> Tensor:
-    """What `run`, the model's own code, returns; it calls scaled_dot_product_attention once.
+    """What `run`, the model's own code, returns; it calls scaled_dot_product_attention.
 
     Args:
-        described: the call.
+        query: that it attends with, in any layout.
         setting: by which the model calls something else instead; None if it does not.
 
     Raises:
         AttentionRefused: the recipe names a backend that cannot run this.
     """
     active = _active.get()
-    if active is None or active.is_idle:
+    if active is None or query.device in active.idle:
         return run()
-    call, own = described(), setting()
-    if own is not None and active.asked in BACKENDS:
-        raise AttentionRefused(active.asked, str(call), (f"the model has {own}",))
-    active.is_idle = own is not None or not steers(active.asked, call.device)
-    choice = choose(active.asked, lambda: call) if own is None else Choice("pytorch", f"with {own}")
-    active.choices[choice] = None
-    return attend_by(choice, lambda: call, run)
+    own, what = setting(), f"the attention of queries {list(query.shape)}"
+    if own is not None:
+        if active.asked in BACKENDS:
+            raise AttentionRefused(active.asked, what, (f"the model has {own}",))
+        active.choices.setdefault(own, Choice("pytorch", f"with {own}"))
+        active.idle.add(query.device)
+        return run()
+    with _Steering(active) as steering:
+        out = run()
+    if active.asked in BACKENDS and not steering.has_met:
+        why = "the model's code calls no scaled_dot_product_attention"
+        raise AttentionRefused(active.asked, what, (why,))
+    if not steers(active.asked, query.device):
+        active.idle.add(query.device)
+    return out
+
+
+class _Steering(TorchFunctionMode):
+    """Has each attention in it run as `active` asks, by the tensors that the model's code gives."""
+
+    def __init__(self, active: Attending) -> None:
+        super().__init__()
+        self.active, self.has_met = active, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        run = partial(func, *args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return run()
+        self.has_met = True
+        call = Call.of(*args, **(kwargs or {}))
+        choice = choose(self.active.asked, lambda: call)
+        self.active.choices.setdefault((choice.backend, call.kind), choice)
+        return attend_by(choice, lambda: call, run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from fxopt.backends.swaps.fused import Normed, fire, project
 from fxopt.backends.swaps.mlps import activation
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
-from fxopt.kernels.attention_backends import Call
 
 MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
 # Of what the layer gives to the attention function, these change nothing inside the layer itself.
@@ -60,13 +58,12 @@ def attend(
     """
     dropout = attn.attention_dropout if attn.training else 0.0
     chosen = attn.config._attn_implementation
-    call: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout}
-    call["enable_gqa"] = attn.num_key_value_groups > 1
 
     def run() -> Tensor:
         if chosen == "eager":
-            out = F.scaled_dot_product_attention(q, k, v, **call, scale=attn.scaling)
-            return out.transpose(1, 2)
+            is_grouped = attn.num_key_value_groups > 1
+            options = {"scale": attn.scaling, "enable_gqa": is_grouped}
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, **options).transpose(1, 2)
         own = {"sliding_window": attn.sliding_window} if hasattr(attn, "sliding_window") else {}
         functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
         options = {"dropout": dropout, "scaling": attn.scaling, **own, **passed_on}
@@ -76,10 +73,7 @@ def attend(
     if chosen == "eager":
         fire("attention", "attention")
     own = None if chosen in ("eager", "sdpa") else f"attn_implementation={chosen!r}"
-    # As transformers' own function decides.
-    is_causal = chosen == "sdpa" and mask is None and q.shape[2] > 1 and attn.is_causal
-    described = partial(Call.of, q, k, v, **call, is_causal=is_causal)
-    return attending.attend(run, described, lambda: own).flatten(2)
+    return attending.attend(run, q, lambda: own).flatten(2)
 
 
 def examples(layer: Any, draw: Draw) -> Iterator[Arguments]:

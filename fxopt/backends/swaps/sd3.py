@@ -22,7 +22,6 @@ from fxopt.backends.swaps.streams import (
     joint_attention,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
-from fxopt.kernels.attention_backends import Call
 
 
 def joint_block(
@@ -81,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, S, H, d] each, to [B, S, H * d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     run = partial(F.scaled_dot_product_attention, q, k, v)
-    out = attending.attend(run, partial(Call.of, q, k, v))
+    out = attending.attend(run, q)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -18,7 +18,6 @@ from fxopt.backends.swaps.branches import Branch, Mlp, Out
 from fxopt.backends.swaps.fused import Normed, Segments
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
 from fxopt.backends.swaps.swap import Draw
-from fxopt.kernels.attention_backends import Call
 
 DISPATCH = "diffusers.models.attention_dispatch"
 
@@ -128,10 +127,7 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
             parallel_config=processor._parallel_config,
         )
 
-        def described() -> Call:
-            return Call.of(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-
-        return attending.attend(run, described, partial(_setting, library, processor)).flatten(2, 3)
+        return attending.attend(run, q, partial(_setting, library, processor)).flatten(2, 3)
 
     return attend
 
