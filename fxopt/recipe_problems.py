@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 CHOICES = {
     "profit": ("model", "always"),
     "all_gather": ("model", "fp8"),
-    "attention": ("auto", "pytorch", "cudnn", "flash", "flash3", "flash4", "efficient", "math"),
+    "attention": (
+        *("auto", "pytorch", "cudnn", "flash", "flash3", "flash4", "efficient", "math"),
+        "fp8",
+    ),
     "saved": ("model", "fp8"),
 }
 # Those of them that are no linear's own.

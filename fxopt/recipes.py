@@ -29,6 +29,8 @@ from fxopt.schedule import Phase
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 FILE = "fxopt_recipe.json"
+# What `Recipe.asked_attention` is of `attention="fp8"`: it may be emulated, or it may not.
+FP8_ATTENTION = ("fp8", "fp8 without emulation")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Recipe:
         codes that their products read, with the same results.
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
-        the device, else "pytorch".
+        the device, else "pytorch"; "fp8", its forward on e4m3 codes of queries, keys and values,
+        with a scale for each sample and head, and its backward in the model's dtype.
     saved: what fused ops keep of activations for their own backward: "model", the activations;
         "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
         gradients. Also without a quantized GEMM; fp64 stays.
@@ -108,6 +111,11 @@ class Recipe:
         """Whether any linear's scales depend on the steps before."""
         return any(part.history for part in self.parts)
 
+    @property
+    def asked_attention(self) -> str:
+        """`attention`; of "fp8" also whether it may be emulated."""
+        return FP8_ATTENTION[not self.emulate] if self.attention == "fp8" else self.attention
+
     def of(self, fqn: str) -> Recipe | None:
         """Under which recipe the linear of this name runs; None for the model's dtype."""
         if any(roles.matches(where, fqn) for where in self.keep):
@@ -153,7 +161,9 @@ class Recipe:
     def _numerics(self) -> dict[str, Any]:
         """What changes numbers by more than their rounding, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"], data["all_gather"], data["attention"]
+        del data["name"], data["emulate"], data["all_gather"]
+        # Backends differ by rounding.
+        data["attention"] = "fp8" if self.attention == "fp8" else HIGH_PRECISION
         formats = (*GEMMS, "schedule", "history", "margin")
         data["overrides"] = [[w, {f: part[f] for f in formats}] for w, part in data["overrides"]]
         return data
@@ -218,7 +228,8 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name, `emulate`, `all_gather` and `attention`, which is rounding, may differ.
+        Its name, `emulate`, `all_gather` and the backend of `attention`, which is rounding, may
+        differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

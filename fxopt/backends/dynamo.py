@@ -122,8 +122,8 @@ def _rewrite(
         raise CannotCapture(f"{sorted(trained)[0]} requires a gradient that the op lacks")
     if outcome.applied:
         inline_native(graph)
-    if outcome.applied or steers(recipe.attention, device):
-        outcome.attentions = choose_attention(graph, recipe.attention)
+    if outcome.applied or steers(recipe.asked_attention, device):
+        outcome.attentions = choose_attention(graph, recipe.asked_attention)
     return outcome
 
 

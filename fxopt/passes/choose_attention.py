@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.kernels.attention import Choice, attention, choose, steers
-from fxopt.kernels.attention_backends import BACKENDS, Call
+from fxopt.kernels.attention import Choice, attention, choose, named, steers
+from fxopt.kernels.attention_backends import Call
 from fxopt.passes import ir
 
 NO_CALL = "it calls no scaled_dot_product_attention that {!r} could run"
@@ -24,7 +24,7 @@ def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) 
     A backend that is named and has nothing to run in the graph is a choice too, for the report.
 
     Args:
-        asked: "auto", "pytorch" or the name of a backend.
+        asked: `Recipe.asked_attention`.
         target: a device that the graph is planned for and will not run on; nothing is changed.
     """
     choices = []
@@ -39,6 +39,6 @@ def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) 
                 in_order = (arguments[a.name] for a in ir.SDPA._schema.arguments)
                 node.target, node.args, node.kwargs = attention, (*in_order, asked), {}
         body.recompile()
-    if not choices and asked in BACKENDS:
-        choices.append(Choice("pytorch", NO_CALL.format(asked)))
+    if not choices and named(asked) is not None:
+        choices.append(Choice("pytorch", NO_CALL.format(named(asked))))
     return choices
