@@ -124,6 +124,9 @@ def test_flux(door: Door) -> None:
     assert_in_fp8(run(model, inputs), *expected("flux"))
     assert lines(model) == {EMULATED}
     assert forwards(partial(loss, model, inputs)) == 4
+    if door is not compiled:  # which would compile it again
+        with torch.no_grad():
+            assert forwards(partial(loss, model, inputs)) == 4
 
 
 @pytest.mark.parametrize("door", [optimized, swapped])
@@ -173,6 +176,7 @@ def test_compiled_graphs_take_all_sizes(inner: str) -> None:
         num_graphs.append(len(dynamo.compile_reports))
     assert len(set(num_graphs)) == 1
     with torch.no_grad():
+        model(tokens(2, 8))  # tracing counts as well
         assert forwards(partial(model, tokens(2, 8))) == 2
 
 
@@ -223,15 +227,6 @@ def test_under_autocast(door: Door, monkeypatch) -> None:
     assert dtypes == [torch.bfloat16] * 6
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_without_gradients(door: Door) -> None:
-    family = FAMILIES["flux"]
-    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
-    door(model, RECIPE)
-    with torch.no_grad():
-        assert forwards(partial(loss, model, inputs)) == 4
 
 
 @pytest.mark.parametrize("door", [optimized, swapped])
