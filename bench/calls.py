@@ -233,6 +233,14 @@ def quantize_group(
     provider.triton_columns(xs, name, amax_t)
 
 
+def quantize_heads(batch: int, num_tokens: int, width: int) -> None:
+    """Queries, keys and values of one attention."""
+    from fxopt.kernels import quantize_heads as provider
+
+    heads = batch, num_tokens, width // HEAD_DIM, HEAD_DIM
+    provider.triton(*[randn(*heads).transpose(1, 2) for _ in range(3)])
+
+
 def quantized_producers(
     batch: int,
     num_tokens: int,

@@ -25,6 +25,7 @@ from bench.calls import (
     qk_norm_rope,
     quantize,
     quantize_group,
+    quantize_heads,
     quantize_together,
     quantized_producers,
     saving,
@@ -145,6 +146,7 @@ def _fp8_cases() -> Iterator[Case]:
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
     yield fp8("saving", saving)
+    yield fp8("quantize_heads", quantize_heads, num_launches=1)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (
         (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),

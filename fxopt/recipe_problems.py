@@ -21,6 +21,7 @@ CHOICES = {
     "attention": (
         *("auto", "pytorch"),
         *("cudnn", "flash", "flash3", "flash4", "efficient", "math", "varlen"),
+        "fp8",
     ),
     "saved": ("model", "fp8"),
 }

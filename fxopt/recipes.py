@@ -29,6 +29,8 @@ from fxopt.schedule import Phase
 __all__ = ["RECIPES", "Gemm", "Operand", "Phase", "Recipe", "find", "gemm"]
 
 FILE = "fxopt_recipe.json"
+# What `Recipe.asked_attention` is of `attention="fp8"`: it may be emulated, or it may not.
+FP8_ATTENTION = ("fp8", "fp8 without emulation")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Recipe:
         scaled by their own magnitudes, gathered or not.
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
-        the device, else "pytorch". "varlen" packs away keys that a mask leaves out.
+        the device, else "pytorch". "varlen" packs away keys that a mask leaves out; "fp8" runs
+        its forward on e4m3 codes of queries, keys and values, with a scale for each sample and
+        head, and its backward in the model's dtype.
     saved: what fused ops keep of activations for their own backward: "model", the activations;
         "fp8", e4m3 codes with a scale for each 128 neighbours, half the bytes, which changes
         gradients. Also without a quantized GEMM; fp64 stays.
@@ -110,6 +114,11 @@ class Recipe:
         """Whether any linear's scales depend on the steps before."""
         return any(part.history for part in self.parts)
 
+    @property
+    def asked_attention(self) -> str:
+        """`attention`; of "fp8" also whether it may be emulated."""
+        return FP8_ATTENTION[not self.emulate] if self.attention == "fp8" else self.attention
+
     def of(self, fqn: str) -> Recipe | None:
         """Under which recipe the linear of this name runs; None for the model's dtype."""
         if any(roles.matches(where, fqn) for where in self.keep):
@@ -157,7 +166,9 @@ class Recipe:
     def _numerics(self) -> dict[str, Any]:
         """What changes numbers by more than their rounding, as it stands in JSON."""
         data = self._to_data()
-        del data["name"], data["emulate"], data["attention"]
+        del data["name"], data["emulate"]
+        # Backends differ by rounding.
+        data["attention"] = "fp8" if self.attention == "fp8" else HIGH_PRECISION
         if not self.is_delayed:  # else it says whether weights have a history
             data["all_gather"] = "model"
         formats = (*GEMMS, "schedule", "history", "margin")
@@ -224,8 +235,8 @@ class Recipe:
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Raise if the checkpoint in `directory` was trained under another recipe.
 
-        Its name, `emulate`, `attention`, which is rounding, and without a history `all_gather` may
-        differ.
+        Its name, `emulate`, the backend of `attention`, which is rounding, and without a history
+        `all_gather` may differ.
 
         Raises:
             OtherStoredRecipe: with every field that differs, and both values.

@@ -84,7 +84,7 @@ class Attention:
 
     Args:
         backend: name of a backend, or "pytorch": the one that PyTorch takes.
-        why: a recipe says so, it was measured, or nothing was.
+        why: a recipe or the model says so, it was measured, or nothing was.
         fqn: fully qualified name of the block.
         block_class: class name of the block.
     """

@@ -26,6 +26,8 @@ from fxopt.cost import Product, Work
 from fxopt.fakes import faked
 from fxopt.kernels.registration import LAUNCHES, REREADS
 
+# fxopt's own products, by kind.
+PRODUCTS = {"scaled_matmul": "gemm", "scaled_attention": "attention"}
 GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
 VIEWS = {
@@ -46,7 +48,7 @@ def kind(op: torch._ops.OpOverload) -> str:
     """What an op is to the count: "gemm", "attention", "glue", "view" or "allocation"."""
     name = op._schema.name.split("::")[-1]
     if op.namespace == "fxopt":
-        return "gemm" if name == "scaled_matmul" else "glue"
+        return PRODUCTS.get(name, "glue")
     if "scaled_dot_product" in name or "varlen_attn" in name:
         return "attention"
     if name in GEMMS:

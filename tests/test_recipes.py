@@ -9,7 +9,8 @@ import pytest
 
 from fxopt import errors, recipe_errors
 from fxopt.gemms import GEMMS
-from fxopt.recipes import RECIPES, Gemm, Operand, Phase, Recipe, find, gemm
+from fxopt.recipe_errors import OtherStoredRecipe
+from fxopt.recipes import FP8_ATTENTION, RECIPES, Gemm, Operand, Phase, Recipe, find, gemm
 
 NAMES = [
     *("bf16", "fp8_tensorwise", "fp8", "fp8_rowwise", "fp8_rowwise_gw_hp", "fp8_blockwise"),
@@ -111,6 +112,20 @@ def test_what_is_no_attention(changes: dict[str, Any], problem: str) -> None:
 def test_the_attention_of_a_checkpoint_may_differ(tmp_path: Path) -> None:
     replace(RECIPES["fp8"], attention="flash").save(tmp_path)
     RECIPES["fp8"].check(tmp_path)
+
+
+def test_an_attention_in_fp8_may_not(tmp_path: Path) -> None:
+    low = replace(RECIPES["fp8"], attention="fp8")
+    low.save(tmp_path)
+    replace(low, emulate=False).check(tmp_path)
+    with pytest.raises(OtherStoredRecipe, match='attention is "fp8", not "high_precision"'):
+        RECIPES["fp8"].check(tmp_path)
+
+
+def test_what_may_not_be_emulated_asks_for_that() -> None:
+    low = Recipe("mine", attention="fp8")
+    assert (low.asked_attention, replace(low, emulate=False).asked_attention) == FP8_ATTENTION
+    assert Recipe("mine", attention="flash", emulate=False).asked_attention == "flash"
 
 
 def test_a_history_is_data() -> None:

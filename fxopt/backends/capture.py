@@ -35,6 +35,7 @@ from fxopt.passes import ir
 from fxopt.passes.autocast import Autocast, suspended, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
+from fxopt.passes.kernel_scopes import keep_on_attentions
 from fxopt.passes.meter import Meter
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
@@ -168,6 +169,7 @@ def _capture(
     with giving_up(reads):
         gm = program.graph_module
         write_out(gm, call.autocast)
+        keep_on_attentions(gm)
         canonicalize(gm)
         slots, learned = _slots(program)
         inputs = gm.graph.find_nodes(op="placeholder")[len(slots) :]

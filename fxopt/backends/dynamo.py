@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxopt.backends import compiled_graphs, inductor, precision
 from fxopt.backends import options as shared
 from fxopt.backends.failures import described, giving_up
-from fxopt.backends.unseen import CHOOSES_KERNEL, CannotCapture
+from fxopt.backends.unseen import CHOOSES_KERNELS, CannotCapture
 from fxopt.errors import UnknownOption
 from fxopt.kernels.attention import steers
 from fxopt.passes.autocast import Autocast, write_out
@@ -24,14 +24,13 @@ from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.inline import inline_native
 from fxopt.passes.ir import graphs
+from fxopt.passes.kernel_scopes import SWITCH, NotOneKernel, keep_on_attentions, mark
 from fxopt.passes.retrace import retrace
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.recipes import Recipe
 from fxopt.report import Declined, Report
 
 INNER = ("inductor", "aot_eager", "eager")
-# How Dynamo writes down a scope of `sdpa_kernel`.
-ENTERS = torch.nn.attention._sdpa_kernel
 
 
 def backend(
@@ -87,8 +86,7 @@ def rewritten_graph(
     device = _device(example_inputs)
     target = shared.target_name(device)
     try:
-        if any(n.target is ENTERS for body in graphs(gm) for n in body.graph.nodes):
-            raise CannotCapture(CHOOSES_KERNEL)
+        _mark_kernels(gm)
         with giving_up(describe=described):  # of what the graph's own code raises on fakes
             graph = retrace(gm, example_inputs)
             write_out(graph, Autocast.current(device.type))
@@ -101,6 +99,16 @@ def rewritten_graph(
     return (graph if is_changed else gm), outcome.report("compile", recipe.name, target)
 
 
+def _mark_kernels(gm: fx.GraphModule) -> None:
+    bodies = (node for body in [*graphs(gm)][1:] for node in body.graph.nodes)
+    try:
+        if any(node.target is SWITCH for node in bodies):
+            raise NotOneKernel
+        mark(gm)
+    except NotOneKernel:
+        raise CannotCapture(CHOOSES_KERNELS) from None
+
+
 def _rewrite(
     graph: fx.GraphModule,
     gm: fx.GraphModule,
@@ -110,6 +118,7 @@ def _rewrite(
 ) -> Outcome:
     """Rewrite `graph`, which was retraced from `gm`, for a compiler."""
     device = _device(example_inputs)
+    keep_on_attentions(graph)
     canonicalize(graph)
     outcome = rewrite(
         graph,
@@ -123,8 +132,8 @@ def _rewrite(
         raise CannotCapture(f"{sorted(trained)[0]} requires a gradient that the op lacks")
     if outcome.applied:
         inline_native(graph)
-    if outcome.applied or steers(recipe.attention, device):
-        outcome.attentions = choose_attention(graph, recipe.attention)
+    if outcome.applied or steers(recipe.asked_attention, device):
+        outcome.attentions = choose_attention(graph, recipe.asked_attention)
     return outcome
 
 

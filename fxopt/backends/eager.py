@@ -30,7 +30,7 @@ from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.backends.weight_reads import Read, quantized
 from fxopt.errors import StillRewritten
-from fxopt.kernels.attention_backends import BACKENDS
+from fxopt.kernels.attention import named
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.registration import provider
 from fxopt.kernels.saving import saving
@@ -113,8 +113,8 @@ class Swaps:
         found = list(self._swap_within(fqn, block))
         if any(f.module is block for f in found):
             return
-        asked, name = self.recipe.attention, type(block).__name__
-        if asked in BACKENDS and not any(f.swap.name == "attention" for f in found):
+        asked, name = named(self.recipe.asked_attention), type(block).__name__
+        if asked is not None and not any(f.swap.name == "attention" for f in found):
             self.unreached.append(Attention("pytorch", UNREACHED.format(name, asked), fqn, name))
         fired = {rule for f in found for rule, _ in f.verdict.fired}
         fired.add(linear_cross_entropy.RULE.name)  # lies in no block
@@ -204,7 +204,7 @@ class SwappedForward:
 
     def _forget(self) -> None:
         self.verdicts: dict[Any, Verdict] = {}
-        self.attention = Attending(self.formats.recipe.attention)
+        self.attention = Attending(self.formats.recipe.asked_attention)
         self.watches: list[Watch] | None = []
         self.inner = [m.__dict__ for m in self.module.modules() if m is not self.module]
         self.hooks = hooks(self.module)

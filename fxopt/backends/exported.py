@@ -135,7 +135,7 @@ def rewrite_block(
     chosen = options.check(recipe=recipe)
     rules = options.rules_for(chosen, target=target)
     call = block, checkpoints.within(block.forward), args, kwargs
-    plan = capture(*call, rules, chosen.attention, planned_for=planned_for)
+    plan = capture(*call, rules, chosen.asked_attention, planned_for=planned_for)
     return RewrittenCallable(block, plan, chosen)
 
 
@@ -151,7 +151,7 @@ class Optimized:
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             rules = options.rules_for(recipe, block=fqn, target=target)
-            captures = shared.setdefault(key, Captures(rules, recipe.attention, recipe.saved))
+            captures = shared.setdefault(key, Captures(rules, recipe.asked_attention, recipe.saved))
             self.blocks.append(RewrittenForward(fqn, module, captures))
         for block in self.blocks:
             replicas.install(block.module, block)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.traceback import preserve_node_meta
 
 from fxopt.backends.calls import Call
 from fxopt.backends.failures import described, giving_up
@@ -51,6 +52,7 @@ def export_forward(
             torch.inference_mode(False),
             torch.enable_grad(),
             recording(module, reads),
+            preserve_node_meta(),  # the marks of `kernel_scopes`
             refusing(module) as asked,
         ):
             program = export(alike, args, kwargs, dynamic_shapes=dynamic, strict=False)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import KeepMatchesNothing, LowPrecisionParameter, NotNative
+from fxopt.kernels.scaled_attention import missing
 from fxopt.kernels.scaled_matmul import native_capability
 from fxopt.passes.rules.quantized_linear import OUTSIDE, REMEDY, RULE
 from fxopt.recipes import Recipe
@@ -22,13 +23,12 @@ def check_model(recipe: Recipe, model: nn.Module) -> None:
     Raises:
         LowPrecisionParameter, KeepMatchesNothing, NotNative: see there.
     """
-    if not recipe.quantizes:
-        return
-    check_parameters(recipe, model.named_parameters())
-    linears = [fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for where in recipe.places:
-        if not any(matches(where, fqn) for fqn in linears):
-            raise KeepMatchesNothing(where, linears)
+    if recipe.quantizes:
+        check_parameters(recipe, model.named_parameters())
+        linears = [fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]
+        for where in recipe.places:
+            if not any(matches(where, fqn) for fqn in linears):
+                raise KeepMatchesNothing(where, linears)
     for device in {p.device for p in model.parameters()} - {torch.device("meta")}:
         check_device(recipe, device)
 
@@ -44,6 +44,8 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
     """Raise NotNative if `recipe` may not be emulated and `device` has not the units it needs."""
     if recipe.emulate:
         return
+    if recipe.attention == "fp8" and (lacking := missing(device)) is not None:
+        raise NotNative(recipe.name, str(device), lacking)
     has = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for name, gemm in (gemm for part in recipe.parts for gemm in part.gemms):
         needed = native_capability(gemm)

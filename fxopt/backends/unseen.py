@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.traceback import get_current_meta
 from torch.overrides import TorchFunctionMode
 
 from fxopt.backends import opaque
 from fxopt.backends.reads import Reads, replaced
+from fxopt.passes.kernel_scopes import SWITCH, NotOneKernel, Scopes, marked
 
-CHOOSES_KERNEL = (
-    "its forward chooses who runs attention (sdpa_kernel, or diffusers' set_attention_backend), "
-    "which a graph would not show; take that out and give the recipe attention=... instead"
+CHOOSES_KERNELS = (
+    "its forward chooses between several kernels of attention (sdpa_kernel), which a graph would "
+    "not show; name one there, or take that out and give the recipe attention=... instead"
 )
 
 # A graph has a custom op as a whole, with the backward that was registered for it.
@@ -56,7 +58,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
     """
     asked, own = Asked(), threading.get_ident()
     inside = {id(m) for m in module.modules()}
-    set_kernels: Any = torch.nn.attention._sdpa_kernel
+    scopes, set_kernels = Scopes(), SWITCH
     set_attribute, is_grad_enabled = nn.Module.__setattr__, torch.is_grad_enabled
     entered = torch.autograd.graph.saved_tensors_hooks.__enter__
 
@@ -74,9 +76,14 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
         raise CannotCapture("it hooks saved tensors (a checkpoint?): a graph would not")
 
     def choose_kernel(*backends: Any, **options: Any) -> None:
-        if threading.get_ident() != own:
-            return set_kernels(*backends, **options)
-        raise CannotCapture(CHOOSES_KERNEL)
+        if threading.get_ident() == own:
+            try:
+                chosen = scopes.switch(*backends, **options)
+            except NotOneKernel:
+                raise CannotCapture(CHOOSES_KERNELS) from None
+            traced = get_current_meta()
+            traced.update(marked(traced, chosen))
+        set_kernels(*backends, **options)
 
     def set_on_module(self: nn.Module, name: str, value: Any) -> None:
         if id(self) in inside and threading.get_ident() == own:

@@ -1,4 +1,4 @@
-"""Who runs an attention: the backend that a recipe names, or the one that was measured as fastest.
+"""Who runs an attention: what a recipe names, or the backend that was measured as the fastest.
 
 fxopt has no attention kernel of its own. Where a recipe names none and `TABLE` has no row, PyTorch
 chooses, and the graph is left as it is.
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.kernels import fp8_attention
 from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
 from fxopt.kernels.in_place import InPlace
 from fxopt.kernels.registration import register_composite
 from fxopt.recipe_errors import AttentionRefused, UnknownAttention
 from fxopt.recipe_problems import CHOICES
+from fxopt.recipes import FP8_ATTENTION
 
 
 class Row(NamedTuple):
@@ -73,9 +75,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if is_there else device.type
 
 
+def named(asked: str) -> str | None:
+    """The name of what a recipe says is to run its attentions; None if it does not say."""
+    if asked in FP8_ATTENTION:
+        return fp8_attention.NAME
+    return asked if asked in BACKENDS else None
+
+
 def steers(asked: str, device: torch.device) -> bool:
     """Whether calls on `device` may run on another kernel than PyTorch would take."""
-    return asked in BACKENDS or (asked == "auto" and bool(TABLE) and device_name(device) in TABLE)
+    if asked == "auto":
+        return bool(TABLE) and device_name(device) in TABLE
+    return named(asked) is not None
 
 
 def _measured_on(target: str) -> str:
@@ -88,7 +99,7 @@ def choose(asked: str, described: Callable[[], Call], target: str | None = None)
     """Who runs a call.
 
     Args:
-        asked: "auto", "pytorch" or the name of a backend.
+        asked: "auto", "pytorch", the name of a backend, or of `FP8_ATTENTION`.
         described: the call; it costs too much to describe where nobody asks.
         target: of `hardware`, which is planned for; nobody can ask here what it refuses. None for
             the device of the call.
@@ -96,6 +107,8 @@ def choose(asked: str, described: Callable[[], Call], target: str | None = None)
     Raises:
         UnknownAttention: nothing is called so.
     """
+    if asked in FP8_ATTENTION:
+        return Choice(fp8_attention.NAME, fp8_attention.why(described(), target))
     if asked != "auto":
         if asked not in CHOICES["attention"]:
             raise UnknownAttention(asked, CHOICES["attention"])
@@ -140,7 +153,10 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
 
 
 def _attention(*arguments: Any) -> Tensor:
-    *given, scale, enable_gqa, asked = arguments
+    *given, asked = arguments
+    if asked in FP8_ATTENTION:
+        return fp8_attention.attend(asked, *given)
+    *given, scale, enable_gqa = given
     options = {"scale": scale, "enable_gqa": enable_gqa}
     described = partial(Call.of, *given, **options)
     run = partial(F.scaled_dot_product_attention, *given, **options)

@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from fxopt.passes.kernel_scopes import SWITCH
+
 
 def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """The same computation in pre-dispatch ATen.
@@ -67,6 +69,8 @@ class _Retracer(fx.Interpreter):
     """Runs Dynamo's graph under a tracer; a higher-order op becomes one node with its body."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is SWITCH:  # what is inside is marked
+            return None
         has_body = any(isinstance(a, fx.GraphModule) for a in args)
         if not isinstance(target, torch._ops.HigherOrderOperator) or not has_body:
             return super().call_function(target, args, kwargs)

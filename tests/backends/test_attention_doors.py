@@ -21,7 +21,7 @@ from fxopt.kernels.attention import TABLE, Row, attention
 from fxopt.passes import ir
 from fxopt.recipe_errors import AttentionRefused, MathInGraph
 from fxopt.recipes import Recipe
-from tests.backends.toys import Block, reasons, stack, tokens
+from tests.backends.toys import stack, tokens
 from tests.families import FAMILIES, loss
 from tests.numerics import Judge
 
@@ -269,22 +269,6 @@ def test_swap_says_where_a_backend_is_not_reached() -> None:
     plain = fxopt.swap(stack())
     plain(tokens())
     assert lines(plain) == []
-
-
-class ChoosesKernel(Block):
-    def forward(self, x_BSC: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return super().forward(x_BSC)
-
-
-@pytest.mark.parametrize("door", [optimized, compiled])
-def test_a_forward_that_chooses_keeps_its_choice(door: Door) -> None:
-    """A graph would hold scaled_dot_product_attention without the scope around it."""
-    model = stack(ChoosesKernel)
-    door(model, Recipe("bf16"))
-    model(tokens())
-    assert set(kernels(lambda: model(tokens()))) == {"math"}
-    assert any("chooses who runs attention" in why for why in reasons(model))
 
 
 def test_all_bodies_of_a_graph_are_rewritten() -> None:

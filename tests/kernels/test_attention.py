@@ -58,7 +58,7 @@ def switches() -> tuple[list[SDPBackend], list[int]]:
 
 
 def test_recipes_know_the_backends() -> None:
-    assert ("auto", "pytorch", *BACKENDS) == CHOICES["attention"]
+    assert ("auto", "pytorch", *BACKENDS, "fp8") == CHOICES["attention"]
 
 
 def test_no_row_without_a_run_behind_it() -> None:

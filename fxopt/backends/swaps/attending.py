@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxopt.kernels.attention import Choice, choose, steers
+from fxopt.kernels import fp8_attention
+from fxopt.kernels.attention import Choice, attention, choose, named, steers
 from fxopt.kernels.attention import attend as attend_by
-from fxopt.kernels.attention_backends import BACKENDS, Call
+from fxopt.kernels.attention_backends import Call
 from fxopt.recipe_errors import AttentionRefused
 
 
@@ -61,18 +62,19 @@ def attend(
     active = _active.get()
     if active is None or query.device in active.idle:
         return run()
-    own, what = setting(), f"the attention of queries {list(query.shape)}"
+    own, name = setting(), named(active.asked)
+    what = f"the attention of queries {list(query.shape)}"
     if own is not None:
-        if active.asked in BACKENDS:
-            raise AttentionRefused(active.asked, what, (f"the model has {own}",))
+        if name is not None:
+            raise AttentionRefused(name, what, (f"the model has {own}",))
         active.choices.setdefault(own, Choice("pytorch", f"with {own}"))
         active.idle.add(query.device)
         return run()
     with _Steering(active) as steering:
         out = run()
-    if active.asked in BACKENDS and not steering.has_met:
+    if name is not None and not steering.has_met:
         why = "the model's code calls no scaled_dot_product_attention"
-        raise AttentionRefused(active.asked, what, (why,))
+        raise AttentionRefused(name, what, (why,))
     if not steers(active.asked, query.device):
         active.idle.add(query.device)
     return out
@@ -95,4 +97,20 @@ class _Steering(TorchFunctionMode):
         call = Call.of(*args, **(kwargs or {}))
         choice = choose(self.active.asked, lambda: call)
         self.active.choices.setdefault((choice.backend, call.kind), choice)
+        if choice.backend == fp8_attention.NAME:
+            return attention(*_arguments(*args, **(kwargs or {})), self.active.asked)
         return attend_by(choice, lambda: call, run)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Any, ...]:
+    """Those of scaled_dot_product_attention, in the order of the op."""
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
