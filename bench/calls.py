@@ -203,6 +203,15 @@ def quantize(
     provider.triton(x, rows, columns, None, is_delayed, None, None, *line)
 
 
+def quantize_pieces(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """Both copies of a gradient that lies in four pieces, a view of a wider one among them."""
+    from fxopt.kernels import quantize as provider
+
+    joint = randn(batch, num_tokens, 2 * width)
+    xs = [*(randn(batch, num_tokens, n * width) for n in (1, 1, 6)), joint[..., :width]]
+    provider.triton_pieces(xs, name, name, None, False)
+
+
 def quantize_together(batch: int, num_tokens: int, width: int, name: str) -> None:
     """Both copies and the bias's gradient of four gradients of two streams."""
     from fxopt.kernels import quantize as provider

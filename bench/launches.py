@@ -25,6 +25,7 @@ from bench.calls import (
     qk_norm_rope,
     quantize,
     quantize_group,
+    quantize_pieces,
     quantize_together,
     quantized_producers,
     saving,
@@ -141,6 +142,7 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantized producers {name}", producers)
         yield fp8(f"quantized producers {name}, two streams", partial(producers, num_streams=2))
         yield fp8(f"quantize_together {name}", partial(quantize_together, name=name))
+        yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)

@@ -44,6 +44,12 @@ def saving(saved: str) -> Iterator[None]:
         _packs.reset(token)
 
 
+def is_packing() -> bool:
+    """Whether activations are packed now. What is in pieces, of which only some can be, then has to
+    be made in pieces: a part of a tensor keeps all of its memory."""
+    return _packs.get() and not is_high_precision()
+
+
 def packed(
     ctx: Any,
     activations: Sequence[Tensor | None],
@@ -62,7 +68,7 @@ def packed(
     by whoever keeps another part of it, as attention does the values of a joint projection.
     """
     ctx.packed = [None] * len(activations)
-    if not _packs.get() or not any(ctx.needs_input_grad) or is_high_precision():
+    if not is_packing() or not any(ctx.needs_input_grad):
         return [*activations]
     fill, kept = _fill_their_memory(activations), [*activations]
     chosen = {

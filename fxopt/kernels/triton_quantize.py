@@ -6,6 +6,7 @@ For one scale for a tensor or a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +69,13 @@ class Matrix(NamedTuple):
     constants: dict[str, Any]
 
 
-def of_tensor(x_RC: Tensor) -> Matrix:
-    num_rows, num_columns = x_RC.shape
-    return Matrix((x_RC, *x_RC.stride()), num_rows, num_columns, x_RC, {})
+def of_tensors(*pieces: Tensor) -> Matrix:
+    """Tensors side by side: of each the kernel gets strides, first column and last + 1."""
+    pieces_RC = [x.reshape(-1, x.shape[-1]) for x in pieces]
+    stops = [*accumulate(x.shape[1] for x in pieces_RC)]
+    each = zip(pieces_RC, [0, *stops], stops, strict=False)
+    arguments = [(x, *x.stride(), start, stop) for x, start, stop in each]
+    return Matrix(arguments, len(pieces_RC[0]), stops[-1], pieces_RC[0], {})
 
 
 def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Amax:

@@ -25,7 +25,7 @@ from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_quantize_kernels import (
-    load_tile,
+    load_pieces,
     store_amax,
     store_codes,
     store_sum,
@@ -88,12 +88,12 @@ def store_codes_of(
 
 @triton.jit
 def amax_kernel(parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """`store_amax` of matrices (x, row stride, column stride)."""
+    """`store_amax` of matrices, each of pieces as in `load_pieces`."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            value = load_tile(*part.tile, r, c, size(part.num_rows), part.num_columns)
+            value = load_pieces(part.tile, r, c, size(part.num_rows), BLOCK_R, BLOCK_C)
             store_amax_of(part, value, r, c)
 
 
@@ -110,7 +110,7 @@ def cast_kernel(
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
             num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = load_tile(*part.tile, r, c, num_rows, num_columns)
+            value = load_pieces(part.tile, r, c, num_rows, BLOCK_R, BLOCK_C)
             store_codes_of(
                 part, value, r, c,
                 FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
@@ -125,7 +125,7 @@ def cast_kernel(
 
 
 def quantize(
-    xs: Sequence[Tensor],
+    pieces: Sequence[Sequence[Tensor]],
     rows: Operand | None,
     columns: Operand | None,
     wants_sum: Sequence[bool],
@@ -134,13 +134,14 @@ def quantize(
     """Codes, scales and an empty tensor scale of each x and of its transpose; the sum of its rows.
 
     Args:
-        xs: [..., C], any strides, not empty.
+        pieces: of each x, side by side: [..., C] each, any strides, not empty.
         rows, columns: operands that `quantize.covers` holds for, or None.
         slots: counters of both copies, and what is known and seen; all magnitudes are known or
             none.
     """
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
-    totals = [x.new_empty(x.shape[-1]) if w else None for x, w in zip(xs, wants_sum, strict=True)]
+    matrices = [launch.of_tensors(*x) for x in pieces]
+    each = zip(matrices, wants_sum, strict=True)
+    totals = [m.like.new_empty(m.num_columns) if wanted else None for m, wanted in each]
     sums = [
         None if total is None else total.new_empty((launch.grid(m)[0], len(total)), dtype=FP32)
         for m, total in zip(matrices, totals, strict=True)
@@ -153,8 +154,8 @@ def quantize(
         amaxes = measure(amax_kernel, matrices, rows, columns, sums)
         pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums, totals=totals)
     return [
-        (*by_row, *by_column, x.new_empty(0) if total is None else total)
-        for x, (by_row, by_column), total in zip(xs, pairs, totals, strict=True)
+        (*by_row, *by_column, m.like.new_empty(0) if total is None else total)
+        for m, (by_row, by_column), total in zip(matrices, pairs, totals, strict=True)
     ]
 
 
@@ -163,7 +164,7 @@ def rows(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Codes, scales and amax_t; no x is empty, and all magnitudes are known or none."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
+    matrices = [launch.of_tensors(x) for x in xs]
     amaxes = known(slots) or measure(amax_kernel, matrices, by_row, by_column)
     amax_t = [launch.amax_for(m, by_column) for m in matrices]
     pairs = cast(cast_kernel, matrices, amaxes, by_row, None, slots, amax_out=amax_t)
@@ -179,7 +180,7 @@ def columns(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Codes and scales of the transposed copies, in one pass."""
     by_column = Operand.parse(columns)
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
+    matrices = [launch.of_tensors(x) for x in xs]
     amaxes = [launch.Amax.known(by_column, a) for a in amax_t]
     slots = [Slot(columns=c) for c in counters]
     pairs = cast(cast_kernel, matrices, amaxes, None, by_column, slots)
