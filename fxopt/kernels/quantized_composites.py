@@ -50,7 +50,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.saving import packing, unpacking
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts
 from fxopt.recipes import Operand, Recipe
@@ -124,13 +124,14 @@ class NormModulateQuantizedLinears(Streams):
         copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
         own = is_own(x, residual, others[3]), True
-        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
+        activations = yield from packing(ctx, (h, branch), own)
+        kept = (*activations, gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
-        saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
+        saved, recipe = (yield from unpacking(ctx, saved_tensors(ctx))), ctx.recipe
         needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
             saved, 11, len(needs_parameters) // 2
@@ -192,7 +193,8 @@ class GatedActivationQuantizedLinear(Streams):
         ctx.shape = (*gate.shape[:-1], weight.shape[1])
         copies = yield from cast_weights([weight], ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
-        save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
+        activations = yield from packing(ctx, (gate, up))
+        save_for_backward(ctx, *activations, beside, amax_t, weight, *amax)
         return outs
 
     @staticmethod
@@ -200,7 +202,8 @@ class GatedActivationQuantizedLinear(Streams):
         (grad,) = grads
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        gate, up, beside, amax_t, weight, *amax = unpacked(ctx, saved_tensors(ctx))
+        saved = yield from unpacking(ctx, saved_tensors(ctx))
+        gate, up, beside, amax_t, weight, *amax = saved
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = yield from gradients(

@@ -21,6 +21,7 @@ from fxopt.kernels.formats import FORMATS, quantize_matrix
 from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.registration import register
+from fxopt.kernels.together import Ask, Call, Steps, parts, run, share
 from fxopt.recipes import Operand
 
 OPERAND = Operand.parse("e4m3/1x128/fp32")
@@ -56,6 +57,16 @@ def packed(
     are_own: Sequence[bool] | None = None,
     num_row_dims: int = 1,
 ) -> list[Tensor | None]:
+    """What `packing` ends with."""
+    return run(packing(ctx, activations, are_own, num_row_dims))
+
+
+def packing(
+    ctx: Any,
+    activations: Sequence[Tensor | None],
+    are_own: Sequence[bool] | None = None,
+    num_row_dims: int = 1,
+) -> Steps[list[Tensor | None]]:
     """What a node saves of its activations, which are to come first of all that it saves.
 
     Args:
@@ -78,20 +89,25 @@ def packed(
     }
     if not chosen:
         return kept
-    found = pack([*chosen.values()], num_row_dims)
+    (found,) = yield [Ask(pack, ([*chosen.values()], num_row_dims))]
     for (i, t), codes in zip(chosen.items(), found, strict=False):
         ctx.packed[i], kept[i] = t.dtype, codes
     return [*kept, *found[len(chosen) :]]
 
 
 def unpacked(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+    """What `unpacking` ends with."""
+    return run(unpacking(ctx, saved))
+
+
+def unpacking(ctx: Any, saved: Sequence[Any]) -> Steps[list[Any]]:
     """What a node saved: its activations, and what it saved behind them."""
     where = [i for i, dtype in enumerate(ctx.packed) if dtype is not None]
     if not where:
         return [*saved]
     activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
     scales, dtypes = others[: len(where)], [ctx.packed[i] for i in where]
-    found = unpack([activations[i] for i in where], scales, dtypes)
+    (found,) = yield [Ask(unpack, ([activations[i] for i in where], scales, dtypes))]
     for i, activation in zip(where, found, strict=True):
         activations[i] = activation
     return [*activations, *others[len(where) :]]
@@ -201,3 +217,19 @@ unpack = register(
     fake=fake_unpack,
     triton=triton_unpack,
 )
+
+
+def _pack_together(calls: Sequence[Call]) -> list[list[Tensor]]:
+    sizes = [len(xs) for xs, _ in calls]
+    found = pack([x for xs, _ in calls for x in xs], calls[0][1])
+    codes, scales = (parts(each, sizes) for each in parts(found, [sum(sizes)] * 2))
+    return [[*c, *s] for c, s in zip(codes, scales, strict=True)]
+
+
+def _unpack_together(calls: Sequence[Call]) -> list[Sequence[Tensor]]:
+    fields = ([t for own in field for t in own] for field in zip(*calls, strict=True))
+    return parts(unpack(*fields), [len(codes) for codes, *_ in calls])
+
+
+share(pack, _pack_together, lambda xs, num_row_dims: num_row_dims)
+share(unpack, _unpack_together, lambda *args: ())
