@@ -212,6 +212,19 @@ def quantize_pieces(batch: int, num_tokens: int, width: int, name: str) -> None:
     provider.triton_pieces(xs, name, name, None, False)
 
 
+def quantize_mixed(batch: int, num_tokens: int, width: int, gradient: str, weight: str) -> None:
+    """A gradient with its bias's, one in pieces, and the transposed copies of two weights."""
+    from fxopt.kernels import quantize_group as provider
+
+    xs = [randn(batch * num_tokens, n * width) for n in (1, 2, 1)]
+    weights = [randn(n * width, width) for n in (1, 3)]
+    absent = torch.empty(0), torch.empty(0)
+    known = [torch.ones(1 if "tensor" in weight else width) for _ in weights]
+    rows, columns = [gradient, gradient, "", ""], [gradient, gradient, weight, weight]
+    sums = [True, False, False, False]
+    provider.triton_mixed([*xs, *weights], [1, 2, 1, 1], rows, columns, sums, [*absent, *known])
+
+
 def quantize_together(batch: int, num_tokens: int, width: int, name: str) -> None:
     """Both copies and the bias's gradient of four gradients of two streams."""
     from fxopt.kernels import quantize as provider

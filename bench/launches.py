@@ -25,6 +25,7 @@ from bench.calls import (
     qk_norm_rope,
     quantize,
     quantize_group,
+    quantize_mixed,
     quantize_pieces,
     quantize_together,
     quantized_producers,
@@ -146,6 +147,9 @@ def _fp8_cases() -> Iterator[Case]:
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
+    for gradient, weight in (("e5m2/tensor/fp32", "e4m3/tensor/fp32"), (name, name)):
+        both = partial(quantize_mixed, gradient=gradient, weight=weight)
+        yield fp8(f"quantize_mixed {gradient} {weight}", both)
     yield fp8("saving", saving)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (

@@ -142,9 +142,8 @@ def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
     def cast(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
         xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
         slots = [Slot(*line) for line in zip(*lines, strict=True)] or [UNWATCHED] * len(xs)
-        by_row, by_column = _operands(rows[0], columns[0])
-        pieces = [[x] for x in xs]
-        return triton_quantize_group.quantize(pieces, by_row, by_column, wants_sum, slots)
+        formats = [operands(rows[0], columns[0])] * len(xs)
+        return triton_quantize_group.quantize([[x] for x in xs], formats, wants_sum, slots)
 
     return where_it_fits(calls, is_cast, cast, native)
 
@@ -169,9 +168,8 @@ def triton_pieces(
 
     if not all(x.numel() and can_cast(x) for x in xs) or not fits(xs[0], rows, columns):
         return native_pieces(xs, rows, columns, seed, wants_sum, *line)
-    by_row, by_column = _operands(rows, columns)
-    slots = [Slot(*line) if line else UNWATCHED]
-    return triton_quantize_group.quantize([xs], by_row, by_column, [wants_sum], slots)[0]
+    formats, slots = [operands(rows, columns)], [Slot(*line) if line else UNWATCHED]
+    return triton_quantize_group.quantize([xs], formats, [wants_sum], slots)[0]
 
 
 def fake_pieces(xs: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
@@ -184,11 +182,12 @@ def _joined(xs: Sequence[Tensor]) -> Tensor:
 
 def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:
     """Whether the Triton kernels cast like this."""
-    return all(map(covers, _operands(rows, columns)))
+    return all(map(covers, operands(rows, columns)))
 
 
-def _operands(*names: str | None) -> list[Operand | None]:
-    return [None if name is None else Operand.parse(name) for name in names]
+def operands(rows: str | None, columns: str | None) -> tuple[Operand | None, Operand | None]:
+    by_row, by_column = (None if n is None else Operand.parse(n) for n in (rows, columns))
+    return by_row, by_column
 
 
 def fake(

@@ -31,17 +31,14 @@ from fxopt.kernels.norm_modulate import (
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantize import Cast
+from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
 from fxopt.kernels.quantized_linears import (
-    by_linear,
     cast_weights,
     fuses,
-    gradients,
     pieces_by_stream,
     pieces_of,
     products,
-    quantized,
     split,
-    weight_gradients,
 )
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,

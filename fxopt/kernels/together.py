@@ -35,15 +35,20 @@ Result = TypeVar("Result")
 Steps: TypeAlias = Generator[Sequence[Ask], list[Any], Result]
 
 
+Run: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any]]
+
+
 class Shared(NamedTuple):
     """How calls of an op run together.
 
     run: the results of calls that have the same `common`.
     common: of the arguments; None for a call that has to run alone.
+    mixed: the results of calls of all kinds and of any ops that have it, without lines; or None.
     """
 
-    run: Callable[[Sequence[Ask]], Sequence[Any]]
+    run: Run
     common: Callable[[Call], Hashable]
+    mixed: Run | None = None
 
 
 SHARED: dict[OpOverload, Shared] = {}
@@ -54,11 +59,18 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
     kinds: dict[Hashable, list[int]] = {}
     for i, ask in enumerate(asks):
         kinds.setdefault(_kind(ask) or i, []).append(i)
+    mixed: dict[Hashable, list[Hashable]] = {}
+    for kind, members in kinds.items():
+        mixed.setdefault(_mixed(asks[members[0]]) or (kind,), []).append(kind)
     found: dict[int, Any] = {}
-    for members in kinds.values():
+    for run_all, each in mixed.items():
+        members = [i for kind in each for i in kinds[kind]]
         own = [asks[i] for i in members]
-        if len(own) == 1:
-            results: Sequence[Any] = [call_counting(own[0].op, own[0].lines, *own[0].args)]
+        if len(each) > 1:
+            assert callable(run_all)
+            results = run_all(own)
+        elif len(own) == 1:
+            results = [call_counting(own[0].op, own[0].lines, *own[0].args)]
         else:
             results = SHARED[own[0].op].run(own)
         found |= zip(members, results, strict=True)
@@ -108,6 +120,12 @@ def _kind(ask: Ask) -> Hashable:
     return None if common is None else (ask.op, common, watched)
 
 
+def _mixed(ask: Ask) -> Run | None:
+    """What runs the call with those of other kinds; None if nothing does."""
+    is_plain = _kind(ask) is not None and all(line is None for line in ask.lines)
+    return SHARED[ask.op].mixed if is_plain else None
+
+
 def where_it_fits(
     calls: Sequence[Call],
     fits: Callable[..., bool],
@@ -131,6 +149,12 @@ def share(
     """Let calls of an op run by `launch`, which takes the arguments of each, where `kind` of the
     arguments is the same."""
     SHARED[op] = Shared(lambda asks: launch([ask.args for ask in asks]), lambda args: kind(*args))
+
+
+def mix(ops: Sequence[OpOverload], run: Run) -> None:
+    """Let calls of these ops, which can run together each, run by `run` if they are of kinds."""
+    for op in ops:
+        SHARED[op] = SHARED[op]._replace(mixed=run)
 
 
 def share_lists(op: OpOverload) -> None:

@@ -81,9 +81,7 @@ def amax_kernel(
 
 @triton.jit
 def cast_kernel(
-    parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of [beside | activation] of each part, made of (gate, up, beside, width)."""
@@ -93,17 +91,12 @@ def cast_kernel(
             r, c = tile_indices(BLOCK_R, BLOCK_C)
             num_rows, num_columns = size(part.num_rows), part.num_columns
             value = activation_tile(*part.tile, r, c, num_rows, num_columns, ACTIVATION)
-            store_codes_of(
-                part, value, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
 @triton.jit
 def backward_kernel(
-    parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
@@ -120,10 +113,7 @@ def backward_kernel(
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
             value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
             value = joined(value, mask, gate, beside, width, r, c, num_rows)
-            store_codes_of(
-                part, value, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,9 +133,10 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, T
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
     matrices = [_matrix(*call[:5]) for call in calls]
     slots = [Slot(line, None, *more) for line, *more in (call[7:] or [None] * 3 for call in calls)]
-    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, by_row, by_column)
+    both, of_rows = ([(by_row, o)] * len(matrices) for o in (by_column, None))
+    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, both)
     amax_t = [launch.amax_for(matrix, by_column) for matrix in matrices]
-    pairs = group.cast(cast_kernel, matrices, amaxes, by_row, None, slots, amax_out=amax_t)
+    pairs = group.cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
     each = zip(pairs, amax_t, matrices, strict=True)
     return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in each]
 
@@ -164,7 +155,8 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
         slots.append(Slot(columns=counters[0] if counters else None))
-    pairs = group.cast(backward_kernel, matrices, amaxes, None, by_column, slots)
+    formats = [(None, by_column)] * len(matrices)
+    pairs = group.cast(backward_kernel, matrices, amaxes, formats, slots)
     return [(*own, c.codes, c.scales) for own, (_, c) in zip(grads, pairs, strict=True)]
 
 

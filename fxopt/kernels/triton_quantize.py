@@ -92,6 +92,7 @@ def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) 
     return Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
 
 
+Formats = tuple[Operand | None, Operand | None]  # how a copy and the transposed one are quantized
 Pair = tuple[Quantized, Quantized]
 Copies = tuple[Quantized | None, Quantized | None]
 
@@ -159,6 +160,12 @@ def settings(rows: Operand | None, columns: Operand | None) -> dict[str, object]
         found[f"LARGEST{suffix}"] = format.largest
         found[f"POW2{suffix}"] = operand is not None and operand.scale == "pow2"
     return found
+
+
+def constants(rows: Operand | None, columns: Operand | None) -> tuple[object, ...]:
+    """The same in the order of `store_codes`."""
+    found = settings(rows, columns)
+    return tuple(found[name + end] for name in ("FORMAT", "LARGEST", "POW2") for end in ("", "_T"))
 
 
 def padded_size(operand: Operand | None, size: int) -> int:

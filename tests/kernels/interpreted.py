@@ -57,6 +57,8 @@ TRITON = {
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
+    torch.ops.fxopt.quantize_mixed.default: quantize_group.triton_mixed,
+    torch.ops.fxopt.quantize_pieces.default: quantize.triton_pieces,
     **QUANTIZING,
     **{COUNTING[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
