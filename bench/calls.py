@@ -296,6 +296,21 @@ def quantized_producers(
     )
 
 
+def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:
+    """The backward of an activation that is kept as codes, beside another tensor; `form` is "up" or
+    how gate and up are packed in one tensor."""
+    from fxopt.kernels import packed_activation as provider
+    from fxopt.kernels import saving
+
+    num_halves = 2 if form == "gate_up" else 1
+    kept = [randn(batch, num_tokens, num_halves * width) for _ in range(1 + (form == "up"))]
+    codes = saving.fake_pack(kept, 1)
+    pairs = [[*t, None][:2] for t in (codes[: len(kept)], codes[len(kept) :])]
+    grad, beside = (randn(batch, num_tokens, width) for _ in range(2))
+    settings = "silu", "none" if form == "up" else form, "e4m3/tensor/fp32", torch.ones(1)
+    provider.triton(grad, *pairs[0], *pairs[1], beside, *settings)
+
+
 def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     from fxopt.kernels import sum_parts as provider
 

@@ -22,6 +22,7 @@ from bench.calls import (
     linear_cross_entropy,
     norm_modulate,
     norm_modulate_segments,
+    packed_activation,
     qk_norm_rope,
     quantize,
     quantize_group,
@@ -151,6 +152,9 @@ def _fp8_cases() -> Iterator[Case]:
         both = partial(quantize_mixed, gradient=gradient, weight=weight)
         yield fp8(f"quantize_mixed {gradient} {weight}", both)
     yield fp8("saving", saving)
+    for form in ("none", "up", "gate_up"):
+        run = partial(packed_activation, form=form)
+        yield fp8(f"packed_activation {form}", run, num_launches=1)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (
         (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),

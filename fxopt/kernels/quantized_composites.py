@@ -30,6 +30,7 @@ from fxopt.kernels.norm_modulate import (
 )
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
+from fxopt.kernels.packed_activation import packed_backward
 from fxopt.kernels.quantize import Cast
 from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
 from fxopt.kernels.quantized_linears import (
@@ -47,7 +48,7 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import packing, unpacking
+from fxopt.kernels.saving import as_codes, packing, unpacking
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts
 from fxopt.recipes import Operand, Recipe
@@ -199,21 +200,25 @@ class GatedActivationQuantizedLinear(Streams):
         (grad,) = grads
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved = yield from unpacking(ctx, saved_tensors(ctx))
-        gate, up, beside, amax_t, weight, *amax = saved
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
+        trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
+        saved = saved_tensors(ctx)
+        saved, scales = as_codes(ctx, saved) if trains and has_columns else (saved, [])
+        if not scales:
+            saved = yield from unpacking(ctx, saved)
+        gate, up, beside, amax_t, weight, *amax = saved
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = yield from gradients(
             ctx, [[flat(grad)]], [weight], amax, True, needs[3:]
         )
         assert dy_MK is not None
         dy = dy_MK.view(ctx.shape)
-        trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
             formats = *ctx.settings, str(recipe.wgrad.b), amax_t
-            given, lines = (dactivation, gate, up, beside, *formats), (ctx.slots.x.columns,)
-            (found,) = yield [Ask(gated_activation_quantize_backward, given, lines)]
+            given = dactivation, gate, up, *scales, beside, *formats
+            backward = packed_backward if scales else gated_activation_quantize_backward
+            (found,) = yield [Ask(backward, given, (ctx.slots.x.columns,))]
             dgate, dup, codes_t, scales_t = found
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:

@@ -113,6 +113,18 @@ def unpacking(ctx: Any, saved: Sequence[Any]) -> Steps[list[Any]]:
     return [*activations, *others[len(where) :]]
 
 
+def as_codes(ctx: Any, saved: Sequence[Any]) -> tuple[Sequence[Any], list[Tensor | None]]:
+    """What a node saved without unpacking it, and the scales of its activations; none where not all
+    of them are packed."""
+    activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
+    is_packed = [dtype is not None for dtype in ctx.packed]
+    if is_packed != [t is not None for t in activations]:
+        return saved, []
+    scales = iter(others)
+    each = [next(scales) if packed else None for packed in is_packed]
+    return [*activations, *scales], each
+
+
 def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
     """Of each, whether it and the others that lie in the same memory are all of it."""
     present = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +25,7 @@ from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.native_gated_activation import halves
 from fxopt.kernels.triton_gated_activation import rows_of
-from fxopt.kernels.triton_gated_activation_kernels import gradients, value_of
+from fxopt.kernels.triton_gated_activation_kernels import Packed, Rows, gradients, value_of
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import load_tile, tile_indices
 from fxopt.kernels.triton_sizes import size
@@ -43,11 +44,12 @@ def features(r, c, width, num_rows, num_columns):
 
 
 @triton.jit
-def joined(value, mask, gate, beside, width, r, c, num_rows):
-    """fp32 tile of [beside | value], the value rounded as gate is; zero outside."""
-    value = tl.where(mask, value.to(gate.pointer.dtype.element_ty).to(tl.float32), 0.0)
+def joined(value, mask, like, beside, width, r, c, num_rows):
+    """fp32 tile of [beside | value], the value rounded to the dtype of `like`; zero outside."""
+    value = tl.where(mask, value.to(like.pointer.dtype.element_ty).to(tl.float32), 0.0)
     if beside is not None:
-        other = load_tile(*beside, r, c, num_rows, width)
+        x, stride_N, stride_F, _ = beside
+        other = load_tile(x, stride_N, stride_F, r, c, num_rows, width)
         value = tl.where((c < width)[None, :], other, value)
     return value
 
@@ -112,7 +114,7 @@ def backward_kernel(
             num_rows = size(part.num_rows)
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
             value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
-            value = joined(value, mask, gate, beside, width, r, c, num_rows)
+            value = joined(value, mask, dgate, beside, width, r, c, num_rows)
             store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
@@ -141,23 +143,44 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, T
     return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in each]
 
 
-def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
-    """dgate, dup, and codes and scales of the transposed copy, of each call."""
+def backward_of(
+    calls: Sequence[tuple[Any, ...]], packed: Sequence[Sequence[Tensor | None]] = ()
+) -> list[tuple[Tensor, ...]]:
+    """dgate, dup, and codes and scales of the transposed copy, of each call.
+
+    packed: scales of gate and up of each, if these are codes.
+    """
     by_column = Operand.parse(calls[0][6])
     matrices, grads, amaxes, slots = [], [], [], []
-    for grad, gate, up, beside, activation, packing, _, amax_t, *counters in calls:
-        own = gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+    for call, scales in zip(calls, packed or [()] * len(calls), strict=True):
+        grad, gate, up, beside, activation, packing, _, amax_t, *counters = call
+        own = grad.new_empty(gate.shape), grad.new_empty(0 if up is None else up.shape)
         dgate, dup = halves(own[0], None if up is None else own[1], packing)
         matrix = _matrix(gate, up, beside, activation, packing)
-        *given, width = matrix.arguments
-        arguments = (rows_of(grad), *given, rows_of(dgate), rows_of(dup), width)
-        matrices.append(matrix._replace(arguments=arguments))
+        *inputs, beside_rows, width = matrix.arguments
+        if scales:
+            lie_in = [(gate, scales[0])] * 2 if up is None else zip((gate, up), scales, strict=True)
+            inputs = [_packed(r, *own, dgate) for r, own in zip(inputs, lie_in, strict=True)]
+        arguments = (rows_of(grad), *inputs, beside_rows, rows_of(dgate), rows_of(dup), width)
+        matrices.append(matrix._replace(arguments=arguments, like=grad))
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
         slots.append(Slot(columns=counters[0] if counters else None))
     formats = [(None, by_column)] * len(matrices)
     pairs = group.cast(backward_kernel, matrices, amaxes, formats, slots)
     return [(*own, c.codes, c.scales) for own, (_, c) in zip(grads, pairs, strict=True)]
+
+
+def _packed(
+    rows: Rows | None, codes: Tensor | None, scales: Tensor | None, like: Tensor
+) -> Rows | None:
+    """Rows that lie in `codes`, as codes of values of `like`'s dtype."""
+    if rows is None or codes is None or scales is None:
+        return None
+    start = rows.pointer.storage_offset() - codes.storage_offset()
+    scales_Nc = scales.reshape(-1, scales.shape[-1])
+    packed = Packed(scales_Nc, scales_Nc.stride(0), start, like)
+    return rows._replace(pointer=rows.pointer.view(torch.uint8), packed=packed)
 
 
 def _matrix(

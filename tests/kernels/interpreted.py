@@ -14,6 +14,7 @@ from fxopt.kernels import (
     norm_modulate,
     norm_modulate_segments,
     norm_modulate_streams,
+    packed_activation,
     qk_norm_rope,
     quantize,
     quantize_group,
@@ -41,6 +42,7 @@ QUANTIZING = {
     torch.ops.fxopt.gated_activation_quantize_backward.default: (
         quantized_producers.triton_activation_backward
     ),
+    packed_activation.packed_backward: packed_activation.triton,
 }
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,

@@ -296,7 +296,8 @@ def test_streams_are_packed_in_one_launch(run: Callable[[Case], Any]) -> None:
 
     with Calls(), saving("fp8"):
         sum(t.sum() for t in run(Case(run))).backward()
-    assert called[pack] == called[unpack] == 1
+    reads_codes = torch.ops.fxopt.packed_activation_quantize_backward_together.default
+    assert called[pack] == called[unpack] + called[reads_codes] == 1
 
 
 def activation(gate: Tensor) -> Callable[[], Tensor]:
