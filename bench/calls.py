@@ -296,6 +296,15 @@ def quantized_producers(
     )
 
 
+def activation_with_weights(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """A gated activation beside another tensor, and two weights."""
+    from fxopt.kernels import activation_with_weights as provider
+
+    gate, up, beside = (randn(batch, num_tokens, width) for _ in range(3))
+    weights = [randn(width, n * width) for n in (1, 2)]
+    provider.triton([gate], [up], [beside], "silu", "none", name, name, weights, name, name)
+
+
 def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:
     """The backward of an activation that is kept as codes, beside another tensor; `form` is "up" or
     how gate and up are packed in one tensor."""

@@ -18,6 +18,7 @@ import torch
 
 from bench.calls import (
     HEAD_DIM,
+    activation_with_weights,
     gated_activation,
     linear_cross_entropy,
     norm_modulate,
@@ -145,6 +146,8 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantized producers {name}, two streams", partial(producers, num_streams=2))
         yield fp8(f"quantize_together {name}", partial(quantize_together, name=name))
         yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
+        both = partial(activation_with_weights, name=name)
+        yield fp8(f"activation_with_weights {name}", both)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)

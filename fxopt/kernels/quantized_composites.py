@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels import activation_with_weights
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
@@ -32,6 +33,7 @@ from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.packed_activation import packed_backward
 from fxopt.kernels.quantize import Cast
+from fxopt.kernels.quantize_group import quantize_rows
 from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
 from fxopt.kernels.quantized_linears import (
     cast_weights,
@@ -50,7 +52,7 @@ from fxopt.kernels.quantized_producers import (
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import as_codes, packing, unpacking
 from fxopt.kernels.streams import Call, Streams
-from fxopt.kernels.together import Ask, Steps, parts
+from fxopt.kernels.together import Ask, Steps, mix, parts, side_by_side
 from fxopt.recipes import Operand, Recipe
 
 
@@ -174,22 +176,12 @@ class GatedActivationQuantizedLinear(Streams):
         gate, up, beside, weight, bias = tensors
         assert gate is not None and weight is not None
         ctx.recipe, ctx.step, _ = decision
-        recipe = ctx.recipe
-        trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
-        y: Tensor | Quantized
-        slot = (slots := slots_for(decision, [weight])).x
-        if fuses(recipe):
-            lines = slot.rows, slot.known, slot.seen
-            given = gate, up, beside, *settings, *_formats(recipe, trains, slot)
-            ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
-            amax_t = amax_t if slot.known is None else slot.known
-            y = Quantized(codes, scales, scales.new_empty(0))
-        else:
-            (activation,) = yield [Ask(gated_activation, (gate, up, *settings, None))]
-            y = yield from _operand(_joined(beside, activation), recipe, slot)
-        ctx.settings, ctx.slots, ctx.pieces = settings, slots, pieces_of([weight], [])
-        ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        copies = yield from cast_weights([weight], ctx, any(ctx.needs_input_grad))
+        ctx.settings, ctx.slots = settings, slots_for(decision, [weight])
+        ctx.shape, ctx.pieces = (*gate.shape[:-1], weight.shape[1]), pieces_of([weight], [])
+        (y, amax_t), copies = yield from side_by_side(
+            _activated(ctx, gate, up, beside),
+            cast_weights([weight], ctx, any(ctx.needs_input_grad)),
+        )
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
         activations = yield from packing(ctx, (gate, up))
         save_for_backward(ctx, *activations, beside, amax_t, weight, *amax)
@@ -235,6 +227,22 @@ class GatedActivationQuantizedLinear(Streams):
             dweights = weight_gradients(operands, y, [weight], recipe)
         each = zip((dgate, dup, dy[..., :width]), needs, strict=False)
         return None, None, *(g if need else None for g, need in each), *dweights, *dbiases
+
+
+def _activated(
+    ctx: Any, gate: Tensor, up: Tensor | None, beside: Tensor | None
+) -> Steps[tuple[Tensor | Quantized, Tensor]]:
+    """[beside | act(gate) * up] for the product, and the magnitudes for its transposed copy."""
+    slot, trains = ctx.slots.x, ctx.needs_input_grad[5]
+    if not fuses(ctx.recipe):
+        (activation,) = yield [Ask(gated_activation, (gate, up, *ctx.settings, None))]
+        y = yield from _operand(_joined(beside, activation), ctx.recipe, slot)
+        return y, gate.new_empty(0)
+    lines = slot.rows, slot.known, slot.seen
+    given = gate, up, beside, *ctx.settings, *_formats(ctx.recipe, trains, slot)
+    ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
+    kept = amax_t if slot.known is None else slot.known
+    return Quantized(codes, scales, scales.new_empty(0)), kept
 
 
 def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
@@ -337,3 +345,4 @@ gated_activation_quantized_linear_streams = register_composite(
     "str packing, Tensor?[] beside, Tensor[] weight, Tensor?[] bias, str recipe) -> Tensor[]",
     _gated_activation_quantized_linear_streams,
 )
+mix((gated_activation_quantize, quantize_rows), activation_with_weights.together)

@@ -36,6 +36,7 @@ Steps: TypeAlias = Generator[Sequence[Ask], list[Any], Result]
 
 
 Run: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any]]
+RunMixed: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any] | None]
 
 
 class Shared(NamedTuple):
@@ -43,12 +44,13 @@ class Shared(NamedTuple):
 
     run: the results of calls that have the same `common`.
     common: of the arguments; None for a call that has to run alone.
-    mixed: the results of calls of all kinds and of any ops that have it, without lines; or None.
+    mixed: the results of calls of several kinds, of the ops that have it and without lines, or None
+        if these run kind by kind; None if all do.
     """
 
     run: Run
     common: Callable[[Call], Hashable]
-    mixed: Run | None = None
+    mixed: RunMixed | None = None
 
 
 SHARED: dict[OpOverload, Shared] = {}
@@ -59,22 +61,38 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
     kinds: dict[Hashable, list[int]] = {}
     for i, ask in enumerate(asks):
         kinds.setdefault(_kind(ask) or i, []).append(i)
-    mixed: dict[Hashable, list[Hashable]] = {}
-    for kind, members in kinds.items():
-        mixed.setdefault(_mixed(asks[members[0]]) or (kind,), []).append(kind)
     found: dict[int, Any] = {}
-    for run_all, each in mixed.items():
-        members = [i for kind in each for i in kinds[kind]]
-        own = [asks[i] for i in members]
-        if len(each) > 1:
-            assert callable(run_all)
-            results = run_all(own)
-        elif len(own) == 1:
-            results = [call_counting(own[0].op, own[0].lines, *own[0].args)]
-        else:
-            results = SHARED[own[0].op].run(own)
+    for run_mixed, groups in _by_mix(asks, [*kinds.values()]):
+        members = [i for group in groups for i in group]
+        results = run_mixed([asks[i] for i in members]) if len(groups) > 1 else None
+        if results is None:
+            results = [r for group in groups for r in _of_one_kind([asks[i] for i in group])]
         found |= zip(members, results, strict=True)
     return [found[i] for i in range(len(asks))]
+
+
+def _of_one_kind(asks: Sequence[Ask]) -> Sequence[Any]:
+    first = asks[0]
+    if len(asks) == 1:
+        return [call_counting(first.op, first.lines, *first.args)]
+    return SHARED[first.op].run(asks)
+
+
+def _by_mix(
+    asks: Sequence[Ask], groups: Sequence[list[int]]
+) -> list[tuple[RunMixed, list[list[int]]]]:
+    """Groups of one kind each, by what may run them together."""
+    found: dict[RunMixed, list[list[int]]] = {}
+    apart: list[tuple[RunMixed, list[list[int]]]] = []
+    for group in groups:
+        first = asks[group[0]]
+        is_plain = _kind(first) is not None and all(line is None for line in first.lines)
+        run_mixed = SHARED[first.op].mixed if is_plain else None
+        if run_mixed is None:
+            apart.append((_of_one_kind, [group]))
+        else:
+            found.setdefault(run_mixed, []).append(group)
+    return [*found.items(), *apart]
 
 
 def run(steps: Steps[Result]) -> Result:
@@ -120,12 +138,6 @@ def _kind(ask: Ask) -> Hashable:
     return None if common is None else (ask.op, common, watched)
 
 
-def _mixed(ask: Ask) -> Run | None:
-    """What runs the call with those of other kinds; None if nothing does."""
-    is_plain = _kind(ask) is not None and all(line is None for line in ask.lines)
-    return SHARED[ask.op].mixed if is_plain else None
-
-
 def where_it_fits(
     calls: Sequence[Call],
     fits: Callable[..., bool],
@@ -151,8 +163,8 @@ def share(
     SHARED[op] = Shared(lambda asks: launch([ask.args for ask in asks]), lambda args: kind(*args))
 
 
-def mix(ops: Sequence[OpOverload], run: Run) -> None:
-    """Let calls of these ops, which can run together each, run by `run` if they are of kinds."""
+def mix(ops: Sequence[OpOverload], run: RunMixed) -> None:
+    """Let calls of several kinds run as one, of these ops, which share those of one kind."""
     for op in ops:
         SHARED[op] = SHARED[op]._replace(mixed=run)
 

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels import triton_quantize_group as group
-from fxopt.kernels.counters import Slot
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.native_gated_activation import halves
+from fxopt.kernels.quantize import operands
 from fxopt.kernels.triton_gated_activation import rows_of
 from fxopt.kernels.triton_gated_activation_kernels import Packed, Rows, gradients, value_of
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
-from fxopt.kernels.triton_quantize_kernels import load_tile, tile_indices
+from fxopt.kernels.triton_quantize_kernels import load_pieces, load_tile, tile_indices
 from fxopt.kernels.triton_sizes import size
 from fxopt.recipes import Operand
 
@@ -68,16 +69,31 @@ def activation_tile(
 
 
 @triton.jit
+def tile_of(
+    part, r, c, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Tile of a part made of (pieces, gate, up, beside, width): of `load_pieces`, or if there are
+    none of [beside | activation]."""
+    pieces, gate, up, beside, width = part.tile
+    num_rows, num_columns = size(part.num_rows), part.num_columns
+    if pieces is not None:
+        return load_pieces(pieces, r, c, num_rows, BLOCK_R, BLOCK_C)
+    else:
+        return activation_tile(
+            gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION
+        )  # fmt: skip
+
+
+@triton.jit
 def amax_kernel(
     parts, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """`store_amax` of [beside | activation] of each part, made of (gate, up, beside, width)."""
+    """`store_amax` of each part, as `tile_of` makes it."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = activation_tile(*part.tile, r, c, num_rows, num_columns, ACTIVATION)
+            value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
             store_amax_of(part, value, r, c)
 
 
@@ -86,13 +102,12 @@ def cast_kernel(
     parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of [beside | activation] of each part, made of (gate, up, beside, width)."""
+    """`store_codes` of each part, as `tile_of` makes it."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = activation_tile(*part.tile, r, c, num_rows, num_columns, ACTIVATION)
+            value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
             store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
@@ -128,19 +143,37 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     return backward_of([args])[0]
 
 
-def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Codes, scales and amax_t of each call; no gate is empty or fp64, and names are those of the
-    first."""
-    rows, columns = calls[0][5:7]
-    by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    matrices = [_matrix(*call[:5]) for call in calls]
+def forward_of(
+    calls: Sequence[tuple[Any, ...]],
+    weights: Sequence[Tensor] = (),
+    weight_formats: Sequence[str | None] = (None, None),
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Codes, scales and amax_t of each call, then of each weight; no gate and no weight is empty or
+    fp64, and names are those of the first call. With weights no magnitude is known."""
+    matrices = [_whole(_matrix(*call[:5])) for call in calls]
+    matrices += [_plain(weight, matrices[0]) for weight in weights]
+    formats = [operands(*calls[0][5:7])] * len(calls) + [operands(*weight_formats)] * len(weights)
     slots = [Slot(line, None, *more) for line, *more in (call[7:] or [None] * 3 for call in calls)]
-    both, of_rows = ([(by_row, o)] * len(matrices) for o in (by_column, None))
-    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, both)
-    amax_t = [launch.amax_for(matrix, by_column) for matrix in matrices]
+    slots += [UNWATCHED] * len(weights)
+    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, formats)
+    each = zip(matrices, formats, strict=True)
+    amax_t = [launch.amax_for(matrix, by_column) for matrix, (_, by_column) in each]
+    of_rows = [(by_row, None) for by_row, _ in formats]
     pairs = group.cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
-    each = zip(pairs, amax_t, matrices, strict=True)
-    return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in each]
+    found = zip(pairs, amax_t, matrices, strict=True)
+    return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in found]
+
+
+def _whole(matrix: launch.Matrix) -> launch.Matrix:
+    """[beside | activation], as `tile_of` takes it."""
+    return matrix._replace(arguments=(None, *matrix.arguments))
+
+
+def _plain(x: Tensor, like: launch.Matrix) -> launch.Matrix:
+    """A tensor as it is, beside such a matrix."""
+    matrix = launch.of_tensors(x)
+    arguments = tuple(matrix.arguments), None, None, None, None
+    return matrix._replace(arguments=arguments, constants=like.constants)
 
 
 def backward_of(

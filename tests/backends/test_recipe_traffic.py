@@ -35,6 +35,7 @@ TOKENS, WIDTH = 4608, 3072
 INPUT = TOKENS * WIDTH  # elements
 SIZES = [(WIDTH, WIDTH)] * 3 + [(4 * WIDTH, WIDTH), (WIDTH, 5 * WIDTH)]  # out, features
 WEIGHTS = sum(out * features for out, features in SIZES)
+LAST = 5 * WIDTH * WIDTH
 GRADIENTS = sum(TOKENS * out for out, _ in SIZES)
 
 
@@ -42,15 +43,16 @@ def test_bytes_of_quantization_by_op() -> None:
     """Every element's way, as the design says; statistics and scales are the slack."""
     found = single("fp8_tensorwise").glue
     expected = {
-        # Of a weight: read for the scale and for the codes, one copy.
-        "quantize_rows": (2 + 2 + 1) * WEIGHTS,
+        # Of a weight: read for the scale and for the codes, one copy. Likewise of the last one,
+        # of five times the width, with what it multiplies.
+        "quantize_rows": (2 + 2 + 1) * (WEIGHTS - LAST),
+        "gated_activation_quantize_with_weights": (2 + 2 + 1) * (5 * INPUT + LAST),
         # Of a gradient the same with two copies, and the bias's sum; with it the weight once more,
         # without the scale.
         "quantize_mixed": (2 + 2 + 1 + 1) * GRADIENTS + (2 + 1) * WEIGHTS,
         # Of an input: twice what the producer reads, and codes in place of 16 bits.
         "norm_modulate_quantize": (2 + 2 + 1) * INPUT,
         "norm_modulate_quantize_columns": (2 + 1) * INPUT,
-        "gated_activation_quantize": (2 + 2 + 1) * 5 * INPUT,
         # Gradients of the activation, and the other copy from the same read.
         "gated_activation_quantize_backward": (3 * 2 * 4 + 2 + 5) * INPUT,
     }

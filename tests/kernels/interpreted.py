@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.kernels import (
+    activation_with_weights,
     gated_activation,
     norm_modulate,
     norm_modulate_segments,
@@ -61,6 +62,7 @@ TRITON = {
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
     torch.ops.fxopt.quantize_mixed.default: quantize_group.triton_mixed,
     torch.ops.fxopt.quantize_pieces.default: quantize.triton_pieces,
+    torch.ops.fxopt.gated_activation_quantize_with_weights.default: activation_with_weights.triton,
     **QUANTIZING,
     **{COUNTING[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
