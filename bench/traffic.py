@@ -72,30 +72,28 @@ class Gate(NamedTuple):
 
 
 OF_CURRENT = {
-    "flux-dev double": Gate(2.0, 4.63, 2.82),
-    "flux-dev single": Gate(2.4, 3.33, 2.42),
-    # Its one input projection is split: the gradients of the pieces are joined.
-    "flux2-dev single": Gate(6.5, 10.29, 6.36),
-    "qwen-image block": Gate(2.0, 4.63, 2.82),
-    "z-image block": Gate(3.58, 5.28, 3.86),
-    "wan2.1-14b block": Gate(4.3, 39.3, 36.5),
+    "flux-dev double": Gate(1.5, 4.63, 2.82),
+    "flux-dev single": Gate(1.6, 3.33, 2.42),
+    "flux2-dev single": Gate(4.5, 8.93, 5.0),
+    "qwen-image block": Gate(1.5, 4.63, 2.82),
+    "z-image block": Gate(2.72, 5.28, 3.86),
+    "wan2.1-14b block": Gate(3.4, 39.3, 36.5),
 }
 OF_DELAYED = {
     "flux-dev double": Gate(1.42, 3.73, 2.37),
     "flux-dev single": Gate(1.6, 2.71, 2.03),
-    "flux2-dev single": Gate(3.5, 8.29, 5.34),
+    "flux2-dev single": Gate(3.5, 6.93, 3.98),
     "qwen-image block": Gate(1.42, 3.73, 2.37),
     "z-image block": Gate(2.0, 4.26, 3.2),
     "wan2.1-14b block": Gate(3.1, 32.8, 30.7),
 }
-# As far as is asked, but where the values of a joint projection keep the rest of it.
 OF_SAVED = {
-    "flux-dev double": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
-    "flux-dev single": Gate(2.4, 3.93, 3.02, ASKED["saved"]),
-    "flux2-dev single": Gate(6.5, 10.46, 6.53, 0.967),
-    "qwen-image block": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
-    "z-image block": Gate(3.58, 6.28, 4.86, ASKED["saved"]),
-    "wan2.1-14b block": Gate(4.3, 49.2, 46.4, ASKED["saved"]),
+    "flux-dev double": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
+    "flux-dev single": Gate(1.6, 3.7, 2.8, ASKED["saved"]),
+    "flux2-dev single": Gate(4.5, 9.79, 5.87, ASKED["saved"]),
+    "qwen-image block": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
+    "z-image block": Gate(2.72, 5.9, 4.49, ASKED["saved"]),
+    "wan2.1-14b block": Gate(3.4, 47.4, 44.6, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9
