@@ -218,11 +218,10 @@ def quantize_mixed(batch: int, num_tokens: int, width: int, gradient: str, weigh
 
     xs = [randn(batch * num_tokens, n * width) for n in (1, 2, 1)]
     weights = [randn(n * width, width) for n in (1, 3)]
-    absent = torch.empty(0), torch.empty(0)
     known = [torch.ones(1 if "tensor" in weight else width) for _ in weights]
     rows, columns = [gradient, gradient, "", ""], [gradient, gradient, weight, weight]
     sums = [True, False, False, False]
-    provider.triton_mixed([*xs, *weights], [1, 2, 1, 1], rows, columns, sums, [*absent, *known])
+    provider.triton_mixed([*xs, *weights], [1, 2, 1, 1], rows, columns, sums, [None, None, *known])
 
 
 def quantize_together(batch: int, num_tokens: int, width: int, name: str) -> None:

@@ -25,6 +25,7 @@ from fxopt.kernels.quantized_producers import amax_for, fake_amax
 from fxopt.kernels.registration import call_counting, register
 from fxopt.kernels.together import SHARED, Ask, Shared, mix, parts, share_lists
 
+NUM_RESULTS = 7  # of `quantize`
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -117,13 +118,13 @@ def _is_known(args: Sequence[Any]) -> bool:
 
 
 class Matrix(NamedTuple):
-    """One of them: its pieces, formats as `Operand` is written or "", and magnitudes or empty."""
+    """One of them: its pieces, formats as `Operand` is written or "", and magnitudes or None."""
 
     pieces: Sequence[Tensor]
     rows: str
     columns: str
     wants_sum: bool
-    amax_t: Tensor
+    amax_t: Tensor | None
 
 
 def _matrices(*args: Any) -> list[Matrix]:
@@ -133,25 +134,24 @@ def _matrices(*args: Any) -> list[Matrix]:
 
 def _call(m: Matrix) -> tuple[Any, ...]:
     """Arguments of `native_pieces`."""
-    known = m.amax_t if m.amax_t.numel() else None
-    lines = None, None, known, None
+    lines = None, None, m.amax_t, None
     return m.pieces, m.rows or None, m.columns or None, None, m.wants_sum, *lines
 
 
 def native_mixed(*args: Any) -> list[Tensor]:
-    """Codes and scales of each matrix and of its transpose, and the sum of its rows.
+    """What `quantize` returns, of each matrix.
 
     Args:
         pieces: of all matrices, side by side; of each its num_pieces.
         rows, columns: how each copy is quantized, as `Operand` is written, or "" for none.
         wants_sum: see `quantize`.
-        amax_t: fp32, magnitudes that scales are taken from, as in `quantize_columns`; or empty.
+        amax_t: fp32, magnitudes that scales are taken from, as in `quantize_columns`; or None.
     """
-    return [t for m in _matrices(*args) for t in _without_levels(quantize.native_pieces(*_call(m)))]
+    return [t for m in _matrices(*args) for t in quantize.native_pieces(*_call(m))]
 
 
 def _fake_mixed(*args: Any) -> list[Tensor]:
-    return [t for m in _matrices(*args) for t in _without_levels(quantize.fake_pieces(*_call(m)))]
+    return [t for m in _matrices(*args) for t in quantize.fake_pieces(*_call(m))]
 
 
 def triton_mixed(*args: Any) -> list[Tensor]:
@@ -161,20 +161,14 @@ def triton_mixed(*args: Any) -> list[Tensor]:
         return native_mixed(*args)
     pieces, *_, wants_sum, amax_t = zip(*(matrices := _matrices(*args)), strict=True)
     formats = [quantize.operands(m.rows or None, m.columns or None) for m in matrices]
-    slots = [Slot(known=a if a.numel() else None) for a in amax_t]
+    slots = [Slot(known=known) for known in amax_t]
     made = triton_quantize_group.quantize(pieces, formats, wants_sum, slots)
-    return [t for found in made for t in _without_levels(found)]
-
-
-def _without_levels(found: Sequence[Tensor]) -> list[Tensor]:
-    """Without the scales of tensors, which no format here has."""
-    codes, scales, _, codes_t, scales_t, _, sum = found
-    return [codes, scales, codes_t, scales_t, sum]
+    return [t for found in made for t in found]
 
 
 def _measured(*args: Any) -> list[Tensor]:
     """What is read for its magnitudes first."""
-    return [x for m in _matrices(*args) if not m.amax_t.numel() for x in m.pieces]
+    return [x for m in _matrices(*args) if m.amax_t is None for x in m.pieces]
 
 
 quantize_rows = register(
@@ -200,7 +194,7 @@ share_lists(quantize_rows)
 share_lists(quantize_columns)
 quantize_mixed = register(
     "quantize_mixed(Tensor[] pieces, int[] num_pieces, str[] rows, str[] columns, "
-    "bool[] wants_sum, Tensor[] amax_t) -> Tensor[]",
+    "bool[] wants_sum, Tensor?[] amax_t) -> Tensor[]",
     native=native_mixed,
     fake=_fake_mixed,
     triton=triton_mixed,
@@ -215,16 +209,14 @@ def _matrices_of(ask: Ask) -> list[Matrix]:
         return [Matrix([x], "", columns, False, a) for x, a in zip(xs, amax_t, strict=True)]
     x, rows, columns, _, wants_sum = ask.args
     pieces = [x] if isinstance(x, Tensor) else x
-    return [Matrix(pieces, rows or "", columns or "", wants_sum, pieces[0].new_empty(0))]
+    return [Matrix(pieces, rows or "", columns or "", wants_sum, None)]
 
 
 def _results(ask: Ask, found: Sequence[Sequence[Tensor]]) -> Any:
     """What the ask's own op returns."""
     if ask.op is quantize_columns:
-        return [f[2] for f in found], [f[3] for f in found]
-    ((codes, scales, codes_t, scales_t, sum),) = found
-    levels = scales.new_empty(0), scales.new_empty(0)
-    return codes, scales, levels[0], codes_t, scales_t, levels[1], sum
+        return [f[3] for f in found], [f[4] for f in found]
+    return found[0]
 
 
 def _mixed(asks: Sequence[Ask]) -> list[Any]:
@@ -233,7 +225,7 @@ def _mixed(asks: Sequence[Ask]) -> list[Any]:
     pieces, *fields = map(list, zip(*every, strict=True))
     sizes = [len(p) for p in pieces]
     found = iter(quantize_mixed([x for own in pieces for x in own], sizes, *fields))
-    matrices = iter([list(islice(found, 5)) for _ in every])
+    matrices = iter([list(islice(found, NUM_RESULTS)) for _ in every])
     return [_results(a, list(islice(matrices, len(m)))) for a, m in zip(asks, each, strict=True)]
 
 

@@ -150,8 +150,11 @@ def forward_of(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Codes, scales and amax_t of each call, then of each weight; no gate and no weight is empty or
     fp64, and names are those of the first call. With weights no magnitude is known."""
-    matrices = [_whole(_matrix(*call[:5])) for call in calls]
-    matrices += [_plain(weight, matrices[0]) for weight in weights]
+    # With as many as for an activation alone, weights spilled on sm_89.
+    num_warps = launch.NUM_WARPS if weights else NUM_WARPS
+    constants = {"ACTIVATION": calls[0][3], "num_warps": num_warps}
+    matrices = [_whole(_matrix(*call[:5]), constants) for call in calls]
+    matrices += [_plain(weight, constants) for weight in weights]
     formats = [operands(*calls[0][5:7])] * len(calls) + [operands(*weight_formats)] * len(weights)
     slots = [Slot(line, None, *more) for line, *more in (call[7:] or [None] * 3 for call in calls)]
     slots += [UNWATCHED] * len(weights)
@@ -164,16 +167,16 @@ def forward_of(
     return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in found]
 
 
-def _whole(matrix: launch.Matrix) -> launch.Matrix:
+def _whole(matrix: launch.Matrix, constants: dict[str, Any]) -> launch.Matrix:
     """[beside | activation], as `tile_of` takes it."""
-    return matrix._replace(arguments=(None, *matrix.arguments))
+    return matrix._replace(arguments=(None, *matrix.arguments), constants=constants)
 
 
-def _plain(x: Tensor, like: launch.Matrix) -> launch.Matrix:
+def _plain(x: Tensor, constants: dict[str, Any]) -> launch.Matrix:
     """A tensor as it is, beside such a matrix."""
     matrix = launch.of_tensors(x)
     arguments = tuple(matrix.arguments), None, None, None, None
-    return matrix._replace(arguments=arguments, constants=like.constants)
+    return matrix._replace(arguments=arguments, constants=constants)
 
 
 def backward_of(
