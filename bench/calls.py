@@ -203,6 +203,27 @@ def quantize(
     provider.triton(x, rows, columns, None, is_delayed, None, None, *line)
 
 
+def quantize_pieces(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """Both copies of a gradient that lies in four pieces, a view of a wider one among them."""
+    from fxopt.kernels import quantize as provider
+
+    joint = randn(batch, num_tokens, 2 * width)
+    xs = [*(randn(batch, num_tokens, n * width) for n in (1, 1, 6)), joint[..., :width]]
+    provider.triton_pieces(xs, name, name, None, False)
+
+
+def quantize_mixed(batch: int, num_tokens: int, width: int, gradient: str, weight: str) -> None:
+    """A gradient with its bias's, one in pieces, and the transposed copies of two weights."""
+    from fxopt.kernels import quantize_group as provider
+
+    xs = [randn(batch * num_tokens, n * width) for n in (1, 2, 1)]
+    weights = [randn(n * width, width) for n in (1, 3)]
+    known = [torch.ones(1 if "tensor" in weight else width) for _ in weights]
+    rows, columns = [gradient, gradient, "", ""], [gradient, gradient, weight, weight]
+    sums = [True, False, False, False]
+    provider.triton_mixed([*xs, *weights], [1, 2, 1, 1], rows, columns, sums, [None, None, *known])
+
+
 def quantize_together(batch: int, num_tokens: int, width: int, name: str) -> None:
     """Both copies and the bias's gradient of four gradients of two streams."""
     from fxopt.kernels import quantize as provider
@@ -280,6 +301,30 @@ def quantized_producers(
     provider.triton_activations_backward(
         [(g, *call, name, known if is_delayed else amax_t) for g, call, (*_, amax_t) in each]
     )
+
+
+def activation_with_weights(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """A gated activation beside another tensor, and two weights."""
+    from fxopt.kernels import activation_with_weights as provider
+
+    gate, up, beside = (randn(batch, num_tokens, width) for _ in range(3))
+    weights = [randn(width, n * width) for n in (1, 2)]
+    provider.triton([gate], [up], [beside], "silu", "none", name, name, weights, name, name)
+
+
+def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:
+    """The backward of an activation that is kept as codes, beside another tensor; `form` is "up" or
+    how gate and up are packed in one tensor."""
+    from fxopt.kernels import packed_activation as provider
+    from fxopt.kernels import saving
+
+    num_halves = 2 if form == "gate_up" else 1
+    kept = [randn(batch, num_tokens, num_halves * width) for _ in range(1 + (form == "up"))]
+    codes = saving.fake_pack(kept, 1)
+    pairs = [[*t, None][:2] for t in (codes[: len(kept)], codes[len(kept) :])]
+    grad, beside = (randn(batch, num_tokens, width) for _ in range(2))
+    settings = "silu", "none" if form == "up" else form, "e4m3/tensor/fp32", torch.ones(1)
+    provider.triton(grad, *pairs[0], *pairs[1], beside, *settings)
 
 
 def sum_parts(batch: int, num_tokens: int, width: int) -> None:

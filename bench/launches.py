@@ -18,14 +18,18 @@ import torch
 
 from bench.calls import (
     HEAD_DIM,
+    activation_with_weights,
     gated_activation,
     linear_cross_entropy,
     norm_modulate,
     norm_modulate_segments,
+    packed_activation,
     qk_norm_rope,
     quantize,
     quantize_group,
     quantize_heads,
+    quantize_mixed,
+    quantize_pieces,
     quantize_together,
     quantized_producers,
     saving,
@@ -142,11 +146,20 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantized producers {name}", producers)
         yield fp8(f"quantized producers {name}, two streams", partial(producers, num_streams=2))
         yield fp8(f"quantize_together {name}", partial(quantize_together, name=name))
+        yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
+        both = partial(activation_with_weights, name=name)
+        yield fp8(f"activation_with_weights {name}", both)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)
+    for gradient, weight in (("e5m2/tensor/fp32", "e4m3/tensor/fp32"), (name, name)):
+        both = partial(quantize_mixed, gradient=gradient, weight=weight)
+        yield fp8(f"quantize_mixed {gradient} {weight}", both)
     yield fp8("saving", saving)
     yield fp8("quantize_heads", quantize_heads, num_launches=1)
+    for form in ("none", "up", "gate_up"):
+        run = partial(packed_activation, form=form)
+        yield fp8(f"packed_activation {form}", run, num_launches=1)
     name, of_gradients = "e4m3/tensor/fp32", "e5m2/tensor/fp32"
     for case, run in (
         (f"quantize {of_gradients}", partial(quantize, rows=of_gradients, columns=of_gradients)),

@@ -72,30 +72,28 @@ class Gate(NamedTuple):
 
 
 OF_CURRENT = {
-    "flux-dev double": Gate(2.0, 4.63, 2.82),
-    "flux-dev single": Gate(2.4, 3.33, 2.42),
-    # Its one input projection is split: the gradients of the pieces are joined.
-    "flux2-dev single": Gate(6.5, 10.29, 6.36),
-    "qwen-image block": Gate(2.0, 4.63, 2.82),
-    "z-image block": Gate(3.58, 5.28, 3.86),
-    "wan2.1-14b block": Gate(4.3, 39.3, 36.5),
+    "flux-dev double": Gate(1.5, 4.63, 2.82),
+    "flux-dev single": Gate(1.6, 3.33, 2.42),
+    "flux2-dev single": Gate(4.5, 8.93, 5.0),
+    "qwen-image block": Gate(1.5, 4.63, 2.82),
+    "z-image block": Gate(2.72, 5.28, 3.86),
+    "wan2.1-14b block": Gate(3.4, 39.3, 36.5),
 }
 OF_DELAYED = {
     "flux-dev double": Gate(1.42, 3.73, 2.37),
     "flux-dev single": Gate(1.6, 2.71, 2.03),
-    "flux2-dev single": Gate(3.5, 8.29, 5.34),
+    "flux2-dev single": Gate(3.5, 6.93, 3.98),
     "qwen-image block": Gate(1.42, 3.73, 2.37),
     "z-image block": Gate(2.0, 4.26, 3.2),
     "wan2.1-14b block": Gate(3.1, 32.8, 30.7),
 }
-# As far as is asked, but where the values of a joint projection keep the rest of it.
 OF_SAVED = {
-    "flux-dev double": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
-    "flux-dev single": Gate(2.4, 3.93, 3.02, ASKED["saved"]),
-    "flux2-dev single": Gate(6.5, 10.46, 6.53, 0.967),
-    "qwen-image block": Gate(2.0, 5.4, 3.59, ASKED["saved"]),
-    "z-image block": Gate(3.58, 6.28, 4.86, ASKED["saved"]),
-    "wan2.1-14b block": Gate(4.3, 49.2, 46.4, ASKED["saved"]),
+    "flux-dev double": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
+    "flux-dev single": Gate(1.6, 3.7, 2.8, ASKED["saved"]),
+    "flux2-dev single": Gate(4.5, 9.79, 5.87, ASKED["saved"]),
+    "qwen-image block": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
+    "z-image block": Gate(2.72, 5.9, 4.49, ASKED["saved"]),
+    "wan2.1-14b block": Gate(3.4, 47.4, 44.6, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9
@@ -114,9 +112,15 @@ def count(
     block: nn.Module, inputs: dict[str, Any], function: Callable[..., Any] | None = None
 ) -> traffic.Traffic:
     """Forward and backward of `block`, or of `function` on its parameters."""
-    with faked(block, (), inputs) as (args, kwargs), at_step(0):
-        forward, backward = traffic.measure(function or block, block, args, kwargs)
+    forward, backward = passes(block, inputs, function or block)
     return forward + backward
+
+
+def passes(
+    block: nn.Module, inputs: dict[str, Any], function: Callable[..., Any]
+) -> tuple[traffic.Traffic, traffic.Traffic]:
+    with faked(block, (), inputs) as (args, kwargs), at_step(0):
+        return traffic.measure(function, block, args, kwargs)
 
 
 def measure(
@@ -150,7 +154,8 @@ def measure_recipe(
     with torch.device("meta"):
         block, inputs = preset.build(), preset.inputs()
     plain = count(block, inputs, rewrite(block, (), inputs))
-    low = count(block, inputs, rewrite(block, (), inputs, recipe))
+    forward, backward = passes(block, inputs, rewrite(block, (), inputs, recipe))
+    low = forward + backward
     further = count_further(block, inputs, rewrite(block, (), inputs, recipe))
     if detail:
         print(by_op(name, low), file=sys.stderr)
@@ -158,11 +163,16 @@ def measure_recipe(
     glue_plain = plain.glue.total() / GB
     gate = GATES.get(name, {}).get(case)
     launches, glue_gate, further_gate, saved_gate = gate or (None, None, None, None)
+    of_linears = (
+        of_quantization(case, low, plain, Linears.of(backward, found), launches)
+        if found.quantizes
+        else ()
+    )
     return [
         *figures(case, "bf16", plain),
         *figures(case, name, low, glue_gate),
         rows.Row(case, "glue, further micro-batch [GB]", glue_further, at_most=further_gate),
-        *(of_quantization(case, low, plain, recipe, launches) if found.quantizes else ()),
+        *of_linears,
         rows.Row(case, f"glue, recipe / bf16 (asked: {ASKED['glue']:g})", glue / glue_plain),
         rows.Row(case, "glue, further micro-batch / bf16", glue_further / glue_plain),
         rows.Row(
@@ -178,11 +188,11 @@ def of_quantization(
     case: str,
     low: traffic.Traffic,
     plain: traffic.Traffic,
-    recipe: str,
+    quantized: Linears,
     launches: float | None,
 ) -> Iterator[rows.Row]:
     """What quantization moves and launches; `launches` is the gate, None where there is none."""
-    num_bytes, num_launches = per_element(low, plain, recipe), per_linear(low, plain, recipe)
+    num_bytes, num_launches = per_element(low, plain, quantized), per_linear(low, plain, quantized)
     at_most = None if launches is None else QUANTIZATION_BYTES
     yield rows.Row(case, "quantization [B / element]", num_bytes, at_most=at_most)
     metric = f"quantization launches / linear (asked: {ASKED['launches']:g})"
@@ -211,21 +221,30 @@ def quantization(counts: Counter[str], plain: Counter[str]) -> int:
     return low - sum(n for op, n in plain.items() if op.startswith(PRODUCERS))
 
 
-def low_products(found: traffic.Traffic) -> list[tuple[int, int, int]]:
-    return [g.shape for g in found.gemms if g.bits < 16 and g.shape is not None]
+class Linears(NamedTuple):
+    """How many linears are quantized, and how many elements their x, weights and gradients have."""
+
+    count: float
+    elements: float
+
+    @staticmethod
+    def of(backward: traffic.Traffic, recipe: Recipe) -> Linears:
+        """From their products in backward: in forward a linear may have one for each piece."""
+        shapes = [g.shape for g in backward.gemms if g.bits < 16 and g.shape is not None]
+        each = sum(gemm is not None for gemm in (recipe.dgrad, recipe.wgrad))
+        # Each of the products of a linear has all three sizes.
+        elements = sum(m * n + n * k + m * k for m, n, k in shapes)
+        return Linears(len(shapes) / each, elements / each)
 
 
-def per_element(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> float:
+def per_element(found: traffic.Traffic, plain: traffic.Traffic, linears: Linears) -> float:
     """Bytes of quantization for each element of x, weight and gradient of a quantized linear."""
-    # Each of the products of a linear has all three sizes.
-    elements = sum(m * n + n * k + m * k for m, n, k in low_products(found))
-    return quantization(found.glue, plain.glue) * len(find(recipe).gemms) / elements
+    return quantization(found.glue, plain.glue) / linears.elements
 
 
-def per_linear(found: traffic.Traffic, plain: traffic.Traffic, recipe: str) -> float:
+def per_linear(found: traffic.Traffic, plain: traffic.Traffic, linears: Linears) -> float:
     """Launches of quantization, forward and backward."""
-    num_linears = len(low_products(found)) / len(find(recipe).gemms)
-    return quantization(found.launches, plain.launches) / num_linears
+    return quantization(found.launches, plain.launches) / linears.count
 
 
 def figures(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import is_packing
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -73,7 +74,14 @@ def products(
     x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None], pieces: Pieces
 ) -> tuple[Tensor, ...]:
     """The outputs of all linears on x, in pieces."""
-    wholes = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    if is_packing():
+        each = [(weights[i], biases[i], slice(start, stop)) for i, start, stop in pieces]
+        return tuple(F.linear(x, w[rows], b if b is None else b[rows]) for w, b, rows in each)
+    return in_pieces([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], pieces)
+
+
+def in_pieces(wholes: Sequence[Tensor], pieces: Pieces) -> tuple[Tensor, ...]:
+    """What all linears made, in pieces."""
     return tuple(
         y if (y := wholes[i]).shape[-1] == stop - start else y[..., start:stop]
         for i, start, stop in pieces

@@ -41,7 +41,10 @@ class Pair(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """A call of `fxopt::quantize`: a tensor and how its copies are quantized, None for no copy."""
+    """A call of `fxopt::quantize`: a tensor and how its copies are quantized, None for no copy.
+
+    beside: further columns of it.
+    """
 
     x: Tensor
     rows: Operand | None
@@ -49,10 +52,14 @@ class Cast(NamedTuple):
     seed: Tensor | None = None
     wants_sum: bool = False
     slot: Slot = UNWATCHED
+    beside: Sequence[Tensor] = ()
 
     def ask(self) -> Ask:
         names = [None if o is None else str(o) for o in (self.rows, self.columns)]
-        return Ask(quantize, (self.x, *names, self.seed, self.wants_sum), self.slot)
+        settings = *names, self.seed, self.wants_sum
+        if self.beside:
+            return Ask(quantize_pieces, ([self.x, *self.beside], *settings), self.slot)
+        return Ask(quantize, (self.x, *settings), self.slot)
 
     def pair(self) -> Pair:
         """What the call returns."""
@@ -135,8 +142,8 @@ def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
     def cast(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
         xs, rows, columns, _, wants_sum, *lines = zip(*calls, strict=True)
         slots = [Slot(*line) for line in zip(*lines, strict=True)] or [UNWATCHED] * len(xs)
-        by_row, by_column = _operands(rows[0], columns[0])
-        return triton_quantize_group.quantize(xs, by_row, by_column, wants_sum, slots)
+        formats = [operands(rows[0], columns[0])] * len(xs)
+        return triton_quantize_group.quantize([[x] for x in xs], formats, wants_sum, slots)
 
     return where_it_fits(calls, is_cast, cast, native)
 
@@ -144,13 +151,43 @@ def triton_together(calls: Sequence[Call]) -> Sequence[Sequence[Tensor]]:
 triton = alone(triton_together)
 
 
+def native_pieces(xs: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    """The same of [x_0 | x_1 | ...], of as many rows each and one dtype."""
+    return native(_joined(xs), *args)
+
+
+def triton_pieces(
+    xs: Sequence[Tensor],
+    rows: str | None,
+    columns: str | None,
+    seed: Tensor | None,
+    wants_sum: bool,
+    *line: Tensor | None,
+) -> tuple[Tensor, ...]:
+    from fxopt.kernels import triton_quantize_group
+
+    if not all(x.numel() and can_cast(x) for x in xs) or not fits(xs[0], rows, columns):
+        return native_pieces(xs, rows, columns, seed, wants_sum, *line)
+    formats, slots = [operands(rows, columns)], [Slot(*line) if line else UNWATCHED]
+    return triton_quantize_group.quantize([xs], formats, [wants_sum], slots)[0]
+
+
+def fake_pieces(xs: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    return fake(_joined(xs), *args)
+
+
+def _joined(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(xs), -1)
+
+
 def fits(x: Tensor, rows: str | None, columns: str | None, *_: Any) -> bool:
     """Whether the Triton kernels cast like this."""
-    return all(map(covers, _operands(rows, columns)))
+    return all(map(covers, operands(rows, columns)))
 
 
-def _operands(*names: str | None) -> list[Operand | None]:
-    return [None if name is None else Operand.parse(name) for name in names]
+def operands(rows: str | None, columns: str | None) -> tuple[Operand | None, Operand | None]:
+    by_row, by_column = (None if n is None else Operand.parse(n) for n in (rows, columns))
+    return by_row, by_column
 
 
 def fake(
@@ -202,6 +239,7 @@ def _launches(*args: Any) -> int:
     return 1 if _is_known(args) and not wants_sum else 2
 
 
+LINES = "Tensor(a!)? counters, Tensor(b!)? counters_t, Tensor? known, Tensor(c!)? seen"
 quantize = register(
     "quantize(Tensor x, str? rows, str? columns, Tensor? seed, bool wants_sum) "
     "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
@@ -212,7 +250,19 @@ quantize = register(
     launches=_launches,
     # For the scale, then for the values.
     rereads=lambda args, _: [] if _is_known(args) else args[:1],
-    counters="Tensor(a!)? counters, Tensor(b!)? counters_t, Tensor? known, Tensor(c!)? seen",
+    counters=LINES,
+)
+# The copies of one matrix that lies in pieces, as the gradient of an output does that is split.
+quantize_pieces = register(
+    "quantize_pieces(Tensor[] xs, str? rows, str? columns, Tensor? seed, bool wants_sum) "
+    "-> (Tensor codes, Tensor scales, Tensor tensor_scale, "
+    "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t, Tensor sum)",
+    native=native_pieces,
+    fake=fake_pieces,
+    triton=triton_pieces,
+    launches=_launches,
+    rereads=lambda args, _: [] if _is_known(args) else args[0],
+    counters=LINES,
 )
 quantize_together = register_together(
     quantize, triton_together, kind=lambda *args: () if fits(*args) else None

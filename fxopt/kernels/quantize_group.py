@@ -4,22 +4,28 @@ Weights of one autograd node, or an activation that is kept as it is: the forwar
 that the products read and leaves the magnitudes for the other, so that the backward casts in one
 pass. A launch takes all matrices of the group.
 
+quantize_mixed: what a backward of linears casts at one time, in the launches of one of them:
+gradients by their own magnitudes, and to the transposed copies what the forward left open. Formats
+are those of each matrix. What counts or records runs apart.
+
 For operands with one scale for a tensor or a row (`quantize.covers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.quantized_producers import amax_for, fake_amax
-from fxopt.kernels.registration import register
-from fxopt.kernels.together import share_lists
+from fxopt.kernels.registration import call_counting, register
+from fxopt.kernels.together import SHARED, Ask, Shared, mix, parts, share_lists
 
+NUM_RESULTS = 7  # of `quantize`
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -111,6 +117,60 @@ def _is_known(args: Sequence[Any]) -> bool:
     return len(args) > 4 and bool(args[4])
 
 
+class Matrix(NamedTuple):
+    """One of them: its pieces, formats as `Operand` is written or "", and magnitudes or None."""
+
+    pieces: Sequence[Tensor]
+    rows: str
+    columns: str
+    wants_sum: bool
+    amax_t: Tensor | None
+
+
+def _matrices(*args: Any) -> list[Matrix]:
+    pieces, num_pieces, *fields = args
+    return [Matrix(*m) for m in zip(parts(pieces, num_pieces), *fields, strict=True)]
+
+
+def _call(m: Matrix) -> tuple[Any, ...]:
+    """Arguments of `native_pieces`."""
+    lines = None, None, m.amax_t, None
+    return m.pieces, m.rows or None, m.columns or None, None, m.wants_sum, *lines
+
+
+def native_mixed(*args: Any) -> list[Tensor]:
+    """What `quantize` returns, of each matrix.
+
+    Args:
+        pieces: of all matrices, side by side; of each its num_pieces.
+        rows, columns: how each copy is quantized, as `Operand` is written, or "" for none.
+        wants_sum: see `quantize`.
+        amax_t: fp32, magnitudes that scales are taken from, as in `quantize_columns`; or None.
+    """
+    return [t for m in _matrices(*args) for t in quantize.native_pieces(*_call(m))]
+
+
+def _fake_mixed(*args: Any) -> list[Tensor]:
+    return [t for m in _matrices(*args) for t in quantize.fake_pieces(*_call(m))]
+
+
+def triton_mixed(*args: Any) -> list[Tensor]:
+    from fxopt.kernels import triton_quantize_group
+
+    if not all(x.numel() and quantize.can_cast(x) for x in args[0]):
+        return native_mixed(*args)
+    pieces, *_, wants_sum, amax_t = zip(*(matrices := _matrices(*args)), strict=True)
+    formats = [quantize.operands(m.rows or None, m.columns or None) for m in matrices]
+    slots = [Slot(known=known) for known in amax_t]
+    made = triton_quantize_group.quantize(pieces, formats, wants_sum, slots)
+    return [t for found in made for t in found]
+
+
+def _measured(*args: Any) -> list[Tensor]:
+    """What is read for its magnitudes first."""
+    return [x for m in _matrices(*args) if m.amax_t is None for x in m.pieces]
+
+
 quantize_rows = register(
     "quantize_rows(Tensor[] xs, str rows, str? columns) "
     "-> (Tensor[] codes, Tensor[] scales, Tensor[] amax_t)",
@@ -132,3 +192,48 @@ quantize_columns = register(
 )
 share_lists(quantize_rows)
 share_lists(quantize_columns)
+quantize_mixed = register(
+    "quantize_mixed(Tensor[] pieces, int[] num_pieces, str[] rows, str[] columns, "
+    "bool[] wants_sum, Tensor?[] amax_t) -> Tensor[]",
+    native=native_mixed,
+    fake=_fake_mixed,
+    triton=triton_mixed,
+    launches=lambda *args: 1 + bool(_measured(*args)),
+    rereads=lambda args, _: _measured(*args),
+)
+
+
+def _matrices_of(ask: Ask) -> list[Matrix]:
+    if ask.op is quantize_columns:
+        xs, columns, amax_t = ask.args
+        return [Matrix([x], "", columns, False, a) for x, a in zip(xs, amax_t, strict=True)]
+    x, rows, columns, _, wants_sum = ask.args
+    pieces = [x] if isinstance(x, Tensor) else x
+    return [Matrix(pieces, rows or "", columns or "", wants_sum, None)]
+
+
+def _results(ask: Ask, found: Sequence[Sequence[Tensor]]) -> Any:
+    """What the ask's own op returns."""
+    if ask.op is quantize_columns:
+        return [f[3] for f in found], [f[4] for f in found]
+    return found[0]
+
+
+def _mixed(asks: Sequence[Ask]) -> list[Any]:
+    each = [_matrices_of(ask) for ask in asks]
+    every = [m for own in each for m in own]
+    pieces, *fields = map(list, zip(*every, strict=True))
+    sizes = [len(p) for p in pieces]
+    found = iter(quantize_mixed([x for own in pieces for x in own], sizes, *fields))
+    matrices = iter([list(islice(found, NUM_RESULTS)) for _ in every])
+    return [_results(a, list(islice(matrices, len(m)))) for a, m in zip(asks, each, strict=True)]
+
+
+def _apart(asks: Sequence[Ask]) -> list[Any]:
+    return [call_counting(ask.op, ask.lines, *ask.args) for ask in asks]
+
+
+SHARED[quantize.quantize_pieces] = Shared(
+    _apart, lambda args: () if quantize.fits(args[0][0], *args[1:]) else None
+)
+mix((quantize.quantize, quantize.quantize_pieces, quantize_columns), _mixed)

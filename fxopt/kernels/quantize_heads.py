@@ -88,9 +88,9 @@ def triton(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     for x in xs:
         bits = of_tokens(magnitudes(x, k.shape[1]), x.shape).view(torch.int32)
         amaxes.append(launch.Amax(bits.view(1, -1), None, None))
-    matrices = [launch.of_tensor(token_major(x)) for x in xs]
-    slots = [UNWATCHED] * len(xs)
-    pairs = group.cast(group.cast_kernel, matrices, amaxes, OPERAND, None, slots)
+    matrices = [launch.of_tensors(token_major(x)) for x in xs]
+    formats, slots = [(OPERAND, None)] * len(xs), [UNWATCHED] * len(xs)
+    pairs = group.cast(group.cast_kernel, matrices, amaxes, formats, slots)
     codes = [head_major(found.codes, x.shape) for (found, _), x in zip(pairs, xs, strict=True)]
     scales = [
         of_heads(found.scales, x.shape, k.shape[1]) for (found, _), x in zip(pairs, xs, strict=True)

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels import activation_with_weights
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
+from fxopt.kernels.linears import flat
 from fxopt.kernels.norm_modulate import (
     is_own,
     norm_modulate,
@@ -29,16 +31,17 @@ from fxopt.kernels.norm_modulate import (
 )
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
+from fxopt.kernels.packed_activation import packed_backward
 from fxopt.kernels.quantize import Cast
+from fxopt.kernels.quantize_group import quantize_rows
+from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
 from fxopt.kernels.quantized_linears import (
     cast_weights,
     fuses,
-    gradients,
+    pieces_by_stream,
+    pieces_of,
     products,
-    quantized,
     split,
-    weight_gradients,
-    whole,
 )
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
@@ -47,9 +50,9 @@ from fxopt.kernels.quantized_producers import (
     norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.saving import as_codes, packing, unpacking
 from fxopt.kernels.streams import Call, Streams
-from fxopt.kernels.together import Ask, Steps, parts
+from fxopt.kernels.together import Ask, Steps, mix, parts, side_by_side
 from fxopt.recipes import Operand, Recipe
 
 
@@ -93,7 +96,7 @@ class NormModulateQuantizedLinears(Streams):
         ctx: Any, decision: Decision, settings: tuple[Any, ...], *tensors: Tensor | None
     ) -> Steps[tuple[Any, ...]]:
         ctx.recipe, ctx.step, _ = decision
-        recipe = ctx.recipe
+        settings, ctx.pieces, recipe = settings[:-1], settings[-1], ctx.recipe
         operands, parameters = tensors[:8], tensors[8:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
@@ -121,21 +124,23 @@ class NormModulateQuantizedLinears(Streams):
         copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
         own = is_own(x, residual, others[3]), True
-        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
+        activations = yield from packing(ctx, (h, branch), own)
+        kept = (*activations, gate, *others, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
-        saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
+        saved, recipe = (yield from unpacking(ctx, saved_tensors(ctx))), ctx.recipe
+        needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
         (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
-            saved, 11, len(grads) - 1
+            saved, 11, len(needs_parameters) // 2
         )
         *grad_outs, grad_h = grads
         norm, eps, weight_offset, scale_offset, _, dtype = ctx.settings
-        needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
+        of_linears = by_linear(grad_outs, ctx.pieces, len(weights))
         dy_MK, operands, dbiases = yield from gradients(
-            ctx, grad_outs, weights, amax, True, needs_parameters
+            ctx, of_linears, weights, amax, True, needs_parameters
         )
         if dy_MK is None and grad_h is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -171,24 +176,15 @@ class GatedActivationQuantizedLinear(Streams):
         gate, up, beside, weight, bias = tensors
         assert gate is not None and weight is not None
         ctx.recipe, ctx.step, _ = decision
-        recipe = ctx.recipe
-        trains, amax_t = ctx.needs_input_grad[5], gate.new_empty(0)
-        y: Tensor | Quantized
-        slot = (slots := slots_for(decision, [weight])).x
-        if fuses(recipe):
-            lines = slot.rows, slot.known, slot.seen
-            given = gate, up, beside, *settings, *_formats(recipe, trains, slot)
-            ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
-            amax_t = amax_t if slot.known is None else slot.known
-            y = Quantized(codes, scales, scales.new_empty(0))
-        else:
-            (activation,) = yield [Ask(gated_activation, (gate, up, *settings, None))]
-            y = yield from _operand(_joined(beside, activation), recipe, slot)
-        ctx.settings, ctx.slots = settings, slots
-        ctx.shape = (*gate.shape[:-1], weight.shape[1])
-        copies = yield from cast_weights([weight], ctx, any(ctx.needs_input_grad))
+        ctx.settings, ctx.slots = settings, slots_for(decision, [weight])
+        ctx.shape, ctx.pieces = (*gate.shape[:-1], weight.shape[1]), pieces_of([weight], [])
+        (y, amax_t), copies = yield from side_by_side(
+            _activated(ctx, gate, up, beside),
+            cast_weights([weight], ctx, any(ctx.needs_input_grad)),
+        )
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
-        save_for_backward(ctx, *packed(ctx, (gate, up)), beside, amax_t, weight, *amax)
+        activations = yield from packing(ctx, (gate, up))
+        save_for_backward(ctx, *activations, beside, amax_t, weight, *amax)
         return outs
 
     @staticmethod
@@ -196,20 +192,25 @@ class GatedActivationQuantizedLinear(Streams):
         (grad,) = grads
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        gate, up, beside, amax_t, weight, *amax = unpacked(ctx, saved_tensors(ctx))
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
+        trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
+        saved = saved_tensors(ctx)
+        saved, scales = as_codes(ctx, saved) if trains and has_columns else (saved, [])
+        if not scales:
+            saved = yield from unpacking(ctx, saved)
+        gate, up, beside, amax_t, weight, *amax = saved
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = yield from gradients(
-            ctx, [grad], [weight], amax, True, needs[3:]
+            ctx, [[flat(grad)]], [weight], amax, True, needs[3:]
         )
         assert dy_MK is not None
         dy = dy_MK.view(ctx.shape)
-        trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
             formats = *ctx.settings, str(recipe.wgrad.b), amax_t
-            given, lines = (dactivation, gate, up, beside, *formats), (ctx.slots.x.columns,)
-            (found,) = yield [Ask(gated_activation_quantize_backward, given, lines)]
+            given = dactivation, gate, up, *scales, beside, *formats
+            backward = packed_backward if scales else gated_activation_quantize_backward
+            (found,) = yield [Ask(backward, given, (ctx.slots.x.columns,))]
             dgate, dup, codes_t, scales_t = found
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:
@@ -228,6 +229,22 @@ class GatedActivationQuantizedLinear(Streams):
         return None, None, *(g if need else None for g, need in each), *dweights, *dbiases
 
 
+def _activated(
+    ctx: Any, gate: Tensor, up: Tensor | None, beside: Tensor | None
+) -> Steps[tuple[Tensor | Quantized, Tensor]]:
+    """[beside | act(gate) * up] for the product, and the magnitudes for its transposed copy."""
+    slot, trains = ctx.slots.x, ctx.needs_input_grad[5]
+    if not fuses(ctx.recipe):
+        (activation,) = yield [Ask(gated_activation, (gate, up, *ctx.settings, None))]
+        y = yield from _operand(_joined(beside, activation), ctx.recipe, slot)
+        return y, gate.new_empty(0)
+    lines = slot.rows, slot.known, slot.seen
+    given = gate, up, beside, *ctx.settings, *_formats(ctx.recipe, trains, slot)
+    ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
+    kept = amax_t if slot.known is None else slot.known
+    return Quantized(codes, scales, scales.new_empty(0)), kept
+
+
 def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
     """g^T [beside | activation] in the model's dtype, without joining the two."""
     dweight, width = torch.empty_like(weight), beside.shape[-1]
@@ -238,8 +255,9 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
 
 def _plain_norm(call: Call) -> Sequence[Tensor]:
     operands, biases = call.tensors[:NUM_OPERANDS], call.tensors[NUM_OPERANDS + len(call.weights) :]
-    pieces = [i for piece in whole(call.weights) for i in piece]
-    outs, h = norm_modulate_linears(*operands, *call.settings, call.weights, biases, pieces)
+    *settings, pieces = call.settings
+    numbers = [i for piece in pieces for i in piece]
+    outs, h = norm_modulate_linears(*operands, *settings, call.weights, biases, numbers)
     return *outs, h
 
 
@@ -251,21 +269,26 @@ def _plain_activation(call: Call) -> Sequence[Tensor]:
 
 def _norm_modulate_quantized_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     *operands, norm, eps, weight_offset, scale_offset, h_dtype, dtype = args[:14]
-    weights, biases, num_linears, recipe = args[14:]
+    weights, biases, num_linears, recipe, *pieces = args[14:]
     numbers = zip(eps, weight_offset, scale_offset, strict=True)
-    parameters = parts(weights, num_linears), parts(biases, num_linears)
+    own, own_biases = parts(weights, num_linears), parts(biases, num_linears)
+    parameters = own, own_biases, pieces_by_stream(own, *pieces)
     calls = [
-        Call((norm, *n, h_dtype, dtype), (*own, *w, *b), w, len(w) + 1)
-        for own, n, w, b in zip(zip(*operands, strict=True), numbers, *parameters, strict=True)
+        Call((norm, *n, h_dtype, dtype, p), (*tensors, *w, *b), w, len(p) + 1)
+        for tensors, n, w, b, p in zip(
+            zip(*operands, strict=True), numbers, *parameters, strict=True
+        )
     ]
     found = NormModulateQuantizedLinears.run(recipe, calls, _plain_norm)
     return [out for own in found for out in own[:-1]], [own[-1] for own in found]
 
 
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    *operands, weights, biases, recipe = args
-    tensors, settings = operands[:NUM_OPERANDS], tuple(operands[NUM_OPERANDS:])
-    call = Call(settings, (*tensors, *weights, *biases), weights, len(weights) + 1)
+    tensors, settings = args[:NUM_OPERANDS], args[NUM_OPERANDS:14]
+    weights, biases, recipe, *numbers = args[14:]
+    (pieces,) = pieces_by_stream([weights], *numbers, *([len(n) // 3] for n in numbers))
+    given = *tensors, *weights, *biases
+    call = Call((*settings, pieces), given, weights, len(pieces) + 1)
     ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], _plain_norm)
     return outs, h
 
@@ -299,16 +322,17 @@ norm_modulate_quantized_linears = register_composite(
     "norm_modulate_quantized_linears(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, "
     "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? x_bias, str norm, float eps, "
     "float weight_offset, float scale_offset, ScalarType h_dtype, ScalarType dtype, "
-    "Tensor[] weights, Tensor?[] biases, str recipe) -> (Tensor[] outs, Tensor h)",
+    "Tensor[] weights, Tensor?[] biases, str recipe, int[] pieces=[]) -> "
+    "(Tensor[] outs, Tensor h)",
     _norm_modulate_quantized_linears,
 )
-# The linears of all streams follow one another; of each its `num_linears`.
+# The linears and pieces of all streams follow one another; of each its `num_linears`, `num_pieces`.
 norm_modulate_quantized_linears_streams = register_composite(
     "norm_modulate_quantized_linears_streams(Tensor[] x, Tensor?[] residual, Tensor?[] gate, "
     "Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, Tensor?[] x_bias, "
     "str norm, float[] eps, float[] weight_offset, float[] scale_offset, ScalarType h_dtype, "
-    "ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] num_linears, str recipe) "
-    "-> (Tensor[] outs, Tensor[] h)",
+    "ScalarType dtype, Tensor[] weights, Tensor?[] biases, int[] num_linears, str recipe, "
+    "int[] pieces=[], int[] num_pieces=[]) -> (Tensor[] outs, Tensor[] h)",
     _norm_modulate_quantized_linears_streams,
 )
 gated_activation_quantized_linear = register_composite(
@@ -321,3 +345,4 @@ gated_activation_quantized_linear_streams = register_composite(
     "str packing, Tensor?[] beside, Tensor[] weight, Tensor?[] bias, str recipe) -> Tensor[]",
     _gated_activation_quantized_linear_streams,
 )
+mix((gated_activation_quantize, quantize_rows), activation_with_weights.together)

@@ -15,21 +15,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.kernels import counters, weight_casts
-from fxopt.kernels.counters import Slot
+from fxopt.kernels import counters, linears, weight_casts
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
-from fxopt.kernels.linears import Linears
-from fxopt.kernels.quantize import Cast, Pair, covers, pair_of
+from fxopt.kernels.linears import Linears, Pieces, as_pieces
+from fxopt.kernels.quantize import Cast, covers
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
 from fxopt.kernels.registration import register_composite
+from fxopt.kernels.saving import is_packing
 from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.streams import Call, Streams
-from fxopt.kernels.sum_parts import sum_parts
 from fxopt.kernels.together import Ask, Steps, parts, side_by_side
 from fxopt.kernels.weight_casts import Copies
 from fxopt.recipes import Recipe
@@ -44,8 +43,9 @@ class QuantizedLinears(Streams):
 
     @staticmethod
     def forward_of(
-        ctx: Any, decision: Decision, keeps_x: Any, *tensors: Tensor | None
+        ctx: Any, decision: Decision, settings: tuple[bool, Pieces], *tensors: Tensor | None
     ) -> Steps[tuple[Any, ...]]:
+        keeps_x, ctx.pieces = settings
         x, *parameters = tensors
         assert x is not None
         num_linears = len(parameters) // 2
@@ -66,11 +66,12 @@ class QuantizedLinears(Streams):
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
         saved, recipe = saved_tensors(ctx), ctx.recipe
-        kept, weights, amax = split(saved, ctx.num_kept, len(grads))
         _, _, needs_x, *needs = ctx.needs_input_grad
-        trains = any(g is not None and need for g, need in zip(grads, needs, strict=False))
+        kept, weights, amax = split(saved, ctx.num_kept, len(needs) // 2)
+        of_linears = by_linear(grads, ctx.pieces, len(weights))
+        trains = any(g and need for g, need in zip(of_linears, needs, strict=False))
         (dx_MK, operands, dbiases), x = yield from side_by_side(
-            gradients(ctx, grads, weights, amax, needs_x, needs), cast_kept(kept, ctx, trains)
+            gradients(ctx, of_linears, weights, amax, needs_x, needs), cast_kept(kept, ctx, trains)
         )
         dweights = weight_gradients(operands, x, weights, recipe)
         dx = None if dx_MK is None else dx_MK.view(ctx.shape)
@@ -138,129 +139,47 @@ def products(
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs of the linears, from x or from its codes; and what `gradients` takes as `amax`.
 
-    ctx: of the node, where what `gradients` needs beside is left.
+    ctx: of the node, which has its pieces, and where what `gradients` needs beside is left.
     copies: of the weights, as `cast_weights` makes them.
     """
     present, outs = [w for w in weights if w is not None], []
     ctx.columns = copies.columns
     if not isinstance(x, Quantized):
-        return tuple(F.linear(x, w, b) for w, b in zip(present, biases, strict=True)), []
-    for copy, weight, bias in zip(copies.rows, present, biases, strict=True):
+        return linears.products(x, present, biases, ctx.pieces), []
+    is_apart = is_packing() and covers(ctx.recipe.fprop.b)
+    for i, start, stop in ctx.pieces if is_apart else pieces_of(present, []):
+        bias, copy = biases[i], copies.rows[i]
+        if stop - start < len(copy.codes):
+            bias, copy = None if bias is None else bias[start:stop], _rows(copy, start, stop)
         y_MN = multiply(x, copy, ctx.recipe.fprop, dtype, bias)
-        outs.append(y_MN.view(*ctx.shape[:-1], weight.shape[0]))
-    return tuple(outs), copies.amax_t
+        outs.append(y_MN.view(*ctx.shape[:-1], stop - start))
+    return tuple(outs) if is_apart else linears.in_pieces(outs, ctx.pieces), copies.amax_t
 
 
-def gradients(
-    ctx: Any,
-    grads: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    amax: Sequence[Tensor],
-    needs_x: bool,
-    needs: Sequence[bool],
-) -> Steps[tuple[Tensor | None, list[Tensor | Quantized | None], list[Tensor | None]]]:
-    """The gradient of x [M, K]; for each linear the wgrad operand of its gradient, if its weight
-    needs one; and the gradients of the biases. `needs` is of all weights, then of all biases."""
-    recipe: Recipe = ctx.recipe
-    products_MK: list[Tensor] = []
-    operands: list[Tensor | Quantized | None] = [None] * len(grads)
-    dbiases: list[Tensor | None] = [None] * len(grads)
-    present = [i for i, grad in enumerate(grads) if grad is not None]
-    used = [weights[i] for i in present]
-    factors: Sequence[Tensor | Quantized] = used
-    if recipe.dgrad is not None and needs_x:
-        if ctx.columns:
-            factors = [weight_casts.columns_of(ctx.columns[i]) for i in present]
-        else:
-            found = [amax[i] for i in present] if amax else []
-            slots = [ctx.slots.weights[i] for i in present]
-            factors = yield from weight_casts.for_gradients(used, found, recipe, slots)
-    casts = []
-    for i in present:
-        g_MN, needed = _flat(grads[i]), (needs_x, needs[i], needs[len(grads) + i])
-        casts.append(_of_gradient(g_MN, recipe, *needed, ctx.slots.gradients[i]))
-    pairs = yield from quantized(*casts)
-    for i, factor, cast, pair in zip(present, factors, casts, pairs, strict=True):
-        if needs_x:
-            products_MK.append(_input_gradient(cast.x, pair.rows, factor, recipe))
-        if needs[i]:
-            operands[i] = cast.x if recipe.wgrad is None else pair.columns
-        if cast.wants_sum:
-            dbiases[i] = pair.sum
-    dx_MK = sum_parts(products_MK) if len(products_MK) > 1 else next(iter(products_MK), None)
-    return dx_MK, operands, dbiases
+def _rows(copy: Quantized, start: int, stop: int) -> Quantized:
+    """Some rows of a matrix that has one scale, or one for each row."""
+    scales = copy.scales if len(copy.scales) == 1 else copy.scales[start:stop]
+    return Quantized(copy.codes[start:stop], scales, copy.tensor_scale)
 
 
-def _flat(grad: Tensor | None) -> Tensor:
-    assert grad is not None
-    return grad.reshape(-1, grad.shape[-1])
+def pieces_of(weights: Sequence[Tensor], pieces: Sequence[int]) -> Pieces:
+    """Pieces from their numbers; without any, all outputs whole."""
+    return as_pieces(pieces) or tuple((i, 0, w.shape[0]) for i, w in enumerate(weights))
 
 
-def quantized(*casts: Cast) -> Steps[list[Pair]]:
-    """The copies of each tensor; nothing is launched for one that has none but its sum."""
-    is_cast = [cast.rows is not None or cast.columns is not None for cast in casts]
-    found = iter((yield [c.ask() for c, needed in zip(casts, is_cast, strict=True) if needed]))
-    return [
-        pair_of(next(found)) if needed else _nothing(cast)
-        for cast, needed in zip(casts, is_cast, strict=True)
-    ]
-
-
-def _nothing(cast: Cast) -> Pair:
-    empty = Quantized(*[cast.x.new_empty(0) for _ in range(3)])
-    return Pair(empty, empty, cast.x.sum(0) if cast.wants_sum else cast.x.new_empty(0))
-
-
-def _of_gradient(
-    g_MN: Tensor, recipe: Recipe, for_input: bool, for_weight: bool, for_bias: bool, slot: Slot
-) -> Cast:
-    rows = recipe.dgrad.a if recipe.dgrad and for_input else None
-    columns = recipe.wgrad.a if recipe.wgrad and for_weight else None
-    seed = None
-    if any(operand is not None and operand.stochastic for operand in (rows, columns)):
-        seed = torch.randint(2**62, (1,), device=g_MN.device)
-    return Cast(g_MN, rows, columns, seed, for_bias, slot)
-
-
-def _input_gradient(
-    g_MN: Tensor, rows: Quantized, factor: Tensor | Quantized, recipe: Recipe
-) -> Tensor:
-    """g W, for a weight or its transposed copy."""
-    if recipe.dgrad is None:
-        assert isinstance(factor, Tensor)
-        return g_MN @ factor
-    assert isinstance(factor, Quantized)
-    return multiply(rows, factor, recipe.dgrad, g_MN.dtype)
-
-
-def weight_gradients(
-    operands: Sequence[Tensor | Quantized | None],
-    x: Tensor | Quantized,
-    weights: Sequence[Tensor],
-    recipe: Recipe,
-) -> list[Tensor | None]:
-    return [
-        None if operand is None else _weight_gradient(operand, x, weight, recipe)
-        for operand, weight in zip(operands, weights, strict=True)
-    ]
-
-
-def _weight_gradient(
-    g: Tensor | Quantized, x: Tensor | Quantized, weight: Tensor, recipe: Recipe
-) -> Tensor:
-    if isinstance(g, Quantized) and isinstance(x, Quantized):
-        assert recipe.wgrad is not None
-        return multiply(g, x, recipe.wgrad, weight.dtype)
-    assert isinstance(g, Tensor) and isinstance(x, Tensor)
-    return g.t() @ x.reshape(-1, x.shape[-1])
-
-
-def whole(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((i, 0, w.shape[0]) for i, w in enumerate(weights))
+def pieces_by_stream(
+    weights: Sequence[Sequence[Tensor]],
+    pieces: Sequence[int] = (),
+    num_pieces: Sequence[int] = (),
+) -> list[Pieces]:
+    """The same of all streams, whose pieces follow one another."""
+    own = parts(pieces, [3 * num for num in num_pieces] or [0] * len(weights))
+    return [pieces_of(w, p) for w, p in zip(weights, own, strict=True)]
 
 
 def _plain(call: Call) -> Sequence[Tensor]:
-    outs: Sequence[Tensor] = Linears.apply(whole(call.weights), *call.tensors)
+    _, pieces = call.settings
+    outs: Sequence[Tensor] = Linears.apply(pieces, *call.tensors)
     return outs
 
 
@@ -271,26 +190,34 @@ def _quantized_linears_streams(
     num_linears: Sequence[int],
     recipe: str,
     keeps_x: bool,
+    *pieces: Sequence[int],
 ) -> list[Tensor]:
-    parameters = parts(weights, num_linears), parts(biases, num_linears)
-    calls = [Call(keeps_x, (x, *w, *b), w, len(w)) for x, w, b in zip(xs, *parameters, strict=True)]
+    own = parts(weights, num_linears)
+    each = zip(xs, own, parts(biases, num_linears), pieces_by_stream(own, *pieces), strict=True)
+    calls = [Call((keeps_x, p), (x, *w, *b), w, len(p)) for x, w, b, p in each]
     return [out for own in QuantizedLinears.run(recipe, calls, _plain) for out in own]
 
 
 def _quantized_linears(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *settings: Any
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    recipe: str,
+    keeps_x: bool,
+    pieces: Sequence[int] = (),
 ) -> list[Tensor]:
+    settings = recipe, keeps_x, pieces, [len(pieces) // 3]
     return _quantized_linears_streams([x], weights, biases, [len(weights)], *settings)
 
 
 quantized_linears = register_composite(
-    "quantized_linears(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe, bool keeps_x) -> "
-    "Tensor[]",
+    "quantized_linears(Tensor x, Tensor[] weights, Tensor?[] biases, str recipe, bool keeps_x, "
+    "int[] pieces=[]) -> Tensor[]",
     _quantized_linears,
 )
-# The linears of all streams follow one another; of each its `num_linears`.
+# The linears and pieces of all streams follow one another; of each its `num_linears`, `num_pieces`.
 quantized_linears_streams = register_composite(
     "quantized_linears_streams(Tensor[] x, Tensor[] weights, Tensor?[] biases, int[] num_linears, "
-    "str recipe, bool keeps_x) -> Tensor[]",
+    "str recipe, bool keeps_x, int[] pieces=[], int[] num_pieces=[]) -> Tensor[]",
     _quantized_linears_streams,
 )

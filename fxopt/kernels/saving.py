@@ -21,6 +21,7 @@ from fxopt.kernels.formats import FORMATS, quantize_matrix
 from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.registration import register
+from fxopt.kernels.together import Ask, Call, Steps, parts, run, share
 from fxopt.recipes import Operand
 
 OPERAND = Operand.parse("e4m3/1x128/fp32")
@@ -44,12 +45,28 @@ def saving(saved: str) -> Iterator[None]:
         _packs.reset(token)
 
 
+def is_packing() -> bool:
+    """Whether activations are packed now. What is in pieces, of which only some can be, then has to
+    be made in pieces: a part of a tensor keeps all of its memory."""
+    return _packs.get() and not is_high_precision()
+
+
 def packed(
     ctx: Any,
     activations: Sequence[Tensor | None],
     are_own: Sequence[bool] | None = None,
     num_row_dims: int = 1,
 ) -> list[Tensor | None]:
+    """What `packing` ends with."""
+    return run(packing(ctx, activations, are_own, num_row_dims))
+
+
+def packing(
+    ctx: Any,
+    activations: Sequence[Tensor | None],
+    are_own: Sequence[bool] | None = None,
+    num_row_dims: int = 1,
+) -> Steps[list[Tensor | None]]:
     """What a node saves of its activations, which are to come first of all that it saves.
 
     Args:
@@ -62,7 +79,7 @@ def packed(
     by whoever keeps another part of it, as attention does the values of a joint projection.
     """
     ctx.packed = [None] * len(activations)
-    if not _packs.get() or not any(ctx.needs_input_grad) or is_high_precision():
+    if not is_packing() or not any(ctx.needs_input_grad):
         return [*activations]
     fill, kept = _fill_their_memory(activations), [*activations]
     chosen = {
@@ -72,23 +89,40 @@ def packed(
     }
     if not chosen:
         return kept
-    found = pack([*chosen.values()], num_row_dims)
+    (found,) = yield [Ask(pack, ([*chosen.values()], num_row_dims))]
     for (i, t), codes in zip(chosen.items(), found, strict=False):
         ctx.packed[i], kept[i] = t.dtype, codes
     return [*kept, *found[len(chosen) :]]
 
 
 def unpacked(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+    """What `unpacking` ends with."""
+    return run(unpacking(ctx, saved))
+
+
+def unpacking(ctx: Any, saved: Sequence[Any]) -> Steps[list[Any]]:
     """What a node saved: its activations, and what it saved behind them."""
     where = [i for i, dtype in enumerate(ctx.packed) if dtype is not None]
     if not where:
         return [*saved]
     activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
     scales, dtypes = others[: len(where)], [ctx.packed[i] for i in where]
-    found = unpack([activations[i] for i in where], scales, dtypes)
+    (found,) = yield [Ask(unpack, ([activations[i] for i in where], scales, dtypes))]
     for i, activation in zip(where, found, strict=True):
         activations[i] = activation
     return [*activations, *others[len(where) :]]
+
+
+def as_codes(ctx: Any, saved: Sequence[Any]) -> tuple[Sequence[Any], list[Tensor | None]]:
+    """What a node saved without unpacking it, and the scales of its activations; none where not all
+    of them are packed."""
+    activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
+    is_packed = [dtype is not None for dtype in ctx.packed]
+    if is_packed != [t is not None for t in activations]:
+        return saved, []
+    scales = iter(others)
+    each = [next(scales) if packed else None for packed in is_packed]
+    return [*activations, *scales], each
 
 
 def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
@@ -195,3 +229,19 @@ unpack = register(
     fake=fake_unpack,
     triton=triton_unpack,
 )
+
+
+def _pack_together(calls: Sequence[Call]) -> list[list[Tensor]]:
+    sizes = [len(xs) for xs, _ in calls]
+    found = pack([x for xs, _ in calls for x in xs], calls[0][1])
+    codes, scales = (parts(each, sizes) for each in parts(found, [sum(sizes)] * 2))
+    return [[*c, *s] for c, s in zip(codes, scales, strict=True)]
+
+
+def _unpack_together(calls: Sequence[Call]) -> list[Sequence[Tensor]]:
+    fields = ([t for own in field for t in own] for field in zip(*calls, strict=True))
+    return parts(unpack(*fields), [len(codes) for codes, *_ in calls])
+
+
+share(pack, _pack_together, lambda xs, num_row_dims: num_row_dims)
+share(unpack, _unpack_together, lambda *args: ())

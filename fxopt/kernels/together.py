@@ -35,15 +35,22 @@ Result = TypeVar("Result")
 Steps: TypeAlias = Generator[Sequence[Ask], list[Any], Result]
 
 
+Run: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any]]
+RunMixed: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any] | None]
+
+
 class Shared(NamedTuple):
     """How calls of an op run together.
 
     run: the results of calls that have the same `common`.
     common: of the arguments; None for a call that has to run alone.
+    mixed: the results of calls of several kinds, of the ops that have it and without lines, or None
+        if these run kind by kind; None if all do.
     """
 
-    run: Callable[[Sequence[Ask]], Sequence[Any]]
+    run: Run
     common: Callable[[Call], Hashable]
+    mixed: RunMixed | None = None
 
 
 SHARED: dict[OpOverload, Shared] = {}
@@ -55,14 +62,37 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
     for i, ask in enumerate(asks):
         kinds.setdefault(_kind(ask) or i, []).append(i)
     found: dict[int, Any] = {}
-    for members in kinds.values():
-        own = [asks[i] for i in members]
-        if len(own) == 1:
-            results: Sequence[Any] = [call_counting(own[0].op, own[0].lines, *own[0].args)]
-        else:
-            results = SHARED[own[0].op].run(own)
+    for run_mixed, groups in _by_mix(asks, [*kinds.values()]):
+        members = [i for group in groups for i in group]
+        results = run_mixed([asks[i] for i in members]) if len(groups) > 1 else None
+        if results is None:
+            results = [r for group in groups for r in _of_one_kind([asks[i] for i in group])]
         found |= zip(members, results, strict=True)
     return [found[i] for i in range(len(asks))]
+
+
+def _of_one_kind(asks: Sequence[Ask]) -> Sequence[Any]:
+    first = asks[0]
+    if len(asks) == 1:
+        return [call_counting(first.op, first.lines, *first.args)]
+    return SHARED[first.op].run(asks)
+
+
+def _by_mix(
+    asks: Sequence[Ask], groups: Sequence[list[int]]
+) -> list[tuple[RunMixed, list[list[int]]]]:
+    """Groups of one kind each, by what may run them together."""
+    found: dict[RunMixed, list[list[int]]] = {}
+    apart: list[tuple[RunMixed, list[list[int]]]] = []
+    for group in groups:
+        first = asks[group[0]]
+        is_plain = _kind(first) is not None and all(line is None for line in first.lines)
+        run_mixed = SHARED[first.op].mixed if is_plain else None
+        if run_mixed is None:
+            apart.append((_of_one_kind, [group]))
+        else:
+            found.setdefault(run_mixed, []).append(group)
+    return [*found.items(), *apart]
 
 
 def run(steps: Steps[Result]) -> Result:
@@ -131,6 +161,12 @@ def share(
     """Let calls of an op run by `launch`, which takes the arguments of each, where `kind` of the
     arguments is the same."""
     SHARED[op] = Shared(lambda asks: launch([ask.args for ask in asks]), lambda args: kind(*args))
+
+
+def mix(ops: Sequence[OpOverload], run: RunMixed) -> None:
+    """Let calls of several kinds run as one, of these ops, which share those of one kind."""
+    for op in ops:
+        SHARED[op] = SHARED[op]._replace(mixed=run)
 
 
 def share_lists(op: OpOverload) -> None:

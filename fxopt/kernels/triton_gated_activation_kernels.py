@@ -15,21 +15,36 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels import saving
 from fxopt.kernels.triton_sizes import size
 
 # gelu_tanh(x) = x * sigmoid(LINEAR * x + CUBIC * x**3), as 1 + tanh(z) = 2 sigmoid(2z).
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+PACKED = tl.constexpr(saving.BLOCK)
 RSQRT_2 = tl.constexpr(math.sqrt(0.5))
 RSQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
+class Packed(NamedTuple):
+    """What codes stand for: the features from `start` on of rows that `fxopt::pack` has packed.
+
+    scales: [N, c]. like: a pointer to values of the dtype that is packed.
+    """
+
+    scales: Any
+    stride_N: Any
+    start: Any
+    like: Any
+
+
 class Rows(NamedTuple):
-    """A tensor seen as [N, F]."""
+    """A tensor seen as [N, F]; its bytes are codes if it is `packed`."""
 
     pointer: Any
     stride_N: Any
     stride_F: Any
+    packed: Any = None
 
 
 class Features(NamedTuple):
@@ -114,7 +129,14 @@ def tile(block, num_rows, num_features, BLOCK_N: tl.constexpr, BLOCK_F: tl.const
 
 @triton.jit
 def load(rows, n, f, mask, MATH: tl.constexpr):
-    return tl.load(rows.pointer + n * rows.stride_N + f * rows.stride_F, mask, other=0.0).to(MATH)
+    value = tl.load(rows.pointer + n * rows.stride_N + f * rows.stride_F, mask, other=0)
+    if rows.packed is not None:
+        packed = rows.packed
+        block = (packed.start + f) // PACKED
+        scale = tl.load(packed.scales + n * packed.stride_N + block, mask, other=0.0)
+        value = value.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
+        value = value.to(packed.like.dtype.element_ty)
+    return value.to(MATH)
 
 
 @triton.jit

@@ -15,18 +15,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels import triton_quantize_group as group
-from fxopt.kernels.counters import Slot
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.native_gated_activation import halves
+from fxopt.kernels.quantize import operands
 from fxopt.kernels.triton_gated_activation import rows_of
-from fxopt.kernels.triton_gated_activation_kernels import gradients, value_of
+from fxopt.kernels.triton_gated_activation_kernels import Packed, Rows, gradients, value_of
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
-from fxopt.kernels.triton_quantize_kernels import load_tile, tile_indices
+from fxopt.kernels.triton_quantize_kernels import load_pieces, load_tile, tile_indices
 from fxopt.kernels.triton_sizes import size
 from fxopt.recipes import Operand
 
@@ -43,11 +45,12 @@ def features(r, c, width, num_rows, num_columns):
 
 
 @triton.jit
-def joined(value, mask, gate, beside, width, r, c, num_rows):
-    """fp32 tile of [beside | value], the value rounded as gate is; zero outside."""
-    value = tl.where(mask, value.to(gate.pointer.dtype.element_ty).to(tl.float32), 0.0)
+def joined(value, mask, like, beside, width, r, c, num_rows):
+    """fp32 tile of [beside | value], the value rounded to the dtype of `like`; zero outside."""
+    value = tl.where(mask, value.to(like.pointer.dtype.element_ty).to(tl.float32), 0.0)
     if beside is not None:
-        other = load_tile(*beside, r, c, num_rows, width)
+        x, stride_N, stride_F, _ = beside
+        other = load_tile(x, stride_N, stride_F, r, c, num_rows, width)
         value = tl.where((c < width)[None, :], other, value)
     return value
 
@@ -66,44 +69,51 @@ def activation_tile(
 
 
 @triton.jit
+def tile_of(
+    part, r, c, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Tile of a part made of (pieces, gate, up, beside, width): of `load_pieces`, or if there are
+    none of [beside | activation]."""
+    pieces, gate, up, beside, width = part.tile
+    num_rows, num_columns = size(part.num_rows), part.num_columns
+    if pieces is not None:
+        return load_pieces(pieces, r, c, num_rows, BLOCK_R, BLOCK_C)
+    else:
+        return activation_tile(
+            gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION
+        )  # fmt: skip
+
+
+@triton.jit
 def amax_kernel(
     parts, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """`store_amax` of [beside | activation] of each part, made of (gate, up, beside, width)."""
+    """`store_amax` of each part, as `tile_of` makes it."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = activation_tile(*part.tile, r, c, num_rows, num_columns, ACTIVATION)
+            value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
             store_amax_of(part, value, r, c)
 
 
 @triton.jit
 def cast_kernel(
-    parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of [beside | activation] of each part, made of (gate, up, beside, width)."""
+    """`store_codes` of each part, as `tile_of` makes it."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = activation_tile(*part.tile, r, c, num_rows, num_columns, ACTIVATION)
-            store_codes_of(
-                part, value, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
+            store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
 @triton.jit
 def backward_kernel(
-    parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
@@ -119,11 +129,8 @@ def backward_kernel(
             num_rows = size(part.num_rows)
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
             value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
-            value = joined(value, mask, gate, beside, width, r, c, num_rows)
-            store_codes_of(
-                part, value, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            value = joined(value, mask, dgate, beside, width, r, c, num_rows)
+            store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,36 +143,80 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     return backward_of([args])[0]
 
 
-def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Codes, scales and amax_t of each call; no gate is empty or fp64, and names are those of the
-    first."""
-    rows, columns = calls[0][5:7]
-    by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    matrices = [_matrix(*call[:5]) for call in calls]
+def forward_of(
+    calls: Sequence[tuple[Any, ...]],
+    weights: Sequence[Tensor] = (),
+    weight_formats: Sequence[str | None] = (None, None),
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Codes, scales and amax_t of each call, then of each weight; no gate and no weight is empty or
+    fp64, and names are those of the first call. With weights no magnitude is known."""
+    # With as many as for an activation alone, weights spilled on sm_89.
+    num_warps = launch.NUM_WARPS if weights else NUM_WARPS
+    constants = {"ACTIVATION": calls[0][3], "num_warps": num_warps}
+    matrices = [_whole(_matrix(*call[:5]), constants) for call in calls]
+    matrices += [_plain(weight, constants) for weight in weights]
+    formats = [operands(*calls[0][5:7])] * len(calls) + [operands(*weight_formats)] * len(weights)
     slots = [Slot(line, None, *more) for line, *more in (call[7:] or [None] * 3 for call in calls)]
-    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, by_row, by_column)
-    amax_t = [launch.amax_for(matrix, by_column) for matrix in matrices]
-    pairs = group.cast(cast_kernel, matrices, amaxes, by_row, None, slots, amax_out=amax_t)
-    each = zip(pairs, amax_t, matrices, strict=True)
-    return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in each]
+    slots += [UNWATCHED] * len(weights)
+    amaxes = group.known(slots) or group.measure(amax_kernel, matrices, formats)
+    each = zip(matrices, formats, strict=True)
+    amax_t = [launch.amax_for(matrix, by_column) for matrix, (_, by_column) in each]
+    of_rows = [(by_row, None) for by_row, _ in formats]
+    pairs = group.cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
+    found = zip(pairs, amax_t, matrices, strict=True)
+    return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in found]
 
 
-def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
-    """dgate, dup, and codes and scales of the transposed copy, of each call."""
+def _whole(matrix: launch.Matrix, constants: dict[str, Any]) -> launch.Matrix:
+    """[beside | activation], as `tile_of` takes it."""
+    return matrix._replace(arguments=(None, *matrix.arguments), constants=constants)
+
+
+def _plain(x: Tensor, constants: dict[str, Any]) -> launch.Matrix:
+    """A tensor as it is, beside such a matrix."""
+    matrix = launch.of_tensors(x)
+    arguments = tuple(matrix.arguments), None, None, None, None
+    return matrix._replace(arguments=arguments, constants=constants)
+
+
+def backward_of(
+    calls: Sequence[tuple[Any, ...]], packed: Sequence[Sequence[Tensor | None]] = ()
+) -> list[tuple[Tensor, ...]]:
+    """dgate, dup, and codes and scales of the transposed copy, of each call.
+
+    packed: scales of gate and up of each, if these are codes.
+    """
     by_column = Operand.parse(calls[0][6])
     matrices, grads, amaxes, slots = [], [], [], []
-    for grad, gate, up, beside, activation, packing, _, amax_t, *counters in calls:
-        own = gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+    for call, scales in zip(calls, packed or [()] * len(calls), strict=True):
+        grad, gate, up, beside, activation, packing, _, amax_t, *counters = call
+        own = grad.new_empty(gate.shape), grad.new_empty(0 if up is None else up.shape)
         dgate, dup = halves(own[0], None if up is None else own[1], packing)
         matrix = _matrix(gate, up, beside, activation, packing)
-        *given, width = matrix.arguments
-        arguments = (rows_of(grad), *given, rows_of(dgate), rows_of(dup), width)
-        matrices.append(matrix._replace(arguments=arguments))
+        *inputs, beside_rows, width = matrix.arguments
+        if scales:
+            lie_in = [(gate, scales[0])] * 2 if up is None else zip((gate, up), scales, strict=True)
+            inputs = [_packed(r, *own, dgate) for r, own in zip(inputs, lie_in, strict=True)]
+        arguments = (rows_of(grad), *inputs, beside_rows, rows_of(dgate), rows_of(dup), width)
+        matrices.append(matrix._replace(arguments=arguments, like=grad))
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
         slots.append(Slot(columns=counters[0] if counters else None))
-    pairs = group.cast(backward_kernel, matrices, amaxes, None, by_column, slots)
+    formats = [(None, by_column)] * len(matrices)
+    pairs = group.cast(backward_kernel, matrices, amaxes, formats, slots)
     return [(*own, c.codes, c.scales) for own, (_, c) in zip(grads, pairs, strict=True)]
+
+
+def _packed(
+    rows: Rows | None, codes: Tensor | None, scales: Tensor | None, like: Tensor
+) -> Rows | None:
+    """Rows that lie in `codes`, as codes of values of `like`'s dtype."""
+    if rows is None or codes is None or scales is None:
+        return None
+    start = rows.pointer.storage_offset() - codes.storage_offset()
+    scales_Nc = scales.reshape(-1, scales.shape[-1])
+    packed = Packed(scales_Nc, scales_Nc.stride(0), start, like)
+    return rows._replace(pointer=rows.pointer.view(torch.uint8), packed=packed)
 
 
 def _matrix(

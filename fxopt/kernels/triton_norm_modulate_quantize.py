@@ -76,7 +76,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         matrices = [m.matrix() for m in made]
         amax_t = [launch.amax_for(matrix, by_column) for matrix in matrices]
         lines, amaxes = [Slot(rows=slot.rows) for slot in slots], [m.amax for m in made]
-        given = matrices, amaxes, by_row, None, lines
+        given = matrices, amaxes, [(by_row, None)] * len(matrices), lines
         pairs = group.cast(kernels.tiles_kernel, *given, amax_out=amax_t)
         copies = [copy for copy, _ in pairs]
     each = zip(made, copies, amax_t, strict=True)
@@ -143,7 +143,8 @@ def columns_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
         matrices.append(_matrix(h, affine, mean, rstd, groups, constants))
         amaxes.append(launch.Amax.known(by_column, amax_t))
     slots = [Slot(columns=call[14] if len(call) > 14 else None) for call in calls]
-    pairs = group.cast(kernels.tiles_kernel, matrices, amaxes, None, by_column, slots)
+    formats = [(None, by_column)] * len(matrices)
+    pairs = group.cast(kernels.tiles_kernel, matrices, amaxes, formats, slots)
     return [(copy.codes, copy.scales) for _, copy in pairs]
 
 

@@ -185,9 +185,7 @@ def normed_tile(
 
 @triton.jit
 def tiles_kernel(
-    parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, DTYPE: tl.constexpr,
+    parts, FORMATS: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of y of each part."""
@@ -196,7 +194,4 @@ def tiles_kernel(
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
             y = normed_tile(*part.tile, r, c, size(part.num_rows), part.num_columns, DTYPE)
-            store_codes_of(
-                part, y, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            store_codes_of(part, y, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)

@@ -6,6 +6,7 @@ For one scale for a tensor or a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +69,13 @@ class Matrix(NamedTuple):
     constants: dict[str, Any]
 
 
-def of_tensor(x_RC: Tensor) -> Matrix:
-    num_rows, num_columns = x_RC.shape
-    return Matrix((x_RC, *x_RC.stride()), num_rows, num_columns, x_RC, {})
+def of_tensors(*pieces: Tensor) -> Matrix:
+    """Tensors side by side: of each the kernel gets strides, first column and last + 1."""
+    pieces_RC = [x.reshape(-1, x.shape[-1]) for x in pieces]
+    stops = [*accumulate(x.shape[1] for x in pieces_RC)]
+    each = zip(pieces_RC, [0, *stops], stops, strict=False)
+    arguments = [(x, *x.stride(), start, stop) for x, start, stop in each]
+    return Matrix(arguments, len(pieces_RC[0]), stops[-1], pieces_RC[0], {})
 
 
 def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) -> Amax:
@@ -87,6 +92,7 @@ def amax_buffers(matrix: Matrix, rows: Operand | None, columns: Operand | None) 
     return Amax(*(_bits(matrix.like, shape) if needed else None for shape, needed in shapes))
 
 
+Formats = tuple[Operand | None, Operand | None]  # how a copy and the transposed one are quantized
 Pair = tuple[Quantized, Quantized]
 Copies = tuple[Quantized | None, Quantized | None]
 
@@ -154,6 +160,12 @@ def settings(rows: Operand | None, columns: Operand | None) -> dict[str, object]
         found[f"LARGEST{suffix}"] = format.largest
         found[f"POW2{suffix}"] = operand is not None and operand.scale == "pow2"
     return found
+
+
+def constants(rows: Operand | None, columns: Operand | None) -> tuple[object, ...]:
+    """The same in the order of `store_codes`."""
+    found = settings(rows, columns)
+    return tuple(found[name + end] for name in ("FORMAT", "LARGEST", "POW2") for end in ("", "_T"))
 
 
 def padded_size(operand: Operand | None, size: int) -> int:

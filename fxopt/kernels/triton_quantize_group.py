@@ -14,6 +14,7 @@ The third index of the grid says which matrix; programs beyond its tiles do noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_quantize_kernels import (
-    load_tile,
+    load_pieces,
     store_amax,
     store_codes,
     store_sum,
@@ -88,33 +89,29 @@ def store_codes_of(
 
 @triton.jit
 def amax_kernel(parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """`store_amax` of matrices (x, row stride, column stride)."""
+    """`store_amax` of matrices, each of pieces as in `load_pieces`."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            value = load_tile(*part.tile, r, c, size(part.num_rows), part.num_columns)
+            value = load_pieces(part.tile, r, c, size(part.num_rows), BLOCK_R, BLOCK_C)
             store_amax_of(part, value, r, c)
 
 
 @triton.jit
 def cast_kernel(
     parts,
-    FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
-    POW2: tl.constexpr, POW2_T: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    FORMATS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of matrices; and their column_sum from the column_sums of tiles, or those."""
+    """`store_codes` of matrices, each in FORMATS of its own; and their column_sum from the
+    column_sums of tiles, or those."""
     for k in tl.static_range(len(parts)):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
             num_rows, num_columns = size(part.num_rows), part.num_columns
-            value = load_tile(*part.tile, r, c, num_rows, num_columns)
-            store_codes_of(
-                part, value, r, c,
-                FORMAT, FORMAT_T, LARGEST, LARGEST_T, POW2, POW2_T, BLOCK_R, BLOCK_C, CHUNK,
-            )  # fmt: skip
+            value = load_pieces(part.tile, r, c, num_rows, BLOCK_R, BLOCK_C)
+            store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
             if part.column_sum is not None:
                 num_tiles = tl.cdiv(num_rows, BLOCK_R)
                 sums, total = part.column_sums, part.column_sum
@@ -125,36 +122,41 @@ def cast_kernel(
 
 
 def quantize(
-    xs: Sequence[Tensor],
-    rows: Operand | None,
-    columns: Operand | None,
+    pieces: Sequence[Sequence[Tensor]],
+    formats: Sequence[launch.Formats],
     wants_sum: Sequence[bool],
     slots: Sequence[Slot],
 ) -> list[tuple[Tensor, ...]]:
     """Codes, scales and an empty tensor scale of each x and of its transpose; the sum of its rows.
 
     Args:
-        xs: [..., C], any strides, not empty.
-        rows, columns: operands that `quantize.covers` holds for, or None.
-        slots: counters of both copies, and what is known and seen; all magnitudes are known or
-            none.
+        pieces: of each x, side by side: [..., C] each, any strides, not empty.
+        formats: of both copies, operands that `quantize.covers` holds for, or None.
+        slots: counters of both copies, and what is known and seen.
     """
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
-    totals = [x.new_empty(x.shape[-1]) if w else None for x, w in zip(xs, wants_sum, strict=True)]
+    matrices = [launch.of_tensors(*x) for x in pieces]
+    each = zip(matrices, wants_sum, strict=True)
+    totals = [m.like.new_empty(m.num_columns) if wanted else None for m, wanted in each]
     sums = [
         None if total is None else total.new_empty((launch.grid(m)[0], len(total)), dtype=FP32)
         for m, total in zip(matrices, totals, strict=True)
     ]
-    amaxes = known(slots)
-    if amaxes:
-        pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums)
-        add_up(*([t for t in given if t is not None] for given in (totals, sums)))
-    else:
-        amaxes = measure(amax_kernel, matrices, rows, columns, sums)
-        pairs = cast(cast_kernel, matrices, amaxes, rows, columns, slots, sums=sums, totals=totals)
+    is_open = [slot.known is None for slot in slots]
+    own = [*compress(matrices, is_open)]
+    given = [*compress(formats, is_open)], [*compress(sums, is_open)]
+    measured = iter(measure(amax_kernel, own, *given) if own else [])
+    amaxes = [
+        next(measured) if slot.known is None else launch.Amax.known(columns, slot.known)
+        for slot, (_, columns) in zip(slots, formats, strict=True)
+    ]
+    at_once = [t if now else None for t, now in zip(totals, is_open, strict=True)]
+    pairs = cast(cast_kernel, matrices, amaxes, formats, slots, sums=sums, totals=at_once)
+    pairs_of_sums = [*compress(zip(totals, sums, strict=True), [not now for now in is_open])]
+    later = [(t, s) for t, s in pairs_of_sums if t is not None and s is not None]
+    add_up([t for t, _ in later], [s for _, s in later])
     return [
-        (*by_row, *by_column, x.new_empty(0) if total is None else total)
-        for x, (by_row, by_column), total in zip(xs, pairs, totals, strict=True)
+        (*by_row, *by_column, m.like.new_empty(0) if total is None else total)
+        for m, (by_row, by_column), total in zip(matrices, pairs, totals, strict=True)
     ]
 
 
@@ -163,10 +165,11 @@ def rows(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Codes, scales and amax_t; no x is empty, and all magnitudes are known or none."""
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
-    amaxes = known(slots) or measure(amax_kernel, matrices, by_row, by_column)
+    matrices = [launch.of_tensors(x) for x in xs]
+    both, of_rows = ([(by_row, o)] * len(matrices) for o in (by_column, None))
+    amaxes = known(slots) or measure(amax_kernel, matrices, both)
     amax_t = [launch.amax_for(m, by_column) for m in matrices]
-    pairs = cast(cast_kernel, matrices, amaxes, by_row, None, slots, amax_out=amax_t)
+    pairs = cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
     kept = [launch.present(a, x) for a, x in zip(amax_t, xs, strict=True)]
     return [c.codes for c, _ in pairs], [c.scales for c, _ in pairs], kept
 
@@ -179,10 +182,10 @@ def columns(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Codes and scales of the transposed copies, in one pass."""
     by_column = Operand.parse(columns)
-    matrices = [launch.of_tensor(x.reshape(-1, x.shape[-1])) for x in xs]
+    matrices = [launch.of_tensors(x) for x in xs]
     amaxes = [launch.Amax.known(by_column, a) for a in amax_t]
     slots = [Slot(columns=c) for c in counters]
-    pairs = cast(cast_kernel, matrices, amaxes, None, by_column, slots)
+    pairs = cast(cast_kernel, matrices, amaxes, [(None, by_column)] * len(matrices), slots)
     return [c.codes for _, c in pairs], [c.scales for _, c in pairs]
 
 
@@ -195,8 +198,7 @@ def known(slots: Sequence[Slot]) -> list[launch.Amax]:
 def measure(
     kernel: Any,
     matrices: Sequence[launch.Matrix],
-    rows: Operand | None,
-    columns: Operand | None,
+    formats: Sequence[launch.Formats],
     sums: Sequence[Tensor | None] = (),
 ) -> list[launch.Amax]:
     """The first pass: largest magnitudes of tiles, as far as the operands need them.
@@ -204,7 +206,7 @@ def measure(
     Args:
         sums: room for the sums of the columns of tiles, or None, of each matrix.
     """
-    amaxes = [launch.amax_buffers(m, rows, columns) for m in matrices]
+    amaxes = [launch.amax_buffers(m, *own) for m, own in zip(matrices, formats, strict=True)]
     each = zip(matrices, amaxes, sums or [None] * len(matrices), strict=True)
     parts = [_part(m, amax, of_tiles) for m, amax, of_tiles in each]
     _launch(kernel, matrices, parts, {})
@@ -215,8 +217,7 @@ def cast(
     kernel: Any,
     matrices: Sequence[launch.Matrix],
     amaxes: Sequence[launch.Amax],
-    rows: Operand | None,
-    columns: Operand | None,
+    formats: Sequence[launch.Formats],
     slots: Sequence[Slot],
     *,
     amax_out: Sequence[Tensor | None] = (),
@@ -231,17 +232,17 @@ def cast(
         sums: those of the rows of tiles, to be read if there are `totals`, else to be written.
     """
     absent = [None] * len(matrices)
-    copies = [launch.copies_for(m, rows, columns) for m in matrices]
+    copies = [launch.copies_for(m, *own) for m, own in zip(matrices, formats, strict=True)]
     parts = []
-    for matrix, amax, pair, out, slot, of_tiles, total in zip(
-        matrices, amaxes, copies, amax_out or absent, slots, sums or absent, totals or absent,
-        strict=True,
+    for matrix, amax, own, pair, out, slot, of_tiles, total in zip(
+        matrices, amaxes, formats, copies, amax_out or absent, slots, sums or absent,
+        totals or absent, strict=True,
     ):  # fmt: skip
-        given = launch.copy_arguments(matrix, rows, columns, pair, out, slot)
+        given = launch.copy_arguments(matrix, own[0], own[1], pair, out, slot)
         counts = tuple(map(unspecialized, amax.counts))
         parts.append(_part(matrix, amax, of_tiles, counts, given, total))
-    constants = launch.settings(rows, columns) | {"CHUNK": launch.CHUNK}
-    _launch(kernel, matrices, parts, constants)
+    in_formats = tuple(launch.constants(*own) for own in formats)
+    _launch(kernel, matrices, parts, {"FORMATS": in_formats, "CHUNK": launch.CHUNK})
     return [launch.filled(m, pair) for m, pair in zip(matrices, copies, strict=True)]
 
 

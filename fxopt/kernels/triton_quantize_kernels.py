@@ -42,6 +42,26 @@ def load_tile(x, stride_R, stride_C, r, c, num_rows, num_columns):
 
 
 @triton.jit
+def load_pieces(pieces, r, c, num_rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`load_tile` of matrices side by side, of each (x, stride_R, stride_C, start, stop), the
+    columns that it takes."""
+    if len(pieces) == 1:
+        x, stride_R, stride_C, _, num_columns = pieces[0]
+        value = load_tile(x, stride_R, stride_C, r, c, num_rows, num_columns)
+    else:
+        value = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        first = tl.program_id(1) * BLOCK_C
+        for k in tl.static_range(len(pieces)):
+            x, stride_R, stride_C, start, stop = pieces[k]
+            if (first < stop) & (first + BLOCK_C > start):
+                mask = (r < num_rows)[:, None] & ((c >= start) & (c < stop))[None, :]
+                offsets = r[:, None] * stride_R + (c - start)[None, :] * stride_C
+                own = tl.load(x + offsets, mask, other=0.0).to(tl.float32)
+                value = tl.where(mask, own, value)
+    return value
+
+
+@triton.jit
 def magnitude(value):
     """The bits of |value|, which are ordered as the magnitudes are."""
     return value.to(tl.int32, bitcast=True) & MAGNITUDE

@@ -18,11 +18,16 @@ pytest.importorskip("diffusers", reason="presets need diffusers")
 
 
 @cache
-def single(recipe: str) -> Traffic:
+def passes(recipe: str) -> tuple[Traffic, Traffic]:
     ((_, preset),) = bench.cases("flux-dev single")
     with torch.device("meta"):
         block, inputs = preset.build(), preset.inputs()
-    return bench.count(block, inputs, rewrite_block(block, (), inputs, recipe))
+    return bench.passes(block, inputs, rewrite_block(block, (), inputs, recipe))
+
+
+def single(recipe: str) -> Traffic:
+    forward, backward = passes(recipe)
+    return forward + backward
 
 
 NAMES = ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"]
@@ -30,6 +35,7 @@ TOKENS, WIDTH = 4608, 3072
 INPUT = TOKENS * WIDTH  # elements
 SIZES = [(WIDTH, WIDTH)] * 3 + [(4 * WIDTH, WIDTH), (WIDTH, 5 * WIDTH)]  # out, features
 WEIGHTS = sum(out * features for out, features in SIZES)
+LAST = 5 * WIDTH * WIDTH
 GRADIENTS = sum(TOKENS * out for out, _ in SIZES)
 
 
@@ -37,17 +43,16 @@ def test_bytes_of_quantization_by_op() -> None:
     """Every element's way, as the design says; statistics and scales are the slack."""
     found = single("fp8_tensorwise").glue
     expected = {
-        # Of a gradient: read for the scale and for the codes, two copies and the bias's sum. Those
-        # of q, k, v and the MLP together, that of the last linear alone.
-        "quantize_together": (2 + 2 + 1 + 1) * (GRADIENTS - INPUT),
-        "quantize": (2 + 2 + 1 + 1) * INPUT,
-        # Of a weight: the same for one copy, and in backward once more without the scale.
-        "quantize_rows": (2 + 2 + 1) * WEIGHTS,
-        "quantize_columns": (2 + 1) * WEIGHTS,
+        # Of a weight: read for the scale and for the codes, one copy. Likewise of the last one,
+        # of five times the width, with what it multiplies.
+        "quantize_rows": (2 + 2 + 1) * (WEIGHTS - LAST),
+        "gated_activation_quantize_with_weights": (2 + 2 + 1) * (5 * INPUT + LAST),
+        # Of a gradient the same with two copies, and the bias's sum; with it the weight once more,
+        # without the scale.
+        "quantize_mixed": (2 + 2 + 1 + 1) * GRADIENTS + (2 + 1) * WEIGHTS,
         # Of an input: twice what the producer reads, and codes in place of 16 bits.
         "norm_modulate_quantize": (2 + 2 + 1) * INPUT,
         "norm_modulate_quantize_columns": (2 + 1) * INPUT,
-        "gated_activation_quantize": (2 + 2 + 1) * 5 * INPUT,
         # Gradients of the activation, and the other copy from the same read.
         "gated_activation_quantize_backward": (3 * 2 * 4 + 2 + 5) * INPUT,
     }
@@ -66,8 +71,10 @@ def test_rows_of_a_norm_are_quantized_in_one_pass() -> None:
 def test_gates(recipe: str) -> None:
     """What `python -m bench.traffic --recipe` holds, on one block."""
     found, plain = single(recipe), single("bf16")
-    assert 4 < bench.per_element(found, plain, recipe) < bench.QUANTIZATION_BYTES
-    assert bench.per_linear(found, plain, recipe) <= bench.ASKED["launches"]
+    linears = bench.Linears.of(passes(recipe)[1], RECIPES[recipe])
+    assert linears == (len(SIZES), sum(TOKENS * (m + k) + m * k for m, k in SIZES))
+    assert 4 < bench.per_element(found, plain, linears) < bench.QUANTIZATION_BYTES
+    assert bench.per_linear(found, plain, linears) <= bench.ASKED["launches"]
     # In bytes: 2.1 and 1.55 times what bf16 moved before its own glue fell.
     assert found.glue.total() <= 3.354e9
 
@@ -94,8 +101,14 @@ def test_what_codes_save_and_cost(recipe: str) -> None:
     packed, plain = single(replace(RECIPES[recipe], name="packed", saved="fp8").key), single(recipe)
     elements, per_code = (1 + 1 + 4 + 1) * INPUT, 1 + 4 / 128
     assert plain.saved - packed.saved == elements * (2 - per_code)
-    for op in ("fxopt::pack", "fxopt::unpack"):
-        assert packed.glue.pop(op) == elements * (2 + per_code)
+    # The backward of an activation before a quantized linear reads its input's codes itself.
+    read = 0 if recipe == "bf16" else 4 * INPUT
+    assert packed.glue.pop("fxopt::pack") == elements * (2 + per_code)
+    assert packed.glue.pop("fxopt::unpack") == (elements - read) * (2 + per_code)
+    if read:
+        backward = "fxopt::{}_activation_quantize_backward"
+        own = packed.glue.pop(backward.format("packed"))
+        assert own == plain.glue.pop(backward.format("gated")) - read * (2 - per_code)
     assert packed.glue == plain.glue
 
 
@@ -105,7 +118,7 @@ def test_weights_are_cast_once_for_all_micro_batches() -> None:
         block, inputs = preset.build(), preset.inputs()
     rewritten = rewrite_block(block, (), inputs, "fp8_tensorwise")
     further = bench.count_further(block, inputs, rewritten)
-    assert not further.glue["fxopt::quantize_rows"] + further.glue["fxopt::quantize_columns"]
+    assert not further.glue["fxopt::quantize_rows"] + further.glue["fxopt::quantize_mixed"]
     gradients = further.glue["fxopt::quantize"] + further.glue["fxopt::quantize_together"]
     assert gradients <= 1.01 * 6 * GRADIENTS
     assert further.glue.total() <= 2.475e9

@@ -145,15 +145,16 @@ def test_an_unknown_case_names_the_known_ones(capsys):
 
 def test_bytes_of_quantization_by_element():
     m, n, k = 6, 4, 2
-    gemms = [Product(1, 1, shape, 8) for shape in ((m, n, k), (m, k, n), (n, k, m))]
-    found = Traffic(
-        [*gemms, Product(1, 1, (9, 9, 9))], glue=Counter({"fxopt::quantize": 88, "x": 1})
-    )
-    assert traffic.per_element(found, Traffic(), "fp8") == 88 / (m * n + n * k + m * k)
+    gemms = [Product(1, 1, shape, 8) for shape in ((m, k, n), (n, k, m))]
+    backward = Traffic([*gemms, Product(1, 1, (9, 9, 9))])
+    linears = traffic.Linears.of(backward, find("fp8"))
+    assert linears == (1, m * n + n * k + m * k)
+    found = Traffic(glue=Counter({"fxopt::quantize": 88, "x": 1}))
+    assert traffic.per_element(found, Traffic(), linears) == 88 / (m * n + n * k + m * k)
     # A producer that quantizes counts with what it does beyond its work in bf16.
     found.glue["fxopt::norm_modulate_quantize"] = 50
     plain = Traffic(glue=Counter({"fxopt::norm_modulate": 40}))
-    assert traffic.per_element(found, plain, "fp8") == 98 / (m * n + n * k + m * k)
+    assert traffic.per_element(found, plain, linears) == 98 / (m * n + n * k + m * k)
 
 
 def test_a_recipe_is_compared_with_bf16(monkeypatch):

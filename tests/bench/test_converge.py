@@ -10,7 +10,7 @@ import torch
 from bench import converge
 from bench.converge import Result, faults, judge, plot, train
 from fxopt.demo.training import Scale
-from fxopt.kernels import formats, quantize, quantized_linears, saving
+from fxopt.kernels import formats, quantize, quantized_gradients, saving
 from fxopt.recipes import RECIPES, Recipe
 
 pytest.importorskip("diffusers", reason="the demo's model is diffusers'")
@@ -65,8 +65,8 @@ def test_a_sound_recipe_has_sound_gradients() -> None:
 
 
 def test_a_wrong_scale_in_one_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = quantized_linears._weight_gradient
-    monkeypatch.setattr(quantized_linears, "_weight_gradient", lambda *a: right(*a) * 1.125)
+    right = quantized_gradients._weight_gradient
+    monkeypatch.setattr(quantized_gradients, "_weight_gradient", lambda *a: right(*a) * 1.125)
     found = list(faults(FP8, [train(FP8, SCALE, 0)]))
     assert any("attention is 1.1" in fault for fault in found)
     assert not any("modulation" in fault for fault in found)  # it is not quantized

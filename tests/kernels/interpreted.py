@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.kernels import (
+    activation_with_weights,
     gated_activation,
     norm_modulate,
     norm_modulate_segments,
     norm_modulate_streams,
+    packed_activation,
     qk_norm_rope,
     quantize,
     quantize_group,
@@ -41,6 +43,7 @@ QUANTIZING = {
     torch.ops.fxopt.gated_activation_quantize_backward.default: (
         quantized_producers.triton_activation_backward
     ),
+    packed_activation.packed_backward: packed_activation.triton,
 }
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
@@ -57,6 +60,9 @@ TRITON = {
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
+    torch.ops.fxopt.quantize_mixed.default: quantize_group.triton_mixed,
+    torch.ops.fxopt.quantize_pieces.default: quantize.triton_pieces,
+    torch.ops.fxopt.gated_activation_quantize_with_weights.default: activation_with_weights.triton,
     **QUANTIZING,
     **{COUNTING[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels.formats import dequantize_matrix, quantize_matrix
 from fxopt.kernels.in_force import high_precision
-from fxopt.kernels.quantize import Cast, quantize, quantize_together
-from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.kernels.quantize import Cast, quantize
+from fxopt.kernels.quantize_group import quantize_mixed, quantize_rows
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.kernels.registration import provider
 from fxopt.kernels.scaled_matmul import (
@@ -180,18 +180,19 @@ def test_the_input_is_quantized_once_and_gradients_once_each() -> None:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             if func is quantize:
                 calls.append(tuple(args[0].shape))
-            if func is quantize_together:
+            if func is quantize_mixed:
                 gradients.append([tuple(g.shape) for g in args[0]])
-            if func in (quantize_rows, quantize_columns):
+            if func is quantize_rows:
                 weights.append([tuple(w.shape) for w in args[0]])
             return func(*args, **(kwargs or {}))
 
     with Record():
         case.run("fp8_tensorwise")
     assert calls.count((*TOKENS, WIDTH)) == 1  # rows for the products, columns for the gradients
-    assert gradients == [[(74, 96), (74, 48)]]  # both in one launch
+    # All together, once each way: in backward both gradients and the weights.
+    assert weights == [[(96, WIDTH), (48, WIDTH)]]
+    assert gradients == [[(74, 96), (74, 48), *weights[0]]]
     assert len(calls) == 1
-    assert weights == [[(96, WIDTH), (48, WIDTH)]] * 2  # all together, once each way
 
 
 def test_a_missing_gradient_and_strided_operands() -> None:

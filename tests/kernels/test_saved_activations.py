@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ from fxopt.kernels.quantized_composites import (
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
-from fxopt.kernels.saving import native_pack, native_unpack, pack, saving
+from fxopt.kernels.saving import native_pack, native_unpack, pack, saving, unpack
 
 BF16 = torch.bfloat16
 
@@ -278,6 +279,25 @@ def num_packed(run: Callable[[], Any], saved: str = "fp8") -> int:
     with Called() as called, saving(saved):
         run()
     return called.count
+
+
+@pytest.mark.parametrize(
+    "run", [quantized_activation_streams, quantized_norm_streams, norm_streams, activation_streams]
+)
+def test_streams_are_packed_in_one_launch(run: Callable[[Case], Any]) -> None:
+    called: Counter[Any] = Counter()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Calls(), saving("fp8"):
+        sum(t.sum() for t in run(Case(run))).backward()
+    reads_codes = torch.ops.fxopt.packed_activation_quantize_backward_together.default
+    assert called[pack] == called[unpack] + called[reads_codes] == 1
 
 
 def activation(gate: Tensor) -> Callable[[], Tensor]:

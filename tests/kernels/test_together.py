@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.kernels import quantize as quantizing
+from fxopt.kernels import quantized_composites as quantized_composites  # mixes kinds of calls
 from fxopt.kernels import quantized_producers as producers
 from fxopt.kernels import triton_gated_activation_quantize as activation
 from fxopt.kernels import triton_norm_modulate_quantize as norm
 from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels.counters import FIELDS
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.registration import COUNTING, LAUNCHES, call_counting
+from fxopt.kernels.registration import COUNTING, LAUNCHES, REREADS, call_counting
 from fxopt.kernels.together import SHARED, Ask, answer
 from tests.kernels.interpreted import Interpreted
 from tests.kernels.test_quantized_producers import activation_arguments, draw, norm_arguments
@@ -162,7 +163,8 @@ class Launched(Interpreted):
         patch.setattr(module, name, Counting(), raising=False)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.append((op._schema.name, args))
+        if op.namespace == "fxopt":
+            self.called.append((op._schema.name, args))
         with Reductions(self.launches):
             return super().__torch_dispatch__(op, types, args, kwargs)
 
@@ -199,8 +201,6 @@ def test_calls_of_other_kinds_run_apart() -> None:
     plain, other = (x, *FORMATS[0], None, True), (wide, *FORMATS[0], None, False)
     assert called([Ask(op, plain), Ask(op, other)]) == ["quantize_together"]
     assert called([Ask(op, plain)]) == ["quantize"]
-    in_rows = (x, *FORMATS[1], None, True)
-    assert called([Ask(op, plain), Ask(op, in_rows)]) == ["quantize"] * 2
     known = None, None, torch.ones(1), seen()
     assert called([Ask(op, plain), Ask(op, plain, known)]) == ["quantize", "quantize_counting"]
     emulated = (x, "e4m3/1x32/e8m0", None, None, False)
@@ -208,6 +208,98 @@ def test_calls_of_other_kinds_run_apart() -> None:
     (norm, _), rows = norms(*FORMATS[0]), producers.norm_modulate_quantize
     narrow = [a[..., :32] if isinstance(a, Tensor) else a for a in norm]
     assert called([Ask(rows, norm), Ask(rows, tuple(narrow))]) == ["norm_modulate_quantize"] * 2
+
+
+@pytest.mark.parametrize("provider", ["native", "triton"])
+def test_casts_of_other_formats_run_in_one_launch(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, others, pieces = draw(70, 40), [draw(20, 32), draw(9, 64)], [draw(33, 24), draw(33, 150)]
+    amax_t = {name: [producers.amax_for(o, name) for o in others] for _, name in FORMATS[:2]}
+    asks = [
+        Ask(quantizing.quantize, (x, *FORMATS[0], None, True)),
+        Ask(quantizing.quantize, (x, FORMATS[1][0], None, None, False), (None,) * 4),
+        Ask(quantizing.quantize_pieces, (pieces, *FORMATS[2], None, True)),
+        *(Ask(quantize_columns, (others, *given), (None,)) for given in amax_t.items()),
+    ]
+    with Interpreted(provider == "triton"):
+        for ask, found in zip(asks, answer(asks), strict=True):
+            expected = ask.op(*ask.args)
+            if ask.op is quantize_columns:
+                found, expected = ([t for each in r for t in each] for r in (found, expected))
+            assert_same(found, expected)
+    assert called(asks) == ["quantize_mixed"]
+    with monkeypatch.context() as patch, Launched(patch) as mode:
+        answer(asks)
+    ((name, args),) = mode.called
+    assert mode.launches == ["amax_kernel", "cast_kernel"] and LAUNCHES[name](*args) == 2
+    assert [x.shape for x in REREADS[name](args, None)] == [x.shape, x.shape, (33, 24), (33, 150)]
+    with Launched(monkeypatch) as mode:
+        answer(asks[3:])
+    assert mode.launches == ["cast_kernel"]
+    checks = ("test_faketensor", "test_autograd_registration")  # as below
+    torch.library.opcheck(torch.ops.fxopt.quantize_mixed.default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("rows, columns", FORMATS)
+@pytest.mark.parametrize("provider", ["native", "triton"])
+def test_activations_and_weights_are_cast_in_the_same_launches(
+    provider: str, rows: str, columns: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activations = [Ask(OPS["activation"], call) for call in calls("activation", rows, columns)]
+    each = [draw(33, 24), draw(40, 200)], [draw(70, 16)]
+    weights = [Ask(quantize_rows, (list(own), *FORMATS[1]), (None,) * 3) for own in each]
+    # In an order in which streams would not ask.
+    asks = [weights[0], *activations, weights[1]]
+    with Interpreted(provider == "triton"):
+        for ask, found in zip(asks, answer(asks), strict=True):
+            expected = ask.op(*ask.args)
+            if ask.op is quantize_rows:
+                found, expected = ([t for each in r for t in each] for r in (found, expected))
+            assert_same(found, expected)
+    with Launched(monkeypatch) as mode:
+        answer(asks)
+    ((name, args),) = mode.called
+    assert name == "fxopt::gated_activation_quantize_with_weights"
+    assert mode.launches == ["amax_kernel", "cast_kernel"] and LAUNCHES[name](*args) == 2
+    assert len(REREADS[name](args, None)) == 8
+    checks = ("test_faketensor", "test_autograd_registration")  # as below
+    overload = torch.ops.fxopt.gated_activation_quantize_with_weights.default
+    torch.library.opcheck(overload, args, test_utils=checks)
+
+
+def test_what_is_of_several_kinds_or_counts_is_not_cast_with_weights() -> None:
+    first, second = (Ask(OPS["activation"], call) for call in calls("activation", *FORMATS[0]))
+    weights = Ask(quantize_rows, ([draw(33, 24)], *FORMATS[0]))
+    alone = ["gated_activation_quantize", "quantize_rows"]
+    assert called([first, weights]) == ["gated_activation_quantize_with_weights"]
+    in_rows = Ask(quantize_rows, ([draw(33, 24)], *FORMATS[1]))
+    assert called([first, weights, in_rows]) == [*alone, "quantize_rows"]
+    assert called([weights, in_rows]) == ["quantize_rows"] * 2
+    counted = second._replace(lines=(line(), None, None))
+    assert sorted(called([counted, weights])) == ["gated_activation_quantize_counting", alone[1]]
+    empty = first._replace(args=(*(a[:0] for a in first.args[:2]), *first.args[2:]))
+    with Interpreted():
+        for ask, found in zip(asks := [empty, weights], answer(asks), strict=True):
+            assert_same([*map(bits_of, found)], [*map(bits_of, ask.op(*ask.args))])
+
+
+def bits_of(found: Any) -> Tensor:
+    return bits(found[0] if isinstance(found, list) else found)
+
+
+def test_what_counts_runs_apart_from_other_formats() -> None:
+    x, name = draw(20, 32), FORMATS[0][1]
+    columns = Ask(quantize_columns, ([x], name, [torch.ones(1)]))
+    plain = Ask(quantizing.quantize, (x, *FORMATS[0], None, False))
+    assert called([plain, columns]) == ["quantize_mixed"]
+    counted = plain._replace(lines=(line(), line(), None, None))
+    assert sorted(called([counted, columns])) == ["quantize_columns", "quantize_counting"]
+    pieces = Ask(quantizing.quantize_pieces, ([x, x], *FORMATS[0], None, False))
+    lines = [(line(), line(), None, None) for _ in range(2)]
+    found = called([pieces._replace(lines=own) for own in lines])
+    assert found == ["quantize_pieces_counting"] * 2
+    assert all(own[0][0] == own[1][0] == 1 for own in lines)
 
 
 def test_lists_are_joined() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt
 from fxopt.kernels.quantize import quantize
-from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
+from fxopt.kernels.quantize_group import quantize_mixed, quantize_rows
 from fxopt.kernels.quantized_linears import quantized_linears
 
 RECIPES = ["fp8_tensorwise", "fp8_rowwise", "mxfp8"]
@@ -38,7 +38,7 @@ def casts() -> Iterator[list[Any]]:
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            if func in (quantize_rows, quantize_columns) or (
+            if func in (quantize_rows, quantize_mixed) or (
                 func is quantize and tuple(args[0].shape) == WEIGHT
             ):
                 found.append(func)

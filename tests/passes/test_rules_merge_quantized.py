@@ -85,7 +85,7 @@ def test_what_attention_made_is_kept_as_it_is(expected: bool) -> None:
         return F.linear(out if expected else out * 2, m.q)
 
     code = rewritten(forward, normal(2, 5, D)).code()
-    assert f"[None], 'fp8_rowwise', {expected})" in code.replace("\n    ", " ")
+    assert f"[None], 'fp8_rowwise', {expected}, [0, 0, 64])" in code.replace("\n    ", " ")
 
 
 def test_other_recipes_and_none() -> None:

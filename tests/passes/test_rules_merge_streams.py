@@ -195,7 +195,7 @@ norm_modulate_quantized_linears_streams =
     fxopt.norm_modulate_quantized_linears_streams([inputs_0, inputs_1], [None, None], [None,
     None], [None, None], [None, None], [unsqueeze, unsqueeze_1], [None, None], [None, None],
     'layer', [1e-06, 1e-05], [0.0, 0.0], [1.0, 1.0], float32, float32, [p_q, p_k, p_v], [p_b,
-    None, None], [2, 1], 'fp8_rowwise')
+    None, None], [2, 1], 'fp8_rowwise', [0, 0, 32, 1, 0, 32, 0, 0, 32], [2, 1])
 getitem_10 = norm_modulate_quantized_linears_streams[0]
 getitem_12 = getitem_10[0]
 getitem_13 = getitem_10[1]

@@ -224,3 +224,16 @@ def test_without_units_nothing_pays() -> None:
     inputs = (normal(2, 7, WIDTH),)
     found = Rewritten(module, capture(module, module.forward, inputs, {}, rules))
     assert found.reasons("quantized_linear") == ["32 -> 32 features: FP8 never pays, here are 14"]
+
+
+@pytest.mark.parametrize("is_normed", [False, True])
+@pytest.mark.parametrize("reads_whole", [False, True])
+def test_an_output_that_is_only_split_is_in_pieces(is_normed: bool, reads_whole: bool) -> None:
+    def forward(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.linear(F.layer_norm(x, (WIDTH,)) if is_normed else x * 2, m.w)
+        return (*y.split((WIDTH, 2 * WIDTH), -1), *([y] if reads_whole else []))
+
+    code = rewritten(forward, normal(2, 7, WIDTH), w=weight(3 * WIDTH)).code()
+    stops = [3 * WIDTH] if reads_whole else [WIDTH, 3 * WIDTH]
+    pieces = [n for start, stop in zip([0, *stops], stops, strict=False) for n in (0, start, stop)]
+    assert f"{pieces})" in code.replace("\n    ", " ")

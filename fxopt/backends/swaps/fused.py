@@ -117,8 +117,7 @@ class Normed(NamedTuple):
         recipes = [quantized.quantizes(self.x, m) for m in linears]
         first, writes_codes = recipes[0], n.kind != "none" and self.segments is None
         if first is not None and all(r is first for r in recipes) and writes_codes:
-            outs, h = self._into_low(n, linears, first)
-            return list(outs[0].split(sizes, -1)) if sizes else outs, h
+            return self._into_low(n, linears, first, sizes)
         low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
         if low or n.kind == "none" or not all(map(is_plain, linears)):
             dtype: Any = low[0] if low else None
@@ -149,13 +148,18 @@ class Normed(NamedTuple):
         return None if common is None else (recipes[0], *common)
 
     def _into_low(
-        self, n: NormConstants, linears: Sequence[nn.Module], recipe: Recipe
+        self,
+        n: NormConstants,
+        linears: Sequence[nn.Module],
+        recipe: Recipe,
+        sizes: Sequence[int],
     ) -> tuple[list[Tensor], Tensor]:
         """`into` for linears that all run by a recipe."""
         self.fire(n)
         fire_low("norm_modulate", len(linears), recipe)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
-        parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
+        weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+        parameters = (weights, biases, recipe.key, pieces(weights, sizes))
         return ops.norm_modulate_quantized_linears(*self.operands(n), *settings, *parameters)
 
     def operands(self, n: NormConstants) -> tuple[Any, ...]:

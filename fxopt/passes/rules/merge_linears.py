@@ -46,7 +46,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if producer is not None:
         why = f"the normed tensor is also used by {others[0].name} and is kept for it"
         yield Reason(why, shared)
-    if len(group) > 1 or len(_split(group)[0]) > 1:
+    if len(group) > 1 or len(split_outputs(group)[0]) > 1:
         yield _bind_linears(shared, group)
 
 
@@ -73,7 +73,7 @@ def _parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
     return [a["weight"] for a in named], [a["bias"] for a in named]
 
 
-def _split(group: list[fx.Node]) -> tuple[list[fx.Node], list[int]]:
+def split_outputs(group: list[fx.Node]) -> tuple[list[fx.Node], list[int]]:
     """The outputs of the group's products, and for each its linear and rows of weight.
 
     A linear whose output is only split counts with its pieces, not as a whole.
@@ -119,7 +119,7 @@ def _bind_norm(
     num_tensors = 8 if composite is norm_modulate_linears else 9  # with the index
     tensors, settings = operands[:num_tensors], operands[num_tensors:]
     weights, biases = _parameters(group)
-    products, pieces = _split(group)
+    products, pieces = split_outputs(group)
     h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
     listed = (*tensors, *weights, *biases)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
@@ -178,7 +178,7 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
 
 def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
     weights, biases = _parameters(group)
-    products, pieces = _split(group)
+    products, pieces = split_outputs(group)
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:

@@ -36,7 +36,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         yield Reason(why, shared)
     elif norm is not None:
         yield _bind_norm(anchor, shared, norm)
-    elif activation is not None and len(_list(anchor.args[1])) == 1:
+    elif activation is not None and len(_list(anchor.args[5])) == 3:  # one linear, not split
         yield _bind_activation(anchor, *activation)
 
 
@@ -47,6 +47,7 @@ def _list(argument: Any) -> list[Any]:
 
 def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Binding:
     weights, biases, recipe = _list(anchor.args[1]), _list(anchor.args[2]), anchor.args[3]
+    pieces = anchor.args[5]
     tensors, settings = operands[:8], operands[8:]
     products = ir.results(anchor)
     h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
@@ -55,7 +56,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         x, w, b = ([given[n] for n in listed] for listed in (tensors, weights, biases))
-        op = call(norm_modulate_quantized_linears, *x, *settings, w, b, recipe)
+        op = call(norm_modulate_quantized_linears, *x, *settings, w, b, recipe, pieces)
         outs = call(operator.getitem, op, 0)
         results = [call(operator.getitem, outs, i) for i in products]
         return (*results, *([] if h is None else [call(operator.getitem, op, 1)]))

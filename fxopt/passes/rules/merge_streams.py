@@ -149,19 +149,20 @@ def _bind(calls: list[fx.Node]) -> Binding:
 class Norm:
     """A call of norm_modulate, with its linears or without a norm, and the nodes of its results.
 
-    pieces: numbers of `linears`; None where they are quantized, and each has one output.
+    recipe: the key of the one that quantizes its linears, or none. pieces: numbers of `linears`.
     """
 
     call: fx.Node
     weights: list[fx.Node]
     biases: list[fx.Node | None]
-    pieces: list[int] | None
+    recipe: list[str]
+    pieces: list[int]
     outs: dict[int, fx.Node]
     h: fx.Node | None
 
     @property
     def num_outs(self) -> int:
-        return len(self.weights) if self.pieces is None else len(self.pieces) // 3
+        return len(self.pieces) // 3
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -176,11 +177,9 @@ class Norm:
 def _norm(call: fx.Node) -> Norm:
     taken = ir.results(call)
     parameters: Any = call.args[14:] or ([], [], [])
-    weights, biases, pieces = parameters
-    if ir.is_call(call, norm_modulate_quantized_linears):
-        pieces = None
+    weights, biases, *recipe, pieces = parameters
     outs = ir.results(taken[0]) if 0 in taken else {}
-    return Norm(call, weights, biases, pieces, outs, taken.get(1))
+    return Norm(call, weights, biases, recipe, pieces, outs, taken.get(1))
 
 
 def _bind_norms(norms: list[Norm]) -> Binding:
@@ -191,16 +190,16 @@ def _bind_norms(norms: list[Norm]) -> Binding:
         fields = [[given[n] for n in f] for f in zip(*(s.operands for s in norms), strict=True)]
         numbers = map(list, zip(*(s.numbers for s in norms), strict=True))
         norm, *dtypes = (norms[0].call.args[i] for i in (8, 12, 13))
-        op, more = norm_modulate_quantized_linears_streams, norms[0].call.args[16:]
-        pieces = [number for s in norms for number in s.pieces or ()]
-        if norms[0].pieces is not None:
-            op, more = norm_modulate_linears_streams, (pieces, [s.num_outs for s in norms])
+        recipe = norms[0].recipe
         made = call(
-            op, *fields, norm, *numbers, *dtypes,
+            norm_modulate_quantized_linears_streams if recipe else norm_modulate_linears_streams,
+            *fields, norm, *numbers, *dtypes,
             [given[w] for s in norms for w in s.weights],
             [given[b] for s in norms for b in s.biases],
             [len(s.weights) for s in norms],
-            *more,
+            *recipe,
+            [number for s in norms for number in s.pieces],
+            [s.num_outs for s in norms],
         )  # fmt: skip
         outs, hs = (call(operator.getitem, made, i) for i in range(2))
         results: list[fx.Node] = []
@@ -232,17 +231,18 @@ def _bind_activations(calls: list[fx.Node]) -> Binding:
 
 
 def _bind_linears(calls: list[fx.Node]) -> Binding:
-    xs, weights, biases, recipes, keeps_x = zip(*(c.args for c in calls), strict=True)
-    numbers = [len(own) for own in weights]
+    xs, weights, biases, recipes, keeps_x, pieces = zip(*(c.args for c in calls), strict=True)
+    num_linears, num_pieces = [len(own) for own in weights], [len(p) // 3 for p in pieces]
     taken = [ir.results(c) for c in calls]
     listed = [*xs, *(w for own in weights for w in own), *(b for own in biases for b in own)]
     outputs = tuple(n for own in taken for n in own.values())
 
     def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
         each = ([given[n] for own in field for n in own] for field in (weights, biases))
-        rest = numbers, recipes[0], keeps_x[0]
+        flat = [number for own in pieces for number in own]
+        rest = num_linears, recipes[0], keeps_x[0], flat, num_pieces
         op = call(quantized_linears_streams, [given[x] for x in xs], *each, *rest)
-        starts = [sum(numbers[:i]) for i in range(len(calls))]
+        starts = [sum(num_pieces[:i]) for i in range(len(calls))]
         each_taken = zip(starts, taken, strict=True)
         return tuple(
             call(operator.getitem, op, start + i) for start, own in each_taken for i in own

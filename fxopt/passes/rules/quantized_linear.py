@@ -26,6 +26,7 @@ from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.lookup import LOOKUPS, POINTWISE
 from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.passes.rules.merge_linears import split_outputs
 from fxopt.recipes import Recipe
 
 PER_SAMPLE = "its input is one row per sample, not per token: a modulation or an embedding"
@@ -176,18 +177,19 @@ def _bind(recipe: Recipe, x: fx.Node, group: Sequence[fx.Node]) -> Binding:
     if is_attended and ir.is_call(x, aten.contiguous.default) and set(x.users) <= set(group):
         x = x.args[0]
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
+    outputs, pieces = split_outputs(list(group))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         w, b = [given[w] for w in weights], [given[b] for b in biases]
-        outs = call(quantized_linears, given[x], w, b, recipe.key, is_attended)
-        return tuple(call(operator.getitem, outs, i) for i in range(len(group)))
+        outs = call(quantized_linears, given[x], w, b, recipe.key, is_attended, pieces)
+        return tuple(call(operator.getitem, outs, i) for i in range(len(outputs)))
 
     # The same products in another format: there is no other meaning that a proof could find.
     return Binding(
         group[0],
         inputs,
-        tuple(group),
+        tuple(outputs),
         emit,
         op_of(recipe),
         regroups=True,
