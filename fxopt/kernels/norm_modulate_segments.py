@@ -53,7 +53,7 @@ def reference(
             added to.
         residual, weight, bias, x_bias, settings: as in `norm_modulate.reference`.
     """
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return plain.reference(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
@@ -78,7 +78,7 @@ def _looked_up(table: Tensor | None, index: Tensor, rank: int) -> Tensor | None:
     return torch.where(rows < 0, torch.nan, torch.take_along_dim(table, rows.clamp(0), -2))
 
 
-def _per_token(
+def per_token(
     gate: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -93,7 +93,7 @@ def _per_token(
 
 def _native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     residual, gate, weight, bias, scale, shift, x_bias, index, shift_per_token, *settings = args
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return native.forward(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
@@ -104,7 +104,7 @@ def _native_backward(
     tables = {2: gate, 5: scale} | ({} if shift_per_token else {6: shift})
     # In fp32, as what is summed must not be rounded before.
     gate, scale, shift = (None if t is None else t.to(rstd.dtype) for t in (gate, scale, shift))
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, h.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, h.dim())
     operands = (gate, weight, bias, scale, shift, x_bias)
     found = [*native.backward(grad_y, grad_h, h, x, *operands, mean, rstd, *settings)]
     wants = wanted(grad_y, operands, settings[-2])

@@ -21,13 +21,10 @@ from fxopt.kernels.formats import Quantized
 from fxopt.kernels.gated_activation import gated_activation, gated_activation_backward
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
-from fxopt.kernels.norm_modulate import (
-    is_own,
-    norm_modulate,
-    norm_modulate_backward,
-    operand_gradients,
-)
+from fxopt.kernels.norm_modulate import is_own, operand_gradients
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
+from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_quantize import reading
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantize import Cast
 from fxopt.kernels.quantized_linears import (
@@ -43,8 +40,6 @@ from fxopt.kernels.quantized_linears import (
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
     gated_activation_quantize_backward,
-    norm_modulate_quantize,
-    norm_modulate_quantize_columns,
 )
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import packed, unpacked
@@ -86,7 +81,11 @@ def _joined(beside: Tensor | None, activation: Tensor) -> Tensor:
 
 
 class NormModulateQuantizedLinears(Streams):
-    """norm_modulate, then linears on its y; h is returned as `NormModulateLinears` does."""
+    """norm_modulate, by segment where there is an index behind its operands, then linears on its y;
+    h is returned as `NormModulateLinears` does.
+
+    settings: shift_per_token, then those of norm_modulate.
+    """
 
     @staticmethod
     def forward_of(
@@ -94,23 +93,25 @@ class NormModulateQuantizedLinears(Streams):
     ) -> Steps[tuple[Any, ...]]:
         ctx.recipe, ctx.step, _ = decision
         recipe = ctx.recipe
-        operands, parameters = tensors[:8], tensors[8:]
+        operands, index, parameters = tensors[:8], tensors[8], tensors[9:]
         num_linears = len(parameters) // 2
         weights, biases = parameters[:num_linears], parameters[num_linears:]
-        trains = any(ctx.needs_input_grad[10 : 10 + num_linears])
+        trains = any(ctx.needs_input_grad[11 : 11 + num_linears])
+        shift_per_token, settings = settings[0], settings[1:]
+        read = reading(index, shift_per_token)
+        given = *operands, *read.arguments, *settings
         x, residual, gate, *others = operands
         assert x is not None
         y: Tensor | Quantized
         slot = (slots := slots_for(decision, weights)).x
         if fuses(recipe):
-            given = *operands, *settings, *_formats(recipe, trains, slot)
-            lines = slot.rows, slot.known, slot.seen
-            (found,) = yield [Ask(norm_modulate_quantize, given, lines)]
+            formats, lines = _formats(recipe, trains, slot), (slot.rows, slot.known, slot.seen)
+            (found,) = yield [Ask(read.codes, (*given, *formats), lines)]
             codes, scales, amax_t, h, mean, rstd = found
             amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
-            ((normed, h, mean, rstd),) = yield [Ask(norm_modulate, (*operands, *settings))]
+            ((normed, h, mean, rstd),) = yield [Ask(read.forward, given)]
             amax_t = x.new_empty(0)
             y = yield from _operand(normed, recipe, slot)
         h = x if residual is None else h
@@ -118,22 +119,24 @@ class NormModulateQuantizedLinears(Streams):
         if gate is not None:
             branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
+        ctx.shift_per_token = shift_per_token
         copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
-        own = is_own(x, residual, others[3]), True
-        kept = (*packed(ctx, (h, branch), own), gate, *others, mean, rstd, amax_t)
+        own = is_own(x, residual, None if read.shift_is_table else others[3]), True
+        kept = (*packed(ctx, (h, branch), own), gate, *others, index, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
         saved, recipe = unpacked(ctx, saved_tensors(ctx)), ctx.recipe
-        (h, branch, gate, *others, mean, rstd, amax_t), weights, amax = split(
-            saved, 11, len(grads) - 1
+        (h, branch, gate, *others, index, mean, rstd, amax_t), weights, amax = split(
+            saved, 12, len(grads) - 1
         )
         *grad_outs, grad_h = grads
         norm, eps, weight_offset, scale_offset, _, dtype = ctx.settings
-        needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[10:]
+        read, needs_parameters = reading(index, ctx.shift_per_token), ctx.needs_input_grad[11:]
+        needs = ctx.needs_input_grad[2:10]
         dy_MK, operands, dbiases = yield from gradients(
             ctx, grad_outs, weights, amax, True, needs_parameters
         )
@@ -142,23 +145,27 @@ class NormModulateQuantizedLinears(Streams):
         dy = None if dy_MK is None else dy_MK.view(h.shape)
         trains = any(operand is not None for operand in operands)
         has_columns = fuses(recipe) and recipe.wgrad is not None
-        constants = (norm, weight_offset, scale_offset, dtype, needs, trains and not has_columns)
-        tensors = dy, grad_h, h, branch, gate, *others, mean, rstd
-        (found,) = yield [Ask(norm_modulate_backward, (*tensors, *constants))]
-        operand_grads = operand_gradients(found, dy, grad_h, h, gate, others[3], needs)
+        # The gradient of a shift per token is that of y.
+        asks = [*needs[:6], needs[6] and not ctx.shift_per_token, needs[7]]
+        constants = (norm, weight_offset, scale_offset, dtype, asks, trains and not has_columns)
+        tensors = dy, grad_h, h, branch, gate, *others, *read.arguments, mean, rstd
+        (found,) = yield [Ask(read.backward, (*tensors, *constants))]
+        shift = None if read.shift_is_table else others[3]
+        operand_grads = operand_gradients(found, dy, grad_h, h, gate, shift, needs)
         y: Tensor | Quantized = found[-1]
         if trains and recipe.wgrad is not None:
             columns = recipe.wgrad.b
             if has_columns:
                 affine, offsets = others[:4], (weight_offset, scale_offset)
                 formats = dtype, str(columns), amax_t
-                given = h, *affine, mean, rstd, norm, eps, *offsets, *formats
+                given = h, *affine, *read.arguments, mean, rstd, norm, eps, *offsets, *formats
                 lines = (ctx.slots.x.columns,)
-                ((codes_t, scales_t),) = yield [Ask(norm_modulate_quantize_columns, given, lines)]
+                ((codes_t, scales_t),) = yield [Ask(read.codes_t, given, lines)]
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
                 y = yield from _transposed(found[-1], columns, ctx.slots.x)
-        return None, None, *operand_grads, *weight_gradients(operands, y, weights, recipe), *dbiases
+        dweights = weight_gradients(operands, y, weights, recipe)
+        return None, None, *operand_grads, None, *dweights, *dbiases
 
 
 class GatedActivationQuantizedLinear(Streams):
@@ -236,10 +243,16 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
     return dweight
 
 
-def _plain_norm(call: Call) -> Sequence[Tensor]:
-    operands, biases = call.tensors[:NUM_OPERANDS], call.tensors[NUM_OPERANDS + len(call.weights) :]
+def plain_norm(call: Call) -> Sequence[Tensor]:
+    """The outputs of a call that quantizes nothing now."""
+    operands, index = call.tensors[:NUM_OPERANDS], call.tensors[NUM_OPERANDS]
+    biases = call.tensors[NUM_OPERANDS + 1 + len(call.weights) :]
+    shift_per_token, *settings = call.settings
     pieces = [i for piece in whole(call.weights) for i in piece]
-    outs, h = norm_modulate_linears(*operands, *call.settings, call.weights, biases, pieces)
+    op, arguments = norm_modulate_linears, reading(index, shift_per_token).arguments
+    if arguments:
+        op = norm_modulate_segments_linears
+    outs, h = op(*operands, *arguments, *settings, call.weights, biases, pieces)
     return *outs, h
 
 
@@ -255,18 +268,19 @@ def _norm_modulate_quantized_linears_streams(*args: Any) -> tuple[list[Tensor], 
     numbers = zip(eps, weight_offset, scale_offset, strict=True)
     parameters = parts(weights, num_linears), parts(biases, num_linears)
     calls = [
-        Call((norm, *n, h_dtype, dtype), (*own, *w, *b), w, len(w) + 1)
+        Call((False, norm, *n, h_dtype, dtype), (*own, None, *w, *b), w, len(w) + 1)
         for own, n, w, b in zip(zip(*operands, strict=True), numbers, *parameters, strict=True)
     ]
-    found = NormModulateQuantizedLinears.run(recipe, calls, _plain_norm)
+    found = NormModulateQuantizedLinears.run(recipe, calls, plain_norm)
     return [out for own in found for out in own[:-1]], [own[-1] for own in found]
 
 
 def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
     *operands, weights, biases, recipe = args
-    tensors, settings = operands[:NUM_OPERANDS], tuple(operands[NUM_OPERANDS:])
-    call = Call(settings, (*tensors, *weights, *biases), weights, len(weights) + 1)
-    ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], _plain_norm)
+    tensors, settings = operands[:NUM_OPERANDS], operands[NUM_OPERANDS:]
+    given = *tensors, None, *weights, *biases
+    call = Call((False, *settings), given, weights, len(weights) + 1)
+    ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], plain_norm)
     return outs, h
 
 

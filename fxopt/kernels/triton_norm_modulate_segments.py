@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_tables
-from fxopt.kernels.norm_modulate_segments import num_segments_of
 from fxopt.kernels.triton_norm_modulate import (
     REDUCE_D,
     REDUCE_P,
@@ -40,37 +39,11 @@ from fxopt.kernels.triton_norm_modulate_kernels import (
     store_sums,
 )
 from fxopt.kernels.triton_norm_modulate_sums import Reduce, add_group, no_totals, store_totals
-from fxopt.kernels.triton_rows import rows_of, store
+from fxopt.kernels.triton_rows import store
+from fxopt.kernels.triton_segments import Segments, modulation_by, row_of, segment_of
 from fxopt.kernels.triton_sizes import size, unspecialized
 
 ORDER_BLOCK = 2048
-
-
-@triton.jit
-def _segment(index, token, num_segments, mask):
-    """Of tokens the row of their group's table, -1 if there is none."""
-    i = tl.load(index + token, mask, other=0).to(tl.int64)
-    i = tl.where(i < 0, i + num_segments, i)
-    return tl.where((i >= 0) & (i < num_segments), i, -1).to(tl.int32)
-
-
-@triton.jit
-def _row(table, group, segment):
-    """The row of a table (pointer, group stride, row stride) as an operand that all rows share."""
-    if table[0] is None:
-        return table
-    else:
-        return table[0] + group * table[1] + segment * table[2], 0, 0
-
-
-@triton.jit
-def _modulation(s, group, segment, SHIFT_PER_TOKEN: tl.constexpr):
-    """gate, scale and shift of a segment."""
-    gate, scale = _row(s.gate, group, segment), _row(s.scale, group, segment)
-    if SHIFT_PER_TOKEN:
-        return gate, scale, s.shift
-    else:
-        return gate, scale, _row(s.shift, group, segment)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -81,9 +54,9 @@ def forward_kernel(
     """One program is one token."""
     token = tl.program_id(0).to(tl.int64)
     group, row = token // size(s.num_rows), token % size(s.num_rows)
-    segment = _segment(index, token, num_segments, True)
+    segment = segment_of(index, token, num_segments, True)
     if segment >= 0:
-        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
+        m = modulation_by(s, group, segment, SHIFT_PER_TOKEN)
         forward_row(s, m, group, row, num_features, NORM, BLOCK_D)
     else:
         cols = tl.arange(0, BLOCK_D)
@@ -109,12 +82,12 @@ def order_kernel(index, order, ends, num_rows, num_segments, BLOCK: tl.constexpr
     for first in range(0, num_rows, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         mask = rows < num_rows
-        found = tl.maximum(_segment(own, rows, num_segments, mask), 0)
+        found = tl.maximum(segment_of(own, rows, num_segments, mask), 0)
         end += tl.sum(tl.where(mask & (found < segment), 1, 0), 0)
     for first in range(0, num_rows, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         mask = rows < num_rows
-        found = tl.maximum(_segment(own, rows, num_segments, mask), 0)
+        found = tl.maximum(segment_of(own, rows, num_segments, mask), 0)
         is_mine = tl.where(mask & (found == segment), 1, 0)
         at = end + tl.cumsum(is_mine, 0) - 1
         tl.store(order + at, (group * num_rows + rows).to(tl.int32), is_mine > 0)
@@ -134,10 +107,10 @@ def backward_kernel(
     while at < last:
         token = tl.load(order + at).to(tl.int64)
         group = token // size(s.num_rows)
-        segment = tl.maximum(_segment(index, token, num_segments, True), 0)
+        segment = tl.maximum(segment_of(index, token, num_segments, True), 0)
         key = group * num_segments + segment
         end = tl.minimum(last, tl.load(ends + key))
-        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
+        m = modulation_by(s, group, segment, SHIFT_PER_TOKEN)
         sums = no_sums(BLOCKS)
         for i in range(at, end):
             row = tl.load(order + i).to(tl.int64) % size(s.num_rows)
@@ -160,33 +133,21 @@ def reduce_kernel(
         start, end = tl.load(ends + key - 1, key > 0, other=0), tl.load(ends + key)
         first = start // tokens_per_program
         num_rows = tl.where(start < end, (end - 1) // tokens_per_program - first + 1, 0)
-        scale = _row(s.scale, key // num_segments, key % num_segments)
+        scale = row_of(s.scale, key // num_segments, key % num_segments)
         totals = add_group(
             s, totals, key, scale, first + key, num_rows, cols, mask, num_features, BLOCK_P
         )
     store_totals(s, totals, cols, mask)
 
 
-class _Segments:
-    """The tokens of `x` in groups, their index, and tables as operands of the kernels."""
+class _Tokens(Segments):
+    """The tokens of a launch, which the backward puts in order."""
 
     def __init__(self, x: Tensor, tables: tuple[Tensor | None, ...], index: Tensor) -> None:
-        self.x, self.num_segments = x, num_segments_of(*tables)
-        self.groups = op.Groups(x, (x[..., :1, :],))
-        every = x.new_empty(()).expand(*x.shape[:-2], self.num_segments, x.shape[-1])
-        self.every, self.of_tables = every, op.Groups(every, (every[..., :1, :],))
-        self.keys = op.Groups(every, (every,))
+        super().__init__(x, tables, index)
         sizes = self.groups.num_groups, self.groups.num_rows
-        index = index.view(torch.int8) if index.dtype == torch.bool else index
-        self.index = index.expand(x.shape[:-1]).contiguous()
         self.num_tokens = sizes[0] * sizes[1]
         self.sizes = tuple(map(unspecialized, sizes))
-
-    def rows(self, t: Tensor | None) -> tuple[Tensor | None, int, int]:
-        return rows_of(t, self.x, self.groups)
-
-    def table(self, t: Tensor | None) -> tuple[Tensor | None, int, int]:
-        return rows_of(t, self.every, self.of_tables)
 
     def order(self) -> tuple[Tensor, Tensor]:
         """All tokens by segment, and where each segment ends."""
@@ -207,7 +168,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     results = op.outputs(x, residual, norm, *dtypes)
     if not x.numel():
         return results
-    segments = _Segments(x, (gate, scale, None if shift_per_token else shift), index)
+    segments = _Tokens(x, (gate, scale, None if shift_per_token else shift), index)
     rows, table = segments.rows, segments.table
     shift_row = rows(shift) if shift_per_token else table(shift)
     stream = Forward._make((
@@ -240,7 +201,7 @@ def backward(
     gate, weight, bias, scale, shift, x_bias = operands
     affine = any(wants[1:5])
     summed = (wants[0], affine, affine, wants[5])
-    segments = _Segments(h, (gate, scale, None if shift_per_token else shift), index)
+    segments = _Tokens(h, (gate, scale, None if shift_per_token else shift), index)
     rows, table, num_features = segments.rows, segments.table, h.shape[-1]
     shift_row = rows(shift) if shift_per_token else table(shift)
     kernel = "norm_modulate backward" + (" of four sums" if all(summed) else "")

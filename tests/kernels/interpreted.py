@@ -13,6 +13,7 @@ from fxopt.kernels import (
     gated_activation,
     norm_modulate,
     norm_modulate_segments,
+    norm_modulate_segments_quantize,
     norm_modulate_streams,
     qk_norm_rope,
     quantize,
@@ -42,6 +43,12 @@ QUANTIZING = {
         quantized_producers.triton_activation_backward
     ),
 }
+BY_SEGMENT = {
+    torch.ops.fxopt.norm_modulate_segments_quantize.default: norm_modulate_segments_quantize.triton,
+    torch.ops.fxopt.norm_modulate_segments_quantize_columns.default: (
+        norm_modulate_segments_quantize.triton_columns
+    ),
+}
 TRITON = {
     torch.ops.fxopt.norm_modulate.default: norm_modulate._triton,
     torch.ops.fxopt.norm_modulate_backward.default: norm_modulate._triton_backward,
@@ -58,7 +65,8 @@ TRITON = {
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
     **QUANTIZING,
-    **{COUNTING[op]: run for op, run in QUANTIZING.items()},
+    **BY_SEGMENT,
+    **{COUNTING[op]: run for op, run in (QUANTIZING | BY_SEGMENT).items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
 }
 

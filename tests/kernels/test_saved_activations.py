@@ -24,6 +24,9 @@ from fxopt.kernels.norm_modulate_linears import (
 )
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
+)
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear,
@@ -168,6 +171,11 @@ def segment_linears(c: Case) -> Any:
     return [*outs, h]
 
 
+def quantized_segment_linears(c: Case) -> Any:
+    outs, h = norm_modulate_segments_quantized_linears(*segments(c), *linear(c), "fp8")
+    return [*outs, h]
+
+
 CASES = {
     "gelu": Case(lambda c: gated_activation(own(c, *TOKENS), None, "gelu_tanh", "none"), TOKENS),
     "silu, bias": Case(
@@ -188,6 +196,7 @@ CASES = {
     "sandwich": Case(sandwich, TOKENS),
     "segments": Case(lambda c: norm_modulate_segments(*segments(c))[:2], TOKENS),
     "segments, linear": Case(segment_linears, TOKENS),
+    "segments, fp8 linear": Case(quantized_segment_linears, TOKENS),
     "heads": Case(heads, HEADS),
 }
 

@@ -115,8 +115,8 @@ class Normed(NamedTuple):
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
-        first, writes_codes = recipes[0], n.kind != "none" and self.segments is None
-        if first is not None and all(r is first for r in recipes) and writes_codes:
+        first = recipes[0]
+        if first is not None and all(r is first for r in recipes) and n.kind != "none":
             outs, h = self._into_low(n, linears, first)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
@@ -153,10 +153,12 @@ class Normed(NamedTuple):
     ) -> tuple[list[Tensor], Tensor]:
         """`into` for linears that all run by a recipe."""
         self.fire(n)
-        fire_low("norm_modulate", len(linears), recipe)
+        name = _op_of(self.segments)
+        fire_low(name, len(linears), recipe)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
-        return ops.norm_modulate_quantized_linears(*self.operands(n), *settings, *parameters)
+        op = getattr(ops, f"{name}_quantized_linears")
+        return op(*self.operands(n), *settings, *parameters)
 
     def operands(self, n: NormConstants) -> tuple[Any, ...]:
         """What `fxopt::norm_modulate` takes before its settings, or its form for segments."""

@@ -28,6 +28,9 @@ from fxopt.kernels.norm_modulate_linears import (
 )
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
+)
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_composites import (
     gated_activation_quantized_linear,
@@ -55,6 +58,7 @@ STEPS = (
     norm_modulate_linears,
     norm_modulate_linears_streams,
     norm_modulate_segments_linears,
+    norm_modulate_segments_quantized_linears,
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
@@ -308,6 +312,7 @@ NODES_OF_NORMS = (
     norm_modulate_linears,
     norm_modulate_segments_linears,
     norm_modulate_quantized_linears,
+    norm_modulate_segments_quantized_linears,
 )
 FUSED_NORMS = (norm_modulate, norm_modulate_segments, *NODES_OF_NORMS)
 
