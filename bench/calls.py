@@ -274,6 +274,19 @@ def quantized_producers(
     )
 
 
+def norm_modulate_segments_quantize(batch: int, num_tokens: int, width: int, name: str) -> None:
+    """A norm by segment, with a gated residual, that writes codes quantized as `name` says."""
+    from fxopt.kernels import norm_modulate_segments_quantize as provider
+
+    x, residual = (randn(batch, num_tokens, width) for _ in range(2))
+    gate, scale, shift = (randn(batch, 2, width) for _ in range(3))
+    reading, constants = (randn(batch, num_tokens) > 0, False), ("layer", EPS, 0.0, 1.0, BF16)
+    operands = x, residual, gate, None, None, scale, shift, None, *reading
+    *_, amax_t, h, mean, rstd = provider.triton(*operands, *constants, BF16, name, name)
+    saved = h, None, None, scale, shift, *reading, mean, rstd, *constants, name, amax_t
+    provider.triton_columns(*saved)
+
+
 def sum_parts(batch: int, num_tokens: int, width: int) -> None:
     from fxopt.kernels import sum_parts as provider
 

@@ -22,6 +22,7 @@ from bench.calls import (
     linear_cross_entropy,
     norm_modulate,
     norm_modulate_segments,
+    norm_modulate_segments_quantize,
     qk_norm_rope,
     quantize,
     quantize_group,
@@ -141,6 +142,8 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantized producers {name}", producers)
         yield fp8(f"quantized producers {name}, two streams", partial(producers, num_streams=2))
         yield fp8(f"quantize_together {name}", partial(quantize_together, name=name))
+        by_segment = partial(norm_modulate_segments_quantize, name=name)
+        yield fp8(f"quantized norm by segment {name}", by_segment)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)

@@ -153,8 +153,8 @@ class _Rows:
 class _Modulation:
     """The rows of x in groups, gate, scale and shift of them, and by which index they look it up.
 
-    operands: gate, scale and shift, each (pointer, group stride, row stride). index: pointer and
-    number of segments, or None, and whether the shift is no table.
+    operands: gate, scale and shift, each (pointer, group stride, row stride). index: the pointer,
+    that of a shift which is a table, and the number of segments; or None.
     """
 
     def __init__(
@@ -171,14 +171,14 @@ class _Modulation:
         if index is None or all(table is None for table in tables):
             self.x, self.groups = x, groups_of(x, given)
             self.operands = tuple(map(self.rows, given))
-            self.index: tuple[Any, ...] = None, None, tl.constexpr(False)
+            self.index: tuple[Any, ...] = None, None, None
             return
         segments = Segments(x, tables, index[0])
         self.x, self.groups = x, segments.groups
         of_shift = self.rows(shift) if per_token else segments.table(shift)
         self.operands = segments.table(gate), segments.table(scale), of_shift
         num_segments = unspecialized(segments.num_segments)
-        self.index = segments.index, num_segments, tl.constexpr(per_token)
+        self.index = segments.index, None if per_token else segments.index, num_segments
 
     def rows(self, t: Tensor | None) -> tuple[Tensor | None, int, int]:
         return rows_of(t, self.x, self.groups)

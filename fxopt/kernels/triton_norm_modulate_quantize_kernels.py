@@ -46,7 +46,7 @@ class Stream(NamedTuple):
 
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met.
     All rows are scaled by the magnitude known [1] if it is there; seen [1] is raised to the
-    magnitudes. With an index [M] gate, scale and shift, if it is not per token, are tables.
+    magnitudes. With an index [M] gate and scale are tables, with one of the shift, the same, that too.
     """
 
     x: Any
@@ -74,8 +74,8 @@ class Stream(NamedTuple):
     num_rows: Any
     num_programs: Any
     index: Any
+    index_of_shift: Any
     num_segments: Any
-    SHIFT_PER_TOKEN: tl.constexpr
 
 
 @triton.jit
@@ -85,7 +85,9 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
     gate, scale, shift = s.gate, s.scale, s.shift
     if s.index is not None:
         segment = segment_of(s.index, token, size(s.num_segments), True)
-        gate, scale, shift = modulation_by(s, group, tl.maximum(segment, 0), s.SHIFT_PER_TOKEN)
+        gate, scale, shift = modulation_by(
+            s, group, tl.maximum(segment, 0), s.index_of_shift is None
+        )
     if s.residual[0] is not None:
         value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
     else:
@@ -171,20 +173,19 @@ def _operand_tile(t, group, row, c, mask):
 @triton.jit
 def normed_tile(
     h, weight, bias, scale, shift, mean, rstd, group_rows, weight_offset, scale_offset,
-    index, num_segments, SHIFT_PER_TOKEN: tl.constexpr,
-    r, c, num_rows, num_columns, DTYPE: tl.constexpr,
+    index, index_of_shift, num_segments, r, c, num_rows, num_columns, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """fp32 tile of y, made from the norm's input h and its statistics; zero outside.
 
-    h and the operands are (pointer, group stride, row stride); mean is None for an RMSNorm. index,
-    num_segments and SHIFT_PER_TOKEN as in `Stream`; the rstd of a token without a row is NaN.
+    h and the operands are (pointer, group stride, row stride); mean is None for an RMSNorm. Both
+    indices as in `Stream`; the rstd of a token without a row is NaN.
     """
     group, row = r // size(group_rows), r % size(group_rows)
     row_of_scale, row_of_shift = row, row
     if index is not None:
         segment = segment_of(index, r, size(num_segments), r < num_rows)
         row_of_scale = tl.maximum(segment, 0)
-        if not SHIFT_PER_TOKEN:
+        if index_of_shift is not None:
             row_of_shift = row_of_scale
     mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
     y = _operand_tile(h, group, row, c, mask)
