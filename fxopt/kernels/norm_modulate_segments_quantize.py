@@ -20,14 +20,18 @@ from fxopt.kernels.norm_modulate_segments import (
     per_token,
 )
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
+from fxopt.kernels.together import Call, alone, register_together, share_with, where_it_fits
 
-ARGUMENTS = plain.NORM_ARGUMENTS.replace("str norm", "Tensor index, bool shift_per_token, str norm")
+ARGUMENTS = plain.NORM_ARGUMENTS.replace(
+    "str norm", "Tensor? index, bool shift_per_token, str norm"
+)
 
 
 def native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As `native_norm`, with tables, `index` and `shift_per_token` of `norm_modulate_segments`."""
     residual, gate, weight, bias, scale, shift, x_bias, index, shift_per_token = args[:9]
-    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
+    if index is not None:
+        gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
     operands = x, residual, gate, weight, bias, scale, shift, x_bias
     return plain.native_norm(*operands, *args[9:])
 
@@ -35,39 +39,54 @@ def native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def native_columns(h: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """As `native_norm_columns`, with `index` and `shift_per_token` behind the shift."""
     weight, bias, scale, shift, index, shift_per_token = args[:6]
-    _, scale, shift = per_token(None, scale, shift, index, shift_per_token, h.dim())
+    if index is not None:
+        _, scale, shift = per_token(None, scale, shift, index, shift_per_token, h.dim())
     return plain.native_norm_columns(h, weight, bias, scale, shift, *args[6:])
 
 
-def triton(*args: Any) -> tuple[Tensor, ...]:
+def triton_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    call, reading = _parted(args, 8)
-    if not plain.fits(args[0], opmath_of(args[0], *call[12:14])):
-        return native(*args)
-    return kernels.forward_of([call], [reading])[0]
+    def has_rows(x: Tensor, *args: Any) -> bool:
+        return plain.fits(x, opmath_of(x, *args[13:15]))
+
+    def forward_of(calls: Sequence[Call]) -> Sequence[Call]:
+        return kernels.forward_of(*_parted(calls, 8))
+
+    return where_it_fits(calls, has_rows, forward_of, native)
 
 
-def triton_columns(*args: Any) -> tuple[Tensor, Tensor]:
+def triton_columns_of_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    call, reading = _parted(args, 5)
-    if not plain.fits(args[0], call[6].dtype):
-        return native_columns(*args)
-    return kernels.columns_of([call], [reading])[0]
+    def has_rows(h: Tensor, *args: Any) -> bool:
+        return plain.fits(h, args[7].dtype)
+
+    def columns_of(calls: Sequence[Call]) -> Sequence[Call]:
+        return kernels.columns_of(*_parted(calls, 5))
+
+    return where_it_fits(calls, has_rows, columns_of, native_columns)
 
 
-def _parted(args: Sequence[Any], at: int) -> tuple[tuple[Any, ...], Any]:
-    """The arguments of the plain op, and the two at `at` that say how tables are read."""
-    return (*args[:at], *args[at + 2 :]), (args[at], args[at + 1])
+triton, triton_columns = alone(triton_norms), alone(triton_columns_of_norms)
+
+
+def _parted(calls: Sequence[Call], at: int) -> tuple[list[Call], list[Any]]:
+    """The arguments of the plain op, and of each call the two at `at`: how tables are read."""
+    plain_calls = [_plain(call, at) for call in calls]
+    return plain_calls, [None if call[at] is None else call[at : at + 2] for call in calls]
+
+
+def _plain(args: Sequence[Any], at: int) -> Call:
+    return *args[:at], *args[at + 2 :]
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    return plain.fake_norm(*_parted(args, 8)[0])
+    return plain.fake_norm(*_plain(args, 8))
 
 
 def _fake_columns(*args: Any) -> tuple[Tensor, Tensor]:
-    return plain.fake_norm_columns(*_parted(args, 5)[0])
+    return plain.fake_norm_columns(*_plain(args, 5))
 
 
 norm_modulate_segments_quantize = register(
@@ -76,13 +95,13 @@ norm_modulate_segments_quantize = register(
     native=native,
     fake=_fake,
     triton=triton,
-    launches=lambda *args: plain.norm_launches(*_parted(args, 8)[0]),
-    rereads=lambda args, out: plain.norm_rereads(_parted(args, 8)[0], out),
+    launches=lambda *args: plain.norm_launches(*_plain(args, 8)),
+    rereads=lambda args, out: plain.norm_rereads(_plain(args, 8), out),
     counters=plain.OF_INPUT,
 )
 norm_modulate_segments_quantize_columns = register(
     "norm_modulate_segments_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, Tensor index, bool shift_per_token, Tensor mean, Tensor rstd, "
+    "Tensor? scale, Tensor? shift, Tensor? index, bool shift_per_token, Tensor mean, Tensor rstd, "
     "str norm, float eps, float weight_offset, float scale_offset, ScalarType dtype, "
     "str columns, Tensor amax_t) -> (Tensor codes_t, Tensor scales_t)",
     native=native_columns,
@@ -90,7 +109,26 @@ norm_modulate_segments_quantize_columns = register(
     triton=triton_columns,
     counters=plain.COUNTERS,
 )
-CAPABILITIES["norm_modulate_segments_quantize"] = quantize.CAST_CAPABILITY
+register_together(
+    norm_modulate_segments_quantize,
+    triton_norms,
+    launches=lambda calls: plain.launches_of_norms([_plain(call, 8) for call in calls]),
+    kind=lambda x, *_: x.shape[-1],
+)
+register_together(norm_modulate_segments_quantize_columns, triton_columns_of_norms)
+# A stream that is modulated by segment and one that is not are one launch.
+share_with(
+    plain.norm_modulate_quantize,
+    norm_modulate_segments_quantize,
+    lambda args: (*args[:8], None, False, *args[8:]),
+)
+share_with(
+    plain.norm_modulate_quantize_columns,
+    norm_modulate_segments_quantize_columns,
+    lambda args: (*args[:5], None, False, *args[5:]),
+)
+for _name in ("norm_modulate_segments_quantize", "norm_modulate_segments_quantize_together"):
+    CAPABILITIES[_name] = quantize.CAST_CAPABILITY
 
 
 class Reading(NamedTuple):

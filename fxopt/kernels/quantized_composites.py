@@ -243,7 +243,7 @@ def _weight_gradient(g: Any, beside: Tensor, activation: Tensor, weight: Tensor)
     return dweight
 
 
-def plain_norm(call: Call) -> Sequence[Tensor]:
+def _plain_norm(call: Call) -> Sequence[Tensor]:
     """The outputs of a call that quantizes nothing now."""
     operands, index = call.tensors[:NUM_OPERANDS], call.tensors[NUM_OPERANDS]
     biases = call.tensors[NUM_OPERANDS + 1 + len(call.weights) :]
@@ -262,26 +262,37 @@ def _plain_activation(call: Call) -> Sequence[Tensor]:
     return (gated_activation_linear(*given),)
 
 
-def _norm_modulate_quantized_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    *operands, norm, eps, weight_offset, scale_offset, h_dtype, dtype = args[:14]
-    weights, biases, num_linears, recipe = args[14:]
-    numbers = zip(eps, weight_offset, scale_offset, strict=True)
-    parameters = parts(weights, num_linears), parts(biases, num_linears)
+def norm_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """What the linears of each stream make, and h of each; with an index and whether the shift is
+    per token behind the operands."""
+    *operands, shift_per_token, norm, eps, weight_offset, scale_offset, h_dtype, dtype = args[:16]
+    weights, biases, num_linears, recipe = args[16:]
+    numbers = zip(shift_per_token, eps, weight_offset, scale_offset, strict=True)
+    given = zip(*operands, strict=True), parts(weights, num_linears), parts(biases, num_linears)
     calls = [
-        Call((False, norm, *n, h_dtype, dtype), (*own, None, *w, *b), w, len(w) + 1)
-        for own, n, w, b in zip(zip(*operands, strict=True), numbers, *parameters, strict=True)
+        Call((per_token, norm, *n, h_dtype, dtype), (*own, *w, *b), w, len(w) + 1)
+        for (per_token, *n), own, w, b in zip(numbers, *given, strict=True)
     ]
-    found = NormModulateQuantizedLinears.run(recipe, calls, plain_norm)
+    found = NormModulateQuantizedLinears.run(recipe, calls, _plain_norm)
     return [out for own in found for out in own[:-1]], [own[-1] for own in found]
 
 
-def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+def norm_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    """`norm_linears_streams` of one stream."""
     *operands, weights, biases, recipe = args
-    tensors, settings = operands[:NUM_OPERANDS], operands[NUM_OPERANDS:]
-    given = *tensors, None, *weights, *biases
-    call = Call((False, *settings), given, weights, len(weights) + 1)
-    ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], plain_norm)
+    tensors, settings = operands[: NUM_OPERANDS + 1], operands[NUM_OPERANDS + 1 :]
+    call = Call(tuple(settings), (*tensors, *weights, *biases), weights, len(weights) + 1)
+    ((*outs, h),) = NormModulateQuantizedLinears.run(recipe, [call], _plain_norm)
     return outs, h
+
+
+def _norm_modulate_quantized_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    operands, num = args[:NUM_OPERANDS], len(args[0])
+    return norm_linears_streams(*operands, [None] * num, [False] * num, *args[NUM_OPERANDS:])
+
+
+def _norm_modulate_quantized_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    return norm_linears(*args[:NUM_OPERANDS], None, False, *args[NUM_OPERANDS:])
 
 
 def _gated_activation_quantized_linear_streams(

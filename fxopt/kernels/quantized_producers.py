@@ -270,7 +270,7 @@ def norm_launches(*args: Any) -> int:
     return 2 if _is_of_tensor(rows) or columns is not None else 1
 
 
-def _launches_of_norms(calls: Sequence[Call]) -> int:
+def launches_of_norms(calls: Sequence[Call]) -> int:
     """The reductions are one for each call."""
     alone = [norm_launches(*call) for call in calls]
     casts_later = _is_of_tensor(calls[0][14]) and not _is_known(calls[0], 17)
@@ -335,7 +335,7 @@ gated_activation_quantize_backward = register(
 register_together(
     norm_modulate_quantize,
     triton_norms,
-    launches=_launches_of_norms,
+    launches=launches_of_norms,
     kind=lambda x, *_: x.shape[-1],
 )
 register_together(norm_modulate_quantize_columns, triton_columns_of_norms)

@@ -46,7 +46,7 @@ class Stream(NamedTuple):
 
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met.
     All rows are scaled by the magnitude known [1] if it is there; seen [1] is raised to the
-    magnitudes. Gate and scale are tables if there is an index [M], the shift if it has one, the same.
+    magnitudes. Gate and scale are tables if there is an index [M], and the shift if it has one too.
     """
 
     x: Any

@@ -38,15 +38,13 @@ QUANTIZING = {
     torch.ops.fxopt.quantize.default: quantize.triton,
     torch.ops.fxopt.norm_modulate_quantize.default: quantized_producers.triton_norm,
     torch.ops.fxopt.norm_modulate_quantize_columns.default: quantized_producers.triton_norm_columns,
-    torch.ops.fxopt.gated_activation_quantize.default: quantized_producers.triton_activation,
-    torch.ops.fxopt.gated_activation_quantize_backward.default: (
-        quantized_producers.triton_activation_backward
-    ),
-}
-BY_SEGMENT = {
     torch.ops.fxopt.norm_modulate_segments_quantize.default: norm_modulate_segments_quantize.triton,
     torch.ops.fxopt.norm_modulate_segments_quantize_columns.default: (
         norm_modulate_segments_quantize.triton_columns
+    ),
+    torch.ops.fxopt.gated_activation_quantize.default: quantized_producers.triton_activation,
+    torch.ops.fxopt.gated_activation_quantize_backward.default: (
+        quantized_producers.triton_activation_backward
     ),
 }
 TRITON = {
@@ -65,8 +63,7 @@ TRITON = {
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
     **QUANTIZING,
-    **BY_SEGMENT,
-    **{COUNTING[op]: run for op, run in (QUANTIZING | BY_SEGMENT).items()},
+    **{COUNTING[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
 }
 

@@ -108,7 +108,7 @@ class Normed(NamedTuple):
             return h, h
         self.fire(n)
         settings = (*n[:3], self.scale_offset, h_dtype, dtype or self.x.dtype)
-        y, h, _, _ = getattr(ops, _op_of(self.segments))(*self.operands(n), *settings)
+        y, h, _, _ = getattr(ops, op_of_norm(self.segments))(*self.operands(n), *settings)
         return y, h if self.residual is not None else self.x
 
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
@@ -126,7 +126,7 @@ class Normed(NamedTuple):
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self.fire(n)
-        name = _op_of(self.segments)
+        name = op_of_norm(self.segments)
         fire("merge_linears", name)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
@@ -141,7 +141,8 @@ class Normed(NamedTuple):
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
         is_one = all(r is recipes[0] for r in recipes) and all(map(is_plain, linears))
-        if n.kind == "none" or self.segments or not is_one:
+        # By segment only what writes codes has a form for streams.
+        if n.kind == "none" or (self.segments and recipes[0] is None) or not is_one:
             return None
         dtype: Any = linears[0].weight.dtype
         width = self.x.shape[-1]
@@ -153,7 +154,7 @@ class Normed(NamedTuple):
     ) -> tuple[list[Tensor], Tensor]:
         """`into` for linears that all run by a recipe."""
         self.fire(n)
-        name = _op_of(self.segments)
+        name = op_of_norm(self.segments)
         fire_low(name, len(linears), recipe)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         parameters = ([m.weight for m in linears], [m.bias for m in linears], recipe.key)
@@ -162,8 +163,12 @@ class Normed(NamedTuple):
 
     def operands(self, n: NormConstants) -> tuple[Any, ...]:
         """What `fxopt::norm_modulate` takes before its settings, or its form for segments."""
+        return (*self.tensors(n), *(self.segments or ()))
+
+    def tensors(self, n: NormConstants) -> tuple[Tensor | None, ...]:
+        """The same without how tables are read."""
         affine = (n.weight, n.bias, self.scale, self.shift)
-        return (self.x, self.residual, self.gate, *affine, self.x_bias, *(self.segments or ()))
+        return (self.x, self.residual, self.gate, *affine, self.x_bias)
 
     def _h_dtype(self) -> torch.dtype:
         return self.h_dtype or promoted(self.x, self.residual, self.gate)
@@ -178,7 +183,8 @@ class Normed(NamedTuple):
             fire("rms_norm", "norm_modulate")
 
 
-def _op_of(segments: Segments | None) -> str:
+def op_of_norm(segments: Segments | None) -> str:
+    """The name of the op that norms by segment, or not."""
     return "norm_modulate" if segments is None else "norm_modulate_segments"
 
 
@@ -221,7 +227,7 @@ def gated_residual(
         fire("fuse_bias", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)
     operands = (x, residual, gate, None, None, None, None, x_bias, *(segments or ()))
-    _, h, _, _ = getattr(ops, _op_of(segments))(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)
+    _, h, _, _ = getattr(ops, op_of_norm(segments))(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)
     return h
 
 

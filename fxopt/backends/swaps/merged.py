@@ -17,6 +17,7 @@ from fxopt.backends.swaps.fused import (
     fire,
     fire_low,
     gated_residual,
+    op_of_norm,
     ops,
     pieces,
     promoted,
@@ -58,10 +59,12 @@ def into(
             if recipe is None:
                 fire("merge_linears", "norm_modulate")
             else:
-                fire_low("norm_modulate", len(linears[i]), recipe)
-        operands = [stream.operands(n) for stream, n in given]
+                fire_low(op_of_norm(stream.segments), len(linears[i]), recipe)
+        operands = [stream.tensors(n) for stream, n in given]
+        segments = [stream.segments for stream, _ in given]
         constants = [(*n[1:3], stream.scale_offset) for stream, n in given]
-        outs, hs = _norms(operands, constants, common, [linears[i] for i in streams], recipe)
+        own = [linears[i] for i in streams]
+        outs, hs = _norms(operands, constants, common, own, recipe, segments)
         rest = iter(outs)
         return [([next(rest) for _ in linears[i]], h) for i, h in zip(streams, hs, strict=True)]
 
@@ -108,11 +111,12 @@ def _norms(
     common: Sequence[Any],
     linears: Sequence[Sequence[Any]],
     recipe: Recipe | None = None,
+    segments: Sequence[Segments | None] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`fxopt::norm_modulate_linears_streams`; every sequence but `common` is one of streams.
 
     constants: eps and the offsets of weight and scale. common: norm, h_dtype, dtype. recipe: by
-    which the linears run; None for the model's dtype.
+    which the linears run; None for the model's dtype, where no stream has segments.
     """
     fire("merge_streams", streams_op_of("norm_modulate", recipe))
     fields, numbers = (map(list, zip(*each, strict=True)) for each in (operands, constants))
@@ -120,7 +124,12 @@ def _norms(
     every = [m for of_stream in linears for m in of_stream]
     counts = [len(of_stream) for of_stream in linears]
     parameters = [m.weight for m in every], [m.bias for m in every], counts
-    arguments = (*fields, norm, *numbers, *dtypes, *parameters)
+    arguments = (norm, *numbers, *dtypes, *parameters)
+    if any(segments):
+        reading = map(list, zip(*(own or (None, False) for own in segments), strict=True))
+        op = ops.norm_modulate_segments_quantized_linears_streams
+        return op(*fields, *reading, *arguments, recipe and recipe.key)
+    arguments = (*fields, *arguments)
     if recipe is not None:
         return ops.norm_modulate_quantized_linears_streams(*arguments, recipe.key)
     each = [pieces([m.weight for m in of_stream]) for of_stream in linears]
