@@ -12,7 +12,10 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears_streams,
 )
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
-from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_linears import (
+    norm_modulate_segments_linears,
+    norm_modulate_segments_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
     norm_modulate_segments_quantized_linears_streams,
@@ -25,6 +28,7 @@ from fxopt.passes import ir
 
 NODES_OF_STREAMS = (
     norm_modulate_linears_streams,
+    norm_modulate_segments_linears_streams,
     norm_modulate_quantized_linears_streams,
     norm_modulate_segments_quantized_linears_streams,
 )

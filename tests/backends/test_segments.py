@@ -172,7 +172,7 @@ COUNTS = {
         "gated_activation": 4,
         "fuse_bias": 12,
         "merge_linears": 12,
-        "merge_streams": 2,
+        "merge_streams": 8,
     },
     "qwen-image-2.1": {
         "qk_norm_rope": 4,
@@ -212,7 +212,7 @@ COUNTS = {
         "gated_activation": 7,
         "fuse_bias": 18,
         "merge_linears": 21,
-        "merge_streams": 2,
+        "merge_streams": 8,
     },
 }
 
@@ -289,7 +289,7 @@ UNDER_A_RECIPE = {
     "gated_activation": 4,
     "quantized_linear": 24,
     "merge_quantized": 12,
-    "merge_streams": 8,
+    "merge_streams": 10,
 }
 
 

@@ -14,6 +14,7 @@ from fxopt.kernels import (
     norm_modulate,
     norm_modulate_segments,
     norm_modulate_segments_quantize,
+    norm_modulate_segments_streams,
     norm_modulate_streams,
     qk_norm_rope,
     quantize,
@@ -55,6 +56,10 @@ TRITON = {
     torch.ops.fxopt.norm_modulate_segments.default: norm_modulate_segments._triton,
     torch.ops.fxopt.norm_modulate_segments_backward.default: (
         norm_modulate_segments._triton_backward
+    ),
+    torch.ops.fxopt.norm_modulate_segments_streams.default: norm_modulate_segments_streams._triton,
+    torch.ops.fxopt.norm_modulate_segments_streams_backward.default: (
+        norm_modulate_segments_streams._triton_backward
     ),
     torch.ops.fxopt.qk_norm_rope.default: qk_norm_rope._triton,
     torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,

@@ -76,7 +76,7 @@ def of_backward(args: list[Any], found: Any, columns: str) -> tuple[Any, ...]:
 
 
 PROVIDERS: dict[str, tuple[Any, ...]] = {
-    "native": (segments._native, quantize.native, op.native, op.native_columns),
+    "native": (segments.native_forward, quantize.native, op.native, op.native_columns),
     "triton": (segments._triton, quantize.triton, op.triton, op.triton_columns),
 }
 
@@ -103,7 +103,7 @@ def test_codes(provider: str, case: str, rows: str, columns: str | None) -> None
 def test_bfloat16() -> None:
     """What is rounded to the model's dtype first; Triton's interpreter rounds to it otherwise."""
     args, (rows, columns) = arguments("residual", torch.bfloat16), FORMATS[1]
-    y = segments._native(*args)[0]
+    y = segments.native_forward(*args)[0]
     expected = quantize.native(y, rows, columns, None, False)
     found = op.native(*args, rows, columns)
     transposed = op.native_columns(*of_backward(args, found, columns))

@@ -253,8 +253,7 @@ LAUNCHED = {
     },
     "norms, one by segment": {
         "norm_modulate_segments_quantize_together": 1,
-        "norm_modulate_backward": 1,
-        "norm_modulate_segments_backward": 1,
+        "norm_modulate_segments_streams_backward": 1,
         "norm_modulate_segments_quantize_columns_together": 1,
         "sum_parts": 1,
     },

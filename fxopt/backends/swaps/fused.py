@@ -141,8 +141,7 @@ class Normed(NamedTuple):
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
         is_one = all(r is recipes[0] for r in recipes) and all(map(is_plain, linears))
-        # By segment only what writes codes has a form for streams.
-        if n.kind == "none" or (self.segments and recipes[0] is None) or not is_one:
+        if n.kind == "none" or not is_one:
             return None
         dtype: Any = linears[0].weight.dtype
         width = self.x.shape[-1]
@@ -178,7 +177,7 @@ class Normed(NamedTuple):
         if self.x_bias is not None:
             fire("fuse_bias", "norm_modulate")
         if self.residual is not None or self.scale is not None or self.shift is not None:
-            _fire_modulate(self.segments)
+            fire_modulate(self.segments)
         elif n.kind == "rms":
             fire("rms_norm", "norm_modulate")
 
@@ -188,7 +187,8 @@ def op_of_norm(segments: Segments | None) -> str:
     return "norm_modulate" if segments is None else "norm_modulate_segments"
 
 
-def _fire_modulate(segments: Segments | None) -> None:
+def fire_modulate(segments: Segments | None) -> None:
+    """Note a modulation or a gated residual."""
     fire("norm_modulate", "norm_modulate")
     if segments is not None:
         fire("norm_modulate_segments", "norm_modulate_segments")
@@ -222,7 +222,7 @@ def gated_residual(
         return x
     if gate is None:
         return residual + x
-    _fire_modulate(segments)
+    fire_modulate(segments)
     if x_bias is not None:
         fire("fuse_bias", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)

@@ -16,6 +16,7 @@ from fxopt.backends.swaps.fused import (
     Segments,
     fire,
     fire_low,
+    fire_modulate,
     gated_residual,
     op_of_norm,
     ops,
@@ -57,7 +58,7 @@ def into(
         for (stream, n), i in zip(given, streams, strict=True):
             stream.fire(n)
             if recipe is None:
-                fire("merge_linears", "norm_modulate")
+                fire("merge_linears", op_of_norm(stream.segments))
             else:
                 fire_low(op_of_norm(stream.segments), len(linears[i]), recipe)
         operands = [stream.tensors(n) for stream, n in given]
@@ -81,8 +82,8 @@ def gated_residuals(
     """residual + gate * (x + bias) of each stream."""
     dtypes = [promoted(b.x, r, g) for r, g, b in zip(residuals, gates, branches, strict=True)]
     commons = [
-        None if s else common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
-        for r, dtype, s in zip(residuals, dtypes, segments, strict=True)
+        common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
+        for r, dtype in zip(residuals, dtypes, strict=True)
     ]
 
     def alone(i: int) -> Tensor:
@@ -91,7 +92,7 @@ def gated_residuals(
 
     def together(streams: list[int]) -> list[Tensor]:
         for i in streams:
-            fire("norm_modulate", "norm_modulate")
+            fire_modulate(segments[i])
             if branches[i].bias is not None:
                 fire("fuse_bias", "norm_modulate")
         absent = (None,) * 4
@@ -100,7 +101,8 @@ def gated_residuals(
         ]
         settings = ("none", dtypes[streams[0]], dtypes[streams[0]])
         no_numbers, no_linears = [(0.0, 0.0, 0.0)] * len(streams), [()] * len(streams)
-        return _norms(operands, no_numbers, settings, no_linears)[1]
+        own = [segments[i] for i in streams]
+        return _norms(operands, no_numbers, settings, no_linears, None, own)[1]
 
     return _by_launch(commons, together, alone)
 
@@ -116,25 +118,24 @@ def _norms(
     """`fxopt::norm_modulate_linears_streams`; every sequence but `common` is one of streams.
 
     constants: eps and the offsets of weight and scale. common: norm, h_dtype, dtype. recipe: by
-    which the linears run; None for the model's dtype, where no stream has segments.
+    which the linears run; None for the model's dtype.
     """
     fire("merge_streams", streams_op_of("norm_modulate", recipe))
+    name = op_of_norm(next(filter(None, segments), None))
+    if any(segments):
+        reading = (own or (None, False) for own in segments)
+        operands = [(*own, *more) for own, more in zip(operands, reading, strict=True)]
     fields, numbers = (map(list, zip(*each, strict=True)) for each in (operands, constants))
     norm, *dtypes = common
     every = [m for of_stream in linears for m in of_stream]
     counts = [len(of_stream) for of_stream in linears]
     parameters = [m.weight for m in every], [m.bias for m in every], counts
-    arguments = (norm, *numbers, *dtypes, *parameters)
-    if any(segments):
-        reading = map(list, zip(*(own or (None, False) for own in segments), strict=True))
-        op = ops.norm_modulate_segments_quantized_linears_streams
-        return op(*fields, *reading, *arguments, recipe and recipe.key)
-    arguments = (*fields, *arguments)
+    arguments = (*fields, norm, *numbers, *dtypes, *parameters)
     if recipe is not None:
-        return ops.norm_modulate_quantized_linears_streams(*arguments, recipe.key)
+        return getattr(ops, f"{name}_quantized_linears_streams")(*arguments, recipe.key)
     each = [pieces([m.weight for m in of_stream]) for of_stream in linears]
     flat = [number for of_stream in each for number in of_stream]
-    return ops.norm_modulate_linears_streams(*arguments, flat, counts)
+    return getattr(ops, f"{name}_linears_streams")(*arguments, flat, counts)
 
 
 def outs(

@@ -119,7 +119,7 @@ def _binding(
 
 RULE = Rule(
     name="merge_quantized",
-    version=1,
+    version=2,
     anchors=(quantized_linears,),
     propose=propose,
     tier="low_precision",

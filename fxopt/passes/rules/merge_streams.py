@@ -26,7 +26,11 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
-from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_linears import (
+    norm_modulate_segments_linears,
+    norm_modulate_segments_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
     norm_modulate_segments_quantized_linears_streams,
@@ -46,11 +50,22 @@ from fxopt.passes.share_residual import share_residual
 from fxopt.recipes import Recipe, find
 
 # Norms that can be one stream of a launch.
+BY_SEGMENT = (
+    norm_modulate_segments,
+    norm_modulate_segments_linears,
+    norm_modulate_segments_quantized_linears,
+)
 NORMS = (
     norm_modulate,
     norm_modulate_linears,
     norm_modulate_quantized_linears,
-    norm_modulate_segments_quantized_linears,
+    *BY_SEGMENT,
+)
+# Of streams that are all as they are, and of streams of which some are by segment.
+STREAMS = norm_modulate_linears_streams, norm_modulate_segments_linears_streams
+QUANTIZED_STREAMS = (
+    norm_modulate_quantized_linears_streams,
+    norm_modulate_segments_quantized_linears_streams,
 )
 # Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
@@ -66,6 +81,7 @@ STEPS = (
     norm_modulate_linears,
     norm_modulate_linears_streams,
     norm_modulate_segments_linears,
+    norm_modulate_segments_linears_streams,
     norm_modulate_segments_quantized_linears,
     norm_modulate_segments_quantized_linears_streams,
     norm_modulate_quantized_linears,
@@ -98,7 +114,7 @@ def _common(call: fx.Node) -> tuple[Any, ...] | None:
     recipe = arguments.get("recipe")
     if ir.is_call(call, *NORMS):
         x, norm, h_dtype, dtype = (arguments[k] for k in ("x", "norm", "h_dtype", "dtype"))
-        has_linears = call.target is not norm_modulate
+        has_linears = "weights" in arguments
         width = ir.expression(ir.shape(x)[-1])
         common = common_of_norms(norm, h_dtype, dtype, width, has_linears=has_linears)
         return None if common is None else (recipe, *common)
@@ -193,7 +209,7 @@ class Norm:
 def _norm(call: fx.Node) -> Norm:
     taken, reading = ir.results(call), (None, False)
     args: Any = call.args[NUM_OPERANDS:]
-    if ir.is_call(call, norm_modulate_segments_quantized_linears):
+    if ir.is_call(call, *BY_SEGMENT):
         reading, args = args[:2], args[2:]
     settings, parameters = args[:6], args[6:]
     weights, biases, pieces = parameters or ([], [], [])
@@ -213,13 +229,13 @@ def _bind_norms(norms: list[Norm]) -> Binding:
         numbers = map(list, zip(*(s.numbers for s in norms), strict=True))
         norm, *_, h_dtype, dtype = norms[0].settings
         pieces = [number for s in norms for number in s.pieces or ()]
-        more = [ir.arguments(norms[0].call).get("recipe")]
-        op = norm_modulate_quantized_linears_streams
-        if norms[0].pieces is not None:
-            op, more = norm_modulate_linears_streams, [pieces, [s.num_outs for s in norms]]
-        elif any(index is not None for index in indices):
-            op = norm_modulate_segments_quantized_linears_streams
+        by_segment = any(index is not None for index in indices)
+        if by_segment:
             fields += [[given[n] for n in indices], per_token]
+        if norms[0].pieces is None:
+            op, more = QUANTIZED_STREAMS[by_segment], [ir.arguments(norms[0].call)["recipe"]]
+        else:
+            op, more = STREAMS[by_segment], [pieces, [s.num_outs for s in norms]]
         made = call(
             op, *fields, norm, *numbers, h_dtype, dtype,
             [given[w] for s in norms for w in s.weights],
@@ -309,7 +325,7 @@ def _binding(
 
 RULE = Rule(
     name="merge_streams",
-    version=2,
+    version=3,
     anchors=(
         *NORMS,
         gated_activation_linear,

@@ -133,7 +133,7 @@ def _joined(call: Call, read: Lookup, nodes: list[Any]) -> fx.Node:
 
 RULE = Rule(
     name="norm_modulate_segments",
-    version=1,
+    version=2,
     anchors=(norm_modulate,),
     propose=propose,
     compiled=False,
