@@ -1,8 +1,8 @@
 """The launches of every Triton kernel: what `bench.static` compiles and the tests count.
 
-A case is one way in which the blocks of the presets call an op (`bench.calls`). The provider itself
-says how its kernels are launched. Under `torch.device("meta")` nothing but the launches happens;
-`recorded` keeps them.
+A case is one way in which the blocks of the presets call an op (`bench.calls`,
+`bench.quantized_calls`). The provider itself says how its kernels are launched. Under
+`torch.device("meta")` nothing but the launches happens; `recorded` keeps them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import torch
 
 from bench.calls import (
     HEAD_DIM,
-    activation_with_weights,
     gated_activation,
     linear_cross_entropy,
     norm_modulate,
     norm_modulate_segments,
-    packed_activation,
     qk_norm_rope,
+)
+from bench.quantized_calls import (
+    activation_with_weights,
+    norm_modulate_segments_quantize,
+    packed_activation,
     quantize,
     quantize_group,
     quantize_heads,
@@ -149,6 +152,8 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
         both = partial(activation_with_weights, name=name)
         yield fp8(f"activation_with_weights {name}", both)
+        by_segment = partial(norm_modulate_segments_quantize, name=name)
+        yield fp8(f"quantized norm by segment {name}", by_segment)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
     joined = partial(quantized_producers, name=name, is_joined=True)
     yield fp8(f"quantized producers, gated residual and joined, {name}", joined)

@@ -22,6 +22,7 @@ QUANTIZED = tuple(
     for name in (
         "quantized_linears",
         "norm_modulate_quantized_linears",
+        "norm_modulate_segments_quantized_linears",
         "gated_activation_quantized_linear",
     )
     for suffix in ("", "_streams")

@@ -24,20 +24,26 @@ from fxopt.kernels.linears import (
     without_autocast,
 )
 from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
-from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call, launch, launch_backward
+from fxopt.kernels.norm_modulate_segments_streams import launch, launch_backward
+from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import packed, unpacked
 
 # Operands that go into h: x, residual, gate, x_bias.
 OF_SUM = (0, 1, 2, 7)
+NUM_TENSORS = NUM_OPERANDS + 1  # with the index
 
 
 class Stream(NamedTuple):
-    """One call of norm_modulate, by its `settings`, and the linears on its y; there may be none."""
+    """One call of norm_modulate, by its `settings`, and the linears on its y; there may be none.
+
+    shift_per_token: of a call by segment, which has an index behind its operands.
+    """
 
     settings: tuple[Any, ...]
     num_linears: int
     pieces: Pieces
+    shift_per_token: bool = False
 
 
 class NormModulateLinears(torch.autograd.Function):
@@ -50,9 +56,11 @@ class NormModulateLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: tuple[Stream, ...], *tensors: Tensor | None) -> Any:
         given, need = iter(tensors), iter(ctx.needs_input_grad[1:])
-        each = [_taken(given, NUM_OPERANDS, s.num_linears, s.num_linears) for s in streams]
-        needs = [_taken(need, NUM_OPERANDS, 2 * s.num_linears) for s in streams]
-        calls = [(*e[0], *s.settings) for s, e in zip(streams, each, strict=True)]
+        each = [_taken(given, NUM_TENSORS, s.num_linears, s.num_linears) for s in streams]
+        needs = [_taken(need, NUM_TENSORS, 2 * s.num_linears) for s in streams]
+        calls = [
+            (*e[0], s.shift_per_token, *s.settings) for s, e in zip(streams, each, strict=True)
+        ]
         kept: list[Tensor | None] = []
         activations: list[Tensor | None] = []
         own: list[bool] = []
@@ -61,7 +69,7 @@ class NormModulateLinears(torch.autograd.Function):
         for stream, (operands, weights, biases), (y, h, mean, rstd), (needed, of_parameters) in zip(
             streams, each, launch(calls), needs, strict=True
         ):
-            x, residual, gate, *others = operands
+            x, residual, gate, *others, index = operands
             h = x if residual is None else h
             norm_input = None if stream.settings[0] == "none" else h
             branch = None
@@ -69,8 +77,8 @@ class NormModulateLinears(torch.autograd.Function):
                 branch = x if needed[2] else x.new_empty(0)  # its dtype is that of its gradient
             trains = any((*needed, *of_parameters))
             activations += [norm_input, branch] if trains else [None, None]
-            own += [is_own(x, residual, others[3]), True]
-            kept += [gate, *others, mean, rstd, *weights]
+            own += [is_own(x, residual, _addend(others[3], index, stream)), True]
+            kept += [gate, *others, index, mean, rstd, *weights]
             results = products(y, weights, biases, stream.pieces)
             constant += frozen(results, any(needed), of_parameters, stream.pieces)
             constant += [] if any(needed[i] for i in OF_SUM) else [h]
@@ -107,22 +115,23 @@ class _Backward:
         grads: Iterator[Tensor | None],
         needs: Iterator[bool],
     ) -> None:
-        settings, num_linears, self.pieces = stream
+        settings, num_linears, self.pieces, shift_per_token = stream
         ((h, x),) = _taken(activations, 2)
-        (*operands, mean, rstd), self.weights = _taken(saved, 8, num_linears)
+        (*operands, index, mean, rstd), self.weights = _taken(saved, 9, num_linears)
         self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
-        self.needs, self.needs_parameters = _taken(needs, NUM_OPERANDS, 2 * num_linears)
-        self.num_inputs = NUM_OPERANDS + 2 * num_linears
+        (*self.needs, _), self.needs_parameters = _taken(needs, NUM_TENSORS, 2 * num_linears)
+        self.num_inputs = NUM_TENSORS + 2 * num_linears
         self.h = h = self.grad_h if h is None else h  # without a norm only its shape counts
         self.dy = (
             h if h is None else input_gradient(self.grad_outs, self.weights, self.pieces, h.shape)
         )
-        self.gate, self.shift = operands[0], operands[4]
+        self.gate, self.shift = operands[0], _addend(operands[4], index, stream)
         self.call: Call | None = None
         if self.dy is not None or self.grad_h is not None:
             norm, _, weight_offset, scale_offset, _, dtype = settings
             recompute = self.dy is not None and any(self.needs_parameters)
-            tensors = (self.dy, self.grad_h, h, x, *operands, mean, rstd)
+            reading = index, shift_per_token
+            tensors = (self.dy, self.grad_h, h, x, *operands, *reading, mean, rstd)
             constants = (norm, weight_offset, scale_offset, dtype)
             asks = asked(self.needs, self.shift, self.h)
             self.call = (*tensors, *constants, asks, recompute)
@@ -135,7 +144,12 @@ class _Backward:
         parameters = parameter_gradients(
             self.grad_outs, found[-1], self.weights, self.pieces, self.needs_parameters
         )
-        return [*operands, *parameters]
+        return [*operands, None, *parameters]
+
+
+def _addend(shift: Tensor | None, index: Tensor | None, stream: Stream) -> Tensor | None:
+    """A shift that is no table."""
+    return shift if index is None or stream.shift_per_token else None
 
 
 def _taken(items: Iterator[Any], *counts: int) -> list[tuple[Any, ...]]:
@@ -143,32 +157,51 @@ def _taken(items: Iterator[Any], *counts: int) -> list[tuple[Any, ...]]:
     return [tuple(itertools.islice(items, count)) for count in counts]
 
 
-def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
-    operands, settings, (weights, biases, pieces) = args[:8], args[8:14], args[14:]
-    stream = Stream(settings, len(weights), as_pieces(pieces))
-    *outs, h = NormModulateLinears.apply((stream,), *operands, *weights, *biases)
+def norm_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    """What the linears make, and h; with an index and whether the shift is per token behind the
+    operands."""
+    tensors, shift_per_token, settings = args[:NUM_TENSORS], args[9], args[10:16]
+    weights, biases, pieces = args[16:]
+    stream = Stream(settings, len(weights), as_pieces(pieces), shift_per_token)
+    *outs, h = NormModulateLinears.apply((stream,), *tensors, *weights, *biases)
     return outs, h
 
 
-def _norm_modulate_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    (norm, *constants, h_dtype, dtype), rest = args[8:14], args[14:]
-    weights, biases, counts, pieces, num_pieces = rest
+def norm_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """`norm_linears` of each stream."""
+    tensors, shift_per_token, (norm, *constants, h_dtype, dtype) = (
+        args[:NUM_TENSORS], args[9], args[10:16]
+    )  # fmt: skip
+    weights, biases, counts, pieces, num_pieces = args[16:]
     weight, bias, piece = iter(weights), iter(biases), iter(as_pieces(pieces))
     streams: list[Stream] = []
-    tensors: list[Tensor | None] = []
-    each = zip(*args[:8], zip(*constants, strict=True), counts, num_pieces, strict=True)
-    for *operands, numbers, num_linears, num_outs in each:
+    given: list[Tensor | None] = []
+    each = zip(shift_per_token, zip(*constants, strict=True), counts, num_pieces, strict=True)
+    for operands, (is_per_token, numbers, num_linears, num_outs) in zip(
+        zip(*tensors, strict=True), each, strict=True
+    ):
         (own,) = _taken(piece, num_outs)
-        streams.append(Stream((norm, *numbers, h_dtype, dtype), num_linears, own))
-        tensors += [*operands, *_taken(weight, num_linears)[0], *_taken(bias, num_linears)[0]]
+        settings = norm, *numbers, h_dtype, dtype
+        streams.append(Stream(settings, num_linears, own, is_per_token))
+        given += [*operands, *_taken(weight, num_linears)[0], *_taken(bias, num_linears)[0]]
     outs: list[Tensor] = []
     hs: list[Tensor] = []
-    found = iter(NormModulateLinears.apply(tuple(streams), *tensors))
+    found = iter(NormModulateLinears.apply(tuple(streams), *given))
     for num_outs in num_pieces:
         own, (h,) = _taken(found, num_outs, 1)
         outs += own
         hs.append(h)
     return outs, hs
+
+
+def _norm_modulate_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
+    return norm_linears(*args[:NUM_OPERANDS], None, False, *args[NUM_OPERANDS:])
+
+
+def _norm_modulate_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    num = len(args[0])
+    reading = [None] * num, [False] * num
+    return norm_linears_streams(*args[:NUM_OPERANDS], *reading, *args[NUM_OPERANDS:])
 
 
 norm_modulate_linears = register_composite(

@@ -53,7 +53,7 @@ def reference(
             added to.
         residual, weight, bias, x_bias, settings: as in `norm_modulate.reference`.
     """
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return plain.reference(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
@@ -78,7 +78,7 @@ def _looked_up(table: Tensor | None, index: Tensor, rank: int) -> Tensor | None:
     return torch.where(rows < 0, torch.nan, torch.take_along_dim(table, rows.clamp(0), -2))
 
 
-def _per_token(
+def per_token(
     gate: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -91,20 +91,20 @@ def _per_token(
     return gate, scale, shift if shift_per_token else _looked_up(shift, index, rank)
 
 
-def _native(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def native_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     residual, gate, weight, bias, scale, shift, x_bias, index, shift_per_token, *settings = args
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, x.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, x.dim())
     return native.forward(x, residual, gate, weight, bias, scale, shift, x_bias, *settings)
 
 
-def _native_backward(
+def native_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     gate, weight, bias, scale, shift, x_bias, index, shift_per_token, mean, rstd, *settings = args
     tables = {2: gate, 5: scale} | ({} if shift_per_token else {6: shift})
     # In fp32, as what is summed must not be rounded before.
     gate, scale, shift = (None if t is None else t.to(rstd.dtype) for t in (gate, scale, shift))
-    gate, scale, shift = _per_token(gate, scale, shift, index, shift_per_token, h.dim())
+    gate, scale, shift = per_token(gate, scale, shift, index, shift_per_token, h.dim())
     operands = (gate, weight, bias, scale, shift, x_bias)
     found = [*native.backward(grad_y, grad_h, h, x, *operands, mean, rstd, *settings)]
     wants = wanted(grad_y, operands, settings[-2])
@@ -212,14 +212,14 @@ def _triton(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate_segments
 
     in_fp64 = opmath_of(args[0], *args[-2:]) == torch.float64
-    return _native(*args) if in_fp64 else triton_norm_modulate_segments.forward(*args)
+    return native_forward(*args) if in_fp64 else triton_norm_modulate_segments.forward(*args)
 
 
 def _triton_backward(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate_segments
 
     in_fp64 = args[13].dtype == torch.float64
-    return _native_backward(*args) if in_fp64 else triton_norm_modulate_segments.backward(*args)
+    return native_backward(*args) if in_fp64 else triton_norm_modulate_segments.backward(*args)
 
 
 _OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
@@ -231,7 +231,7 @@ def _tables(a: Arguments) -> Sequence[str]:
 
 norm_modulate_segments = register(
     SCHEMA,
-    native=_native,
+    native=native_forward,
     fake=_fake,
     triton=_triton,
     function=NormModulateSegments,
@@ -240,7 +240,7 @@ norm_modulate_segments = register(
 )
 norm_modulate_segments_backward = register(
     BACKWARD_SCHEMA,
-    native=_native_backward,
+    native=native_backward,
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,

@@ -29,7 +29,7 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
         return [below_autograd(norm_modulate, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
     settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
-    return _by_stream(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
+    return by_stream(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
@@ -39,25 +39,25 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
-    return _by_stream(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
+    return by_stream(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
 
 
-def _by_stream(results: Sequence[Tensor], num_results: int) -> list[tuple[Tensor, ...]]:
+def by_stream(results: Sequence[Tensor], num_results: int) -> list[tuple[Tensor, ...]]:
     starts = range(0, len(results), num_results)
     return [tuple(results[i : i + num_results]) for i in starts]
 
 
-def _calls(args: Sequence[Any]) -> list[Call]:
+def calls_of(args: Sequence[Any], num_fields: int = NUM_OPERANDS) -> list[Call]:
     """Arguments of `norm_modulate` for each stream, from those of all."""
-    tensors, (norm, *constants, h_dtype, dtype) = args[:NUM_OPERANDS], args[NUM_OPERANDS:]
+    tensors, (norm, *constants, h_dtype, dtype) = args[:num_fields], args[num_fields:]
     _require_one_width(tensors[0])
     each = zip(zip(*tensors, strict=True), zip(*constants, strict=True), strict=True)
     return [(*t, norm, *c, h_dtype, dtype) for t, c in each]
 
 
-def _backward_calls(args: Sequence[Any]) -> list[Call]:
+def backward_calls_of(args: Sequence[Any], num_fields: int = 12) -> list[Call]:
     """Arguments of `norm_modulate_backward` for each stream, from those of all."""
-    tensors, (norm, *offsets, dtype, needs, recompute) = args[:12], args[12:]
+    tensors, (norm, *offsets, dtype, needs, recompute) = args[:num_fields], args[num_fields:]
     _require_one_width(tensors[2])
     of_stream = [needs[i : i + NUM_OPERANDS] for i in range(0, len(needs), NUM_OPERANDS)]
     last = zip(of_stream, recompute, strict=True)
@@ -74,33 +74,39 @@ def _require_one_width(inputs: Iterable[Tensor]) -> None:
         )
 
 
+def fake(call: Call) -> tuple[Tensor, ...]:
+    """The outputs of one call."""
+    x, residual, *_, norm, _, _, _, h_dtype, dtype = call
+    return outputs(x, residual, norm, h_dtype, dtype)
+
+
+def fake_backward(call: Call) -> tuple[Tensor, ...]:
+    """Those of one call of the backward."""
+    grad_y, _, h, x, *rest = call
+    operands, (dtype, needs, recompute) = rest[:6], rest[-3:]
+    wants = wanted(grad_y, operands, needs)
+    return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
+
+
 def _fake(*args: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for x, residual, *_, norm, _, _, _, h_dtype, dtype in _calls(args):
-        found += outputs(x, residual, norm, h_dtype, dtype)
-    return found
+    return [t for call in calls_of(args) for t in fake(call)]
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for grad_y, _, h, x, *rest in _backward_calls(args):
-        operands, (dtype, needs, recompute) = rest[:6], rest[-3:]
-        wants = wanted(grad_y, operands, needs)
-        found += outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
-    return found
+    return [t for call in backward_calls_of(args) for t in fake_backward(call)]
 
 
 def _launches_backward(*args: Any) -> int:
     """As the call that launches most."""
-    return max(LAUNCHES["fxopt::norm_modulate_backward"](*call) for call in _backward_calls(args))
+    return max(LAUNCHES["fxopt::norm_modulate_backward"](*call) for call in backward_calls_of(args))
 
 
 def _native(*args: Any) -> list[Tensor]:
-    return [t for call in _calls(args) for t in native.forward(*call)]
+    return [t for call in calls_of(args) for t in native.forward(*call)]
 
 
 def _native_backward(*args: Any) -> list[Tensor]:
-    return [t for call in _backward_calls(args) for t in native.backward(*call)]
+    return [t for call in backward_calls_of(args) for t in native.backward(*call)]
 
 
 def _triton(*args: Any) -> list[Tensor]:
@@ -108,7 +114,7 @@ def _triton(*args: Any) -> list[Tensor]:
 
     if any(opmath_of(x, *args[-2:]) == torch.float64 for x in args[0]):
         return _native(*args)
-    return [t for results in triton_norm_modulate.forward_of(_calls(args)) for t in results]
+    return [t for results in triton_norm_modulate.forward_of(calls_of(args)) for t in results]
 
 
 def _triton_backward(*args: Any) -> list[Tensor]:
@@ -116,17 +122,17 @@ def _triton_backward(*args: Any) -> list[Tensor]:
 
     if any(rstd.dtype == torch.float64 for rstd in args[11]):
         return _native_backward(*args)
-    calls = _backward_calls(args)
+    calls = backward_calls_of(args)
     return [t for results in triton_norm_modulate.backward_of(calls) for t in results]
 
 
-_OPERANDS = (
+OPERANDS = (
     "Tensor?[] gate, Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, Tensor?[] shift, "
     "Tensor?[] x_bias"
 )
 # (y, h, mean, rstd) of each stream
 norm_modulate_streams = register(
-    f"norm_modulate_streams(Tensor[] x, Tensor?[] residual, {_OPERANDS}, str norm, float[] eps, "
+    f"norm_modulate_streams(Tensor[] x, Tensor?[] residual, {OPERANDS}, str norm, float[] eps, "
     "float[] weight_offset, float[] scale_offset, ScalarType h_dtype, ScalarType dtype) "
     "-> Tensor[]",
     native=_native,
@@ -136,7 +142,7 @@ norm_modulate_streams = register(
 # (dh, dx, dgate, dweight, dbias, dscale, dshift, dx_bias, y) of each stream
 norm_modulate_streams_backward = register(
     "norm_modulate_streams_backward(Tensor?[] grad_y, Tensor?[] grad_h, Tensor[] h, Tensor?[] x, "
-    f"{_OPERANDS}, Tensor[] mean, Tensor[] rstd, str norm, float[] weight_offset, "
+    f"{OPERANDS}, Tensor[] mean, Tensor[] rstd, str norm, float[] weight_offset, "
     "float[] scale_offset, ScalarType dtype, bool[] needs, bool[] recompute) -> Tensor[]",
     native=_native_backward,
     fake=_fake_backward,

@@ -4,7 +4,7 @@ The input is quantized once, row-wise for the products and transposed for the we
 Weights stay parameters in their own dtype.
 
 What several nodes share is here; those of a fused op and the linears behind it are in
-`quantized_composites`.
+`quantized_composites` and `gated_activation_quantized_linear`.
 
 Shapes: M tokens (all leading dims), K input features, N output features.
 """

@@ -162,7 +162,7 @@ def _joined(
     return y if beside is None else torch.cat([beside, y], -1)
 
 
-def _fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     norm, (h_dtype, dtype, rows, columns) = args[6], args[10:14]
     _, h, mean, rstd = native_norm_modulate.outputs(x, residual, norm, h_dtype, dtype)
     num_features = x.shape[-1]
@@ -170,7 +170,7 @@ def _fake_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, 
     return codes, scales, fake_amax(x, num_features, columns), h, mean, rstd
 
 
-def _fake_norm_columns(h: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def fake_norm_columns(h: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     num_features = h.shape[-1]
     codes, scales, _ = quantize.fake_matrix(h, num_features, h.numel() // num_features, args[11])
     return codes, scales
@@ -210,7 +210,7 @@ def _activation_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
-def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+def fits(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels take `x` and compute in `dtype`."""
     return dtype != torch.float64 and x.numel() > 0 and quantize.can_cast(x)
 
@@ -218,19 +218,19 @@ def _fits(x: Tensor, dtype: torch.dtype) -> bool:
 def triton_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    def fits(x: Tensor, *args: Any) -> bool:
-        return _fits(x, opmath_of(x, *args[11:13]))
+    def has_rows(x: Tensor, *args: Any) -> bool:
+        return fits(x, opmath_of(x, *args[11:13]))
 
-    return where_it_fits(calls, fits, kernels.forward_of, native_norm)
+    return where_it_fits(calls, has_rows, kernels.forward_of, native_norm)
 
 
 def triton_columns_of_norms(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_norm_modulate_quantize as kernels
 
-    def fits(h: Tensor, *args: Any) -> bool:
-        return _fits(h, args[5].dtype)
+    def has_rows(h: Tensor, *args: Any) -> bool:
+        return fits(h, args[5].dtype)
 
-    return where_it_fits(calls, fits, kernels.columns_of, native_norm_columns)
+    return where_it_fits(calls, has_rows, kernels.columns_of, native_norm_columns)
 
 
 def triton_activations(calls: Sequence[Call]) -> Sequence[Call]:
@@ -242,14 +242,14 @@ def triton_activations(calls: Sequence[Call]) -> Sequence[Call]:
 def triton_activations_backward(calls: Sequence[Call]) -> Sequence[Call]:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    def fits(_: Tensor, gate: Tensor, *args: Any) -> bool:
+    def has_tiles(_: Tensor, gate: Tensor, *args: Any) -> bool:
         return _has_tiles(gate)
 
-    return where_it_fits(calls, fits, kernels.backward_of, native_activation_backward)
+    return where_it_fits(calls, has_tiles, kernels.backward_of, native_activation_backward)
 
 
 def _has_tiles(gate: Tensor, *_: Any) -> bool:
-    return _fits(gate, gate.dtype)
+    return fits(gate, gate.dtype)
 
 
 triton_norm, triton_norm_columns = alone(triton_norms), alone(triton_columns_of_norms)
@@ -261,7 +261,7 @@ def _is_of_tensor(operand: str | None) -> bool:
     return operand is not None and Operand.parse(operand).block == "tensor"
 
 
-def _norm_launches(*args: Any) -> int:
+def norm_launches(*args: Any) -> int:
     """Rows are cast where they are normed, unless they share a scale that is not known; else the
     magnitudes for the transposed copy, which programs leave in parts, take a reduction."""
     rows, columns = args[14:16]
@@ -270,14 +270,14 @@ def _norm_launches(*args: Any) -> int:
     return 2 if _is_of_tensor(rows) or columns is not None else 1
 
 
-def _launches_of_norms(calls: Sequence[Call]) -> int:
+def launches_of_norms(calls: Sequence[Call]) -> int:
     """The reductions are one for each call."""
-    alone = [_norm_launches(*call) for call in calls]
+    alone = [norm_launches(*call) for call in calls]
     casts_later = _is_of_tensor(calls[0][14]) and not _is_known(calls[0], 17)
     return max(alone) if casts_later else 1 + sum(num - 1 for num in alone)
 
 
-def _norm_rereads(args: Any, out: Any) -> list[Tensor]:
+def norm_rereads(args: Any, out: Any) -> list[Tensor]:
     """What is normed, where its cast waits for the scale."""
     x, residual, h = args[0], args[1], out[3]
     casts_later = _is_of_tensor(args[14]) and not _is_known(args, 17)
@@ -297,10 +297,10 @@ norm_modulate_quantize = register(
     f"norm_modulate_quantize({NORM_ARGUMENTS}, str rows, str? columns) -> "
     "(Tensor codes, Tensor scales, Tensor amax_t, Tensor h, Tensor mean, Tensor rstd)",
     native=native_norm,
-    fake=_fake_norm,
+    fake=fake_norm,
     triton=triton_norm,
-    launches=_norm_launches,
-    rereads=_norm_rereads,
+    launches=norm_launches,
+    rereads=norm_rereads,
     counters=OF_INPUT,
 )
 norm_modulate_quantize_columns = register(
@@ -309,7 +309,7 @@ norm_modulate_quantize_columns = register(
     "float scale_offset, ScalarType dtype, str columns, Tensor amax_t) "
     "-> (Tensor codes_t, Tensor scales_t)",
     native=native_norm_columns,
-    fake=_fake_norm_columns,
+    fake=fake_norm_columns,
     triton=triton_norm_columns,
     counters=COUNTERS,
 )
@@ -335,7 +335,7 @@ gated_activation_quantize_backward = register(
 register_together(
     norm_modulate_quantize,
     triton_norms,
-    launches=_launches_of_norms,
+    launches=launches_of_norms,
     kind=lambda x, *_: x.shape[-1],
 )
 register_together(norm_modulate_quantize_columns, triton_columns_of_norms)

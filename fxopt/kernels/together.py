@@ -44,12 +44,14 @@ class Shared(NamedTuple):
 
     run: the results of calls that have the same `common`.
     common: of the arguments; None for a call that has to run alone.
+    family: of ops whose calls run together, by the `run` of any of them; None for the op alone.
     mixed: the results of calls of several kinds, of the ops that have it and without lines, or None
         if these run kind by kind; None if all do.
     """
 
     run: Run
     common: Callable[[Call], Hashable]
+    family: OpOverload | None = None
     mixed: RunMixed | None = None
 
 
@@ -135,7 +137,8 @@ def _kind(ask: Ask) -> Hashable:
     shared = SHARED.get(ask.op)
     common = None if shared is None else shared.common(ask.args)
     watched = tuple(i for i, line in enumerate(ask.lines) if line is not None)
-    return None if common is None else (ask.op, common, watched)
+    family = ask.op if shared is None else shared.family or ask.op
+    return None if common is None else (family, common, watched)
 
 
 def where_it_fits(
@@ -167,6 +170,20 @@ def mix(ops: Sequence[OpOverload], run: RunMixed) -> None:
     """Let calls of several kinds run as one, of these ops, which share those of one kind."""
     for op in ops:
         SHARED[op] = SHARED[op]._replace(mixed=run)
+
+
+def share_with(op: OpOverload, wider: OpOverload, widen: Callable[[Call], Call]) -> None:
+    """Let calls of an op also run with those of a wider one, as which `widen` writes them."""
+    own, other = SHARED[op], SHARED[wider]
+
+    def run(asks: Sequence[Ask]) -> Sequence[Any]:
+        if all(ask.op is op for ask in asks):
+            return own.run(asks)
+        return other.run([
+            ask if ask.op is wider else ask._replace(op=wider, args=widen(ask.args)) for ask in asks
+        ])  # fmt: skip
+
+    SHARED[op], SHARED[wider] = (s._replace(run=run, family=wider) for s in (own, other))
 
 
 def share_lists(op: OpOverload) -> None:

@@ -67,7 +67,14 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
 
 def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     """`backward` of each call, in one launch of each kernel."""
-    streams = [_Stream(Arguments(*call)) for call in calls]
+    streams = [Stream(Arguments(*call)) for call in calls]
+    return backward_streams(streams, kernels.backward_kernel, sums.reduce_kernel)
+
+
+def backward_streams(
+    streams: Sequence[Stream], backward_kernel: Any, reduce_kernel: Any
+) -> list[tuple[Tensor, ...]]:
+    """What the backward returns for each stream, by these two kernels."""
     present = [s for s in streams if s.num_tokens]
     if present:
         a = present[0].arguments
@@ -80,16 +87,16 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         num_resident = num_sms(a.h) * chosen["programs"]
         for s in present:
             s.share(max(1, num_resident * s.num_tokens // num_tokens))
-        num_programs = sum(s.groups.num_groups * s.num_programs for s in present)
+        num_programs = sum(s.num_launched for s in present)
         summed = [s for s in present if s.sums]
         with torch.cuda.device_of(a.h):
-            kernels.backward_kernel[(num_programs,)](
+            backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
                 NORM=a.norm, BLOCKS=blocks_of(num_features, chosen["pieces"]),
                 num_warps=chosen["num_warps"],
             )  # fmt: skip
             if summed:
-                sums.reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
+                reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
                     tuple(s.reduction() for s in summed), num_features,
                     BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
                 )  # fmt: skip
@@ -119,7 +126,7 @@ class Arguments(NamedTuple):
     recompute: bool
 
 
-class _Stream:
+class Stream:
     """One call of the backward: what it writes, its partial sums, and what is made of them."""
 
     def __init__(self, a: Arguments) -> None:
@@ -153,6 +160,11 @@ class _Stream:
             )
         ]
 
+    @property
+    def num_launched(self) -> int:
+        """Programs of the first kernel."""
+        return self.groups.num_groups * self.num_programs
+
     def _elements(self, i: int) -> Tensor | None:
         """Where the first kernel writes the gradient of an operand that differs from row to row."""
         if not self.wants[i] or not self.per_row[i]:
@@ -165,7 +177,7 @@ class _Stream:
         dy = self.arguments.grad_y if self.per_row[3] or self.per_row[4] else None
         return self.dgate, None, None, self.dscale, dy, None
 
-    def rows(self) -> kernels.Backward:
+    def rows(self) -> Any:
         """Arguments of the first kernel."""
         a, groups = self.arguments, self.groups
         dh, dx, *_, y = self.results
@@ -178,7 +190,7 @@ class _Stream:
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
         ))  # fmt: skip
 
-    def reduction(self) -> sums.Reduce:
+    def reduction(self) -> Any:
         """Arguments of the second kernel, which makes the gradients of operands from the sums."""
         a = self.arguments
         _, weight, bias, scale, *_ = self.operands

@@ -233,7 +233,7 @@ def backward_row(s, m, group, row, sums, num_features, NORM: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
+def backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
     """Rows `program`, `program + num_programs`, ... of a group."""
     sums = no_sums(BLOCKS)
     m = s.gate, s.scale, s.shift
@@ -272,7 +272,7 @@ def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCKS):
         num_programs = size(streams[i].num_programs)
         total = size(streams[i].num_groups) * num_programs
         if (program >= 0) & (program < total):
-            _backward_rows(
+            backward_rows(
                 streams[i], program // num_programs, program % num_programs,
                 num_features, NORM, BLOCKS,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_rows import groups_of, rows_of
+from fxopt.kernels.triton_segments import Segments
 from fxopt.kernels.triton_sizes import unspecialized
 from fxopt.recipes import Operand
 
@@ -43,10 +44,20 @@ def columns(*args: Any) -> tuple[Tensor, Tensor]:
     return columns_of([args])[0]
 
 
-def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+# Of a call by segment its index, and whether its shift is per token.
+Index = tuple[Tensor, bool]
+
+
+def forward_of(
+    calls: Sequence[tuple[Any, ...]], indices: Sequence[Index | None] = ()
+) -> list[tuple[Tensor, ...]]:
     """Codes, scales, amax_t, h, mean and rstd of each call; no x is empty and nothing is fp64.
 
     Width, norm, dtypes and operands are those of the first, and all magnitudes are known or none.
+
+    Args:
+        calls: arguments of `fxopt::norm_modulate_quantize`, and its lines if it counts.
+        indices: of each call; None where gate, scale and shift are no tables.
     """
     x, norm, dtype, (rows, columns) = calls[0][0], calls[0][8], calls[0][13], calls[0][14:16]
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
@@ -57,9 +68,10 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     num_tokens = [call[0].numel() // call[0].shape[-1] for call in calls]
     share = _num_programs(x, of_columns) / sum(num_tokens)
     made = []
-    for call, slot, num in zip(calls, slots, num_tokens, strict=True):
+    each = zip(calls, slots, num_tokens, indices or [None] * len(calls), strict=True)
+    for call, slot, num, index in each:
         num_programs = min(max(1, int(share * num)), num)
-        made.append(_Rows(call, slot, num_programs, has_own, of_columns, of_tensor))
+        made.append(_Rows(call, slot, num_programs, has_own, of_columns, of_tensor, index))
     padded = launch.padded_size(by_row, x.shape[-1])
     with torch.cuda.device_of(x):
         kernels.rows_kernel[(sum(m.num_programs for m in made),)](
@@ -79,8 +91,10 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         given = matrices, amaxes, [(by_row, None)] * len(matrices), lines
         pairs = group.cast(kernels.tiles_kernel, *given, amax_out=amax_t)
         copies = [copy for copy, _ in pairs]
-    each = zip(made, copies, amax_t, strict=True)
-    return [(c.codes, c.scales, launch.present(a, m.h), m.h, m.mean, m.rstd) for m, c, a in each]
+    return [
+        (copy.codes, copy.scales, launch.present(amax, m.h), m.h, m.mean, m.rstd)
+        for m, copy, amax in zip(made, copies, amax_t, strict=True)
+    ]
 
 
 class _Rows:
@@ -94,12 +108,13 @@ class _Rows:
         has_own: bool,
         of_columns: bool,
         of_tensor: bool,
+        index: Index | None,
     ) -> None:
         self.call, self.slot, self.num_programs = call, slot, num_programs
         (x, residual, gate, *_, scale, shift, _), norm = call[:8], call[8]
         num_features = x.shape[-1]
         self.num_tokens = x.numel() // num_features
-        self.groups = groups_of(x, (gate, scale, shift))
+        self.modulation = _Modulation(x, gate, scale, shift, index)
         _, self.h, *_ = op.outputs(x, residual, "none", *call[12:14])
         self.rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
         self.mean = x.new_empty(x.shape[:-1] if norm == "layer" else 0, dtype=torch.float32)
@@ -116,31 +131,69 @@ class _Rows:
     def stream(self) -> kernels.Stream:
         """Arguments of the first kernel."""
         known = None if self.slot.known is None else self.slot.known.view(torch.int32)
-        sizes = self.num_tokens, self.groups.num_rows, self.num_programs
+        x, residual, _, weight, bias, *_, x_bias = self.call[:8]
+        rows, (gate, scale, shift) = self.modulation.rows, self.modulation.operands
+        sizes = self.num_tokens, self.modulation.groups.num_rows, self.num_programs
         return kernels.Stream._make((
-            *(rows_of(t, self.call[0], self.groups) for t in self.call[:8]),
+            rows(x), rows(residual), gate, rows(weight), rows(bias), scale, shift, rows(x_bias),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
+            *self.modulation.index,
         ))  # fmt: skip
 
     def matrix(self) -> launch.Matrix:
         """Those of the second."""
-        x, residual, _, *affine = self.call[:7]
+        x, residual, _, weight, bias = self.call[:5]
         norm, _, weight_offset, scale_offset, _, dtype = self.call[8:14]
         h = x if residual is None else self.h
         constants = norm, weight_offset, scale_offset, dtype
-        return _matrix(h, affine, self.mean, self.rstd, self.groups, constants)
+        return _matrix(h, weight, bias, self.mean, self.rstd, self.modulation, constants)
 
 
-def columns_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Codes and scales of the transposed copy of each call, in one pass."""
+class _Modulation:
+    """The rows of x in groups, gate, scale and shift of them, and by which index they look it up.
+
+    operands: gate, scale and shift, each (pointer, group stride, row stride). index: the pointer,
+    that of a shift which is a table, and the number of segments; or None.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        index: Index | None,
+    ) -> None:
+        given, per_token = (gate, scale, shift), index is not None and index[1]
+        tables = gate, scale, None if per_token else shift
+        # The transposed copy of what only a gate was looked up for has none.
+        if index is None or all(table is None for table in tables):
+            self.x, self.groups = x, groups_of(x, given)
+            self.operands = tuple(map(self.rows, given))
+            self.index: tuple[Any, ...] = None, None, None
+            return
+        segments = Segments(x, tables, index[0])
+        self.x, self.groups = x, segments.groups
+        of_shift = self.rows(shift) if per_token else segments.table(shift)
+        self.operands = segments.table(gate), segments.table(scale), of_shift
+        num_segments = unspecialized(segments.num_segments)
+        self.index = segments.index, None if per_token else segments.index, num_segments
+
+    def rows(self, t: Tensor | None) -> tuple[Tensor | None, int, int]:
+        return rows_of(t, self.x, self.groups)
+
+
+def columns_of(
+    calls: Sequence[tuple[Any, ...]], indices: Sequence[Index | None] = ()
+) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of the transposed copy of each call, in one pass; as `forward_of`."""
     by_column = Operand.parse(calls[0][12])
-    matrices, amaxes, slots = [], [], []
-    for h, *affine, mean, rstd, norm, _, weight_offset, scale_offset, dtype, _, amax_t in (
-        call[:14] for call in calls
-    ):
-        groups, constants = groups_of(h, affine[2:]), (norm, weight_offset, scale_offset, dtype)
-        matrices.append(_matrix(h, affine, mean, rstd, groups, constants))
+    matrices, amaxes = [], []
+    for call, index in zip(calls, indices or [None] * len(calls), strict=True):
+        h, weight, bias, scale, shift, mean, rstd, norm, _, *offsets, dtype, _, amax_t = call[:14]
+        modulation, constants = _Modulation(h, None, scale, shift, index), (norm, *offsets, dtype)
+        matrices.append(_matrix(h, weight, bias, mean, rstd, modulation, constants))
         amaxes.append(launch.Amax.known(by_column, amax_t))
     slots = [Slot(columns=call[14] if len(call) > 14 else None) for call in calls]
     formats = [(None, by_column)] * len(matrices)
@@ -150,21 +203,24 @@ def columns_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
 
 def _matrix(
     h: Tensor,
-    operands: Sequence[Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    groups: op.Groups,
-    settings: tuple[str, float, float, torch.dtype],
+    modulation: _Modulation,
+    settings: tuple[Any, ...],
 ) -> launch.Matrix:
-    """y, as `tiles_kernel` makes its tiles."""
+    """y, as `tiles_kernel` makes its tiles; settings: norm, both offsets and dtype."""
     norm, weight_offset, scale_offset, dtype = settings
+    rows, (_, scale, shift) = modulation.rows, modulation.operands
     arguments = (
-        *(rows_of(t, h, groups) for t in (h, *operands)),
+        *(rows(h), rows(weight), rows(bias), scale, shift),
         mean if norm == "layer" else None,
         rstd,
-        unspecialized(groups.num_rows),
+        unspecialized(modulation.groups.num_rows),
         weight_offset,
         scale_offset,
+        *modulation.index,
     )
     num_features = h.shape[-1]
     constants = {"DTYPE": TRITON_DTYPES[dtype]}

@@ -36,6 +36,7 @@ from fxopt.kernels.triton_rows import (
     modulate,
     modulation_of,
 )
+from fxopt.kernels.triton_segments import modulation_by, segment_of
 from fxopt.kernels.triton_sizes import size
 
 
@@ -45,7 +46,7 @@ class Stream(NamedTuple):
 
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met.
     All rows are scaled by the magnitude known [1] if it is there; seen [1] is raised to the
-    magnitudes.
+    magnitudes. Gate and scale are tables if there is an index [M], and the shift if it has one too.
     """
 
     x: Any
@@ -72,19 +73,31 @@ class Stream(NamedTuple):
     num_tokens: Any
     num_rows: Any
     num_programs: Any
+    index: Any
+    index_of_shift: Any
+    num_segments: Any
 
 
 @triton.jit
 def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl.constexpr):
     """y of a row in fp32, rounded to DTYPE and zero outside; stores h and the statistics."""
     group, row = token // size(s.num_rows), token % size(s.num_rows)
+    gate, scale, shift = s.gate, s.scale, s.shift
+    if s.index is not None:
+        segment = segment_of(s.index, token, size(s.num_segments), True)
+        gate, scale, shift = modulation_by(
+            s, group, tl.maximum(segment, 0), s.index_of_shift is None
+        )
     if s.residual[0] is not None:
-        value = gated_residual(s.x, s.residual, s.gate, s.x_bias, group, row, cols, mask)
+        value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
+    else:
+        value = load(s.x, group, row, cols, mask)
+    if s.index is not None:
+        value = tl.where(segment >= 0, value, float("nan"))
+    if s.residual[0] is not None:
         rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
-    else:
-        value = load(s.x, group, row, cols, mask)
     if NORM == "layer":
         kept = s.x[0] if s.residual[0] is None else s.h
         row_mean = mean_of(value, kept, num_features, mask)
@@ -93,8 +106,8 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
     row_rstd = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / num_features + s.eps)
     tl.store(s.rstd + token, row_rstd)
     n = affine_of(value * row_rstd, s.weight, s.bias, s.weight_offset, cols, mask)
-    modulation = modulation_of(s.scale, s.scale_offset, group, row, cols, mask)
-    y = modulate(n, modulation, s.shift, group, row, cols, mask)
+    factor = modulation_of(scale, s.scale_offset, group, row, cols, mask)
+    y = modulate(n, factor, shift, group, row, cols, mask)
     return tl.where(mask, y.to(DTYPE).to(tl.float32), 0.0)
 
 
@@ -160,13 +173,20 @@ def _operand_tile(t, group, row, c, mask):
 @triton.jit
 def normed_tile(
     h, weight, bias, scale, shift, mean, rstd, group_rows, weight_offset, scale_offset,
-    r, c, num_rows, num_columns, DTYPE: tl.constexpr,
+    index, index_of_shift, num_segments, r, c, num_rows, num_columns, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """fp32 tile of y, made from the norm's input h and its statistics; zero outside.
 
-    h and the operands are (pointer, group stride, row stride); mean is None for an RMSNorm.
+    h and the operands are (pointer, group stride, row stride); mean is None for an RMSNorm. Both
+    indices as in `Stream`; the rstd of a token without a row is NaN.
     """
     group, row = r // size(group_rows), r % size(group_rows)
+    row_of_scale, row_of_shift = row, row
+    if index is not None:
+        segment = segment_of(index, r, size(num_segments), r < num_rows)
+        row_of_scale = tl.maximum(segment, 0)
+        if index_of_shift is not None:
+            row_of_shift = row_of_scale
     mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
     y = _operand_tile(h, group, row, c, mask)
     if mean is not None:
@@ -177,9 +197,9 @@ def normed_tile(
     if bias[0] is not None:
         y = y + _operand_tile(bias, group, row, c, mask)
     if scale[0] is not None:
-        y = y * (scale_offset + _operand_tile(scale, group, row, c, mask))
+        y = y * (scale_offset + _operand_tile(scale, group, row_of_scale, c, mask))
     if shift[0] is not None:
-        y = y + _operand_tile(shift, group, row, c, mask)
+        y = y + _operand_tile(shift, group, row_of_shift, c, mask)
     return tl.where(mask, y.to(DTYPE).to(tl.float32), 0.0)
 
 

@@ -119,7 +119,7 @@ def store_totals(s, totals, cols, mask):
 
 
 @triton.jit
-def _reduce_stream(
+def reduce_stream(
     s, cols, mask, num_features,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -144,4 +144,4 @@ def reduce_kernel(
     mask = cols < num_features
     for i in tl.static_range(len(streams)):
         if tl.program_id(1) == i:
-            _reduce_stream(streams[i], cols, mask, num_features, BLOCK_P, BLOCK_D)
+            reduce_stream(streams[i], cols, mask, num_features, BLOCK_P, BLOCK_D)

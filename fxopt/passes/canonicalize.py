@@ -111,6 +111,8 @@ def _cast_nothing(node: fx.Node) -> fx.Node | None:
 def _moved_nothing(node: fx.Node) -> fx.Node | None:
     """What `node` is a view of all of, in the same order: behind views that undo one another."""
     source = _source(node) if ir.tensor(node) is not None else None
+    if ir.is_call(node, aten.slice.Tensor) and ir.same(ir.shape(node), ir.shape(node.args[0])):
+        return source  # as a dropout that was removed had memory of its own
     while source is not None:
         if ir.same_memory(source, node):
             return source

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from typing_extensions import TypeIs
 
-from fxopt.passes import ir
+from fxopt.passes import ir, symbols
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Call
 
@@ -37,8 +37,11 @@ LOOKUPS = (
 class Lookup:
     """table[index] for each token.
 
-    table: nodes [..., N, D] that make up the table: one, or two of one row for a condition.
-    index: of each token, behind as many dims of 1 as `num_trailing`; bool for a condition.
+    table: nodes [..., N, D] that make up the table: one, or several of one row each, of which a
+        condition has two.
+    index: of each token, behind as many dims of 1 as `num_trailing`; bool for a condition. None
+        where each row is that of a stretch of tokens.
+    lengths: of the stretches, in tokens.
     functions: nodes that follow, in order, to be applied to the table: of `POINTWISE`, and views of
         part of the last dim.
     nodes: all that lies between the table and what was read.
@@ -46,8 +49,9 @@ class Lookup:
     """
 
     table: tuple[fx.Node, ...]
-    index: fx.Node
+    index: fx.Node | None
     num_trailing: int = 0
+    lengths: tuple[Any, ...] = ()
     functions: tuple[fx.Node, ...] = ()
     nodes: tuple[fx.Node, ...] = ()
     taken: tuple[Any, ...] = ()
@@ -55,15 +59,15 @@ class Lookup:
     @property
     def num_rows(self) -> object:
         """N; a size, maybe symbolic."""
-        return 2 if len(self.table) == 2 else ir.shape(self.table[0])[-2]
+        return len(self.table) if len(self.table) > 1 else ir.shape(self.table[0])[-2]
 
 
 def lookup(node: fx.Node | None) -> Lookup | str | None:
     """How `node`, [..., S, D], looks its rows up; None if it does not, or why it cannot be read.
 
-    Reads where(condition, a, b) with a condition per token and one row on both sides, and
-    index_select, table[index], embedding and gather of a table, each of which may be wider than
-    what `node` takes of it.
+    Reads where(condition, a, b) with a condition per token and one row on both sides, cat of rows
+    that are expanded for stretches of tokens, and index_select, table[index], embedding and gather
+    of a table, each of which may be wider than what `node` takes of it.
     """
     if node is None or ir.tensor(node) is None or is_one_row(node):
         return None
@@ -73,7 +77,7 @@ def lookup(node: fx.Node | None) -> Lookup | str | None:
         before = node.args[0]
         assert isinstance(before, fx.Node)
         node = before
-    found = _condition(node) if ir.is_call(node, aten.where.self) else _indexed(node)
+    found = _condition(node) or _stretches(node) or _indexed(node)
     if not isinstance(found, Lookup):
         return found
     between = (node, *(n for n in node.all_input_nodes if n not in (*found.table, found.index)))
@@ -122,11 +126,32 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _condition(where: fx.Node) -> Lookup | None:
+    if not ir.is_call(where, aten.where.self):
+        return None
     named = ir.arguments(where)
     condition, a, b = (_unexpanded(named[name]) for name in ("condition", "self", "other"))
     if not (ir.same(ir.shape(condition)[-1:], (1,)) and is_one_row(a) and is_one_row(b)):
         return None
     return Lookup((b, a), condition, 1)
+
+
+def _stretches(cat: fx.Node) -> Lookup | str | None:
+    if not ir.is_call(cat, aten.cat.default):
+        return None
+    named, sizes = ir.arguments(cat), ir.shape(cat)
+    pieces = named["tensors"]
+    rows = tuple(map(_unexpanded, pieces))
+    along_tokens = len(sizes) > 1 and named["dim"] % len(sizes) == len(sizes) - 2
+    if not along_tokens or not all(map(is_one_row, rows)) or len({*map(_rank, rows)}) > 1:
+        return None
+    lengths = tuple(ir.shape(piece)[-2] for piece in pieces)
+    if not all(symbols.is_known(length, cat.graph) for length in lengths):
+        return f"{cat.name} joins a stretch whose length is no sum of sizes of the inputs"
+    return Lookup(rows, None, lengths=lengths, nodes=tuple(pieces))
+
+
+def _rank(node: fx.Node) -> int:
+    return len(ir.shape(node))
 
 
 def _indexed(node: fx.Node) -> Lookup | str | None:

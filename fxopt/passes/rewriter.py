@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from fxopt.kernels.attention import Choice
 from fxopt.kernels.in_force import high_precision
@@ -20,6 +20,7 @@ from fxopt.passes.legality import is_size, obstacles, placeholders, region
 from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
+from fxopt.passes.symbols import node_of
 from fxopt.report import Applied, Attention, Declined, Report
 
 
@@ -163,10 +164,12 @@ class _Rewriter:
         inputs = [graph.placeholder(f"input_{i}") for i in range(len(binding.inputs))]
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            def argument(node: fx.Node) -> Any:
-                return self.sizes(node.meta["val"]) if node.graph is self.graph else node
+            def argument(value: Any) -> Any:
+                if isinstance(value, fx.Node):
+                    return self.sizes(value.meta["val"]) if value.graph is self.graph else value
+                return self.sizes(value) if isinstance(value, torch.SymInt) else value
 
-            return graph.call_function(target, map_arg(args, argument), kwargs)
+            return graph.call_function(target, map_aggregate(args, argument), kwargs)
 
         graph.output(_as_tuple(binding.emit(call, *inputs)))
         return Runnable(self.gm, graph)
@@ -175,7 +178,12 @@ class _Rewriter:
         anchor = binding.anchor
         members, _ = region(binding)
 
+        def argument(value: Any) -> Any:
+            is_size = isinstance(value, torch.SymInt)
+            return node_of(value, self.graph, call) if is_size else value
+
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            args = map_aggregate(args, argument)
             node = self.graph.call_function(target, args, kwargs)
             node.meta = {
                 k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from torch import fx
 
 Tier = Literal["exact", "rounding", "low_precision"]
-# call(target, *args) adds one node to the graph under construction and returns it.
+# call(target, *args) adds one node to the graph under construction and returns it; a symbolic size
+# among `args` has to be one that `symbols.is_known`.
 Call = Callable[..., fx.Node]
 Emit = Callable[..., fx.Node | tuple[fx.Node, ...]]
 

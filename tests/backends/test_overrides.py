@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import errors
-from fxopt.kernels import quantized_composites, quantized_linears
+from fxopt.kernels import (
+    gated_activation_quantized_linear,
+    quantized_composites,
+    quantized_linears,
+)
 from fxopt.recipes import RECIPES, Phase, Recipe, gemm
 from tests.families import FAMILIES, outputs
 from tests.numerics import run
@@ -42,7 +46,8 @@ def recipes(door: str, model: nn.Module, recipe: Recipe, inputs: Any) -> dict[st
         return products(x, weights, biases, ctx, *args)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for module in (quantized_linears, quantized_composites):
+        modules = quantized_linears, quantized_composites, gated_activation_quantized_linear
+        for module in modules:
             patch.setattr(module, "products", record)
         if door == "compile":
             torch._dynamo.reset()

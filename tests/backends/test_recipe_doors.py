@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import errors
-from fxopt.kernels import quantized_composites, quantized_linears
+from fxopt.kernels import (
+    gated_activation_quantized_linear,
+    quantized_composites,
+    quantized_linears,
+)
 from fxopt.passes.rules import quantized_linear as rule
 from fxopt.recipes import RECIPES, gemm
 from tests.families import FAMILIES, Inputs, outputs
@@ -51,7 +55,8 @@ def recorded(model: nn.Module) -> Iterator[set[str]]:
         return products(x, weights, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (quantized_linears, quantized_composites):
+        modules = quantized_linears, quantized_composites, gated_activation_quantized_linear
+        for module in modules:
             patch.setattr(module, "products", record)
         yield found
 

@@ -184,7 +184,7 @@ def test_a_proof_within_a_checkpoint() -> None:
 
 RULES_OF_GRAPHS = {
     *("attention", "drop_mask", "qk_norm_rope", "merge_qk", "norm_modulate", "fuse_bias"),
-    *("merge_streams", "norm_modulate_segments"),
+    *("merge_streams", "norm_modulate_segments", "join_slices"),
 }
 
 

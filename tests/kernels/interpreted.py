@@ -14,6 +14,8 @@ from fxopt.kernels import (
     gated_activation,
     norm_modulate,
     norm_modulate_segments,
+    norm_modulate_segments_quantize,
+    norm_modulate_segments_streams,
     norm_modulate_streams,
     packed_activation,
     qk_norm_rope,
@@ -39,6 +41,10 @@ QUANTIZING = {
     torch.ops.fxopt.quantize.default: quantize.triton,
     torch.ops.fxopt.norm_modulate_quantize.default: quantized_producers.triton_norm,
     torch.ops.fxopt.norm_modulate_quantize_columns.default: quantized_producers.triton_norm_columns,
+    torch.ops.fxopt.norm_modulate_segments_quantize.default: norm_modulate_segments_quantize.triton,
+    torch.ops.fxopt.norm_modulate_segments_quantize_columns.default: (
+        norm_modulate_segments_quantize.triton_columns
+    ),
     torch.ops.fxopt.gated_activation_quantize.default: quantized_producers.triton_activation,
     torch.ops.fxopt.gated_activation_quantize_backward.default: (
         quantized_producers.triton_activation_backward
@@ -53,6 +59,10 @@ TRITON = {
     torch.ops.fxopt.norm_modulate_segments.default: norm_modulate_segments._triton,
     torch.ops.fxopt.norm_modulate_segments_backward.default: (
         norm_modulate_segments._triton_backward
+    ),
+    torch.ops.fxopt.norm_modulate_segments_streams.default: norm_modulate_segments_streams._triton,
+    torch.ops.fxopt.norm_modulate_segments_streams_backward.default: (
+        norm_modulate_segments_streams._triton_backward
     ),
     torch.ops.fxopt.qk_norm_rope.default: qk_norm_rope._triton,
     torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,

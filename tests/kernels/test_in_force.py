@@ -14,11 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
+from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
 from fxopt.kernels.in_force import high_precision
-from fxopt.kernels.quantized_composites import (
-    gated_activation_quantized_linear,
-    norm_modulate_quantized_linears,
-)
+from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipe_errors import ScheduleInGraph, StepChanged, StepNotTold
 from fxopt.recipes import RECIPES, Phase, Recipe, gemm

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.diagnose.numerics import poisoned_allocations
-from fxopt.kernels import triton_norm_modulate_segments
+from fxopt.kernels import triton_norm_modulate
 from fxopt.kernels.norm_modulate_segments import (
     norm_modulate_segments,
     norm_modulate_segments_backward,
@@ -225,9 +225,9 @@ def test_sums_do_not_depend_on_what_a_program_gets(
         allocated.extend(size[1:2] if len(size) == 3 and size[0] == 4 else ())
         return new_empty(t, *size, **options)
 
-    monkeypatch.setattr(triton_norm_modulate_segments, "num_sms", lambda _: num_programs)
+    monkeypatch.setattr(triton_norm_modulate, "num_sms", lambda _: num_programs)
     row = {"programs": 1, "num_warps": 1, "pieces": 1}
-    monkeypatch.setattr(triton_norm_modulate_segments.triton_tables, "parameters", lambda *_: row)
+    monkeypatch.setattr(triton_norm_modulate.triton_tables, "parameters", lambda *_: row)
     monkeypatch.setattr(Tensor, "new_empty", noted)
     for name in ("random", "one segment", "one unused"):
         index = indices(name, 2, 17)
@@ -254,7 +254,7 @@ def test_rows_in_two_pieces(
     provider: str, num_features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The interpreter takes its time by the program, of which 5,120 features would have 160.
-    monkeypatch.setattr(triton_norm_modulate_segments, "REDUCE_D", 512)
+    monkeypatch.setattr(triton_norm_modulate, "REDUCE_D", 512)
     index = indices("random", 1, 3)
     found = called(provider, (1, 3, num_features), index)
     exact = called("native", (1, 3, num_features), index, torch.float64)

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.kernels.gated_activation import gated_activation
+from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.norm_modulate import norm_modulate
-from fxopt.kernels.quantized_composites import (
-    gated_activation_quantized_linear,
-    norm_modulate_quantized_linears,
-    op_of,
+from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
 )
+from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears, op_of
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipes import RECIPES, Recipe, find, gemm
 from tests.numerics import relative_l2
@@ -59,6 +60,28 @@ class Normed:
         return [*quantized_linears(y, self.weights, self.biases, recipe, False), h]
 
 
+class NormedBySegment(Normed):
+    """The same where gate, scale and shift are rows of tables."""
+
+    def __init__(self, norm: str, has_residual: bool, shift_per_token: bool = False) -> None:
+        super().__init__(norm, has_residual)
+        gate = leaf(2, B, 3, K) if has_residual else None
+        shift = leaf(4, B, S, K) if shift_per_token else leaf(4, 3, K)
+        self.operands[2], self.operands[5:7] = gate, [leaf(3, B, 3, K), shift]
+        self.reading = torch.arange(B * S).view(B, S) % 3, shift_per_token
+
+    def fused(self, recipe: str) -> list[Tensor]:
+        parameters = (self.weights, self.biases, recipe)
+        given = *self.operands, *self.reading, *self.settings, *parameters
+        outs, h = norm_modulate_segments_quantized_linears(*given)
+        return [*outs, h]
+
+    def apart(self, recipe: str) -> list[Tensor]:
+        y, h, _, _ = norm_modulate_segments(*self.operands, *self.reading, *self.settings)
+        h = h if h.numel() else self.operands[0]
+        return [*quantized_linears(y, self.weights, self.biases, recipe, False), h]
+
+
 class Activated:
     """[beside | silu(gate) * up] and a linear."""
 
@@ -93,6 +116,9 @@ def run(call: Any, case: Any, recipe: str) -> list[Tensor]:
 CASES = {
     "layer": lambda: Normed("layer", has_residual=True),
     "rms, no residual": lambda: Normed("rms", has_residual=False),
+    "by segment": lambda: NormedBySegment("layer", has_residual=True),
+    "by segment, a shift per token": lambda: NormedBySegment("rms", True, shift_per_token=True),
+    "by segment, no residual": lambda: NormedBySegment("rms", has_residual=False),
     "activation": Activated,
     "activation alone": lambda: Activated(has_beside=False),
 }
@@ -104,7 +130,7 @@ def test_bits_are_those_of_the_two_ops(name: str, recipe: str) -> None:
     case = CASES[name]()
     found, expected = run(case.fused, case, recipe), run(case.apart, case, recipe)
     for i, (f, e) in enumerate(zip(found, expected, strict=True)):
-        if name == "rms, no residual" and i == 3:
+        if name.endswith("no residual") and i == 3:
             # x's gradient passes through the node: rounded once where the two ops round both
             # addends and the sum, by at most 2^-9 of each.
             assert relative_l2(f, e.double()) < 3 * 2**-9
@@ -134,6 +160,9 @@ def test_no_codes_are_kept(recipe: str) -> None:
     normed = Normed("layer", has_residual=True)
     # h in 16 bits, two statistics a row, and at most one magnitude for each feature.
     assert kept(normed.fused, normed, recipe) <= B * S * (2 * K + 8) + 3 * K * 4 + 300 * 4
+    normed = NormedBySegment("layer", has_residual=True)
+    bound = B * S * (2 * K + 8) + 3 * K * 4 + 300 * 4
+    assert kept(normed.fused, normed, recipe) <= bound + B * S * 8  # the index
     activated = Activated()
     assert (
         kept(activated.fused, activated, recipe) <= (2 * 48 + 4) * 4
@@ -193,6 +222,7 @@ def test_high_precision_checkpoint_and_autocast(name: str) -> None:
 def test_the_op_behind_a_producer() -> None:
     assert op_of("norm_modulate", find("fp8_rowwise_gw_hp")) == "norm_modulate_quantize"
     assert op_of("norm_modulate", find("mxfp8")) == "norm_modulate"
+    assert op_of("norm_modulate_segments", find("fp8")) == "norm_modulate_segments_quantize"
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8"])

@@ -16,10 +16,16 @@ from torch.utils.checkpoint import checkpoint
 import fxopt
 from fxopt.kernels import counters, streams
 from fxopt.kernels.counters import FIELDS, Slot, Slots
-from fxopt.kernels.in_force import Decision, decide, high_precision
-from fxopt.kernels.quantized_composites import (
+from fxopt.kernels.gated_activation_quantized_linear import (
     gated_activation_quantized_linear,
     gated_activation_quantized_linear_streams,
+)
+from fxopt.kernels.in_force import Decision, decide, high_precision
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
+    norm_modulate_segments_quantized_linears_streams,
+)
+from fxopt.kernels.quantized_composites import (
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
@@ -64,11 +70,35 @@ class Normed:
         for i, (operands, own) in enumerate(streams):
             numbers, dtypes = (n[i] for n in self.numbers), [torch.bfloat16] * 2
             parameters = self.weights[own], self.biases[own], recipe
-            outs, h = norm_modulate_quantized_linears(
-                *operands, "layer", *numbers, *dtypes, *parameters
-            )
+            op, more = self.alone(i)
+            outs, h = op(*operands, *more, "layer", *numbers, *dtypes, *parameters)
             found += [*outs, h]
         return found
+
+    def alone(self, i: int) -> tuple[Any, tuple[Any, ...]]:
+        """The op of a stream, and what it takes behind the operands."""
+        return norm_modulate_quantized_linears, ()
+
+
+class NormedBySegment(Normed):
+    """The same, the first stream by segment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first[5:7] = [leaf(1, 2, 3, K), leaf(2, 3, K)]
+        self.index = torch.arange(10).view(2, 5) % 3
+
+    def together(self, recipe: str) -> list[Tensor]:
+        operands = map(list, zip(self.first, self.second, strict=True))
+        dtypes, parameters = [torch.bfloat16] * 2, (self.weights, self.biases, [2, 1])
+        reading = [self.index, None], [False, False]
+        given = (*operands, *reading, "layer", *self.numbers, *dtypes, *parameters, recipe)
+        outs, hs = norm_modulate_segments_quantized_linears_streams(*given)
+        return [*outs[:2], hs[0], outs[2], hs[1]]
+
+    def alone(self, i: int) -> tuple[Any, tuple[Any, ...]]:
+        op = norm_modulate_segments_quantized_linears
+        return (op, (self.index, False)) if i == 0 else super().alone(i)
 
 
 class Activated:
@@ -119,6 +149,7 @@ class Attended:
 
 CASES: dict[str, Callable[[], Any]] = {
     "norms": Normed,
+    "norms, one by segment": NormedBySegment,
     "activations": Activated,
     "attended": Attended,
 }
@@ -217,6 +248,13 @@ LAUNCHED = {
         "norm_modulate_streams_backward": 1,
         "norm_modulate_quantize_columns_together": 1,
         "sum_parts": 1,  # of the stream with two linears
+    },
+    "norms, one by segment": {
+        "quantize_rows": 1,
+        "norm_modulate_segments_quantize_together": 1,
+        "norm_modulate_segments_streams_backward": 1,
+        "norm_modulate_segments_quantize_columns_together": 1,
+        "sum_parts": 1,
     },
     "activations": {
         "gated_activation_quantize_with_weights": 1,

@@ -17,6 +17,10 @@ from fxopt.kernels.gated_activation_linear import (
     gated_activation_linear,
     gated_activation_linear_streams,
 )
+from fxopt.kernels.gated_activation_quantized_linear import (
+    gated_activation_quantized_linear,
+    gated_activation_quantized_linear_streams,
+)
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import (
@@ -25,10 +29,11 @@ from fxopt.kernels.norm_modulate_linears import (
 )
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
+)
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_composites import (
-    gated_activation_quantized_linear,
-    gated_activation_quantized_linear_streams,
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
@@ -169,6 +174,11 @@ def segment_linears(c: Case) -> Any:
     return [*outs, h]
 
 
+def quantized_segment_linears(c: Case) -> Any:
+    outs, h = norm_modulate_segments_quantized_linears(*segments(c), *linear(c), "fp8")
+    return [*outs, h]
+
+
 CASES = {
     "gelu": Case(lambda c: gated_activation(own(c, *TOKENS), None, "gelu_tanh", "none"), TOKENS),
     "silu, bias": Case(
@@ -189,6 +199,7 @@ CASES = {
     "sandwich": Case(sandwich, TOKENS),
     "segments": Case(lambda c: norm_modulate_segments(*segments(c))[:2], TOKENS),
     "segments, linear": Case(segment_linears, TOKENS),
+    "segments, fp8 linear": Case(quantized_segment_linears, TOKENS),
     "heads": Case(heads, HEADS),
 }
 

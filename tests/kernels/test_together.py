@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxopt.kernels import (
+    gated_activation_quantized_linear as gated_activation_quantized_linear,  # mixes calls
+)
+from fxopt.kernels import norm_modulate_segments_quantize as by_segment
 from fxopt.kernels import quantize as quantizing
-from fxopt.kernels import quantized_composites as quantized_composites  # mixes kinds of calls
 from fxopt.kernels import quantized_producers as producers
 from fxopt.kernels import triton_gated_activation_quantize as activation
 from fxopt.kernels import triton_norm_modulate_quantize as norm
@@ -32,6 +35,8 @@ OPS = {
     "quantize": quantizing.quantize,
     "norm": producers.norm_modulate_quantize,
     "norm columns": producers.norm_modulate_quantize_columns,
+    "norm by segment": by_segment.norm_modulate_segments_quantize,
+    "norm by segment columns": by_segment.norm_modulate_segments_quantize_columns,
     "activation": producers.gated_activation_quantize,
     "activation backward": producers.gated_activation_quantize_backward,
 }
@@ -52,11 +57,35 @@ def norms(rows: str, columns: str | None) -> list[tuple[Any, ...]]:
     return [(*first, rows, columns), (*second, rows, columns)]
 
 
+def norms_by_segment(rows: str, columns: str | None) -> list[tuple[Any, ...]]:
+    """The first as it is, and the second with a table, negative indices and a shift per token."""
+    (first, second), (x, shift) = norms(rows, columns), (draw(2, 7, 40), draw(2, 7, 40, seed=1))
+    reading = torch.arange(14).view(2, 7) % 3 - 2, True
+    tables = (draw(2, 3, 40, seed=2), shift)
+    return [
+        (*first[:8], None, False, *first[8:]),
+        (x, *second[1:5], *tables, None, *reading, *second[8:]),
+    ]
+
+
+def columns_by_segment(rows: str, columns: str | None) -> list[tuple[Any, ...]]:
+    given, found = norms_by_segment(rows, columns), []
+    for call in given:
+        _, _, amax_t, h, mean, rstd = by_segment.native(*call)
+        settings = *call[10:14], call[15], columns, amax_t
+        kept = call[0] if call[1] is None else h
+        found.append((kept, *call[3:7], *call[8:10], mean, rstd, *settings))
+    return found
+
+
 def calls(name: str, rows: str, columns: str | None) -> list[tuple[Any, ...]]:
     """Calls of other sizes, strides and operands."""
     if name == "quantize":
         xs = [draw(70, 40), draw(140, 80).T, draw(3, 20, 136), torch.zeros(5, 16)]
         return [(x, rows, columns, None, i != 1) for i, x in enumerate(xs)]
+    if "by segment" in name:
+        columns_too = name.endswith("columns")
+        return (columns_by_segment if columns_too else norms_by_segment)(rows, columns)
     if name.startswith("norm"):
         given = norms(rows, columns)
         if name == "norm":
@@ -83,7 +112,7 @@ def cases() -> list[tuple[str, str, str, str | None]]:
     """Op, its lines, and how it quantizes."""
     found = []
     for name in OPS:
-        transposes = name in ("norm columns", "activation backward")
+        transposes = name.endswith(("columns", "backward"))
         each = [("no", *formats) for formats in FORMATS[: 3 if transposes else 4]]
         each += [("counted", *formats) for formats in FORMATS[:2]]
         # Delayed scaling has one scale for a tensor.
@@ -98,6 +127,7 @@ def lines_of(name: str, is_known: bool) -> tuple[Any, ...]:
     return {
         "quantize": (line(), line(), known, seen() if is_known else None),
         "norm columns": (line(),),
+        "norm by segment columns": (line(),),
         "activation backward": (line(),),
     }.get(name, (line(), known, seen() if is_known else None))
 
@@ -300,6 +330,26 @@ def test_what_counts_runs_apart_from_other_formats() -> None:
     found = called([pieces._replace(lines=own) for own in lines])
     assert found == ["quantize_pieces_counting"] * 2
     assert all(own[0][0] == own[1][0] == 1 for own in lines)
+
+
+@pytest.mark.parametrize("name", ["norm", "norm columns"])
+@pytest.mark.parametrize("lines", ["no", "counted"])
+def test_a_stream_by_segment_runs_with_one_that_is_not(name: str, lines: str) -> None:
+    plain, wider = OPS[name], OPS[name.replace("norm", "norm by segment")]
+    asks = [
+        Ask(op, call, () if lines == "no" else lines_of(name, False))
+        for op, call in (
+            (plain, calls(name, *FORMATS[1])[0]),
+            (wider, calls(name.replace("norm", "norm by segment"), *FORMATS[1])[1]),
+        )
+    ]
+    suffix = "_together" if lines == "no" else "_counting_together"
+    assert called(asks) == [f"{wider._schema.name[7:]}{suffix}"]
+    for provider in (False, True):
+        with Interpreted(provider):
+            found = answer(asks)
+            for f, (op, call, _) in zip(found, asks, strict=True):
+                assert_same(f, op(*call))
 
 
 def test_lists_are_joined() -> None:

@@ -26,6 +26,7 @@ NOTHING = {
     "reshape to its own shape": lambda x: x.view(x.shape).reshape(x.shape),
     "views that undo one another": lambda x: x.unsqueeze(0).transpose(1, 2).transpose(2, 1)[0],
     "permutation of nothing": lambda x: x.permute(0, 1, 2).expand(x.shape),
+    "whole slice of a dropout of nothing": lambda x: F.dropout(x, 0.0)[:],
     "dropout of nothing": lambda x: F.dropout(F.dropout(x, 0.0), 0.5, training=False),
 }
 

@@ -108,15 +108,15 @@ class Normed(NamedTuple):
             return h, h
         self.fire(n)
         settings = (*n[:3], self.scale_offset, h_dtype, dtype or self.x.dtype)
-        y, h, _, _ = getattr(ops, _op_of(self.segments))(*self.operands(n), *settings)
+        y, h, _, _ = getattr(ops, op_of_norm(self.segments))(*self.operands(n), *settings)
         return y, h if self.residual is not None else self.x
 
     def into(self, *linears: nn.Module, sizes: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
         """What `linears` make of the normed tensor, and h; `sizes` splits that of a single one."""
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
-        first, writes_codes = recipes[0], n.kind != "none" and self.segments is None
-        if first is not None and all(r is first for r in recipes) and writes_codes:
+        first = recipes[0]
+        if first is not None and all(r is first for r in recipes) and n.kind != "none":
             return self._into_low(n, linears, first, sizes)
         low = [m.weight.dtype for m, r in zip(linears, recipes, strict=True) if r is not None]
         if low or n.kind == "none" or not all(map(is_plain, linears)):
@@ -125,7 +125,7 @@ class Normed(NamedTuple):
             outs = project(y, *linears)
             return list(outs[0].split(sizes, -1)) if sizes else outs, h
         self.fire(n)
-        name = _op_of(self.segments)
+        name = op_of_norm(self.segments)
         fire("merge_linears", name)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
@@ -140,7 +140,7 @@ class Normed(NamedTuple):
         n = read_norm(self.norm, self.x)
         recipes = [quantized.quantizes(self.x, m) for m in linears]
         is_one = all(r is recipes[0] for r in recipes) and all(map(is_plain, linears))
-        if n.kind == "none" or self.segments or not is_one:
+        if n.kind == "none" or not is_one:
             return None
         dtype: Any = linears[0].weight.dtype
         width = self.x.shape[-1]
@@ -156,16 +156,22 @@ class Normed(NamedTuple):
     ) -> tuple[list[Tensor], Tensor]:
         """`into` for linears that all run by a recipe."""
         self.fire(n)
-        fire_low("norm_modulate", len(linears), recipe)
+        name = op_of_norm(self.segments)
+        fire_low(name, len(linears), recipe)
         settings = (*n[:3], self.scale_offset, self._h_dtype(), linears[0].weight.dtype)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         parameters = (weights, biases, recipe.key, pieces(weights, sizes))
-        return ops.norm_modulate_quantized_linears(*self.operands(n), *settings, *parameters)
+        op = getattr(ops, f"{name}_quantized_linears")
+        return op(*self.operands(n), *settings, *parameters)
 
     def operands(self, n: NormConstants) -> tuple[Any, ...]:
         """What `fxopt::norm_modulate` takes before its settings, or its form for segments."""
+        return (*self.tensors(n), *(self.segments or ()))
+
+    def tensors(self, n: NormConstants) -> tuple[Tensor | None, ...]:
+        """The same without how tables are read."""
         affine = (n.weight, n.bias, self.scale, self.shift)
-        return (self.x, self.residual, self.gate, *affine, self.x_bias, *(self.segments or ()))
+        return (self.x, self.residual, self.gate, *affine, self.x_bias)
 
     def _h_dtype(self) -> torch.dtype:
         return self.h_dtype or promoted(self.x, self.residual, self.gate)
@@ -175,16 +181,18 @@ class Normed(NamedTuple):
         if self.x_bias is not None:
             fire("fuse_bias", "norm_modulate")
         if self.residual is not None or self.scale is not None or self.shift is not None:
-            _fire_modulate(self.segments)
+            fire_modulate(self.segments)
         elif n.kind == "rms":
             fire("rms_norm", "norm_modulate")
 
 
-def _op_of(segments: Segments | None) -> str:
+def op_of_norm(segments: Segments | None) -> str:
+    """The name of the op that norms by segment, or not."""
     return "norm_modulate" if segments is None else "norm_modulate_segments"
 
 
-def _fire_modulate(segments: Segments | None) -> None:
+def fire_modulate(segments: Segments | None) -> None:
+    """Note a modulation or a gated residual."""
     fire("norm_modulate", "norm_modulate")
     if segments is not None:
         fire("norm_modulate_segments", "norm_modulate_segments")
@@ -218,12 +226,12 @@ def gated_residual(
         return x
     if gate is None:
         return residual + x
-    _fire_modulate(segments)
+    fire_modulate(segments)
     if x_bias is not None:
         fire("fuse_bias", "norm_modulate")
     dtype = dtype or promoted(x, residual, gate)
     operands = (x, residual, gate, None, None, None, None, x_bias, *(segments or ()))
-    _, h, _, _ = getattr(ops, _op_of(segments))(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)
+    _, h, _, _ = getattr(ops, op_of_norm(segments))(*operands, "none", 0.0, 0.0, 0.0, dtype, dtype)
     return h
 
 

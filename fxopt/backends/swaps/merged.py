@@ -16,7 +16,9 @@ from fxopt.backends.swaps.fused import (
     Segments,
     fire,
     fire_low,
+    fire_modulate,
     gated_residual,
+    op_of_norm,
     ops,
     pieces,
     promoted,
@@ -56,12 +58,14 @@ def into(
         for (stream, n), i in zip(given, streams, strict=True):
             stream.fire(n)
             if recipe is None:
-                fire("merge_linears", "norm_modulate")
+                fire("merge_linears", op_of_norm(stream.segments))
             else:
-                fire_low("norm_modulate", len(linears[i]), recipe)
-        operands = [stream.operands(n) for stream, n in given]
+                fire_low(op_of_norm(stream.segments), len(linears[i]), recipe)
+        operands = [stream.tensors(n) for stream, n in given]
+        segments = [stream.segments for stream, _ in given]
         constants = [(*n[1:3], stream.scale_offset) for stream, n in given]
-        outs, hs = _norms(operands, constants, common, [linears[i] for i in streams], recipe)
+        own = [linears[i] for i in streams]
+        outs, hs = _norms(operands, constants, common, own, recipe, segments)
         rest = iter(outs)
         return [([next(rest) for _ in linears[i]], h) for i, h in zip(streams, hs, strict=True)]
 
@@ -78,8 +82,8 @@ def gated_residuals(
     """residual + gate * (x + bias) of each stream."""
     dtypes = [promoted(b.x, r, g) for r, g, b in zip(residuals, gates, branches, strict=True)]
     commons = [
-        None if s else common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
-        for r, dtype, s in zip(residuals, dtypes, segments, strict=True)
+        common_of_norms("none", dtype, dtype, r.shape[-1], has_linears=False)
+        for r, dtype in zip(residuals, dtypes, strict=True)
     ]
 
     def alone(i: int) -> Tensor:
@@ -88,7 +92,7 @@ def gated_residuals(
 
     def together(streams: list[int]) -> list[Tensor]:
         for i in streams:
-            fire("norm_modulate", "norm_modulate")
+            fire_modulate(segments[i])
             if branches[i].bias is not None:
                 fire("fuse_bias", "norm_modulate")
         absent = (None,) * 4
@@ -97,7 +101,8 @@ def gated_residuals(
         ]
         settings = ("none", dtypes[streams[0]], dtypes[streams[0]])
         no_numbers, no_linears = [(0.0, 0.0, 0.0)] * len(streams), [()] * len(streams)
-        return _norms(operands, no_numbers, settings, no_linears)[1]
+        own = [segments[i] for i in streams]
+        return _norms(operands, no_numbers, settings, no_linears, None, own)[1]
 
     return _by_launch(commons, together, alone)
 
@@ -108,6 +113,7 @@ def _norms(
     common: Sequence[Any],
     linears: Sequence[Sequence[Any]],
     recipe: Recipe | None = None,
+    segments: Sequence[Segments | None] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`fxopt::norm_modulate_linears_streams`; every sequence but `common` is one of streams.
 
@@ -115,6 +121,10 @@ def _norms(
     which the linears run; None for the model's dtype.
     """
     fire("merge_streams", streams_op_of("norm_modulate", recipe))
+    name = op_of_norm(next(filter(None, segments), None))
+    if any(segments):
+        reading = (own or (None, False) for own in segments)
+        operands = [(*own, *more) for own, more in zip(operands, reading, strict=True)]
     fields, numbers = (map(list, zip(*each, strict=True)) for each in (operands, constants))
     norm, *dtypes = common
     every = [m for of_stream in linears for m in of_stream]
@@ -122,10 +132,10 @@ def _norms(
     parameters = [m.weight for m in every], [m.bias for m in every], counts
     arguments = (*fields, norm, *numbers, *dtypes, *parameters)
     if recipe is not None:
-        return ops.norm_modulate_quantized_linears_streams(*arguments, recipe.key)
+        return getattr(ops, f"{name}_quantized_linears_streams")(*arguments, recipe.key)
     each = [pieces([m.weight for m in of_stream]) for of_stream in linears]
     flat = [number for of_stream in each for number in of_stream]
-    return ops.norm_modulate_linears_streams(*arguments, flat, counts)
+    return getattr(ops, f"{name}_linears_streams")(*arguments, flat, counts)
 
 
 def outs(

@@ -32,7 +32,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
         return
     others = [u for u in shared.users if u not in group]
-    segments = _segment_operands(shared)
+    segments = segment_operands(shared)
     producer = segments or norm_operands(shared)
     if producer is not None and not others:
         composite = norm_modulate_linears if segments is None else norm_modulate_segments_linears
@@ -62,7 +62,7 @@ def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     return (*operands, norm.kind, norm.eps, norm.weight_offset, 0.0, ir.dtype(x), ir.dtype(y))
 
 
-def _segment_operands(y: fx.Node) -> tuple[Any, ...] | None:
+def segment_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate_segments that makes `y`, if one does."""
     op = y.args[0] if ir.is_call(y, operator.getitem) and y.args[1] == 0 else None
     return op.args if ir.is_call(op, norm_modulate_segments) else None

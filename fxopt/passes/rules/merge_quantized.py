@@ -12,22 +12,27 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.kernels.quantized_composites import (
-    gated_activation_quantized_linear,
-    norm_modulate_quantized_linears,
-    op_of,
+from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
 )
+from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears, op_of
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.merge_linears import activation_operands, norm_operands
+from fxopt.passes.rules.merge_linears import (
+    activation_operands,
+    norm_operands,
+    segment_operands,
+)
 from fxopt.recipes import find
 
 
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     shared = anchor.args[0]
     assert isinstance(shared, fx.Node)
-    norm, activation = norm_operands(shared), activation_operands(shared)
+    segments, activation = segment_operands(shared), activation_operands(shared)
+    norm = segments or norm_operands(shared)
     if norm is None and activation is None:
         return
     others = [u for u in shared.users if u is not anchor]
@@ -35,7 +40,9 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         why = f"what is quantized is also used by {others[0].name} and is kept for it"
         yield Reason(why, shared)
     elif norm is not None:
-        yield _bind_norm(anchor, shared, norm)
+        by_segment = "norm_modulate_segments", norm_modulate_segments_quantized_linears, 9
+        plain = "norm_modulate", norm_modulate_quantized_linears, 8
+        yield _bind_norm(anchor, shared, norm, *(by_segment if segments else plain))
     elif activation is not None and len(_list(anchor.args[5])) == 3:  # one linear, not split
         yield _bind_activation(anchor, *activation)
 
@@ -45,10 +52,17 @@ def _list(argument: Any) -> list[Any]:
     return list(argument)
 
 
-def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Binding:
+def _bind_norm(
+    anchor: fx.Node,
+    y: fx.Node,
+    operands: tuple[Any, ...],
+    name: str,
+    composite: Any,
+    num_tensors: int,
+) -> Binding:
     weights, biases, recipe = _list(anchor.args[1]), _list(anchor.args[2]), anchor.args[3]
     pieces = anchor.args[5]
-    tensors, settings = operands[:8], operands[8:]
+    tensors, settings = operands[:num_tensors], operands[num_tensors:]
     products = ir.results(anchor)
     h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
     inputs = _inputs(*tensors, *weights, *biases)
@@ -56,7 +70,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         x, w, b = ([given[n] for n in listed] for listed in (tensors, weights, biases))
-        op = call(norm_modulate_quantized_linears, *x, *settings, w, b, recipe, pieces)
+        op = call(composite, *x, *settings, w, b, recipe, pieces)
         outs = call(operator.getitem, op, 0)
         results = [call(operator.getitem, outs, i) for i in products]
         return (*results, *([] if h is None else [call(operator.getitem, op, 1)]))
@@ -64,7 +78,7 @@ def _bind_norm(anchor: fx.Node, y: fx.Node, operands: tuple[Any, ...]) -> Bindin
     made = [y] if h is None else [y, h]
     outputs = (*products.values(), *made[1:])
     carries = (*made, *products.values())
-    return _binding(anchor, "norm_modulate", inputs, outputs, emit, carries)
+    return _binding(anchor, name, inputs, outputs, emit, carries)
 
 
 def _bind_activation(anchor: fx.Node, activation: fx.Node, beside: fx.Node | None) -> Binding:
@@ -103,7 +117,7 @@ def _binding(
 
 RULE = Rule(
     name="merge_quantized",
-    version=1,
+    version=2,
     anchors=(quantized_linears,),
     propose=propose,
     tier="low_precision",

@@ -20,6 +20,10 @@ from fxopt.kernels.gated_activation_linear import (
     gated_activation_linear,
     gated_activation_linear_streams,
 )
+from fxopt.kernels.gated_activation_quantized_linear import (
+    gated_activation_quantized_linear,
+    gated_activation_quantized_linear_streams,
+)
 from fxopt.kernels.linears import linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import (
@@ -27,11 +31,16 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears_streams,
 )
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
-from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
+from fxopt.kernels.norm_modulate_segments_linears import (
+    norm_modulate_segments_linears,
+    norm_modulate_segments_linears_streams,
+)
+from fxopt.kernels.norm_modulate_segments_quantized_linears import (
+    norm_modulate_segments_quantized_linears,
+    norm_modulate_segments_quantized_linears_streams,
+)
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_composites import (
-    gated_activation_quantized_linear,
-    gated_activation_quantized_linear_streams,
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
     op_of,
@@ -39,8 +48,27 @@ from fxopt.kernels.quantized_composites import (
 from fxopt.kernels.quantized_linears import fuses, quantized_linears, quantized_linears_streams
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.passes.share_residual import share_residual
 from fxopt.recipes import Recipe, find
 
+# Norms that can be one stream of a launch.
+BY_SEGMENT = (
+    norm_modulate_segments,
+    norm_modulate_segments_linears,
+    norm_modulate_segments_quantized_linears,
+)
+NORMS = (
+    norm_modulate,
+    norm_modulate_linears,
+    norm_modulate_quantized_linears,
+    *BY_SEGMENT,
+)
+# Of streams that are all as they are, and of streams of which some are by segment.
+STREAMS = norm_modulate_linears_streams, norm_modulate_segments_linears_streams
+QUANTIZED_STREAMS = (
+    norm_modulate_quantized_linears_streams,
+    norm_modulate_segments_quantized_linears_streams,
+)
 # Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
     ir.LINEAR,
@@ -55,6 +83,9 @@ STEPS = (
     norm_modulate_linears,
     norm_modulate_linears_streams,
     norm_modulate_segments_linears,
+    norm_modulate_segments_linears_streams,
+    norm_modulate_segments_quantized_linears,
+    norm_modulate_segments_quantized_linears_streams,
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
@@ -83,9 +114,9 @@ def _common(call: fx.Node) -> tuple[Any, ...] | None:
     none that can be one of them."""
     arguments = ir.arguments(call) if ir.is_call(call, *RULE.anchors) else {}
     recipe = arguments.get("recipe")
-    if ir.is_call(call, norm_modulate, norm_modulate_linears, norm_modulate_quantized_linears):
+    if ir.is_call(call, *NORMS):
         x, norm, h_dtype, dtype = (arguments[k] for k in ("x", "norm", "h_dtype", "dtype"))
-        has_linears = call.target is not norm_modulate
+        has_linears = "weights" in arguments
         width = ir.expression(ir.shape(x)[-1])
         common = common_of_norms(norm, h_dtype, dtype, width, has_linears=has_linears)
         return None if common is None else (recipe, *common)
@@ -149,10 +180,14 @@ def _bind(calls: list[fx.Node]) -> Binding:
 class Norm:
     """A call of norm_modulate, with its linears or without a norm, and the nodes of its results.
 
+    reading: by segment the index, and whether the shift is per token.
+    settings: those of norm_modulate.
     recipe: the key of the one that quantizes its linears, or none. pieces: numbers of `linears`.
     """
 
     call: fx.Node
+    reading: tuple[Any, bool]
+    settings: tuple[Any, ...]
     weights: list[fx.Node]
     biases: list[fx.Node | None]
     recipe: list[str]
@@ -171,29 +206,36 @@ class Norm:
     @property
     def numbers(self) -> tuple[Any, ...]:
         """eps and the offsets."""
-        return self.call.args[9:12]
+        return self.settings[1:4]
 
 
 def _norm(call: fx.Node) -> Norm:
-    taken = ir.results(call)
-    parameters: Any = call.args[14:] or ([], [], [])
-    weights, biases, *recipe, pieces = parameters
+    taken, reading = ir.results(call), (None, False)
+    args: Any = call.args[NUM_OPERANDS:]
+    if ir.is_call(call, *BY_SEGMENT):
+        reading, args = args[:2], args[2:]
+    settings, parameters = args[:6], args[6:]
+    weights, biases, *recipe, pieces = parameters or ([], [], [])
     outs = ir.results(taken[0]) if 0 in taken else {}
-    return Norm(call, weights, biases, recipe, pieces, outs, taken.get(1))
+    return Norm(call, reading, settings, weights, biases, recipe, pieces, outs, taken.get(1))
 
 
 def _bind_norms(norms: list[Norm]) -> Binding:
-    listed = [n for s in norms for n in (*s.operands, *s.weights, *s.biases)]
+    indices, per_token = map(list, zip(*(s.reading for s in norms), strict=True))
+    listed = [n for s in norms for n in (*s.operands, *s.weights, *s.biases)] + indices
     outputs = tuple(n for s in norms for n in (*s.outs.values(), s.h) if n is not None)
 
     def emit(call: Call, given: dict[Any, Any]) -> tuple[fx.Node, ...]:
         fields = [[given[n] for n in f] for f in zip(*(s.operands for s in norms), strict=True)]
         numbers = map(list, zip(*(s.numbers for s in norms), strict=True))
-        norm, *dtypes = (norms[0].call.args[i] for i in (8, 12, 13))
+        norm, *_, h_dtype, dtype = norms[0].settings
+        by_segment = any(index is not None for index in indices)
+        if by_segment:
+            fields += [[given[n] for n in indices], per_token]
         recipe = norms[0].recipe
         made = call(
-            norm_modulate_quantized_linears_streams if recipe else norm_modulate_linears_streams,
-            *fields, norm, *numbers, *dtypes,
+            (QUANTIZED_STREAMS if recipe else STREAMS)[by_segment],
+            *fields, norm, *numbers, h_dtype, dtype,
             [given[w] for s in norms for w in s.weights],
             [given[b] for s in norms for b in s.biases],
             [len(s.weights) for s in norms],
@@ -282,42 +324,11 @@ def _binding(
     return Binding(anchor, inputs, outputs, emit_from, op, regroups=True, carries=outputs)
 
 
-def share_residual(graph: fx.Graph) -> None:
-    """Let later ops read a norm's input from the norm's node, which then adds up its gradient."""
-    for node in list(graph.nodes):
-        if not ir.is_call(node, *NODES_OF_NORMS):
-            continue
-        is_one = not ir.is_call(node, *NODES_OF_STREAMS)
-        xs, residuals = ([a] if is_one else a for a in node.args[:2])
-        for i, (x, residual) in enumerate(zip(xs, residuals, strict=True)):
-            readers = [u for u in x.users if u > node and ir.is_call(u, *FUSED_NORMS)]
-            if residual is None and readers and not ir.is_written(x, graph):
-                with graph.inserting_after(node):
-                    h = graph.call_function(operator.getitem, (node, 1))
-                if not is_one:
-                    with graph.inserting_after(h):
-                        h = graph.call_function(operator.getitem, (h, i))
-                h.meta = dict(x.meta)
-                for reader in readers:
-                    reader.replace_input_with(x, h)
-
-
-NODES_OF_STREAMS = (norm_modulate_linears_streams, norm_modulate_quantized_linears_streams)
-NODES_OF_NORMS = (
-    *NODES_OF_STREAMS,
-    norm_modulate_linears,
-    norm_modulate_segments_linears,
-    norm_modulate_quantized_linears,
-)
-FUSED_NORMS = (norm_modulate, norm_modulate_segments, *NODES_OF_NORMS)
-
 RULE = Rule(
     name="merge_streams",
-    version=2,
+    version=3,
     anchors=(
-        norm_modulate,
-        norm_modulate_linears,
-        norm_modulate_quantized_linears,
+        *NORMS,
         gated_activation_linear,
         gated_activation_quantized_linear,
         quantized_linears,

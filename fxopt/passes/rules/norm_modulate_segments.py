@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.kernels.norm_modulate import norm_modulate
@@ -45,7 +46,7 @@ def propose(op: fx.Node) -> Iterator[Binding | Reason]:
 
 def _share_index(a: Lookup, b: Lookup) -> bool:
     is_same = a.index is b.index and a.num_trailing == b.num_trailing
-    return is_same and ir.same(a.num_rows, b.num_rows)
+    return is_same and ir.same(a.num_rows, b.num_rows) and ir.same(a.lengths, b.lengths)
 
 
 def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
@@ -64,15 +65,45 @@ def _bind(op: fx.Node, found: Mapping[str, Lookup], first: Lookup) -> Binding:
             _table(call, found[name], given, op) if name in found else given[n]
             for name, n in tensors.items()
         ]
-        index = given[first.index]
-        if first.num_trailing:
-            index = call(aten.squeeze.dim, index, -1)
+        index = _index(call, first, given, named["x"])
         fused = call(norm_modulate_segments, *operands, index, shift_per_token, *op.args[8:])
         return tuple(call(operator.getitem, fused, out.args[1]) for out in outputs)
 
     stays = tuple(n for read in found.values() for n in read.nodes)
     name = "norm_modulate_segments"
     return Binding(op, inputs, outputs, emit, name, carries=outputs, stays=stays)
+
+
+def _index(call: Call, read: Lookup, given: Mapping[Any, Any], x: fx.Node) -> fx.Node:
+    """The index as one node: [..., S], or [S] where each row is that of a stretch of tokens."""
+    if read.index is not None:
+        index: fx.Node = given[read.index]
+        return call(aten.squeeze.dim, index, -1) if read.num_trailing else index
+    parts = [
+        call(aten.new_full.default, given[x], [length], i, dtype=torch.int32)
+        for i, length in enumerate(read.lengths)
+    ]
+    return call(aten.cat.default, parts)
+
+
+def _share_indices(graph: fx.Graph) -> None:
+    """Ops with equal stretches of tokens read one index."""
+    seen: dict[Any, fx.Node] = {}
+    for op in graph.find_nodes(op="call_function", target=norm_modulate_segments):
+        index = ir.arguments(op)["index"]
+        key = _fills(index) if ir.is_call(index, aten.cat.default) else None
+        if key is not None:
+            op.replace_input_with(index, seen.setdefault(key, index))
+
+
+def _fills(index: ir.Call) -> tuple[Any, ...] | None:
+    """What an index of stretches is filled with, if the graph alone decides it."""
+    fills = index.args[0]
+    if not all(ir.is_call(n, aten.new_full.default) and len(ir.shape(n)) == 1 for n in fills):
+        return None
+    if any(ir.is_written(n, index.graph) for n in (*fills, index)):
+        return None
+    return tuple((str(ir.shape(n)), n.args[2], ir.dtype(n), n.meta["val"].device) for n in fills)
 
 
 def _table(call: Call, read: Lookup, given: Mapping[Any, Any], op: fx.Node) -> fx.Node:
@@ -92,22 +123,19 @@ def _joined(call: Call, read: Lookup, nodes: list[Any]) -> fx.Node:
     if len(nodes) == 1:
         found: fx.Node = nodes[0]
         return found
-    shapes = [ir.shape(n) for n in read.table]
-    a, b = (
-        call(aten.unsqueeze.default, node, 0) if len(shape) == 1 else node
-        for node, shape in zip(nodes, shapes, strict=True)
-    )
-    if not ir.same(*shapes):
-        a, b = (
-            call(operator.getitem, call(aten.broadcast_tensors.default, [a, b]), i) for i in (0, 1)
-        )
-    return call(aten.cat.default, [a, b], -2)
+    first, *others = (ir.shape(n) for n in read.table)
+    rows = [call(aten.unsqueeze.default, n, 0) if len(first) == 1 else n for n in nodes]
+    if not all(ir.same(first, other) for other in others):
+        same = call(aten.broadcast_tensors.default, rows)
+        rows = [call(operator.getitem, same, i) for i in range(len(rows))]
+    return call(aten.cat.default, rows, -2)
 
 
 RULE = Rule(
     name="norm_modulate_segments",
-    version=1,
+    version=2,
     anchors=(norm_modulate,),
     propose=propose,
     compiled=False,
+    finish=_share_indices,
 )
