@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 # gelu_tanh(x) = x * sigmoid(LINEAR * x + CUBIC * x**3), as 1 + tanh(z) = 2 sigmoid(2z).
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -48,6 +48,7 @@ class Forward(NamedTuple):
     up_bias: Any
     y: Any
     num_rows: Any
+    last: Any = LAST
 
 
 class Backward(NamedTuple):
@@ -67,6 +68,7 @@ class Backward(NamedTuple):
     dgate_bias: Any
     dup_bias: Any
     num_rows: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -171,12 +173,13 @@ def gradients(
 
 @triton.jit
 def forward_kernel(
-    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    streams, num_features,
+    NUM_STREAMS: tl.constexpr, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """y = f(gate), times up where there is one."""
     block = tl.program_id(0)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
@@ -188,13 +191,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    streams, num_features,
+    NUM_STREAMS: tl.constexpr, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dgate = grad * up * f'(gate), dup = grad * f(gate), and the forward's y unless it is None;
     and the sums of dgate and dup over the program's TILES."""
     program = tl.program_id(0)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_rows = size(streams[i].num_rows)
         if (program >= 0) & (program < tl.cdiv(num_rows, BLOCK_N * TILES)):
             _backward_of(

@@ -67,10 +67,11 @@ def activation_tile(
 
 @triton.jit
 def amax_kernel(
-    parts, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    parts, NUM_PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_amax` of [beside | activation] of each part, made of (gate, up, beside, width)."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -81,13 +82,13 @@ def amax_kernel(
 
 @triton.jit
 def cast_kernel(
-    parts,
+    parts, NUM_PARTS: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of [beside | activation] of each part, made of (gate, up, beside, width)."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -101,7 +102,7 @@ def cast_kernel(
 
 @triton.jit
 def backward_kernel(
-    parts,
+    parts, NUM_PARTS: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -111,7 +112,7 @@ def backward_kernel(
     A part is made of (grad, gate, up, beside, dgate, dup, width): matrices are `Rows` or None; all
     but beside belong to the activation.
     """
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -174,7 +175,7 @@ def _matrix(
     gate, up = halves(gate, up, packing)
     width = 0 if beside is None else beside.shape[-1]
     num_features = gate.shape[-1]
-    arguments = (*(rows_of(t) for t in (gate, up, beside)), width)
+    arguments = (*(rows_of(t) for t in (gate, up, beside)), tl.constexpr(width))
     constants = {"ACTIVATION": activation, "num_warps": NUM_WARPS}
     num_tokens = gate.numel() // num_features
     return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)

@@ -64,7 +64,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     with torch.cuda.device_of(x):
         kernels.rows_kernel[(sum(m.num_programs for m in made),)](
             tuple(m.stream() for m in made), x.shape[-1], padded,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype],
+            NUM_STREAMS=len(made), NORM=norm, DTYPE=TRITON_DTYPES[dtype],
             **_without_transposed(launch.settings(by_row, None)),
             BLOCK_K=triton.next_power_of_2(padded),
             **triton_tables.parameters("norm_modulate forward", padded, sum(num_tokens), x),
@@ -117,11 +117,11 @@ class _Rows:
         """Arguments of the first kernel."""
         known = None if self.slot.known is None else self.slot.known.view(torch.int32)
         sizes = self.num_tokens, self.groups.num_rows, self.num_programs
-        return kernels.Stream._make((
+        return kernels.Stream(
             *(rows_of(t, self.call[0], self.groups) for t in self.call[:8]),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def matrix(self) -> launch.Matrix:
         """Those of the second."""

@@ -36,7 +36,7 @@ from fxopt.kernels.triton_rows import (
     modulate,
     modulation_of,
 )
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 
 class Stream(NamedTuple):
@@ -72,6 +72,7 @@ class Stream(NamedTuple):
     num_tokens: Any
     num_rows: Any
     num_programs: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -134,13 +135,13 @@ def _rows(
 
 @triton.jit
 def rows_kernel(
-    streams, num_features, padded_columns,
+    streams, num_features, padded_columns, NUM_STREAMS: tl.constexpr,
     NORM: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
     POW2: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Codes of rows with a scale each, or their magnitudes; a program belongs to one stream."""
     program = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_programs = size(streams[i].num_programs)
         if (program >= 0) & (program < num_programs):
             _rows(
@@ -185,13 +186,13 @@ def normed_tile(
 
 @triton.jit
 def tiles_kernel(
-    parts,
+    parts, NUM_PARTS: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT_T: tl.constexpr, LARGEST: tl.constexpr, LARGEST_T: tl.constexpr,
     POW2: tl.constexpr, POW2_T: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of y of each part."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)

@@ -54,23 +54,11 @@ def _segment(index, token, num_segments, mask):
     return tl.where((i >= 0) & (i < num_segments), i, -1).to(tl.int32)
 
 
+# A function that returned a pointer that is None would not compile with Triton 3.6.
 @triton.jit
 def _row(table, group, segment):
     """The row of a table (pointer, group stride, row stride) as an operand that all rows share."""
-    if table[0] is None:
-        return table
-    else:
-        return table[0] + group * table[1] + segment * table[2], 0, 0
-
-
-@triton.jit
-def _modulation(s, group, segment, SHIFT_PER_TOKEN: tl.constexpr):
-    """gate, scale and shift of a segment."""
-    gate, scale = _row(s.gate, group, segment), _row(s.scale, group, segment)
-    if SHIFT_PER_TOKEN:
-        return gate, scale, s.shift
-    else:
-        return gate, scale, _row(s.shift, group, segment)
+    return table[0] + group * table[1] + segment * table[2], 0, 0
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -83,8 +71,10 @@ def forward_kernel(
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     segment = _segment(index, token, num_segments, True)
     if segment >= 0:
-        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
-        forward_row(s, m, group, row, num_features, NORM, BLOCK_D)
+        gate = s.gate if s.gate[0] is None else _row(s.gate, group, segment)
+        scale = s.scale if s.scale[0] is None else _row(s.scale, group, segment)
+        shift = s.shift if SHIFT_PER_TOKEN or s.shift[0] is None else _row(s.shift, group, segment)
+        forward_row(s, (gate, scale, shift), group, row, num_features, NORM, BLOCK_D)
     else:
         cols = tl.arange(0, BLOCK_D)
         nan = tl.full([BLOCK_D], float("nan"), tl.float32)
@@ -137,11 +127,15 @@ def backward_kernel(
         segment = tl.maximum(_segment(index, token, num_segments, True), 0)
         key = group * num_segments + segment
         end = tl.minimum(last, tl.load(ends + key))
-        m = _modulation(s, group, segment, SHIFT_PER_TOKEN)
+        gate = s.gate if s.gate[0] is None else _row(s.gate, group, segment)
+        scale = s.scale if s.scale[0] is None else _row(s.scale, group, segment)
+        shift = s.shift if SHIFT_PER_TOKEN or s.shift[0] is None else _row(s.shift, group, segment)
         sums = no_sums(BLOCKS)
         for i in range(at, end):
             row = tl.load(order + i).to(tl.int64) % size(s.num_rows)
-            sums = backward_row(s, m, group, row, sums, num_features, NORM, BLOCKS)
+            sums = backward_row(
+                s, (gate, scale, shift), group, row, sums, num_features, NORM, BLOCKS
+            )
         store_sums(s, program + key, sums, num_features, BLOCKS)
         at = end
 
@@ -160,7 +154,9 @@ def reduce_kernel(
         start, end = tl.load(ends + key - 1, key > 0, other=0), tl.load(ends + key)
         first = start // tokens_per_program
         num_rows = tl.where(start < end, (end - 1) // tokens_per_program - first + 1, 0)
-        scale = _row(s.scale, key // num_segments, key % num_segments)
+        scale = s.scale
+        if s.scale[0] is not None:
+            scale = _row(s.scale, key // num_segments, key % num_segments)
         totals = add_group(
             s, totals, key, scale, first + key, num_rows, cols, mask, num_features, BLOCK_P
         )
@@ -210,10 +206,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     segments = _Segments(x, (gate, scale, None if shift_per_token else shift), index)
     rows, table = segments.rows, segments.table
     shift_row = rows(shift) if shift_per_token else table(shift)
-    stream = Forward._make((
+    stream = Forward(
         rows(x), rows(residual), table(gate), rows(weight), rows(bias), table(scale), shift_row,
         rows(x_bias), *results, eps, weight_offset, scale_offset, *segments.sizes,
-    ))  # fmt: skip
+    )  # fmt: skip
     num_features = x.shape[-1]
     with torch.cuda.device_of(x):
         forward_kernel[(segments.num_tokens,)](
@@ -269,10 +265,10 @@ def backward(
             BLOCKS=blocks_of(num_features, chosen["pieces"]), num_warps=chosen["num_warps"],
         )  # fmt: skip
         if any(summed):
-            reduction = Reduce._make((
+            reduction = Reduce(
                 rows(weight), rows(bias), table(scale), *sums, *(t.argument for t in targets),
                 weight_offset, scale_offset, unspecialized(num_keys), unspecialized(num_programs),
-            ))  # fmt: skip
+            )  # fmt: skip
             reduce_kernel[(triton.cdiv(num_features, REDUCE_D),)](
                 reduction, ends, num_segments, tokens_per_program, num_features,
                 BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
