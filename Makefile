@@ -51,11 +51,14 @@ bench-cpu: $(READY)
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check
 
-# Results land in bench/results/, named by the device.
+# Results land in RESULTS after every case, named by the device. Together less than 10 minutes: a
+# case that has begun ends. The rest: bench.kernels without --seconds, and bench.tune.
+RESULTS ?= bench/results
+
 bench-gpu: $(READY)
-	$(BIN)/python -m bench.kernels --save
-	$(BIN)/python -m bench.attention --save
-	$(BIN)/python -m bench.blocks --save
+	$(BIN)/python -m bench.kernels --save $(RESULTS) --seconds 160
+	$(BIN)/python -m bench.attention --save $(RESULTS) --seconds 100
+	$(BIN)/python -m bench.blocks --save $(RESULTS) --seconds 160
 
 clean:
 	rm -rf .venv

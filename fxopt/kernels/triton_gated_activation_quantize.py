@@ -27,7 +27,7 @@ from fxopt.kernels.triton_gated_activation import rows_of
 from fxopt.kernels.triton_gated_activation_kernels import gradients, value_of
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import load_tile, tile_indices
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 from fxopt.recipes import Operand
 
 # Twice the usual: a thread holds elements of up to four tensors; with 8 warps the backward spilled.
@@ -54,7 +54,7 @@ def joined(value, mask, gate, beside, width, r, c, num_rows):
 
 @triton.jit
 def activation_tile(
-    gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
+    gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
 
@@ -116,7 +116,7 @@ def backward_kernel(
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            grad, gate, up, beside, dgate, dup, width = part.tile
+            grad, gate, up, beside, dgate, dup, width, _ = part.tile
             num_rows = size(part.num_rows)
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
             value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
@@ -159,8 +159,8 @@ def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
         own = gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
         dgate, dup = halves(own[0], None if up is None else own[1], packing)
         matrix = _matrix(gate, up, beside, activation, packing)
-        *given, width = matrix.arguments
-        arguments = (rows_of(grad), *given, rows_of(dgate), rows_of(dup), width)
+        *given, width, last = matrix.arguments
+        arguments = (rows_of(grad), *given, rows_of(dgate), rows_of(dup), width, last)
         matrices.append(matrix._replace(arguments=arguments))
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
@@ -175,7 +175,7 @@ def _matrix(
     gate, up = halves(gate, up, packing)
     width = 0 if beside is None else beside.shape[-1]
     num_features = gate.shape[-1]
-    arguments = (*(rows_of(t) for t in (gate, up, beside)), tl.constexpr(width))
+    arguments = (*(rows_of(t) for t in (gate, up, beside)), width, LAST)
     constants = {"ACTIVATION": activation, "num_warps": NUM_WARPS}
     num_tokens = gate.numel() // num_features
     return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)

@@ -78,9 +78,9 @@ def cast_weights_once() -> Iterator[None]:
 
     A weight is cast again if PyTorch has recorded a write to it, or after a step of any optimizer.
     Other writes through `.data`, or by a kernel that PyTorch knows nothing of, leave no record:
-    keep them outside. It holds for the whole process. The copies take two bytes per element (FP8) until the end; where FSDP frees
-    the gathered weights after use, that is memory it meant to save. Graphs of a compiler cast
-    where they stand.
+    keep them outside. It holds for the whole process. The copies take two bytes per element (FP8)
+    until the end; where FSDP frees the gathered weights after use, that is memory it meant to save.
+    Graphs of a compiler cast where they stand.
     """
     casts = WeightCasts()
     hook = register_optimizer_step_post_hook(casts.forget)

@@ -9,7 +9,7 @@ import fxopt
 from fxopt.kernels import quantize, scaled_matmul
 from fxopt.kernels.quantize import Cast
 from fxopt.recipes import RECIPES, Operand
-from tests.families import FAMILIES
+from tests.families import FAMILIES, built
 from tests.numerics import relative_l2, run
 
 pytestmark = [
@@ -54,7 +54,7 @@ def test_other_blocks_are_emulated():
 @pytest.mark.parametrize("name", [*NATIVE, "mxfp8", "nvfp4"])
 def test_flux_trains(name):
     family = FAMILIES["flux"]
-    model = family.build().to("cuda", torch.bfloat16)
+    model = built(family).to("cuda", torch.bfloat16)
     inputs = {
         k: v.cuda() if isinstance(v, torch.Tensor) else v
         for k, v in family.inputs(2, 0, torch.bfloat16).items()
@@ -68,7 +68,7 @@ def test_flux_trains(name):
 
 def test_a_small_model_does_not_pay():
     family = FAMILIES["flux"]
-    model = fxopt.optimize(family.build().to("cuda"), recipe="fp8")
+    model = fxopt.optimize(built(family).to("cuda"), recipe="fp8")
     inputs = family.inputs(2, 0, torch.float32)
     model(**{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     assert not fxopt.report(model).count("quantized_linear")
