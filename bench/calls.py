@@ -286,7 +286,7 @@ def saving(batch: int, num_tokens: int, width: int) -> None:
 
     xs = randn(batch, num_tokens, 2 * width).chunk(2, -1)
     found = provider.triton_pack(xs, 1)
-    provider.triton_unpack(found[:2], found[2:], [BF16, BF16])
+    provider.triton_unpack(found[:2], found[2:], ["bfloat16"] * 2)
 
 
 def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:

@@ -21,7 +21,7 @@ from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
@@ -52,7 +52,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
             rows = (rows_of(t, x, groups) for t in tensors)
             constants = eps, weight_offset, scale_offset
-            streams.append(kernels.Forward(*rows, *results, *constants, *sizes))
+            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes, LAST)))
     if streams:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
@@ -184,11 +184,11 @@ class _Stream:
         _, weight, bias, scale, *_ = self.operands
         affine = weight, bias, None if self.per_row[3] else scale
         sizes = self.groups.num_groups, self.num_programs
-        return sums.Reduce(
+        return sums.Reduce._make((
             *(rows_of(t, a.h, self.groups) for t in affine), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
-            *map(unspecialized, sizes),
-        )  # fmt: skip
+            *map(unspecialized, sizes), LAST,
+        ))  # fmt: skip
 
     def finished(self) -> tuple[Tensor, ...]:
         """The outputs, once the kernels ran."""

@@ -21,7 +21,7 @@ from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_rows import groups_of, rows_of
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 from fxopt.recipes import Operand
 
 # Programs per SM: each leaves K magnitudes where columns have scales of their own.
@@ -117,11 +117,12 @@ class _Rows:
         """Arguments of the first kernel."""
         known = None if self.slot.known is None else self.slot.known.view(torch.int32)
         sizes = self.num_tokens, self.groups.num_rows, self.num_programs
-        return kernels.Stream(
+        return kernels.Stream._make((
             *(rows_of(t, self.call[0], self.groups) for t in self.call[:8]),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
-        )  # fmt: skip
+            LAST,
+        ))  # fmt: skip
 
     def matrix(self) -> launch.Matrix:
         """Those of the second."""

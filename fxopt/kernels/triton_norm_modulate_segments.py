@@ -41,7 +41,7 @@ from fxopt.kernels.triton_norm_modulate_kernels import (
 )
 from fxopt.kernels.triton_norm_modulate_sums import Reduce, add_group, no_totals, store_totals
 from fxopt.kernels.triton_rows import rows_of, store
-from fxopt.kernels.triton_sizes import size, unspecialized
+from fxopt.kernels.triton_sizes import LAST, size, unspecialized
 
 ORDER_BLOCK = 2048
 
@@ -206,10 +206,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     segments = _Segments(x, (gate, scale, None if shift_per_token else shift), index)
     rows, table = segments.rows, segments.table
     shift_row = rows(shift) if shift_per_token else table(shift)
-    stream = Forward(
+    stream = Forward._make((
         rows(x), rows(residual), table(gate), rows(weight), rows(bias), table(scale), shift_row,
-        rows(x_bias), *results, eps, weight_offset, scale_offset, *segments.sizes,
-    )  # fmt: skip
+        rows(x_bias), *results, eps, weight_offset, scale_offset, *segments.sizes, LAST,
+    ))  # fmt: skip
     num_features = x.shape[-1]
     with torch.cuda.device_of(x):
         forward_kernel[(segments.num_tokens,)](
@@ -265,10 +265,11 @@ def backward(
             BLOCKS=blocks_of(num_features, chosen["pieces"]), num_warps=chosen["num_warps"],
         )  # fmt: skip
         if any(summed):
-            reduction = Reduce(
+            reduction = Reduce._make((
                 rows(weight), rows(bias), table(scale), *sums, *(t.argument for t in targets),
                 weight_offset, scale_offset, unspecialized(num_keys), unspecialized(num_programs),
-            )  # fmt: skip
+                LAST,
+            ))  # fmt: skip
             reduce_kernel[(triton.cdiv(num_features, REDUCE_D),)](
                 reduction, ends, num_segments, tokens_per_program, num_features,
                 BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
