@@ -22,6 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        "torch": torch.__version__,  # with the CUDA it was built for
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
