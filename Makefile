@@ -30,8 +30,11 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+# Most of the time goes into compiling some hundred variants of the kernels, on the host.
+test-gpu: export OMP_NUM_THREADS ?= 1
+test-gpu: WORKERS ?= 4
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n $(WORKERS) -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -27,3 +27,13 @@ def collections_pass_over_what_was_there():
     """After some tests a process holds millions of objects; benchmarks collect at every round."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def workers_share_the_memory(request):
+    """PyTorch keeps for its own process what a test has freed."""
+    yield
+    if wants_gpu(request.config):
+        import torch
+
+        torch.cuda.empty_cache()

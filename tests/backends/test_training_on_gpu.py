@@ -173,12 +173,11 @@ def test_a_refusal_is_in_pytorchs_words():
         attend(q, mask, "flash")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 << 30,
-    reason="needs 60 GB",
-)
 @pytest.mark.parametrize("op", ["norm_modulate", "gated_activation"])
 def test_more_elements_than_int32_counts(op):
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 << 30:
+        pytest.skip(f"needs 24 GB, {free / 2**30:.0f} are free")
     width, num_last = 4096, 7
     x = torch.empty(2**31 // width + num_last, width, device="cuda", dtype=torch.bfloat16)
     x.normal_(generator=torch.Generator("cuda").manual_seed(0)).requires_grad_()
