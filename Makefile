@@ -30,8 +30,11 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+# Most of the time goes into compiling some hundred variants of the kernels, on the host.
+test-gpu: export OMP_NUM_THREADS ?= 1
+test-gpu: WORKERS ?= 4
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n $(WORKERS) -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -51,11 +54,14 @@ bench-cpu: $(READY)
 	$(BIN)/python -m bench.setup --check
 	$(BIN)/python -m bench.cpu_step --check
 
-# Results land in bench/results/, named by the device.
+# Results land in RESULTS after every case, named by the device. Together less than 10 minutes,
+# though a case that has begun ends, which may take two for a block. All cases: without --seconds.
+RESULTS ?= bench/results
+
 bench-gpu: $(READY)
-	$(BIN)/python -m bench.kernels --save
-	$(BIN)/python -m bench.attention --save
-	$(BIN)/python -m bench.blocks --save
+	$(BIN)/python -m bench.kernels --save $(RESULTS) --seconds 130
+	$(BIN)/python -m bench.attention --save $(RESULTS) --seconds 60
+	$(BIN)/python -m bench.blocks --save $(RESULTS) --seconds 130
 
 clean:
 	rm -rf .venv

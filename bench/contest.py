@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,12 +110,12 @@ class Contest:
     ) -> None:
         self.found.append(rows.Row(case, metric, value, at_most, at_least))
 
-    def save(self, name: str) -> None:
-        """Write what was found so far to the folder of committed results."""
+    def save(self, name: str, folder: Path) -> None:
+        """Write what was found so far."""
         device = self.device.device
         kind = "".join(c if c.isalnum() else "_" for c in device_name(device).lower())
         text = rows.document(self.found, device, self.samples)
-        write_text(text, RESULTS / f"{name}_{kind}.json")
+        write_text(text, folder / f"{name}_{kind}.json")
 
 
 def gpu() -> torch.device | None:
@@ -161,7 +164,13 @@ def run(
     """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
     rows.add_arguments(parser)
-    parser.add_argument("--save", action="store_true", help="write to bench/results/ as well")
+    parser.add_argument(
+        "--save", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
+        help="write there as well, after every case; bench/results without a folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="after which no other case begins"
+    )
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help="cases with all these in their name"
     )
@@ -170,11 +179,27 @@ def run(
     device = gpu()
     if device is None:
         return NO_GPU
-    contest = Contest(TorchDevice(device), plan)
-    for index, case in enumerate(chosen, start=1):
-        print(f"[{index}/{len(chosen)}] {case}", file=sys.stderr)
-        cases[case](contest)
-        torch.compiler.reset()
-        if args.save:
-            contest.save(name)
+    contest, start = Contest(TorchDevice(device), plan), time.monotonic()
+    for index, case in enumerate(chosen):
+        if time.monotonic() - start > args.seconds:
+            left = "; ".join(chosen[index:])
+            print(f"{args.seconds:g} s are over; not run: {left}", file=sys.stderr)
+            break
+        print(f"[{index + 1}/{len(chosen)}] {case}", file=sys.stderr)
+        _attempt(contest, case, cases[case])
+        if args.save is not None:
+            contest.save(name, args.save)
     return rows.publish(args, contest.found, device, contest.samples)
+
+
+def _attempt(contest: Contest, case: str, measure: Callable[[Contest], None]) -> None:
+    """Run a case; one that raises is a row that misses its target, and the next ones follow."""
+    try:
+        measure(contest)
+    # Memory that is not there, a compiler that fails, a package that is not installed.
+    except Exception:
+        traceback.print_exc()
+        contest.add(case, "errors", 1, at_most=0)
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

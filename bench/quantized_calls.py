@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.calls import BF16, EPS, NUM_OUT, randn
+from bench.calls import BF16, EPS, HEAD_DIM, NUM_OUT, randn
 
 
 def known_and_seen() -> tuple[Tensor, Tensor]:
@@ -182,4 +182,4 @@ def saving(batch: int, num_tokens: int, width: int) -> None:
 
     xs = randn(batch, num_tokens, 2 * width).chunk(2, -1)
     found = provider.triton_pack(xs, 1)
-    provider.triton_unpack(found[:2], found[2:], [BF16, BF16])
+    provider.triton_unpack(found[:2], found[2:], ["bfloat16"] * 2)

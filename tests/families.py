@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,14 @@ class Family:
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int, int, torch.dtype], Inputs]
+
+
+def built(family: Family) -> nn.Module:
+    """The model; skips the test where its library is not installed."""
+    try:
+        return family.build()
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"{family.name}: {missing.name} is not installed")
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:

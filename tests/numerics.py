@@ -99,7 +99,7 @@ def redrawn(inputs: Any, seed: int, changes: Callable[[Tensor], bool] = holds_fe
         if not isinstance(leaf, Tensor) or not changes(leaf):
             return leaf
         signs = 2 * torch.randint(0, 2, leaf.shape, generator=generator) - 1
-        return (leaf.detach() * signs.to(leaf.dtype)).requires_grad_(leaf.requires_grad)
+        return (leaf.detach() * signs.to(leaf)).requires_grad_(leaf.requires_grad)
 
     return tree_map(flip, inputs)
 

@@ -22,6 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        "torch": torch.__version__,  # with the CUDA it was built for
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -54,15 +55,15 @@ OF_GPU = {
 
 def _gpu(device: torch.device) -> dict[str, str | None]:
     """What decides the speed of a GPU besides its model; None on a CPU or without nvidia-smi."""
-    found: dict[str, str | None] = dict.fromkeys(OF_GPU)
-    if device.type == "cuda":
-        uuid = torch.cuda.get_device_properties(device).uuid
-        query = f"--query-gpu={','.join(OF_GPU.values())}"
-        command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
-        values = _output(command, Path.cwd()).split(", ")
-        if len(values) == len(OF_GPU):
-            found |= dict(zip(OF_GPU, values, strict=True))
-    return found
+    if device.type != "cuda":
+        return dict.fromkeys(OF_GPU)
+    uuid = torch.cuda.get_device_properties(device).uuid
+
+    def asked(field: str) -> str | None:  # alone, as a driver that lacks one field tells none
+        query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={field}"]
+        return _output([*query, "--format=csv,noheader"], Path.cwd()) or None
+
+    return {name: asked(field) for name, field in OF_GPU.items()}
 
 
 def version(package: str) -> str | None:

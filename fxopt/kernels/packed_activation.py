@@ -18,7 +18,7 @@ from fxopt.kernels.quantized_producers import (
     native_activation_backward,
 )
 from fxopt.kernels.registration import register
-from fxopt.kernels.saving import native_unpack
+from fxopt.kernels.saving import name_of, native_unpack
 from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 
 
@@ -39,7 +39,7 @@ def native(
     """
     kept = [(gate, gate_scales), *([(up, up_scales)] if up is not None else [])]
     codes, scales = zip(*kept, strict=True)
-    whole = [*native_unpack(codes, scales, [grad.dtype] * len(kept)), None]
+    whole = [*native_unpack(codes, scales, [name_of(grad.dtype)] * len(kept)), None]
     return native_activation_backward(grad, whole[0], whole[1], *args)  # type: ignore[arg-type]
 
 

@@ -106,7 +106,7 @@ def unpacking(ctx: Any, saved: Sequence[Any]) -> Steps[list[Any]]:
     if not where:
         return [*saved]
     activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
-    scales, dtypes = others[: len(where)], [ctx.packed[i] for i in where]
+    scales, dtypes = others[: len(where)], [name_of(ctx.packed[i]) for i in where]
     (found,) = yield [Ask(unpack, ([activations[i] for i in where], scales, dtypes))]
     for i, activation in zip(where, found, strict=True):
         activations[i] = activation
@@ -166,15 +166,20 @@ def native_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
     return codes + scales
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As `unpack` takes it: lists of dtypes reach an op as numbers in torch 2.11."""
+    return str(dtype).removeprefix("torch.")
+
+
 def native_unpack(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[str]
 ) -> list[Tensor]:
     """x = code * scale, rounded once from fp32 to its dtype, contiguous."""
     found = []
     for code, scale, dtype in zip(codes, scales, dtypes, strict=True):
         rows = code.flatten(scale.dim() - 1).float()
         per_code = scale.repeat_interleave(BLOCK, -1)[..., : rows.shape[-1]]
-        found.append((rows * per_code).to(dtype).view(code.shape))
+        found.append((rows * per_code).to(getattr(torch, dtype)).view(code.shape))
     return found
 
 
@@ -188,9 +193,10 @@ def fake_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
 
 
 def fake_unpack(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[str]
 ) -> list[Tensor]:
-    return [c.new_empty(c.shape, dtype=dtype) for c, dtype in zip(codes, dtypes, strict=True)]
+    named = zip(codes, dtypes, strict=True)
+    return [c.new_empty(c.shape, dtype=getattr(torch, dtype)) for c, dtype in named]
 
 
 def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
@@ -205,7 +211,7 @@ def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
 
 
 def triton_unpack(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    codes: Sequence[Tensor], scales: Sequence[Tensor], dtypes: Sequence[str]
 ) -> list[Tensor]:
     from fxopt.kernels import triton_saving
 
@@ -224,7 +230,7 @@ pack = register(
     triton=triton_pack,
 )
 unpack = register(
-    "unpack(Tensor[] codes, Tensor[] scales, ScalarType[] dtypes) -> Tensor[]",
+    "unpack(Tensor[] codes, Tensor[] scales, str[] dtypes) -> Tensor[]",
     native=native_unpack,
     fake=fake_unpack,
     triton=triton_unpack,

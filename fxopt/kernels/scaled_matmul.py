@@ -94,11 +94,11 @@ def on_units(
 ) -> Tensor:
     """The same by torch._scaled_mm, which wants one kind of scale and a 16-bit bias."""
     by_row = a_scales.shape[0] != 1 or b_scales.shape[0] != 1
-    if by_row and dtype == torch.float32:
-        # Not every device has a kernel that scales rows of fp32; the scales stand behind the sum.
+    if by_row and dtype != torch.bfloat16:
+        # Not every device and PyTorch scale rows of others; the scales stand behind the sum.
         one = a_scales.new_ones(1, 1)
-        y = on_units(a, one, b, one, None, fast, dtype).mul_(a_scales).mul_(b_scales.t())
-        return y if bias is None else y + bias
+        y = on_units(a, one, b, one, None, fast, torch.float32).mul_(a_scales).mul_(b_scales.t())
+        return (y if bias is None else y + bias).to(dtype)
     if by_row:
         a_scales = a_scales.repeat(a.shape[0] // a_scales.shape[0], 1)
         b_scales = b_scales.repeat(b.shape[0] // b_scales.shape[0], 1)

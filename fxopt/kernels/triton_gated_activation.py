@@ -24,7 +24,7 @@ from fxopt.kernels.triton_gated_activation_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 Stream = tuple[Tensor | None, ...]
 
@@ -38,7 +38,9 @@ def forward(streams: Sequence[Stream], activation: str) -> None:
     if plan is None:
         return
     given = [
-        Forward._make((*map(rows_of, (gate, up)), *map(_features_of, biases), rows_of(y), size))
+        Forward._make(
+            (*map(rows_of, (gate, up)), *map(_features_of, biases), rows_of(y), size, LAST)
+        )
         for (gate, up, *biases, y), size in zip(streams, plan.sizes, strict=True)
     ]
     _launch(forward_kernel, plan, tuple(given), activation)
@@ -72,7 +74,7 @@ def backward(streams: Sequence[Stream], activation: str) -> None:
         (grad, gate, up, *biases, dgate, dup, y), own_sums = stream[:8], stream[8:]
         inputs = *map(rows_of, (grad, gate, up)), *map(_features_of, biases)
         outputs = *map(rows_of, (dgate, dup, y)), *(partial_of(t, count) for t in own_sums)
-        given.append(Backward._make((*inputs, *outputs, size)))
+        given.append(Backward._make((*inputs, *outputs, size, LAST)))
     _launch(backward_kernel, plan, tuple(given), activation, TILES=plan.tiles)
     add_up(sums, partials)
 
@@ -112,8 +114,9 @@ def _launch(
     math_type = tl.float64 if plan.like.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(plan.like):
         kernel[grid](
-            streams, num_features, ACTIVATION=activation, MATH=math_type, **plan.settings, **more
-        )
+            streams, num_features, NUM_STREAMS=len(streams), ACTIVATION=activation,
+            MATH=math_type, **plan.settings, **more,
+        )  # fmt: skip
 
 
 def _features_of(bias: Tensor | None) -> Features | None:

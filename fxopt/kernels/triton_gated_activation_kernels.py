@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels import saving
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 # gelu_tanh(x) = x * sigmoid(LINEAR * x + CUBIC * x**3), as 1 + tanh(z) = 2 sigmoid(2z).
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -26,25 +26,28 @@ RSQRT_2 = tl.constexpr(math.sqrt(0.5))
 RSQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
-class Packed(NamedTuple):
-    """What codes stand for: the features from `start` on of rows that `fxopt::pack` has packed.
-
-    scales: [N, c]. like: a pointer to values of the dtype that is packed.
-    """
-
-    scales: Any
-    stride_N: Any
-    start: Any
-    like: Any
-
-
 class Rows(NamedTuple):
-    """A tensor seen as [N, F]; its bytes are codes if it is `packed`."""
+    """A tensor seen as [N, F]."""
 
     pointer: Any
     stride_N: Any
     stride_F: Any
-    packed: Any = None
+
+
+class PackedRows(NamedTuple):
+    """Codes of a tensor seen as [N, F]: its features from `start` on, as `fxopt::pack` packs them.
+
+    scales: [N, c]. like: a pointer to values of the dtype that is packed. Kernels tell it from
+    `Rows` by its length: with Triton 3.6 neither may hold a None.
+    """
+
+    pointer: Any
+    stride_N: Any
+    stride_F: Any
+    scales: Any
+    scales_stride_N: Any
+    start: Any
+    like: Any
 
 
 class Features(NamedTuple):
@@ -63,6 +66,7 @@ class Forward(NamedTuple):
     up_bias: Any
     y: Any
     num_rows: Any
+    last: Any = LAST
 
 
 class Backward(NamedTuple):
@@ -82,6 +86,7 @@ class Backward(NamedTuple):
     dgate_bias: Any
     dup_bias: Any
     num_rows: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -130,12 +135,11 @@ def tile(block, num_rows, num_features, BLOCK_N: tl.constexpr, BLOCK_F: tl.const
 @triton.jit
 def load(rows, n, f, mask, MATH: tl.constexpr):
     value = tl.load(rows.pointer + n * rows.stride_N + f * rows.stride_F, mask, other=0)
-    if rows.packed is not None:
-        packed = rows.packed
-        block = (packed.start + f) // PACKED
-        scale = tl.load(packed.scales + n * packed.stride_N + block, mask, other=0.0)
+    if len(rows) > 3:
+        block = (rows.start + f) // PACKED
+        scale = tl.load(rows.scales + n * rows.scales_stride_N + block, mask, other=0.0)
         value = value.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
-        value = value.to(packed.like.dtype.element_ty)
+        value = value.to(rows.like.dtype.element_ty)
     return value.to(MATH)
 
 
@@ -193,12 +197,13 @@ def gradients(
 
 @triton.jit
 def forward_kernel(
-    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    streams, num_features,
+    NUM_STREAMS: tl.constexpr, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """y = f(gate), times up where there is one."""
     block = tl.program_id(0)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_rows = size(streams[i].num_rows)
         if (block >= 0) & (block < tl.cdiv(num_rows, BLOCK_N)):
             n, f, mask = tile(block, num_rows, num_features, BLOCK_N, BLOCK_F)
@@ -210,13 +215,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    streams, num_features, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
+    streams, num_features,
+    NUM_STREAMS: tl.constexpr, ACTIVATION: tl.constexpr, MATH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dgate = grad * up * f'(gate), dup = grad * f(gate), and the forward's y unless it is None;
     and the sums of dgate and dup over the program's TILES."""
     program = tl.program_id(0)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_rows = size(streams[i].num_rows)
         if (program >= 0) & (program < tl.cdiv(num_rows, BLOCK_N * TILES)):
             _backward_of(

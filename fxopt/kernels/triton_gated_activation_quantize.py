@@ -26,10 +26,10 @@ from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.native_gated_activation import halves
 from fxopt.kernels.quantize import operands
 from fxopt.kernels.triton_gated_activation import rows_of
-from fxopt.kernels.triton_gated_activation_kernels import Packed, Rows, gradients, value_of
+from fxopt.kernels.triton_gated_activation_kernels import PackedRows, Rows, gradients, value_of
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import load_pieces, load_tile, tile_indices
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 from fxopt.recipes import Operand
 
 # Twice the usual: a thread holds elements of up to four tensors; with 8 warps the backward spilled.
@@ -49,15 +49,15 @@ def joined(value, mask, like, beside, width, r, c, num_rows):
     """fp32 tile of [beside | value], the value rounded to the dtype of `like`; zero outside."""
     value = tl.where(mask, value.to(like.pointer.dtype.element_ty).to(tl.float32), 0.0)
     if beside is not None:
-        x, stride_N, stride_F, _ = beside
-        other = load_tile(x, stride_N, stride_F, r, c, num_rows, width)
+        stride_N, stride_F = beside.stride_N, beside.stride_F
+        other = load_tile(beside.pointer, stride_N, stride_F, r, c, num_rows, width)
         value = tl.where((c < width)[None, :], other, value)
     return value
 
 
 @triton.jit
 def activation_tile(
-    gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
+    gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
 
@@ -74,22 +74,23 @@ def tile_of(
 ):  # fmt: skip
     """Tile of a part made of (pieces, gate, up, beside, width): of `load_pieces`, or if there are
     none of [beside | activation]."""
-    pieces, gate, up, beside, width = part.tile
+    pieces, gate, up, beside, width, last = part.tile
     num_rows, num_columns = size(part.num_rows), part.num_columns
     if pieces is not None:
         return load_pieces(pieces, r, c, num_rows, BLOCK_R, BLOCK_C)
     else:
         return activation_tile(
-            gate, up, beside, width, r, c, num_rows, num_columns, ACTIVATION
+            gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION
         )  # fmt: skip
 
 
 @triton.jit
 def amax_kernel(
-    parts, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    parts, NUM_PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_amax` of each part, as `tile_of` makes it."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -99,11 +100,11 @@ def amax_kernel(
 
 @triton.jit
 def cast_kernel(
-    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of each part, as `tile_of` makes it."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -113,7 +114,7 @@ def cast_kernel(
 
 @triton.jit
 def backward_kernel(
-    parts, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
@@ -121,11 +122,11 @@ def backward_kernel(
     A part is made of (grad, gate, up, beside, dgate, dup, width): matrices are `Rows` or None; all
     but beside belong to the activation.
     """
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            grad, gate, up, beside, dgate, dup, width = part.tile
+            grad, gate, up, beside, dgate, dup, width, _ = part.tile
             num_rows = size(part.num_rows)
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
             value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
@@ -175,7 +176,7 @@ def _whole(matrix: launch.Matrix, constants: dict[str, Any]) -> launch.Matrix:
 def _plain(x: Tensor, constants: dict[str, Any]) -> launch.Matrix:
     """A tensor as it is, beside such a matrix."""
     matrix = launch.of_tensors(x)
-    arguments = tuple(matrix.arguments), None, None, None, None
+    arguments = tuple(matrix.arguments), None, None, None, None, LAST
     return matrix._replace(arguments=arguments, constants=constants)
 
 
@@ -193,11 +194,12 @@ def backward_of(
         own = grad.new_empty(gate.shape), grad.new_empty(0 if up is None else up.shape)
         dgate, dup = halves(own[0], None if up is None else own[1], packing)
         matrix = _matrix(gate, up, beside, activation, packing)
-        *inputs, beside_rows, width = matrix.arguments
+        *inputs, beside_rows, width, last = matrix.arguments
         if scales:
             lie_in = [(gate, scales[0])] * 2 if up is None else zip((gate, up), scales, strict=True)
             inputs = [_packed(r, *own, dgate) for r, own in zip(inputs, lie_in, strict=True)]
-        arguments = (rows_of(grad), *inputs, beside_rows, rows_of(dgate), rows_of(dup), width)
+        outputs = rows_of(dgate), rows_of(dup)
+        arguments = (rows_of(grad), *inputs, beside_rows, *outputs, width, last)
         matrices.append(matrix._replace(arguments=arguments, like=grad))
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
@@ -209,14 +211,14 @@ def backward_of(
 
 def _packed(
     rows: Rows | None, codes: Tensor | None, scales: Tensor | None, like: Tensor
-) -> Rows | None:
+) -> PackedRows | None:
     """Rows that lie in `codes`, as codes of values of `like`'s dtype."""
     if rows is None or codes is None or scales is None:
         return None
     start = rows.pointer.storage_offset() - codes.storage_offset()
     scales_Nc = scales.reshape(-1, scales.shape[-1])
-    packed = Packed(scales_Nc, scales_Nc.stride(0), start, like)
-    return rows._replace(pointer=rows.pointer.view(torch.uint8), packed=packed)
+    of_codes = rows._replace(pointer=rows.pointer.view(torch.uint8))
+    return PackedRows(*of_codes, scales_Nc, scales_Nc.stride(0), start, like)
 
 
 def _matrix(
@@ -225,7 +227,7 @@ def _matrix(
     gate, up = halves(gate, up, packing)
     width = 0 if beside is None else beside.shape[-1]
     num_features = gate.shape[-1]
-    arguments = (*(rows_of(t) for t in (gate, up, beside)), width)
+    arguments = (*(rows_of(t) for t in (gate, up, beside)), width, LAST)
     constants = {"ACTIVATION": activation, "num_warps": NUM_WARPS}
     num_tokens = gate.numel() // num_features
     return launch.Matrix(arguments, num_tokens, width + num_features, gate, constants)

@@ -21,7 +21,7 @@ from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels import triton_tables
 from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
@@ -52,13 +52,13 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
             rows = (rows_of(t, x, groups) for t in tensors)
             constants = eps, weight_offset, scale_offset
-            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes)))
+            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes, LAST)))
     if streams:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
             num_features = x.shape[-1]
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), num_features, NORM=norm,
+                tuple(streams), num_features, NUM_STREAMS=len(streams), NORM=norm,
                 BLOCK_D=triton.next_power_of_2(num_features),
                 **triton_tables.parameters("norm_modulate forward", num_features, num_tokens, x),
             )  # fmt: skip
@@ -92,13 +92,13 @@ def backward_streams(
         with torch.cuda.device_of(a.h):
             backward_kernel[(num_programs,)](
                 tuple(s.rows() for s in present), num_features,
-                NORM=a.norm, BLOCKS=blocks_of(num_features, chosen["pieces"]),
-                num_warps=chosen["num_warps"],
+                NUM_STREAMS=len(present), NORM=a.norm,
+                BLOCKS=blocks_of(num_features, chosen["pieces"]), num_warps=chosen["num_warps"],
             )  # fmt: skip
             if summed:
                 reduce_kernel[(triton.cdiv(num_features, REDUCE_D), len(summed))](
                     tuple(s.reduction() for s in summed), num_features,
-                    BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
+                    NUM_STREAMS=len(summed), BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
                 )  # fmt: skip
     return [s.finished() for s in streams]
 
@@ -199,7 +199,7 @@ class Stream:
         return sums.Reduce._make((
             *(rows_of(t, a.h, self.groups) for t in affine), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
-            *map(unspecialized, sizes),
+            *map(unspecialized, sizes), LAST,
         ))  # fmt: skip
 
     def finished(self) -> tuple[Tensor, ...]:

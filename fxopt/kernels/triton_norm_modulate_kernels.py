@@ -25,7 +25,7 @@ from fxopt.kernels.triton_rows import (
     modulation_of,
     store,
 )
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 
 class Forward(NamedTuple):
@@ -51,6 +51,7 @@ class Forward(NamedTuple):
     scale_offset: Any
     num_groups: Any
     num_rows: Any
+    last: Any = LAST
 
 
 class Backward(NamedTuple):
@@ -120,10 +121,13 @@ def forward_row(s, m, group, row, num_features, NORM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def forward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
+def forward_kernel(
+    streams, num_features,
+    NUM_STREAMS: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program is one row."""
     token = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_tokens = size(streams[i].num_groups).to(tl.int64) * size(streams[i].num_rows)
         if (token >= 0) & (token < num_tokens):
             s = streams[i]
@@ -265,10 +269,10 @@ def store_sums(s, at, sums, num_features, BLOCKS):
 
 
 @triton.jit
-def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCKS):
+def backward_kernel(streams, num_features, NUM_STREAMS: tl.constexpr, NORM: tl.constexpr, BLOCKS):
     """One program strides over the rows of one group; BLOCKS are powers of two that add up to D."""
     program = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_programs = size(streams[i].num_programs)
         total = size(streams[i].num_groups) * num_programs
         if (program >= 0) & (program < total):

@@ -22,7 +22,7 @@ from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.triton_rows import groups_of, rows_of
 from fxopt.kernels.triton_segments import Segments
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 from fxopt.recipes import Operand
 
 # Programs per SM: each leaves K magnitudes where columns have scales of their own.
@@ -76,7 +76,7 @@ def forward_of(
     with torch.cuda.device_of(x):
         kernels.rows_kernel[(sum(m.num_programs for m in made),)](
             tuple(m.stream() for m in made), x.shape[-1], padded,
-            NORM=norm, DTYPE=TRITON_DTYPES[dtype],
+            NUM_STREAMS=len(made), NORM=norm, DTYPE=TRITON_DTYPES[dtype],
             **_without_transposed(launch.settings(by_row, None)),
             BLOCK_K=triton.next_power_of_2(padded),
             **triton_tables.parameters("norm_modulate forward", padded, sum(num_tokens), x),
@@ -138,7 +138,7 @@ class _Rows:
             rows(x), rows(residual), gate, rows(weight), rows(bias), scale, shift, rows(x_bias),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
-            *self.modulation.index,
+            *self.modulation.index, LAST,
         ))  # fmt: skip
 
     def matrix(self) -> launch.Matrix:

@@ -36,8 +36,8 @@ from fxopt.kernels.triton_rows import (
     modulate,
     modulation_of,
 )
-from fxopt.kernels.triton_segments import modulation_by, segment_of
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_segments import row_of, segment_of
+from fxopt.kernels.triton_sizes import LAST, size
 
 
 class Stream(NamedTuple):
@@ -76,6 +76,7 @@ class Stream(NamedTuple):
     index: Any
     index_of_shift: Any
     num_segments: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -85,9 +86,11 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
     gate, scale, shift = s.gate, s.scale, s.shift
     if s.index is not None:
         segment = segment_of(s.index, token, size(s.num_segments), True)
-        gate, scale, shift = modulation_by(
-            s, group, tl.maximum(segment, 0), s.index_of_shift is None
-        )
+        of_token = tl.maximum(segment, 0)
+        gate = s.gate if s.gate[0] is None else row_of(s.gate, group, of_token)
+        scale = s.scale if s.scale[0] is None else row_of(s.scale, group, of_token)
+        if s.index_of_shift is not None and s.shift[0] is not None:
+            shift = row_of(s.shift, group, of_token)
     if s.residual[0] is not None:
         value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
     else:
@@ -147,13 +150,13 @@ def _rows(
 
 @triton.jit
 def rows_kernel(
-    streams, num_features, padded_columns,
+    streams, num_features, padded_columns, NUM_STREAMS: tl.constexpr,
     NORM: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr,
     POW2: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Codes of rows with a scale each, or their magnitudes; a program belongs to one stream."""
     program = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         num_programs = size(streams[i].num_programs)
         if (program >= 0) & (program < num_programs):
             _rows(
@@ -205,11 +208,11 @@ def normed_tile(
 
 @triton.jit
 def tiles_kernel(
-    parts, FORMATS: tl.constexpr, DTYPE: tl.constexpr,
+    parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of y of each part."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)

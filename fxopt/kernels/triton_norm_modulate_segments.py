@@ -24,7 +24,7 @@ from fxopt.kernels.triton_norm_modulate_segments_kernels import Reading
 from fxopt.kernels.triton_norm_modulate_sums import Reduce
 from fxopt.kernels.triton_rows import groups_of, rows_of
 from fxopt.kernels.triton_segments import Segments
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 ORDER_BLOCK = 2048
 
@@ -42,7 +42,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     """`forward` of each call, in one launch; the norm and D are those of the first."""
     found: list[tuple[Tensor, ...]] = []
-    streams: list[tuple[Forward, Reading]] = []
+    streams: list[tuple[Forward, Reading, Any]] = []
     num_tokens = 0
     for call in calls:
         x, norm, (eps, weight_offset, scale_offset, *dtypes) = call[0], call[10], call[11:]
@@ -52,13 +52,14 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             operands, sizes, reading = _operands(x, call[:8], *call[8:10])
             num_tokens += x.numel() // x.shape[-1]
             constants = eps, weight_offset, scale_offset
-            streams.append((Forward._make((*operands, *results, *constants, *sizes)), reading))
+            rows = Forward._make((*operands, *results, *constants, *sizes, LAST))
+            streams.append((rows, reading, LAST))
     if streams:
         x, norm = calls[0][0], calls[0][10]
         num_features = x.shape[-1]
         with torch.cuda.device_of(x):
             kernels.forward_kernel[(num_tokens,)](
-                tuple(streams), num_features, NORM=norm,
+                tuple(streams), num_features, NUM_STREAMS=len(streams), NORM=norm,
                 BLOCK_D=triton.next_power_of_2(num_features),
                 **triton_tables.parameters("norm_modulate forward", num_features, num_tokens, x),
             )  # fmt: skip
@@ -100,11 +101,11 @@ def _stream(a: Arguments, index: Tensor | None, shift_per_token: bool) -> Stream
 class _Plain(Stream):
     """A stream without an index."""
 
-    def rows(self) -> tuple[Backward, Reading]:
-        return super().rows(), Reading()
+    def rows(self) -> tuple[Backward, Reading, Any]:
+        return super().rows(), Reading(), LAST
 
-    def reduction(self) -> tuple[Reduce, Reading]:
-        return super().reduction(), Reading()
+    def reduction(self) -> tuple[Reduce, Reading, Any]:
+        return super().reduction(), Reading(), LAST
 
 
 class _BySegment(Stream):
@@ -140,7 +141,7 @@ class _BySegment(Stream):
     def num_launched(self) -> int:
         return self.num_programs
 
-    def rows(self) -> tuple[Backward, Reading]:
+    def rows(self) -> tuple[Backward, Reading, Any]:
         a, (dh, dx, *_, y) = self.arguments, map(present, self.results)
         rows, table = self.segments.rows, self.segments.table
         inputs = a.grad_y, a.grad_h, a.h, a.x if self.wants[0] else None
@@ -151,16 +152,16 @@ class _BySegment(Stream):
             *map(rows, inputs), table(a.gate), rows(a.weight), rows(a.bias), table(a.scale), shift,
             rows(a.x_bias), a.mean, a.rstd, dh, dx, None, None, y, *(self.sums or [None] * 4),
             a.weight_offset, a.scale_offset, *map(unspecialized, sizes), tl.constexpr(False),
-        )), self.reading()  # fmt: skip
+        )), self.reading(), LAST  # fmt: skip
 
-    def reduction(self) -> tuple[Reduce, Reading]:
+    def reduction(self) -> tuple[Reduce, Reading, Any]:
         a, rows = self.arguments, self.segments.rows
         sizes = self.segments.keys.num_groups, self.num_programs
         return Reduce._make((
             rows(a.weight), rows(a.bias), self.segments.table(a.scale), *self.sums,
             *(t.argument for t in self.targets), a.weight_offset, a.scale_offset,
-            *map(unspecialized, sizes),
-        )), self.reading()  # fmt: skip
+            *map(unspecialized, sizes), LAST,
+        )), self.reading(), LAST  # fmt: skip
 
     def reading(self) -> Reading:
         sizes = self.tokens_per_program, self.num_tokens

@@ -33,7 +33,7 @@ from fxopt.kernels.triton_norm_modulate_sums import (
     store_totals,
 )
 from fxopt.kernels.triton_rows import store
-from fxopt.kernels.triton_segments import modulation_by, row_of, segment_of
+from fxopt.kernels.triton_segments import row_of, segment_of
 from fxopt.kernels.triton_sizes import size
 
 
@@ -58,7 +58,12 @@ def _forward_by_segment(s, reading, token, num_features, NORM: tl.constexpr, BLO
     group, row = token // size(s.num_rows), token % size(s.num_rows)
     segment = segment_of(reading.index, token, size(reading.num_segments), True)
     if segment >= 0:
-        m = modulation_by(s, group, segment, reading.index_of_shift is None)
+        gate = s.gate if s.gate[0] is None else row_of(s.gate, group, segment)
+        scale = s.scale if s.scale[0] is None else row_of(s.scale, group, segment)
+        shift = s.shift
+        if reading.index_of_shift is not None and s.shift[0] is not None:
+            shift = row_of(s.shift, group, segment)
+        m = gate, scale, shift
         forward_row(s, m, group, row, num_features, NORM, BLOCK_D)
     else:
         cols = tl.arange(0, BLOCK_D)
@@ -73,11 +78,13 @@ def _forward_by_segment(s, reading, token, num_features, NORM: tl.constexpr, BLO
 
 
 @triton.jit
-def forward_kernel(streams, num_features, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program is one token; streams are pairs (Forward, Reading)."""
+def forward_kernel(
+    streams, num_features, NUM_STREAMS: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """One program is one token; streams are (Forward, Reading, LAST)."""
     token = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
-        s, reading = streams[i]
+    for i in tl.static_range(NUM_STREAMS):
+        s, reading, _ = streams[i]
         num_tokens = size(s.num_groups).to(tl.int64) * size(s.num_rows)
         if (token >= 0) & (token < num_tokens):
             if reading.index is not None:
@@ -126,7 +133,12 @@ def _backward_by_segment(s, reading, program, num_features, NORM: tl.constexpr, 
         segment = tl.maximum(segment_of(reading.index, token, num_segments, True), 0)
         key = group * num_segments + segment
         end = tl.minimum(last, tl.load(reading.ends + key))
-        m = modulation_by(s, group, segment, reading.index_of_shift is None)
+        gate = s.gate if s.gate[0] is None else row_of(s.gate, group, segment)
+        scale = s.scale if s.scale[0] is None else row_of(s.scale, group, segment)
+        shift = s.shift
+        if reading.index_of_shift is not None and s.shift[0] is not None:
+            shift = row_of(s.shift, group, segment)
+        m = gate, scale, shift
         sums = no_sums(BLOCKS)
         for i in range(at, end):
             row = tl.load(reading.order + i).to(tl.int64) % size(s.num_rows)
@@ -136,11 +148,11 @@ def _backward_by_segment(s, reading, program, num_features, NORM: tl.constexpr, 
 
 
 @triton.jit
-def backward_kernel(streams, num_features, NORM: tl.constexpr, BLOCKS):
-    """A program belongs to one of the streams, which are pairs (Backward, Reading)."""
+def backward_kernel(streams, num_features, NUM_STREAMS: tl.constexpr, NORM: tl.constexpr, BLOCKS):
+    """A program belongs to one of the streams, which are (Backward, Reading, LAST)."""
     program = tl.program_id(0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
-        s, reading = streams[i]
+    for i in tl.static_range(NUM_STREAMS):
+        s, reading, _ = streams[i]
         num_programs = size(s.num_programs)
         total = num_programs
         if reading.index is None:
@@ -167,7 +179,9 @@ def _reduce_by_segment(
         end = tl.load(reading.ends + key)
         first = start // tokens_per_program
         num_rows = tl.where(start < end, (end - 1) // tokens_per_program - first + 1, 0)
-        scale = row_of(s.scale, key // num_segments, key % num_segments)
+        scale = s.scale
+        if s.scale[0] is not None:
+            scale = row_of(s.scale, key // num_segments, key % num_segments)
         totals = add_group(
             s, totals, key, scale, first + key, num_rows, cols, mask, num_features, BLOCK_P
         )
@@ -175,13 +189,15 @@ def _reduce_by_segment(
 
 
 @triton.jit
-def reduce_kernel(streams, num_features, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def reduce_kernel(
+    streams, num_features, NUM_STREAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """One program makes the gradients of BLOCK_D features of a stream's operands."""
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < num_features
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         if tl.program_id(1) == i:
-            s, reading = streams[i]
+            s, reading, _ = streams[i]
             if reading.index is not None:
                 _reduce_by_segment(s, reading, cols, mask, num_features, BLOCK_P, BLOCK_D)
             else:

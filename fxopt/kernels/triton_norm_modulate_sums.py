@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fxopt.kernels.triton_rows import load, store
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 
 class Reduce(NamedTuple):
@@ -41,6 +41,7 @@ class Reduce(NamedTuple):
     scale_offset: Any
     num_groups: Any
     num_programs: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -137,11 +138,11 @@ def reduce_stream(
 @triton.jit
 def reduce_kernel(
     streams, num_features,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_STREAMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program makes the gradients of BLOCK_D features of a stream's operands."""
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < num_features
-    for i in tl.static_range(len(streams)):
+    for i in tl.static_range(NUM_STREAMS):
         if tl.program_id(1) == i:
             reduce_stream(streams[i], cols, mask, num_features, BLOCK_P, BLOCK_D)

@@ -21,7 +21,7 @@ from fxopt.kernels.qk_norm_rope import (
 )
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
-from fxopt.kernels.triton_sizes import unspecialized
+from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -43,6 +43,7 @@ def forward(*args: Any) -> list[Tensor]:
                 rstd,
                 _unspecialized(num_rows),
                 _unspecialized(num_tokens),
+                NUM_SECTIONS=len(plans),
                 num_warps=max(p.num_warps for p in plans),
             )
     return [*outs, mean, rstd]
@@ -85,6 +86,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
             _unspecialized(num_rows),
             _unspecialized(num_tokens),
             _unspecialized(num_walkers),
+            NUM_SECTIONS=num_sections,
             num_warps=num_warps,
         )
     add_up(outs, partials)
@@ -137,7 +139,7 @@ def _section_inputs(s: Section, rotation: str, y: Tensor) -> Inputs:
     if rotation != "none" and s.tables is not None:
         cos, sin = (t.expand(*x.shape[:3], t.shape[-1]) for t in s.tables)
         tables = [cos, cos.stride(), sin, sin.stride()]
-    return Inputs._make((x, x.stride(), *parameters, *tables, y, y.stride()))
+    return Inputs._make((x, x.stride(), *parameters, *tables, y, y.stride(), LAST))
 
 
 def _unspecialized(sizes: Sequence[int]) -> tuple[int, ...]:

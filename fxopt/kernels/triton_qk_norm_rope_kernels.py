@@ -29,7 +29,7 @@ from fxopt.kernels.triton_pairs import (
     statistic,
     store_pairs,
 )
-from fxopt.kernels.triton_sizes import size
+from fxopt.kernels.triton_sizes import LAST, size
 
 
 class Config(NamedTuple):
@@ -69,6 +69,7 @@ class Inputs(NamedTuple):
     sin_strides: Any
     y: Any
     y_strides: Any
+    last: Any = LAST
 
 
 class Gradients(NamedTuple):
@@ -131,10 +132,12 @@ def _forward_token(s, mean_ptr, rstd_ptr, row, block, num_tokens, c):
 
 
 @triton.jit
-def forward(sections, configs, mean_ptr, rstd_ptr, num_rows, num_tokens):
+def forward(
+    sections, configs, mean_ptr, rstd_ptr, num_rows, num_tokens, NUM_SECTIONS: tl.constexpr
+):
     program = tl.program_id(0)
     group = tl.zeros((), tl.int64)
-    for i in tl.static_range(len(sections)):
+    for i in tl.static_range(NUM_SECTIONS):
         num_rows_i = size(num_rows[i])
         num_programs = num_rows_i * configs[i].NUM_BLOCKS
         if (program >= 0) & (program < num_programs):
@@ -227,10 +230,13 @@ def _backward_section(
 
 
 @triton.jit
-def backward(sections, targets, configs, mean_ptr, rstd_ptr, num_rows, num_tokens, num_walkers):
+def backward(
+    sections, targets, configs, mean_ptr, rstd_ptr, num_rows, num_tokens, num_walkers,
+    NUM_SECTIONS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     group = tl.zeros((), tl.int64)
-    for i in tl.static_range(len(sections)):
+    for i in tl.static_range(NUM_SECTIONS):
         num_rows_i = size(num_rows[i])
         num_programs = size(num_walkers[i]) * configs[i].NUM_BLOCKS
         if (program >= 0) & (program < num_programs):

@@ -32,7 +32,7 @@ from fxopt.kernels.triton_quantize_kernels import (
     store_sum,
     tile_indices,
 )
-from fxopt.kernels.triton_sizes import size, unspecialized
+from fxopt.kernels.triton_sizes import LAST, size, unspecialized
 from fxopt.recipes import Operand
 
 FP32 = torch.float32
@@ -53,6 +53,7 @@ class Part(NamedTuple):
     counts: Any = None
     copies: Any = None
     column_sum: Any = None
+    last: Any = LAST
 
 
 @triton.jit
@@ -88,9 +89,11 @@ def store_codes_of(
 
 
 @triton.jit
-def amax_kernel(parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def amax_kernel(
+    parts, NUM_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     """`store_amax` of matrices, each of pieces as in `load_pieces`."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -100,12 +103,12 @@ def amax_kernel(parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def cast_kernel(
-    parts,
-    FORMATS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`store_codes` of matrices, each in FORMATS of its own; and their column_sum from the
     column_sums of tiles, or those."""
-    for k in tl.static_range(len(parts)):
+    for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
@@ -261,4 +264,4 @@ def _launch(
     grid = max(g[0] for g in grids), max(g[1] for g in grids), len(matrices)
     options = launch.BLOCKS | matrices[0].constants
     with torch.cuda.device_of(matrices[0].like):
-        kernel[grid](tuple(parts), **constants, **options)
+        kernel[grid](tuple(parts), NUM_PARTS=len(parts), **constants, **options)

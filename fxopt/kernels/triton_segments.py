@@ -25,23 +25,11 @@ def segment_of(index, token, num_segments, mask):
     return tl.where((i >= 0) & (i < num_segments), i, -1).to(tl.int32)
 
 
+# A function that returned a pointer that is None would not compile with Triton 3.6.
 @triton.jit
 def row_of(table, group, segment):
     """The row of a table (pointer, group stride, row stride) as an operand that all rows share."""
-    if table[0] is None:
-        return table
-    else:
-        return table[0] + group * table[1] + segment * table[2], 0, 0
-
-
-@triton.jit
-def modulation_by(s, group, segment, SHIFT_PER_TOKEN: tl.constexpr):
-    """gate, scale and shift of a segment."""
-    gate, scale = row_of(s.gate, group, segment), row_of(s.scale, group, segment)
-    if SHIFT_PER_TOKEN:
-        return gate, scale, s.shift
-    else:
-        return gate, scale, row_of(s.shift, group, segment)
+    return table[0] + group * table[1] + segment * table[2], 0, 0
 
 
 class Segments:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,7 +62,9 @@ class WeightCasts:
         return entry.pair
 
 
-_active: ContextVar[WeightCasts | None] = ContextVar("active", default=None)
+# Of the process and not of a context, the innermost last: a backward on CUDA computes checkpoints
+# again on a thread of autograd's own, and is to save what the forward saved.
+_scopes: list[WeightCasts] = []
 
 
 @contextmanager
@@ -77,23 +78,23 @@ def cast_weights_once() -> Iterator[None]:
 
     A weight is cast again if PyTorch has recorded a write to it, or after a step of any optimizer.
     Other writes through `.data`, or by a kernel that PyTorch knows nothing of, leave no record:
-    keep them outside. The copies take two bytes per element (FP8) until the end; where FSDP frees
-    the gathered weights after use, that is memory it meant to save. Graphs of a compiler cast
-    where they stand.
+    keep them outside. It holds for the whole process. The copies take two bytes per element (FP8)
+    until the end; where FSDP frees the gathered weights after use, that is memory it meant to save.
+    Graphs of a compiler cast where they stand.
     """
     casts = WeightCasts()
-    token, hook = _active.set(casts), register_optimizer_step_post_hook(casts.forget)
+    hook = register_optimizer_step_post_hook(casts.forget)
+    _scopes.append(casts)
     try:
         yield
     finally:
         hook.remove()
-        _active.reset(token)
+        _scopes.remove(casts)
 
 
 def epoch() -> object | None:
     """The same while `cast_weights_once` takes the weights for unchanged; None outside of it."""
-    casts = _active.get()
-    return None if casts is None else casts.epoch
+    return _scopes[-1].epoch if _scopes else None
 
 
 class Copies(NamedTuple):
@@ -123,9 +124,9 @@ def for_products(
     columns = recipe.dgrad.b if recipe.dgrad is not None and comes_back else None
     if any(gathered(w) for w in weights):
         return _with_gathered(weights, rows, columns, slots)
-    casts = _active.get()
     pairs = []
-    if casts is not None:
+    if _scopes:
+        casts = _scopes[-1]
         pairs = [casts.of(w, recipe, slot) for w, slot in zip(weights, slots, strict=True)]
     kept = [pair for pair in pairs if pair is not None]
     if kept and len(kept) == len(weights):

@@ -136,10 +136,9 @@ def test_without_a_gpu_nothing_is_written(command, capsys, tmp_path, monkeypatch
     assert "needs a CUDA device" in capsys.readouterr().err and not out.exists()
 
 
-def test_results_are_saved_with_their_samples(contest, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.contest.RESULTS", tmp_path)
+def test_results_are_saved_with_their_samples(contest, tmp_path):
     kernels.measure(contest, OPS[4], SHAPE, torch.float32, uncompiled)
-    contest.save("kernels")
+    contest.save("kernels", tmp_path)
     (written,) = tmp_path.iterdir()
     found = json.loads(written.read_text())
     assert found["environment"]["device"] and found["rows"]
@@ -147,14 +146,44 @@ def test_results_are_saved_with_their_samples(contest, tmp_path, monkeypatch):
 
 
 def test_cases_run_by_all_parts_of_their_names_and_are_saved(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bench.contest.RESULTS", tmp_path)
     monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
     names = ["norm, small", "norm, large", "rope, large"]
     cases = {name: lambda contest, n=name: contest.add(n, "tried", 1.0) for name in names}
-    assert run("toys", None, cases, PLAN, ["--save", "--only", "norm", "large"]) == 0
+    assert run("toys", None, cases, PLAN, ["--save", str(tmp_path), "--only", "norm", "large"]) == 0
     (written,) = tmp_path.glob("toys_*.json")
     assert [row["case"] for row in json.loads(written.read_text())["rows"]] == ["norm, large"]
     assert "norm, large" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_misses_a_target_and_the_next_ones_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
+
+    def fails(contest):
+        contest.add("first", "tried", 1.0)
+        raise torch.OutOfMemoryError("40 GB")
+
+    def cut_off(contest):
+        (written,) = tmp_path.glob("toys_*.json")
+        rows = json.loads(written.read_text())["rows"]
+        assert [row["metric"] for row in rows] == ["tried", "errors"] and not rows[1]["holds"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("toys", None, {"first": fails, "second": cut_off}, PLAN, ["--save", str(tmp_path)])
+    assert "OutOfMemoryError: 40 GB" in capsys.readouterr().err
+
+
+def test_no_case_begins_when_the_time_is_over(monkeypatch, capsys):
+    monkeypatch.setattr("bench.contest.gpu", lambda: CPU)
+    cases = {name: lambda contest, n=name: contest.add(n, "tried", 1.0) for name in ("one", "two")}
+    assert run("toys", None, cases, PLAN, ["--seconds", "-1"]) == 0
+    assert "-1 s are over; not run: one; two" in capsys.readouterr().err
+
+
+def test_the_first_cases_are_the_blocks_that_people_train():
+    shapes = [(s.batch, s.tokens, s.features) for s in kernels.SHAPES[:2]]
+    assert sorted(shapes) == [(1, 4608, 3072), (1, 32760, 5120)]
+    assert len(set(kernels.SHAPES)) == 12
 
 
 def test_an_unknown_case_names_the_known():

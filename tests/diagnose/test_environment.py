@@ -19,10 +19,15 @@ def test_a_cpu_has_no_driver_but_all_fields():
 
 def test_a_gpu_is_asked_by_its_own_number(monkeypatch):
     asked = []
+    known = {
+        "driver_version": "580.1",
+        "power.limit": "700.00 W",
+        "clocks.max.sm": "1980 MHz",
+    }
 
     def output(command, folder):
         asked.append(command)
-        return "570.1, 700.00 W, 1980 MHz, [N/A]" if command[0] == "nvidia-smi" else ""
+        return known.get(command[2].partition("=")[2], "") if command[0] == "nvidia-smi" else ""
 
     monkeypatch.setattr(environment, "_output", output)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
@@ -31,8 +36,9 @@ def test_a_gpu_is_asked_by_its_own_number(monkeypatch):
     )
     found = environment.describe(GPU)
     assert "--id=GPU-ab-cuda:1" in asked[0]
-    assert (found["driver"], found["power_limit"]) == ("570.1", "700.00 W")
-    assert (found["largest_clock"], found["application_clock"]) == ("1980 MHz", "[N/A]")
+    assert (found["driver"], found["power_limit"]) == ("580.1", "700.00 W")
+    # A field that this driver does not know hides none of the others.
+    assert (found["largest_clock"], found["application_clock"]) == ("1980 MHz", None)
     monkeypatch.setattr(environment, "_output", lambda *_: "")
     assert environment.describe(GPU)["driver"] is None
 

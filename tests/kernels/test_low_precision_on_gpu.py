@@ -9,7 +9,7 @@ import fxopt
 from fxopt.kernels import quantize, scaled_matmul
 from fxopt.kernels.quantize import Cast
 from fxopt.recipes import RECIPES, Operand
-from tests.families import FAMILIES
+from tests.families import FAMILIES, built
 from tests.numerics import relative_l2, run
 
 pytestmark = [
@@ -29,17 +29,27 @@ def test_codes_and_scales_are_bit_identical(shape, name, dtype):
         assert f.dtype == e.dtype and torch.equal(f.float(), e.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [4608, 77, 1])
+@pytest.mark.parametrize("which", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_products_are_those_of_the_emulation(name, dtype):
-    how = RECIPES[name].fprop
-    x, w = (torch.randn(s, device="cuda", dtype=dtype) for s in ((4608, 512), (768, 512)))
+def test_products_are_those_of_the_emulation(name, which, num_tokens, dtype, fast):
+    how = getattr(RECIPES[name], which)
+    if how is None:
+        pytest.skip(f"{name} has no {which}")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w, bias = (
+        torch.randn(s, device="cuda", generator=generator).to(dtype)
+        for s in ((num_tokens, 512), (768, 512), (768,))
+    )
     a, b = Cast(x, how.a, None).pair().rows, Cast(w, how.b, None).pair().rows
-    formats = (str(how.a), str(how.b), False, dtype)
-    found = torch.ops.fxopt.scaled_matmul(*a, *b, None, *formats)
-    expected = scaled_matmul.emulated(*a, *b, None, *formats)
-    # In bf16 both round once; Hopper's sums keep fewer bits than fp32's, 14 or so.
-    assert relative_l2(found, expected.double()) < 2 * torch.finfo(torch.bfloat16).eps
+    formats = (str(how.a), str(how.b), fast, dtype)
+    for addend in (None, bias):
+        found = torch.ops.fxopt.scaled_matmul(*a, *b, addend, *formats)
+        expected = scaled_matmul.emulated(*a, *b, addend, *formats)
+        # In bf16 both round once; Hopper's sums keep fewer bits than fp32's, 14 or so.
+        assert relative_l2(found, expected.double()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_other_blocks_are_emulated():
@@ -54,7 +64,7 @@ def test_other_blocks_are_emulated():
 @pytest.mark.parametrize("name", [*NATIVE, "mxfp8", "nvfp4"])
 def test_flux_trains(name):
     family = FAMILIES["flux"]
-    model = family.build().to("cuda", torch.bfloat16)
+    model = built(family).to("cuda", torch.bfloat16)
     inputs = {
         k: v.cuda() if isinstance(v, torch.Tensor) else v
         for k, v in family.inputs(2, 0, torch.bfloat16).items()
@@ -68,7 +78,7 @@ def test_flux_trains(name):
 
 def test_a_small_model_does_not_pay():
     family = FAMILIES["flux"]
-    model = fxopt.optimize(family.build().to("cuda"), recipe="fp8")
+    model = fxopt.optimize(built(family).to("cuda"), recipe="fp8")
     inputs = family.inputs(2, 0, torch.float32)
     model(**{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     assert not fxopt.report(model).count("quantized_linear")

@@ -9,7 +9,7 @@ import fxopt
 from fxopt.kernels import gated_activation, linear_cross_entropy, norm_modulate, qk_norm_rope
 from fxopt.kernels.attention import attention
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
-from tests.families import FAMILIES
+from tests.families import FAMILIES, built
 from tests.numerics import Judge, assert_as_accurate
 
 pytestmark = [
@@ -229,7 +229,7 @@ def test_backward_is_deterministic():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name):
     family = FAMILIES[name]
-    model = family.build().to("cuda", torch.bfloat16)
+    model = built(family).to("cuda", torch.bfloat16)
     inputs = torch.utils._pytree.tree_map(
         lambda t: t.cuda() if isinstance(t, torch.Tensor) else t,
         family.inputs(2, 0, torch.bfloat16),

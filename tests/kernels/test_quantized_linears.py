@@ -339,6 +339,26 @@ def test_fp8_products_are_bit_identical_to_the_library() -> None:
         torch.testing.assert_close(ours, library, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_scaled_by_the_units_in_bf16_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for rows of other results came with later versions, and not for all devices."""
+    asked = []
+
+    def product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, scale_a: Tensor, **_: Any):
+        asked.append((scale_a.numel() > 1, out_dtype))
+        return torch.full((a.shape[0], b.shape[1]), 1e5, dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    codes = torch.empty(32, 16, dtype=torch.float8_e4m3fn)
+    scales = torch.full((32, 1), 1e-3)
+    y = on_units(codes, scales, codes, scales, None, False, dtype)
+    by_units = dtype == torch.bfloat16
+    assert asked == [(by_units, dtype if by_units else torch.float32)]
+    assert y.dtype == dtype and y.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_gw_hp"])
 def test_a_gpu_accepts_the_layouts(name: str) -> None:
     """Fake CUDA tensors check what `torch._scaled_mm` on a GPU checks: multiples and layouts."""

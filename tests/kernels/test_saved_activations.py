@@ -37,7 +37,7 @@ from fxopt.kernels.quantized_composites import (
     norm_modulate_quantized_linears,
     norm_modulate_quantized_linears_streams,
 )
-from fxopt.kernels.saving import native_pack, native_unpack, pack, saving, unpack
+from fxopt.kernels.saving import name_of, native_pack, native_unpack, pack, saving, unpack
 
 BF16 = torch.bfloat16
 
@@ -227,7 +227,7 @@ def test_gradients_are_those_of_what_the_codes_stand_for(name: str) -> None:
         if t.shape not in case.shapes:
             return t
         codes, scales = native_pack([t], 2 if name == "heads" else 1)
-        return native_unpack([codes], [scales], [t.dtype])[0]
+        return native_unpack([codes], [scales], [name_of(t.dtype)])[0]
 
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(rounded, lambda t: t):

@@ -29,7 +29,7 @@ def native_pack(x: Tensor, num_row_dims: int) -> list[Tensor]:
 
 
 def native_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return saving.native_unpack([codes], [scales], [dtype])[0]
+    return saving.native_unpack([codes], [scales], [saving.name_of(dtype)])[0]
 
 
 def triton_pack(x: Tensor, num_row_dims: int) -> list[Tensor]:
@@ -37,7 +37,7 @@ def triton_pack(x: Tensor, num_row_dims: int) -> list[Tensor]:
 
 
 def triton_unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return saving.triton_unpack([codes], [scales], [dtype])[0]
+    return saving.triton_unpack([codes], [scales], [saving.name_of(dtype)])[0]
 
 
 def emulated(x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,7 +145,7 @@ def test_several_at_once(provider: Callable[..., Any]) -> None:
     for x, scales in zip(xs, found[4:], strict=True):
         assert torch.equal(scales, native_pack(x, 1)[1])
     unpack = saving.triton_unpack if provider is saving.triton_pack else saving.native_unpack
-    dtypes = [torch.float32] * 4  # the interpreter cuts bfloat16 off instead of rounding it
+    dtypes = ["float32"] * 4  # the interpreter cuts bfloat16 off instead of rounding it
     for i, restored in enumerate(unpack(found[:4], found[4:], dtypes)):
         assert torch.equal(restored, native_unpack(found[i], found[4 + i], torch.float32))
 
@@ -153,7 +153,7 @@ def test_several_at_once(provider: Callable[..., Any]) -> None:
 def test_opcheck_and_fakes() -> None:
     xs = [normal(2, 3, 130, dtype=BF16), normal(4, 5, 8)]
     found = pack(xs, 2)
-    arguments = found[:2], found[2:], [BF16, torch.float32]
+    arguments = found[:2], found[2:], ["bfloat16", "float32"]
     # Its other checks multiply and compare outputs, which FP8 tensors cannot do.
     checks = ("test_faketensor", "test_autograd_registration")
     torch.library.opcheck(pack, (xs, 2), test_utils=checks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.kernels.quantize import quantize
@@ -144,6 +146,23 @@ def test_a_backward_behind_the_scope_and_hooks_on_what_is_saved() -> None:
         (y,) = quantized_linears(case.x, [case.weight], [None], "fp8_rowwise", False)
     found = torch.autograd.grad(y.square().sum(), [case.x, case.weight])
     assert all(map(torch.equal, found, expected[1:]))
+
+
+def test_a_checkpoint_saves_the_same_on_another_thread() -> None:
+    """As a backward on CUDA runs it."""
+    case, last = Case(), torch.nn.Parameter(torch.randn(16, 32))
+    leaves = [case.x, case.weight, last]
+
+    def two_linears(x: Tensor) -> Tensor:
+        for weight in (case.weight, last):
+            (x,) = quantized_linears(x, [weight], [None], "fp8_rowwise", False)
+        return x
+
+    expected = torch.autograd.grad(two_linears(case.x).square().sum(), leaves)
+    with fxopt.cast_weights_once(), ThreadPoolExecutor(1) as other:
+        y = checkpoint(two_linears, case.x, use_reentrant=False)
+        found = other.submit(torch.autograd.grad, y.square().sum(), leaves).result()
+    assert all(map(torch.equal, found, expected))
 
 
 def test_nothing_is_kept_in_a_graph() -> None:
