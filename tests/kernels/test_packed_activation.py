@@ -37,7 +37,7 @@ def call(case: Any, dtype: torch.dtype, seed: int = 0) -> tuple[tuple[Any, ...],
     kept = [t for t in (gate, up) if t is not None]
     found = saving.native_pack(kept, 1)
     codes, scales = found[: len(kept)], found[len(kept) :]
-    whole = saving.native_unpack(codes, scales, [dtype] * len(kept))
+    whole = saving.native_unpack(codes, scales, [saving.name_of(dtype)] * len(kept))
     codes, scales, whole = ([*each, None][:2] for each in (codes, scales, whole))
     rest = beside, name, packing, "e4m3/tensor/fp32", amax_t
     return (grad, *codes, *scales, *rest), (grad, *whole, *rest)
