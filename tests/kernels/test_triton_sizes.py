@@ -15,7 +15,10 @@ from fxopt.kernels.triton_sizes import LAST
 pytest.importorskip("triton", reason="needs Triton")
 MODULES = sorted(path.stem for path in Path(fxopt.kernels.__path__[0]).glob("triton_*.py"))
 # Tuples without None.
-WHOLE = {"BLOCKS", "sums", "parts of sum_kernel", "matrices"}
+WHOLE = {
+    *("BLOCKS", "sums", "parts of sum_kernel", "matrices"),
+    *("pieces of load_pieces", "rows of load"),
+}
 
 
 def functions(name: str) -> list[ast.FunctionDef]:
