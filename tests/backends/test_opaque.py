@@ -210,3 +210,30 @@ def test_what_a_graph_cannot_hold(why: str) -> None:
     (reason,) = reasons(model)
     assert reason.startswith("it calls ")
     assert reason.endswith(f".apply, which {why}")
+
+
+class SometimesNone(torch.autograd.Function):
+    has_second = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        return x.clone(), 7 * x if SometimesNone.has_second else None, 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, _: Any, b: Tensor) -> Tensor:
+        return a + 3 * b
+
+
+def test_other_results_than_the_captured_ones_are_not_mistaken_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Calls(Block):
+        def forward(self, x_BSC: Tensor) -> Tensor:
+            first, _, third = SometimesNone.apply(super().forward(x_BSC))
+            return first + third
+
+    model = opened(Calls)
+    assert_like_eager(model, stack(Calls))
+    monkeypatch.setattr(SometimesNone, "has_second", True)
+    with pytest.raises(opaque.CannotHold, match="other things than when it was captured"):
+        model(tokens())
