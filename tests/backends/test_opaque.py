@@ -237,3 +237,23 @@ def test_other_results_than_the_captured_ones_are_not_mistaken_for_them(
     monkeypatch.setattr(SometimesNone, "has_second", True)
     with pytest.raises(opaque.CannotHold, match="other things than when it was captured"):
         model(tokens())
+
+
+class Closes(Block):
+    """Its function reads a parameter that it is not given."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        weight_C = self.norm1.weight
+
+        class TimesWeight(Reversed):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * weight_C
+
+        return TimesWeight.apply(super().forward(x_BSC))
+
+
+def test_a_function_that_reads_beside_its_arguments_is_left_alone() -> None:
+    model = opened(Closes)
+    assert_like_eager(model, stack(Closes))
+    assert reasons(model) == ["the graph computes with a tensor that was there in its capture alone"]
