@@ -256,4 +256,6 @@ class Closes(Block):
 def test_a_function_that_reads_beside_its_arguments_is_left_alone() -> None:
     model = opened(Closes)
     assert_like_eager(model, stack(Closes))
-    assert reasons(model) == ["the graph computes with a tensor that was there in its capture alone"]
+    assert reasons(model) == [
+        "the graph computes with a tensor that was there in its capture alone"
+    ]
