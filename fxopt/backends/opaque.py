@@ -36,7 +36,8 @@ def call(cls: type, args: tuple[Any, ...]) -> Any:
     """`cls.apply(*args)`, for a tracer one call of an op.
 
     Raises:
-        CannotHold: an argument is an object, or the function writes or returns an input.
+        CannotHold: an argument is an object, or the function writes or returns an input, or returns
+            None elsewhere than in an earlier capture.
     """
     leaves, spec = pytree.tree_flatten(args)
     tensors = [v for v in leaves if isinstance(v, Tensor)]
@@ -89,7 +90,11 @@ def _op(
             results, out_spec = pytree.tree_flatten(apply(cls, *args))
         if not all(r is None or isinstance(r, Tensor) for r in results):
             raise CannotHold("returns more than tensors")
-        nested[:] = [(out_spec, [r is None for r in results])]
+        found = out_spec, [r is None for r in results]
+        if not nested:
+            nested.append(found)
+        elif nested != [found]:
+            raise CannotHold("returns other things than when it was captured")
         return [r for r in results if r is not None]
 
     name = f"{cls.__name__}_{_op.cache_info().misses}"

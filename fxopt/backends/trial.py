@@ -83,6 +83,8 @@ def compare(
         raise
     except Exception as error:
         return f"the graph does not run: {described(error)}"
+    if any(map(_has_no_values, (*found.values, *found.gradients))):
+        return "the graph computes with a tensor that was there in its capture alone"
     eps = _coarsest(module, call, expected.values)
     if not _alike(expected.values, found.values, eps):
         return "the graph gives another result than the module"

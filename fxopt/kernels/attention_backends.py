@@ -276,3 +276,12 @@ def told(kernel: SDPBackend) -> Iterator[None]:
     """Allow PyTorch one kernel. Its switches are those of the process: one thread at a time."""
     with _SWITCHES, sdpa.sdpa_kernel(kernel):
         yield
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values as autocast hands them to scaled_dot_product_attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxopt.kernels.attention_backends import Backend, Call, refusals
+from fxopt.kernels.attention_backends import Backend, Call, as_autocast, refusals
 from fxopt.recipe_errors import AttentionRefused
 
 
@@ -33,17 +32,8 @@ class InPlace(TorchFunctionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         assert self.backend.in_place is not None
-        q, k, v = _autocast(query, key, value)
+        q, k, v = as_autocast(query, key, value)
         call = Call.of(q, k, v, *args, **options)
         if reasons := refusals(self.backend, call):
             raise AttentionRefused(self.backend.name, str(call), reasons)
         return self.backend.in_place(q, k, v, *args, **options)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast hands them to scaled_dot_product_attention."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

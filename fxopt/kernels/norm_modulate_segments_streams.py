@@ -20,9 +20,9 @@ from fxopt.kernels.norm_modulate_segments import (
     norm_modulate_segments,
     norm_modulate_segments_backward,
 )
-from fxopt.kernels.norm_modulate_streams import Call, by_stream
+from fxopt.kernels.norm_modulate_streams import Call
 from fxopt.kernels.registration import LAUNCHES, below_autograd, opmath_of, register
-from fxopt.kernels.together import share, share_with
+from fxopt.kernels.together import by_call, share, share_with
 
 NUM_FIELDS, NUM_FIELDS_BACKWARD = 10, 14  # lists of tensors, and shift_per_token
 
@@ -35,7 +35,7 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
         return [below_autograd(norm_modulate_segments, *calls[0])]
     *fields, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
     settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
-    return by_stream(below_autograd(norm_modulate_segments_streams, *fields, *settings), 4)
+    return by_call(below_autograd(norm_modulate_segments_streams, *fields, *settings), 4)
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
@@ -48,7 +48,7 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
     given = *fields, *settings, every_need, recompute
-    return by_stream(norm_modulate_segments_streams_backward(*given), 9)
+    return by_call(norm_modulate_segments_streams_backward(*given), 9)
 
 
 def _plain(call: Call, at: int) -> Call:

@@ -17,7 +17,7 @@ from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
 from fxopt.kernels.registration import LAUNCHES, below_autograd, opmath_of, register
-from fxopt.kernels.together import share
+from fxopt.kernels.together import by_call, share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
 NUM_OPERANDS = 8
@@ -29,7 +29,7 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
         return [below_autograd(norm_modulate, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
     settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
-    return by_stream(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
+    return by_call(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
@@ -39,12 +39,7 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
-    return by_stream(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
-
-
-def by_stream(results: Sequence[Tensor], num_results: int) -> list[tuple[Tensor, ...]]:
-    starts = range(0, len(results), num_results)
-    return [tuple(results[i : i + num_results]) for i in starts]
+    return by_call(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
 
 
 def calls_of(args: Sequence[Any], num_fields: int = NUM_OPERANDS) -> list[Call]:

@@ -237,7 +237,7 @@ def register_together(
         ]
         is_counting = any(line is not None for line in lines)
         results = counting(*args, *lines) if is_counting else together(*args)
-        return _by_call(results, len(op._schema.returns))
+        return by_call(results, len(op._schema.returns))
 
     def common(args: Call) -> Hashable:
         own = kind(*args)
@@ -278,7 +278,7 @@ def _define(
         return launches(every) if launches else max(alone(*call) for call in every)
 
     def reads(args: Sequence[Any], out: Any) -> list[Any]:
-        pairs = zip(calls(args), _by_call(out, num_results), strict=True)
+        pairs = zip(calls(args), by_call(out, num_results), strict=True)
         return [t for call, own in pairs for t in rereads(call, own)] if rereads else []
 
     names = [argument.name for argument in op._schema.arguments]
@@ -307,6 +307,7 @@ def _list_of(type: str, is_line: bool) -> str:
     return f"{type.removesuffix('?')}[]?" if is_line else f"{type}[]"
 
 
-def _by_call(results: Sequence[Any], num_results: int) -> list[Call]:
+def by_call(results: Sequence[Any], num_results: int) -> list[Call]:
+    """The results of each call, of all one after the other."""
     starts = range(0, len(results), num_results)
     return [tuple(results[i : i + num_results]) for i in starts]

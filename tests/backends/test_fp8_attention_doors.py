@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxopt
 from fxopt import errors
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs
+from fxopt.backends.swaps.attending import Attending, attend, attending
 from fxopt.kernels import scaled_attention as scaled
 from fxopt.kernels.attention import attention
 from fxopt.kernels.quantize_heads import quantize_heads
@@ -55,7 +56,7 @@ DOORS = (optimized, compiled, swapped)
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 def forwards(run: Callable[[], Any]) -> int:
@@ -148,7 +149,7 @@ def test_a_mask_is_refused_and_not_dropped() -> None:
         loss(model, inputs)
     model = FAMILIES["qwen-image"].build()
     optimized(model, RECIPE)
-    with pytest.raises(AttentionRefused, match="it takes no mask, and this is boolean"):
+    with pytest.raises(AttentionRefused, match="it takes no mask, and this is padding"):
         loss(model, FAMILIES["qwen-image"].inputs(2, 0, torch.float32))
 
 
@@ -173,7 +174,7 @@ def test_compiled_graphs_take_all_sizes(inner: str) -> None:
     for batch, num_tokens in ((2, 6), (3, 11), (2, 8)):
         inputs = {"x": tokens(batch, num_tokens)}
         assert_in_fp8(run(model, inputs), in_fp8(stack(Grouped), inputs))
-        num_graphs.append(len(dynamo.compile_reports))
+        num_graphs.append(len(compiled_graphs.GRAPHS))
     assert len(set(num_graphs)) == 1
     with torch.no_grad():
         model(tokens(2, 8))  # tracing counts as well
@@ -227,6 +228,16 @@ def test_under_autocast(door: Door, monkeypatch) -> None:
     assert dtypes == [torch.bfloat16] * 6
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_swapped_under_autocast() -> None:
+    """What it casts for scaled_dot_product_attention it casts for what stands in its place."""
+    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    for given in ((q, k, v), (q, k, v.bfloat16())):
+        with attending(Attending("fp8")), torch.autocast("cpu", torch.bfloat16):
+            out = attend(partial(F.scaled_dot_product_attention, *given), q)
+        low = (t.bfloat16() for t in given)
+        assert torch.equal(out, attention(*low, None, 0.0, False, None, False, "fp8"))
 
 
 @pytest.mark.parametrize("door", [optimized, swapped])

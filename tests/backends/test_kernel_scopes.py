@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 import fxopt
-from fxopt.backends import dynamo
+from fxopt.backends import compiled_graphs
 from fxopt.passes.kernel_scopes import NotOneKernel, Scopes
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.recipes import Recipe
@@ -31,7 +31,7 @@ Door = Callable[[nn.Module, Recipe], Any]
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-    dynamo.compile_reports.clear()
+    compiled_graphs.GRAPHS.clear()
 
 
 class InScope(Block):

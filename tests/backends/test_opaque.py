@@ -210,3 +210,52 @@ def test_what_a_graph_cannot_hold(why: str) -> None:
     (reason,) = reasons(model)
     assert reason.startswith("it calls ")
     assert reason.endswith(f".apply, which {why}")
+
+
+class SometimesNone(torch.autograd.Function):
+    has_second = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        return x.clone(), 7 * x if SometimesNone.has_second else None, 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, _: Any, b: Tensor) -> Tensor:
+        return a + 3 * b
+
+
+def test_other_results_than_the_captured_ones_are_not_mistaken_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Calls(Block):
+        def forward(self, x_BSC: Tensor) -> Tensor:
+            first, _, third = SometimesNone.apply(super().forward(x_BSC))
+            return first + third
+
+    model = opened(Calls)
+    assert_like_eager(model, stack(Calls))
+    monkeypatch.setattr(SometimesNone, "has_second", True)
+    with pytest.raises(opaque.CannotHold, match="other things than when it was captured"):
+        model(tokens())
+
+
+class Closes(Block):
+    """Its function reads a parameter that it is not given."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        weight_C = self.norm1.weight
+
+        class TimesWeight(Reversed):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x * weight_C
+
+        return TimesWeight.apply(super().forward(x_BSC))
+
+
+def test_a_function_that_reads_beside_its_arguments_is_left_alone() -> None:
+    model = opened(Closes)
+    assert_like_eager(model, stack(Closes))
+    assert reasons(model) == [
+        "the graph computes with a tensor that was there in its capture alone"
+    ]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxopt.kernels import fp8_attention
 from fxopt.kernels.attention import Choice, attention, choose, named, steers
 from fxopt.kernels.attention import attend as attend_by
-from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_backends import Call, as_autocast
 from fxopt.recipe_errors import AttentionRefused
 
 
@@ -98,7 +98,8 @@ class _Steering(TorchFunctionMode):
         choice = choose(self.active.asked, lambda: call)
         self.active.choices.setdefault((choice.backend, call.kind), choice)
         if choice.backend == fp8_attention.NAME:
-            return attention(*_arguments(*args, **(kwargs or {})), self.active.asked)
+            query, key, value, *others = _arguments(*args, **(kwargs or {}))
+            return attention(*as_autocast(query, key, value), *others, self.active.asked)
         return attend_by(choice, lambda: call, run)
 
 
