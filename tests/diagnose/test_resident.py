@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fxopt.diagnose import resident
 from fxopt.diagnose.devices import this_device
@@ -22,7 +22,10 @@ SLACK = 16 * MB
 
 
 def hold(num_bytes: int) -> None:
-    torch.ones(num_bytes, dtype=torch.uint8)
+    """For a moment; from the system, as an allocator may have held some that is free."""
+    with mmap.mmap(-1, num_bytes) as memory:
+        for page in range(0, num_bytes, mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def test_what_was_before_is_forgotten() -> None:
