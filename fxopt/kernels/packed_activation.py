@@ -39,8 +39,8 @@ def native(
     """
     kept = [(gate, gate_scales), *([(up, up_scales)] if up is not None else [])]
     codes, scales = zip(*kept, strict=True)
-    whole = [*native_unpack(codes, scales, [name_of(grad.dtype)] * len(kept)), None]
-    return native_activation_backward(grad, whole[0], whole[1], *args)  # type: ignore[arg-type]
+    values, *of_up = native_unpack(codes, scales, [name_of(grad.dtype)] * len(kept))
+    return native_activation_backward(grad, values, of_up[0] if of_up else None, *args)
 
 
 def fake(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def fresh() -> None:
 class InScope(Block):
     """A block with its forward in a scope of one kernel or several."""
 
-    allowed: Any = MATH
+    allowed: ClassVar[Any] = MATH
     set_priority = False
 
     def forward(self, x_BSC: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class InScope(Block):
 
 
 class Several(InScope):
-    allowed = [MATH, FLASH]  # noqa: RUF012
+    allowed: ClassVar = [MATH, FLASH]
 
 
 class InOrder(InScope):
