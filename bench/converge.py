@@ -27,11 +27,10 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from bench import rows
-from bench.traffic import changed
+from bench import recipe_options, rows
 from fxopt.demo.training import Batch, Run, Scale, batches, build_model, flow_loss
+from fxopt.errors import InvalidRecipe
 from fxopt.kernels.in_force import high_precision
-from fxopt.recipe_problems import CHOICES
 from fxopt.recipes import RECIPES, Recipe, find
 
 NUM_BINS = 4  # of time
@@ -223,23 +222,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="fp8,mxfp8,nvfp4", help=f"of {', '.join(names)}")
     parser.add_argument("--seeds", type=int, default=5, help="runs each, at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, default=200, help="of a run (default: 200)")
-    parser.add_argument(
-        "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
-    )
-    parser.add_argument(
-        "--saved",
-        default="model",
-        choices=CHOICES["saved"],
-        help="what fused ops keep for backward",
-    )
+    recipe_options.add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses into FILE")
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a spread takes at least 2")
     scale = Scale(num_steps=args.steps, batch=16, num_double=1, num_single=2)
-    recipes = [find(name) for name in args.recipe.split(",")]
-    if args.history or args.saved != "model":
-        recipes = [changed(recipe, args.history, args.saved) for recipe in recipes]
+    try:
+        recipes = [recipe_options.changed(find(name), args) for name in args.recipe.split(",")]
+    except InvalidRecipe as error:
+        parser.error(str(error))
     plain = [train(None, scale, seed) for seed in range(args.seeds)]
     low: dict[str, list[Result]] = {}
     measured: list[rows.Row] = []

@@ -19,21 +19,19 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from bench import floor_traffic, rows
+from bench import floor_traffic, recipe_options, rows
 from bench.floor_traffic import Floor
 from fxopt import traffic
 from fxopt.errors import InvalidRecipe
 from fxopt.fakes import faked
 from fxopt.kernels.weight_casts import cast_weights_once
 from fxopt.presets import PRESETS, PresetBlock
-from fxopt.recipe_problems import CHOICES
 from fxopt.recipes import RECIPES, Recipe, find
 from fxopt.schedule import at_step
 
@@ -282,12 +280,6 @@ def by_op(name: str, found: traffic.Traffic) -> str:
     return "\n".join([name, *lines])
 
 
-def changed(recipe: Recipe, history: int, saved: str) -> Recipe:
-    """The recipe with these fields, which its name says."""
-    name = recipe.name + "_delayed" * bool(history) + "_saved" * (saved != "model")
-    return replace(recipe, name=name, history=history, saved=saved)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
     rows.add_arguments(parser)
@@ -295,20 +287,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--baselines", action="store_true", help="measure eager and floor only")
     parser.add_argument("--by-op", action="store_true", help="list the ops on standard error")
     parser.add_argument("--recipe", default="bf16", choices=[*RECIPES], help="default: bf16")
-    parser.add_argument(
-        "--history", type=int, default=0, metavar="N", help="scale by the last N steps"
-    )
-    parser.add_argument(
-        "--saved",
-        default="model",
-        choices=CHOICES["saved"],
-        help="what fused ops keep for backward",
-    )
+    recipe_options.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.history and not RECIPES[args.recipe].quantizes:
         parser.error(f"--history is for a recipe that quantizes, not for {args.recipe}")
     try:
-        recipe = changed(RECIPES[args.recipe], args.history, args.saved).key
+        recipe = recipe_options.changed(RECIPES[args.recipe], args).key
     except InvalidRecipe as error:
         parser.error(str(error))
     selected = list(cases(args.only))

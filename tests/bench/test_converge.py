@@ -117,6 +117,9 @@ def test_the_command(
     delayed = ["--recipe", "fp8", "--seeds", "2", "--history", "16"]
     assert converge.main(delayed) == 0
     assert "fp8_delayed: same" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        converge.main(["--recipe", "mxfp8", "--history", "16"])
+    assert "history" in capsys.readouterr().err
     assert converge.main([*arguments, "--check"]) == 0
     printed = capsys.readouterr()
     assert "mxfp8: same" in printed.err and "gradient cosine, mlp" in printed.out
