@@ -1,7 +1,7 @@
 """gated_activation and the quantized linear on what it makes, as one autograd node for one or more
 streams.
 
-As in `quantized_composites`, neither the activation nor its codes are kept.
+As in `norm_modulate_quantized_linears`, neither the activation nor its codes are kept.
 
 Shapes: M tokens (all leading dims), K input features.
 """
@@ -23,9 +23,16 @@ from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
 from fxopt.kernels.linears import flat
 from fxopt.kernels.packed_activation import packed_backward
 from fxopt.kernels.quantize_group import quantize_rows
-from fxopt.kernels.quantized_composites import formats, operand, transposed
 from fxopt.kernels.quantized_gradients import gradients, weight_gradients
-from fxopt.kernels.quantized_linears import cast_weights, fuses, pieces_of, products
+from fxopt.kernels.quantized_linears import (
+    cast_weights,
+    formats,
+    fuses,
+    operand,
+    pieces_of,
+    products,
+    transposed,
+)
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
     gated_activation_quantize_backward,

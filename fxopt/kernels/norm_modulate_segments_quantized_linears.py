@@ -5,7 +5,7 @@ For one or more streams, of which some may have no index.
 
 from __future__ import annotations
 
-from fxopt.kernels.quantized_composites import norm_linears, norm_linears_streams
+from fxopt.kernels.norm_modulate_quantized_linears import norm_linears, norm_linears_streams
 from fxopt.kernels.registration import register_composite
 
 norm_modulate_segments_quantized_linears = register_composite(

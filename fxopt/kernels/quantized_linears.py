@@ -4,7 +4,7 @@ The input is quantized once, row-wise for the products and transposed for the we
 Weights stay parameters in their own dtype.
 
 What several nodes share is here; those of a fused op and the linears behind it are in
-`quantized_composites` and `gated_activation_quantized_linear`.
+`norm_modulate_quantized_linears` and `gated_activation_quantized_linear`.
 
 Shapes: M tokens (all leading dims), K input features, N output features.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import counters, linears, weight_casts
+from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
@@ -31,7 +32,7 @@ from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts, side_by_side
 from fxopt.kernels.weight_casts import Copies
-from fxopt.recipes import Recipe
+from fxopt.recipes import Operand, Recipe
 
 
 class QuantizedLinears(Streams):
@@ -106,6 +107,34 @@ def cast_kept(kept: Sequence[Tensor], ctx: Any, trains: bool) -> Steps[Tensor | 
     (found,) = yield [Ask(quantize_columns, ([x], str(ctx.recipe.wgrad.b), [amax_t]), (lines,))]
     (codes_t,), (scales_t,) = found
     return Quantized(codes_t, scales_t, scales_t.new_empty(0))
+
+
+def op_of(name: str, recipe: Recipe) -> str:
+    """The op behind a producer under a recipe: its form that writes codes, where it has one."""
+    return f"{name}_quantize" if fuses(recipe) else name
+
+
+def formats(recipe: Recipe, trains: bool, slot: Slot) -> tuple[str, str | None]:
+    """How a producer quantizes for the products; and for the gradients of weights that train, where
+    the magnitude for that is still to be found."""
+    assert recipe.fprop is not None
+    is_open = recipe.wgrad is not None and trains and slot.known is None
+    columns = recipe.wgrad.b if recipe.wgrad is not None and is_open else None
+    return str(recipe.fprop.a), None if columns is None else str(columns)
+
+
+def operand(x: Tensor, recipe: Recipe, slot: Slot) -> Steps[Tensor | Quantized]:
+    """What the products read of x."""
+    if recipe.fprop is None:
+        return x
+    (pair,) = yield from quantized(Cast(x, recipe.fprop.a, None, slot=slot))
+    return pair.rows
+
+
+def transposed(x: Tensor, columns: Operand, slot: Slot) -> Steps[Quantized]:
+    """What the gradients of weights read of x."""
+    (pair,) = yield from quantized(Cast(x, None, columns, slot=slot))
+    return pair.columns
 
 
 def fuses(recipe: Recipe) -> bool:

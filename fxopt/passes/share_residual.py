@@ -11,6 +11,10 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
+from fxopt.kernels.norm_modulate_quantized_linears import (
+    norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import (
     norm_modulate_segments_linears,
@@ -19,10 +23,6 @@ from fxopt.kernels.norm_modulate_segments_linears import (
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
     norm_modulate_segments_quantized_linears_streams,
-)
-from fxopt.kernels.quantized_composites import (
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
 )
 from fxopt.passes import ir
 

@@ -14,7 +14,7 @@ import fxopt
 from fxopt import errors
 from fxopt.kernels import (
     gated_activation_quantized_linear,
-    quantized_composites,
+    norm_modulate_quantized_linears,
     quantized_linears,
 )
 from fxopt.recipes import RECIPES, Phase, Recipe, gemm
@@ -46,7 +46,11 @@ def recipes(door: str, model: nn.Module, recipe: Recipe, inputs: Any) -> dict[st
         return products(x, weights, biases, ctx, *args)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        modules = quantized_linears, quantized_composites, gated_activation_quantized_linear
+        modules = (
+            quantized_linears,
+            norm_modulate_quantized_linears,
+            gated_activation_quantized_linear,
+        )
         for module in modules:
             patch.setattr(module, "products", record)
         if door == "compile":

@@ -17,7 +17,7 @@ import fxopt
 from fxopt import errors
 from fxopt.kernels import (
     gated_activation_quantized_linear,
-    quantized_composites,
+    norm_modulate_quantized_linears,
     quantized_linears,
 )
 from fxopt.passes.rules import quantized_linear as rule
@@ -55,7 +55,11 @@ def recorded(model: nn.Module) -> Iterator[set[str]]:
         return products(x, weights, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        modules = quantized_linears, quantized_composites, gated_activation_quantized_linear
+        modules = (
+            quantized_linears,
+            norm_modulate_quantized_linears,
+            gated_activation_quantized_linear,
+        )
         for module in modules:
             patch.setattr(module, "products", record)
         yield found

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fxopt
 from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
 from fxopt.kernels.in_force import high_precision
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears
+from fxopt.kernels.norm_modulate_quantized_linears import norm_modulate_quantized_linears
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipe_errors import ScheduleInGraph, StepChanged, StepNotTold
 from fxopt.recipes import RECIPES, Phase, Recipe, gemm

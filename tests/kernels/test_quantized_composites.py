@@ -13,12 +13,12 @@ from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.norm_modulate import norm_modulate
+from fxopt.kernels.norm_modulate_quantized_linears import norm_modulate_quantized_linears
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
 )
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears, op_of
-from fxopt.kernels.quantized_linears import quantized_linears
+from fxopt.kernels.quantized_linears import op_of, quantized_linears
 from fxopt.recipes import RECIPES, Recipe, find, gemm
 from tests.numerics import relative_l2
 

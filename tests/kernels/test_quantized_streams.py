@@ -21,13 +21,13 @@ from fxopt.kernels.gated_activation_quantized_linear import (
     gated_activation_quantized_linear_streams,
 )
 from fxopt.kernels.in_force import Decision, decide, high_precision
+from fxopt.kernels.norm_modulate_quantized_linears import (
+    norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
     norm_modulate_segments_quantized_linears_streams,
-)
-from fxopt.kernels.quantized_composites import (
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
 )
 from fxopt.kernels.quantized_linears import quantized_linears, quantized_linears_streams
 from fxopt.recipes import RECIPES

@@ -27,16 +27,16 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
+from fxopt.kernels.norm_modulate_quantized_linears import (
+    norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
 )
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
-from fxopt.kernels.quantized_composites import (
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
-)
 from fxopt.kernels.saving import name_of, native_pack, native_unpack, pack, saving, unpack
 
 BF16 = torch.bfloat16

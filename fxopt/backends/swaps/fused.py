@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.quantized import is_plain as is_plain
 from fxopt.kernels import scaled_matmul
-from fxopt.kernels.quantized_composites import op_of
+from fxopt.kernels.quantized_linears import op_of
 from fxopt.passes.rules.merge_streams import common_of_norms
 from fxopt.recipes import Recipe
 

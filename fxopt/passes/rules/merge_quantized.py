@@ -13,11 +13,11 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
+from fxopt.kernels.norm_modulate_quantized_linears import norm_modulate_quantized_linears
 from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears,
 )
-from fxopt.kernels.quantized_composites import norm_modulate_quantized_linears, op_of
-from fxopt.kernels.quantized_linears import quantized_linears
+from fxopt.kernels.quantized_linears import op_of, quantized_linears
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.rules.merge_linears import (

@@ -30,6 +30,10 @@ from fxopt.kernels.norm_modulate_linears import (
     norm_modulate_linears,
     norm_modulate_linears_streams,
 )
+from fxopt.kernels.norm_modulate_quantized_linears import (
+    norm_modulate_quantized_linears,
+    norm_modulate_quantized_linears_streams,
+)
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import (
     norm_modulate_segments_linears,
@@ -40,12 +44,12 @@ from fxopt.kernels.norm_modulate_segments_quantized_linears import (
     norm_modulate_segments_quantized_linears_streams,
 )
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
-from fxopt.kernels.quantized_composites import (
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
+from fxopt.kernels.quantized_linears import (
+    fuses,
     op_of,
+    quantized_linears,
+    quantized_linears_streams,
 )
-from fxopt.kernels.quantized_linears import fuses, quantized_linears, quantized_linears_streams
 from fxopt.passes import ir
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.share_residual import share_residual

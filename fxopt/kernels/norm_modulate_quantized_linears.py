@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.kernels.counters import Slot
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
@@ -23,48 +22,21 @@ from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.norm_modulate_segments_quantize import reading
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
-from fxopt.kernels.quantize import Cast
-from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
+from fxopt.kernels.quantized_gradients import by_linear, gradients, weight_gradients
 from fxopt.kernels.quantized_linears import (
     cast_weights,
+    formats,
     fuses,
+    operand,
     pieces_by_stream,
     products,
     split,
+    transposed,
 )
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import packing, unpacking
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts
-from fxopt.recipes import Operand, Recipe
-
-
-def op_of(name: str, recipe: Recipe) -> str:
-    """The op behind a producer under a recipe: its form that writes codes, where it has one."""
-    return f"{name}_quantize" if fuses(recipe) else name
-
-
-def formats(recipe: Recipe, trains: bool, slot: Slot) -> tuple[str, str | None]:
-    """How a producer quantizes for the products; and for the gradients of weights that train, where
-    the magnitude for that is still to be found."""
-    assert recipe.fprop is not None
-    is_open = recipe.wgrad is not None and trains and slot.known is None
-    columns = recipe.wgrad.b if recipe.wgrad is not None and is_open else None
-    return str(recipe.fprop.a), None if columns is None else str(columns)
-
-
-def operand(x: Tensor, recipe: Recipe, slot: Slot) -> Steps[Tensor | Quantized]:
-    """What the products read of x."""
-    if recipe.fprop is None:
-        return x
-    (pair,) = yield from quantized(Cast(x, recipe.fprop.a, None, slot=slot))
-    return pair.rows
-
-
-def transposed(x: Tensor, columns: Operand, slot: Slot) -> Steps[Quantized]:
-    """What the gradients of weights read of x."""
-    (pair,) = yield from quantized(Cast(x, None, columns, slot=slot))
-    return pair.columns
 
 
 class NormModulateQuantizedLinears(Streams):
