@@ -25,24 +25,6 @@ from fxopt.kernels.gated_activation_quantized_linear import (
     gated_activation_quantized_linear_streams,
 )
 from fxopt.kernels.linears import linears
-from fxopt.kernels.norm_modulate import norm_modulate
-from fxopt.kernels.norm_modulate_linears import (
-    norm_modulate_linears,
-    norm_modulate_linears_streams,
-)
-from fxopt.kernels.norm_modulate_quantized_linears import (
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
-)
-from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
-from fxopt.kernels.norm_modulate_segments_linears import (
-    norm_modulate_segments_linears,
-    norm_modulate_segments_linears_streams,
-)
-from fxopt.kernels.norm_modulate_segments_quantized_linears import (
-    norm_modulate_segments_quantized_linears,
-    norm_modulate_segments_quantized_linears_streams,
-)
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
 from fxopt.kernels.quantized_linears import (
     fuses,
@@ -50,29 +32,11 @@ from fxopt.kernels.quantized_linears import (
     quantized_linears,
     quantized_linears_streams,
 )
-from fxopt.passes import ir
+from fxopt.passes import ir, norm_ops
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.share_residual import share_residual
 from fxopt.recipes import Recipe, find
 
-# Norms that can be one stream of a launch.
-BY_SEGMENT = (
-    norm_modulate_segments,
-    norm_modulate_segments_linears,
-    norm_modulate_segments_quantized_linears,
-)
-NORMS = (
-    norm_modulate,
-    norm_modulate_linears,
-    norm_modulate_quantized_linears,
-    *BY_SEGMENT,
-)
-# Of streams that are all as they are, and of streams of which some are by segment.
-STREAMS = norm_modulate_linears_streams, norm_modulate_segments_linears_streams
-QUANTIZED_STREAMS = (
-    norm_modulate_quantized_linears_streams,
-    norm_modulate_segments_quantized_linears_streams,
-)
 # Products and attentions: what makes a stream one step deeper, in whatever precision.
 STEPS = (
     ir.LINEAR,
@@ -84,14 +48,7 @@ STEPS = (
     gated_activation_linear_streams,
     gated_activation_quantized_linear,
     gated_activation_quantized_linear_streams,
-    norm_modulate_linears,
-    norm_modulate_linears_streams,
-    norm_modulate_segments_linears,
-    norm_modulate_segments_linears_streams,
-    norm_modulate_segments_quantized_linears,
-    norm_modulate_segments_quantized_linears_streams,
-    norm_modulate_quantized_linears,
-    norm_modulate_quantized_linears_streams,
+    *norm_ops.WITH_LINEARS,
 )
 OTHER_FORMATS = "{} is normed, activated or cast at the same time, but in other formats"
 
@@ -118,7 +75,7 @@ def _common(call: fx.Node) -> tuple[Any, ...] | None:
     none that can be one of them."""
     arguments = ir.arguments(call) if ir.is_call(call, *RULE.anchors) else {}
     recipe = arguments.get("recipe")
-    if ir.is_call(call, *NORMS):
+    if ir.is_call(call, *norm_ops.ALONE):
         x, norm, h_dtype, dtype = (arguments[k] for k in ("x", "norm", "h_dtype", "dtype"))
         has_linears = "weights" in arguments
         width = ir.expression(ir.shape(x)[-1])
@@ -216,7 +173,7 @@ class Norm:
 def _norm(call: fx.Node) -> Norm:
     taken, reading = ir.results(call), (None, False)
     args: Any = call.args[NUM_OPERANDS:]
-    if ir.is_call(call, *BY_SEGMENT):
+    if ir.is_call(call, *norm_ops.BY_SEGMENT):
         reading, args = args[:2], args[2:]
     settings, parameters = args[:6], args[6:]
     weights, biases, *recipe, pieces = parameters or ([], [], [])
@@ -238,7 +195,7 @@ def _bind_norms(norms: list[Norm]) -> Binding:
             fields += [[given[n] for n in indices], per_token]
         recipe = norms[0].recipe
         made = call(
-            (QUANTIZED_STREAMS if recipe else STREAMS)[by_segment],
+            (norm_ops.QUANTIZED_STREAMS if recipe else norm_ops.STREAMS)[by_segment],
             *fields, norm, *numbers, h_dtype, dtype,
             [given[w] for s in norms for w in s.weights],
             [given[b] for s in norms for b in s.biases],
@@ -332,7 +289,7 @@ RULE = Rule(
     name="merge_streams",
     version=3,
     anchors=(
-        *NORMS,
+        *norm_ops.ALONE,
         gated_activation_linear,
         gated_activation_quantized_linear,
         quantized_linears,
