@@ -19,10 +19,10 @@ from fxopt.kernels import quantized_producers as producers
 from fxopt.kernels.counters import FIELDS, MAGNITUDE
 from fxopt.kernels.formats import FORMATS, block_shape
 from fxopt.recipes import Operand
+from tests.kernels.codes import draw, line
 from tests.kernels.test_quantized_producers import (
     ACTIVATIONS,
     activation_arguments,
-    draw,
     norm_arguments,
 )
 
@@ -35,10 +35,6 @@ PAIRS = [
     ("e5m2/row/fp32", "e4m3/row/fp32"),
 ]
 EMULATED = ["e4m3/1x32/e8m0", "e4m3/128x128/fp32", "e2m1/1x16/two_level"]
-
-
-def line() -> Tensor:
-    return torch.zeros(len(FIELDS), dtype=torch.int64)
 
 
 def read(counters: Tensor) -> dict[str, float]:

@@ -11,22 +11,11 @@ from torch import Tensor
 from fxopt.kernels import norm_modulate_segments as segments
 from fxopt.kernels import norm_modulate_segments_quantize as op
 from fxopt.kernels import quantize
-from fxopt.kernels.counters import FIELDS
 from fxopt.kernels.quantized_producers import amax_for
 from fxopt.kernels.registration import LAUNCHES, REREADS
+from tests.kernels.codes import FORMATS, draw, line, same
 
 B, S, K, N = 2, 21, 40, 3
-FORMATS = [
-    ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
-    ("e4m3/row/pow2", "e4m3/row/pow2"),
-    ("e4m3/row/pow2", None),
-    ("e5m2/tensor/pow2", "e4m3/row/fp32"),
-    ("e4m3/row/fp32", "e5m2/tensor/fp32"),
-]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def index_of(*shape: int, high: int = N) -> Tensor:
@@ -58,12 +47,6 @@ def arguments(case: str, dtype: torch.dtype = torch.float32) -> list[Any]:
 CASES = [("residual", *formats) for formats in FORMATS]
 for case in ("modulated", "a shift per token", "a gate"):
     CASES += [(case, *FORMATS[0]), (case, *FORMATS[1])]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    if a.element_size() == 1:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 def of_backward(args: list[Any], found: Any, columns: str) -> tuple[Any, ...]:
@@ -115,7 +98,7 @@ def test_bfloat16() -> None:
 def test_counters_and_a_scale_that_is_known(provider: str) -> None:
     normed, quantized, codes_of, columns_of = PROVIDERS[provider]
     args, name = arguments("residual"), "e4m3/tensor/fp32"
-    y, lines = normed(*args)[0], [torch.zeros(len(FIELDS), dtype=torch.int64) for _ in range(4)]
+    y, lines = normed(*args)[0], [line() for _ in range(4)]
     known, seen = torch.tensor([1.3]), torch.zeros(1, dtype=torch.int32)
     expected = quantized(y, name, name, None, False, *lines[:2], known, None)
     found = codes_of(*args, name, None, lines[2], known, seen)

@@ -21,15 +21,12 @@ from fxopt.kernels.norm_modulate_segments_streams import (
     norm_modulate_segments_streams_backward,
 )
 from fxopt.kernels.registration import LAUNCHES
+from tests.kernels.codes import draw
+from tests.kernels.test_norm_modulate_quantized_linears import leaf
 from tests.kernels.test_norm_modulate_streams import IMAGE, TEXT, joined, joined_backward, made
-from tests.kernels.test_quantized_composites import leaf
 
 K, N = 24, 3
 Calls = list[tuple[Any, ...]]
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reading(shape: tuple[int, ...]) -> tuple[Tensor, bool]:

@@ -11,19 +11,9 @@ from torch import Tensor
 from fxopt.kernels import gated_activation, native_norm_modulate, quantize
 from fxopt.kernels import quantized_producers as op
 from fxopt.kernels.registration import LAUNCHES, REREADS
+from tests.kernels.codes import FORMATS, draw, same
 
-FORMATS = [
-    ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
-    ("e4m3/row/pow2", "e4m3/row/pow2"),
-    ("e4m3/row/pow2", None),
-    ("e5m2/tensor/pow2", "e4m3/row/fp32"),
-    ("e4m3/row/fp32", "e5m2/tensor/fp32"),
-]
 PROVIDERS = ["native", "triton"]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def norm_arguments(case: str, dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -47,12 +37,6 @@ def quantized(y: Tensor, rows: str, columns: str | None) -> tuple[Tensor, ...]:
     """Codes and scales of y and of its transpose."""
     found = quantize.triton(y, rows, columns, None, False)
     return found[0], found[1], found[3], found[4]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    if a.element_size() == 1:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rows, columns", FORMATS)

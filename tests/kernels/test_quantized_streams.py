@@ -32,7 +32,7 @@ from fxopt.kernels.norm_modulate_segments_quantized_linears import (
 from fxopt.kernels.quantized_linears import quantized_linears, quantized_linears_streams
 from fxopt.recipes import RECIPES
 from fxopt.schedule import at_step
-from tests.kernels.test_quantized_composites import FPROP_ONLY, WGRAD_ONLY, leaf
+from tests.kernels.test_norm_modulate_quantized_linears import FPROP_ONLY, WGRAD_ONLY, leaf
 
 K = 64
 # NVFP4 rounds gradients by draws, which nodes take in the order in which autograd runs them.

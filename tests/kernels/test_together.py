@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxopt.kernels import (
     gated_activation_quantized_linear as gated_activation_quantized_linear,  # mixes calls
@@ -18,12 +19,12 @@ from fxopt.kernels import quantized_producers as producers
 from fxopt.kernels import triton_gated_activation_quantize as activation
 from fxopt.kernels import triton_norm_modulate_quantize as norm
 from fxopt.kernels import triton_quantize_group as group
-from fxopt.kernels.counters import FIELDS
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
 from fxopt.kernels.registration import COUNTING, LAUNCHES, REREADS, call_counting
 from fxopt.kernels.together import SHARED, Ask, answer
+from tests.kernels.codes import bits, draw, line
 from tests.kernels.interpreted import Interpreted
-from tests.kernels.test_quantized_producers import activation_arguments, draw, norm_arguments
+from tests.kernels.test_quantized_producers import activation_arguments, norm_arguments
 
 FORMATS = [
     ("e4m3/tensor/fp32", "e4m3/tensor/fp32"),
@@ -40,10 +41,6 @@ OPS = {
     "activation": producers.gated_activation_quantize,
     "activation backward": producers.gated_activation_quantize_backward,
 }
-
-
-def line() -> Tensor:
-    return torch.zeros(len(FIELDS), dtype=torch.int64)
 
 
 def seen() -> Tensor:
@@ -132,13 +129,15 @@ def lines_of(name: str, is_known: bool) -> tuple[Any, ...]:
     }.get(name, (line(), known, seen() if is_known else None))
 
 
-def bits(t: Tensor) -> Tensor:
-    return t.view(torch.uint8) if t.element_size() == 1 else t
-
-
 def assert_same(found: Any, expected: Any) -> None:
     for f, e in zip(found, expected, strict=True):
         assert f.shape == e.shape and f.dtype == e.dtype and torch.equal(bits(f), bits(e))
+
+
+def assert_answers(asks: list[Ask]) -> None:
+    """What is asked together has the bits of each op alone."""
+    for ask, found in zip(asks, answer(asks), strict=True):
+        assert_same(tree_leaves(found), tree_leaves(ask.op(*ask.args)))
 
 
 @pytest.mark.parametrize("name, lines, rows, columns", cases())
@@ -163,11 +162,8 @@ def test_an_empty_stream(name: str) -> None:
     first, *_, second = calls(name, *FORMATS[0])
     # What has a dim for each token; statistics are of all tokens.
     empty = [a[:0] if isinstance(a, Tensor) and a.dim() > 1 else a for a in second]
-    op, pair = OPS[name], [first, tuple(empty)]
     with Interpreted():
-        found = answer([Ask(op, call) for call in pair])
-        for f, call in zip(found, pair, strict=True):
-            assert_same(f, op(*call))
+        assert_answers([Ask(OPS[name], call) for call in (first, tuple(empty))])
 
 
 class Launched(Interpreted):
@@ -253,11 +249,7 @@ def test_casts_of_other_formats_run_in_one_launch(
         *(Ask(quantize_columns, (others, *given), (None,)) for given in amax_t.items()),
     ]
     with Interpreted(provider == "triton"):
-        for ask, found in zip(asks, answer(asks), strict=True):
-            expected = ask.op(*ask.args)
-            if ask.op is quantize_columns:
-                found, expected = ([t for each in r for t in each] for r in (found, expected))
-            assert_same(found, expected)
+        assert_answers(asks)
     assert called(asks) == ["quantize_mixed"]
     with monkeypatch.context() as patch, Launched(patch) as mode:
         answer(asks)
@@ -282,11 +274,7 @@ def test_activations_and_weights_are_cast_in_the_same_launches(
     # In an order in which streams would not ask.
     asks = [weights[0], *activations, weights[1]]
     with Interpreted(provider == "triton"):
-        for ask, found in zip(asks, answer(asks), strict=True):
-            expected = ask.op(*ask.args)
-            if ask.op is quantize_rows:
-                found, expected = ([t for each in r for t in each] for r in (found, expected))
-            assert_same(found, expected)
+        assert_answers(asks)
     with Launched(monkeypatch) as mode:
         answer(asks)
     ((name, args),) = mode.called
@@ -310,12 +298,7 @@ def test_what_is_of_several_kinds_or_counts_is_not_cast_with_weights() -> None:
     assert sorted(called([counted, weights])) == ["gated_activation_quantize_counting", alone[1]]
     empty = first._replace(args=(*(a[:0] for a in first.args[:2]), *first.args[2:]))
     with Interpreted():
-        for ask, found in zip(asks := [empty, weights], answer(asks), strict=True):
-            assert_same([*map(bits_of, found)], [*map(bits_of, ask.op(*ask.args))])
-
-
-def bits_of(found: Any) -> Tensor:
-    return bits(found[0] if isinstance(found, list) else found)
+        assert_answers([empty, weights])
 
 
 def test_what_counts_runs_apart_from_other_formats() -> None:
@@ -347,18 +330,14 @@ def test_a_stream_by_segment_runs_with_one_that_is_not(name: str, lines: str) ->
     assert called(asks) == [f"{wider._schema.name[7:]}{suffix}"]
     for provider in (False, True):
         with Interpreted(provider):
-            found = answer(asks)
-            for f, (op, call, _) in zip(found, asks, strict=True):
-                assert_same(f, op(*call))
+            assert_answers(asks)
 
 
 def test_lists_are_joined() -> None:
     xs = [draw(20, 32), draw(4, 48), draw(8, 16)]
     asks = [Ask(quantize_rows, (own, *FORMATS[0])) for own in (xs[:1], xs[1:])]
     assert called(asks) == ["quantize_rows"]
-    for ask, found in zip(asks, answer(asks), strict=True):
-        for f, e in zip(found, quantize_rows(*ask.args), strict=True):
-            assert_same(f, e)
+    assert_answers(asks)
     amax_t = [answer(asks)[0][2], answer(asks)[1][2]]
     names = [(own, FORMATS[0][1], a) for own, a in zip((xs[:1], xs[1:]), amax_t, strict=True)]
     lines = [([line() for _ in own],) for own, *_ in names]
