@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,54 +15,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import fxopt
-from fxopt.backends import compiled_graphs, dynamo
+from fxopt.backends import dynamo
 from fxopt.kernels.attention import TABLE, Row, attention
 from fxopt.passes import ir
 from fxopt.recipe_errors import AttentionRefused, MathInGraph
 from fxopt.recipes import Recipe
+from tests.backends.attention_doors import (
+    DOORS,
+    UNCOMPILED,
+    Door,
+    asking,
+    compiled,
+    kernels,
+    lines,
+    optimized,
+    swapped,
+)
 from tests.backends.toys import stack, tokens
 from tests.families import FAMILIES, loss
 from tests.numerics import Judge
 
-KERNELS = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
-    "aten::_scaled_dot_product_attention_math": "math",
-}
 NOT_MEASURED = "attention: PyTorch's own choice; nothing has been measured on cpu"
-Door = Callable[[nn.Module, Recipe], Any]
-
-
-def compiled(model: nn.Module, recipe: Recipe) -> None:
-    model.compile(backend="fxopt", options={"recipe": recipe, "inner": "eager"})
-
-
-def optimized(model: nn.Module, recipe: Recipe) -> None:
-    fxopt.optimize(model, recipe=recipe)
-
-
-def swapped(model: nn.Module, recipe: Recipe) -> None:
-    fxopt.swap(model, recipe=recipe)
-
-
-DOORS = (optimized, compiled, swapped)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
-
-
-def asking(attention: str) -> Recipe:
-    return Recipe("mine", attention=attention)
-
-
-def kernels(run: Callable[[], Any]) -> Counter[str]:
-    """Forwards of attention that a run makes, by backend."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        run()
-    events = {KERNELS[e.key]: e.count for e in seen.key_averages() if e.key in KERNELS}
-    return Counter(events)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @cache
@@ -84,11 +57,6 @@ def small(door: Door, recipe: Recipe) -> tuple[nn.Module, Callable[[], Any]]:
     return model, run
 
 
-def lines(model: nn.Module) -> list[str]:
-    text = str(fxopt.report(model)).splitlines()
-    return [line.strip() for line in text if "attention:" in line]
-
-
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("backend", ["flash", "math"])
 def test_flux_runs_on_the_backend_that_is_named(door: Door, backend: str) -> None:
@@ -99,7 +67,7 @@ def test_flux_runs_on_the_backend_that_is_named(door: Door, backend: str) -> Non
     assert set(lines(model)) == {f"attention: {backend}; as the recipe says"}
 
 
-@pytest.mark.parametrize("door", [optimized, swapped])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_a_checkpoint_recomputes_on_the_same_backend(door: Door) -> None:
     model = FAMILIES["flux"].build()
     model.enable_gradient_checkpointing()
@@ -241,12 +209,9 @@ def test_a_row_that_is_refused_is_reported(monkeypatch) -> None:
     assert "but refuses: PyTorch has no EFFICIENT_ATTENTION for this call on cpu" in line
 
 
-def test_what_a_model_sets_itself_is_not_overridden(monkeypatch) -> None:
+@pytest.mark.usefixtures("attention_backends")
+def test_what_a_model_sets_itself_is_not_overridden() -> None:
     family = FAMILIES["flux"]
-    # `set_attention_backend` sets it for all models to come as well.
-    registry = importlib.import_module("diffusers.models.attention_dispatch")
-    active = registry._AttentionBackendRegistry
-    monkeypatch.setattr(active, "_active_backend", active._active_backend)
     inputs = family.inputs(2, 0, torch.float32)
     model = fxopt.swap(family.build(), recipe=asking("flash"))
     model.set_attention_backend("_native_math")

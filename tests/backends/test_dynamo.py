@@ -44,12 +44,7 @@ FIRED = {
     },
     "llama-sdpa": {"qk_norm_rope": 4, "norm_modulate": 4, "gated_activation": 2, "rms_norm": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def check_family(name: str, inner: str) -> None:

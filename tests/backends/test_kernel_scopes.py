@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 import fxopt
-from fxopt.backends import compiled_graphs
 from fxopt.passes.kernel_scopes import NotOneKernel, Scopes
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.recipes import Recipe
-from tests.backends.test_attention_doors import asking, compiled, kernels, lines, optimized
+from tests.backends.attention_doors import Door, asking, compiled, kernels, lines, optimized
 from tests.backends.toys import Block, assert_like_eager, reasons, stack, tokens
 from tests.families import FAMILIES, loss
 
 MATH, FLASH = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION
 DOORS = (optimized, compiled)
-Door = Callable[[nn.Module, Recipe], Any]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class InScope(Block):
@@ -168,12 +159,9 @@ def test_what_pytorch_chooses_is_what_the_model_asks_for() -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_diffusers(door: Door, monkeypatch) -> None:
+@pytest.mark.usefixtures("attention_backends")
+def test_diffusers(door: Door) -> None:
     """Set before the first call, and changed behind it."""
-    registry = importlib.import_module("diffusers.models.attention_dispatch")
-    active = registry._AttentionBackendRegistry
-    # `set_attention_backend` sets it for all models to come as well.
-    monkeypatch.setattr(active, "_active_backend", active._active_backend)
     family = FAMILIES["flux"]
     inputs = family.inputs(2, 0, torch.float32)
     model = family.build()

@@ -9,6 +9,7 @@ from tests import numerics
 from tests.families import FAMILIES
 
 RULE = "linear_cross_entropy"
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Loss(nn.Module):
@@ -21,12 +22,6 @@ class Loss(nn.Module):
     def forward(self, **inputs):
         found = self.model(**inputs)
         return (found.loss, found.logits) if self.logits else found.loss
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
 
 
 def compiled(name: str, logits: bool = False):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import compiled_graphs
 from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, language_config, language_inputs, seeded
 from tests.numerics import Judge, run
 
@@ -195,9 +194,8 @@ def test_optimize(name: str, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("fresh")
 def test_compiled(name: str, dtype: torch.dtype) -> None:
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
     model, _, judge = built(name, dtype)
     model.compile(backend="fxopt", options={"inner": "aot_eager"})
     judge(model, name)

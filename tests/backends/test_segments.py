@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import compiled_graphs
 from fxopt.recipes import RECIPES
 from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, grid, qwen_image, seeded, z_image
 from tests.numerics import Judge, assert_as_accurate, redrawn, run, truth
@@ -247,9 +246,8 @@ def test_another_length_takes_the_same_graph() -> None:
 
 
 # A compiler computes what is looked up where it is read: it gets the same ops, by a row per token.
+@pytest.mark.usefixtures("fresh")
 def test_the_compiled_door() -> None:
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
     build, make_inputs = MODELS["qwen-image-edit"]
     model = seeded(build)()
     plain, exact = copy.deepcopy(model), copy.deepcopy(model)

@@ -6,45 +6,34 @@ PyTorch's kernel is emulated; without it, and under a mask of another kind, the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.backends import compiled_graphs
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.recipes import Recipe
+from tests.backends.attention_doors import (
+    UNCOMPILED,
+    Door,
+    asking,
+    compiled,
+    optimized,
+    swapped,
+)
 from tests.backends.toys import captures
 from tests.families import FAMILIES, Inputs, loss
 from tests.kernels.emulated_varlen import Kernels, on_cpu
 from tests.numerics import Judge, run
 
-VARLEN = Recipe("mine", attention="varlen")
-Door = Callable[[nn.Module], Any]
+VARLEN = asking("varlen")
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
-def optimized(model: nn.Module) -> None:
-    fxopt.optimize(model, recipe=VARLEN)
-
-
-def swapped(model: nn.Module) -> None:
-    fxopt.swap(model, recipe=VARLEN)
-
-
-def compiled(model: nn.Module) -> None:
-    model.compile(backend="fxopt", options={"recipe": VARLEN, "inner": "aot_eager"})
-
-
-DOORS = (optimized, swapped, compiled)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    compiled_graphs.GRAPHS.clear()
+def traced(model: nn.Module, recipe: Recipe) -> None:
+    compiled(model, recipe, "aot_eager")
 
 
 @pytest.fixture
@@ -67,12 +56,12 @@ CALLS = {"qwen-image": 2, "z-image": 6}
 
 
 @pytest.mark.parametrize(
-    "door, name", [*itertools.product(DOORS[:2], CALLS), (compiled, "qwen-image")]
+    "door, name", [*itertools.product(UNCOMPILED, CALLS), (traced, "qwen-image")]
 )
 def test_padded_models_are_as_accurate(door: Door, name: str, kernels: Kernels) -> None:
     family, inputs = FAMILIES[name], padded(name)
     judge, model = Judge(family.build(), inputs), family.build()
-    door(model)
+    door(model, VARLEN)
     judge(model, door.__name__)
     kernels.calls.clear()
     loss(model, inputs).backward()
@@ -86,14 +75,14 @@ def test_in_bfloat16(door: Door, name: str, kernels: Kernels) -> None:
     inputs = padded(name, dtype=torch.bfloat16)
     judge = Judge(FAMILIES[name].build().to(torch.bfloat16), inputs)
     model = FAMILIES[name].build().to(torch.bfloat16)
-    door(model)
+    door(model, VARLEN)
     judge(model, door.__name__)
     assert "forward" in kernels.calls
 
 
 def test_under_autocast(kernels: Kernels) -> None:
     inputs, model = padded("qwen-image"), FAMILIES["qwen-image"].build()
-    optimized(model)
+    optimized(model, VARLEN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total = loss(model, inputs)
     total.backward()
@@ -101,12 +90,12 @@ def test_under_autocast(kernels: Kernels) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("door", DOORS[:2])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_a_checkpoint_recomputes_on_packed_keys(door: Door, kernels: Kernels) -> None:
     inputs = padded("qwen-image")
     plain, model = FAMILIES["qwen-image"].build(), FAMILIES["qwen-image"].build()
     for each in (plain, model):
-        door(each)
+        door(each, VARLEN)
     model.enable_gradient_checkpointing()
     expected, found = run(plain, inputs), run(model, inputs)
     assert all(
@@ -117,10 +106,10 @@ def test_a_checkpoint_recomputes_on_packed_keys(door: Door, kernels: Kernels) ->
     assert kernels.calls == ["forward"] * 2 + ["forward", "backward"] * 2
 
 
-@pytest.mark.parametrize("door", DOORS[:2])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_other_lengths_need_no_other_graph(door: Door, kernels: Kernels) -> None:
     model = FAMILIES["qwen-image"].build()
-    door(model)
+    door(model, VARLEN)
     loss(model, padded("qwen-image"))
     kernels.calls.clear()
     for size, batch in ((3, 2), (5, 3)):
@@ -130,10 +119,10 @@ def test_other_lengths_need_no_other_graph(door: Door, kernels: Kernels) -> None
         assert captures(model) == 1
 
 
-@pytest.mark.parametrize("door", DOORS[:2])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_without_the_kernel_it_is_an_error(door: Door) -> None:
     model = FAMILIES["qwen-image"].build()
-    door(model)
+    door(model, VARLEN)
     with pytest.raises(AttentionRefused) as caught:
         loss(model, padded("qwen-image"))
     text = str(caught.value)
@@ -141,16 +130,16 @@ def test_without_the_kernel_it_is_an_error(door: Door) -> None:
     assert "PyTorch has no torch.nn.attention.varlen on cpu" in text
 
 
-@pytest.mark.parametrize("door", DOORS[:2])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_an_additive_mask_is_an_error(door: Door, kernels: Kernels) -> None:
     """LTX adds its padding to the scores."""
     model = FAMILIES["ltx"].build()
-    door(model)
+    door(model, VARLEN)
     with pytest.raises(AttentionRefused, match="the mask is added to the scores"):
         loss(model, FAMILIES["ltx"].inputs(2, 0, torch.float32))
 
 
-@pytest.mark.parametrize("door", DOORS[:2])
+@pytest.mark.parametrize("door", UNCOMPILED)
 def test_language_models(door: Door, kernels: Kernels) -> None:
     """With a mask of padding alone, as of encoders; a causal one differs by query."""
     family = FAMILIES["qwen3-sdpa"]
@@ -160,10 +149,10 @@ def test_language_models(door: Door, kernels: Kernels) -> None:
     shared = is_token[:, None, None].expand(2, 1, length, length)
     judge = Judge(family.build(), inputs | {"attention_mask": shared})
     model = family.build()
-    door(model)
+    door(model, VARLEN)
     judge(model, door.__name__)
     assert "backward" in kernels.calls
     causal = family.build()
-    door(causal)
+    door(causal, VARLEN)
     with pytest.raises(AttentionRefused, match="the mask may differ between queries or heads"):
         loss(causal, inputs | {"attention_mask": is_token.long()})
