@@ -10,7 +10,7 @@ its bytes counts once however often it is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -102,8 +102,13 @@ def counting(accesses: list[tuple[np.ndarray, int]]) -> Any:
         note(pointers, mask)
         return store(pointers, value, mask, *args)
 
+    # Half of the time went into checks of integers, which tests of values make for all kernels.
+    options = replace(interpreter_builder.options, sanitize_overflow=False)
     return mock.patch.multiple(
-        interpreter_builder, create_masked_load=noted_load, create_masked_store=noted_store
+        interpreter_builder,
+        create_masked_load=noted_load,
+        create_masked_store=noted_store,
+        options=options,
     )
 
 
