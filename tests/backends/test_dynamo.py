@@ -51,9 +51,10 @@ def check_family(name: str, inner: str) -> None:
     family = FAMILIES[name]
     model, plain, eager = (family.build() for _ in range(3))
     model.compile(backend="fxopt", options={"inner": inner})
-    # What the door started from. Inductor's own sin and cos of a timestep are 20 times further
-    # from the truth than eager's, and decompositions alone cost up to twice eager's error.
-    plain.compile(backend=inner)
+    if inner == "inductor":
+        # What the door started from: Inductor's own sin and cos of a timestep are 20 times further
+        # from the truth than eager's.
+        plain.compile(backend=inner)
 
     def draw(number: int) -> Draw:
         inputs = family.inputs(2, 0, torch.float32)
@@ -288,20 +289,22 @@ def test_changed_backward_is_not_served_from_a_cache(tmp_path):
         K = float(sys.argv[1])
         inductor.catalogue_hash = lambda: f"catalogue {K}"
 
+        # No more than calls of an op: what Inductor writes itself has to pass a C++ compiler.
         class Scaled(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, x):
-                return below_autograd(scaled, x)
+            def forward(ctx, x, factor):
+                return below_autograd(scaled, x, factor)
             @staticmethod
             def backward(ctx, grad):
-                return grad * K
+                return below_autograd(scaled, grad, K), None
 
         from fxopt.kernels.registration import below_autograd, register
         scaled = register(
-            "test_scaled(Tensor x) -> Tensor",
-            native=lambda x: x * 3, fake=torch.empty_like, function=Scaled,
+            "test_scaled(Tensor x, float factor) -> Tensor",
+            native=lambda x, factor: x * factor, fake=lambda x, _: torch.empty_like(x),
+            function=Scaled,
         )
-        f = torch.compile(lambda x: scaled(x).sin(), backend="fxopt")
+        f = torch.compile(lambda x: scaled(x, 2.0), backend="fxopt")
         x = torch.zeros(4, requires_grad=True)
         f(x).sum().backward()
         print("gradient", x.grad[0].item())
