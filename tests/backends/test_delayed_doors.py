@@ -62,7 +62,8 @@ def test_scales_are_those_of_the_steps_before(
     model = copy.deepcopy(plain)
     keys = list(model.state_dict())
     model = door(model, recipe=DELAYED)
-    current = run(door(copy.deepcopy(plain), recipe=FP8), inputs)
+    by_itself = door(copy.deepcopy(plain), recipe=FP8)
+    current = run(by_itself, inputs)
     for step in range(3):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Saturated)
@@ -73,9 +74,8 @@ def test_scales_are_those_of_the_steps_before(
         for name, parameter in model.named_parameters():
             if "blocks" in name and parameter.dim() == 2 and "norm" not in name:
                 parameter.mul_(2)
-    changed = copy.deepcopy(plain)
-    changed.load_state_dict(model.state_dict())
-    current = run(door(changed, recipe=FP8), inputs)
+    by_itself.load_state_dict(model.state_dict())
+    current = run(by_itself, inputs)
     assert len(differences(step_of(model, inputs, 3), current)) > len(current) / 2
     step_of(model, inputs, 4)
     with pytest.warns(Saturated, match="operands had values larger than the largest of the 2"):
