@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxopt
 from fxopt.recipes import Recipe
+from tests.backends.toys import stack, tokens
+from tests.families import FAMILIES, loss
 
 Door = Callable[[nn.Module, Recipe], Any]
 
@@ -39,6 +43,19 @@ UNCOMPILED = (optimized, swapped)
 
 def asking(attention: str) -> Recipe:
     return Recipe("mine", attention=attention)
+
+
+def small(door: Door, recipe: Recipe) -> tuple[nn.Module, Callable[[], Any]]:
+    """A model that is quickly captured, behind a door, and what runs it; `swap` knows no toys."""
+    if door is swapped:
+        family = FAMILIES["flux"]
+        model, inputs = family.build(), family.inputs(2, 0, torch.float32)
+        run: Callable[[], Any] = partial(loss, model, inputs)
+    else:
+        model = stack()
+        run = partial(model, tokens())
+    door(model, recipe)
+    return model, run
 
 
 def kernels(run: Callable[[], Any]) -> Counter[str]:

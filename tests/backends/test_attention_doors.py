@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from tests.backends.attention_doors import (
     kernels,
     lines,
     optimized,
-    swapped,
+    small,
 )
 from tests.backends.toys import stack, tokens
 from tests.families import FAMILIES, loss
@@ -43,18 +42,6 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def judge() -> Judge:
     family = FAMILIES["flux"]
     return Judge(family.build(), family.inputs(2, 0, torch.float32))
-
-
-def small(door: Door, recipe: Recipe) -> tuple[nn.Module, Callable[[], Any]]:
-    """A model that is quickly captured, behind a door, and what runs it; `swap` knows no toys."""
-    if door is swapped:
-        model = FAMILIES["flux"].build()
-        run: Callable[[], Any] = partial(loss, model, judge().inputs)
-    else:
-        model = stack()
-        run = partial(model, tokens())
-    door(model, recipe)
-    return model, run
 
 
 @pytest.mark.parametrize("door", DOORS)

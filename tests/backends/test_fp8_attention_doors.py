@@ -30,6 +30,7 @@ from tests.backends.attention_doors import (
     kernels,
     lines,
     optimized,
+    small,
 )
 from tests.backends.toys import Block, captures, stack, tokens
 from tests.families import FAMILIES, loss
@@ -172,16 +173,14 @@ def test_graphs_take_all_sizes() -> None:
 
 @pytest.mark.parametrize("door", UNCOMPILED)
 def test_a_checkpoint_computes_the_same_again(door: Door) -> None:
-    family = FAMILIES["flux"]
-    inputs, results = family.inputs(2, 0, torch.float32), []
-    for checkpoints in (False, True):
-        model = family.build()
-        if checkpoints:
-            model.enable_gradient_checkpointing()
-        door(model, RECIPE)
+    family, results = FAMILIES["flux"], []
+    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
+    door(model, RECIPE)
+    for num_forwards in (4, 8):
         results.append(run(model, inputs))
-        ran = kernels(lambda model=model: loss(model, inputs).backward())
-        assert ran["fp8"] == (8 if checkpoints else 4)
+        ran = kernels(lambda: loss(model, inputs).backward())
+        assert ran["fp8"] == num_forwards
+        model.enable_gradient_checkpointing()
     for name, tensor in results[0].items():
         assert tensor is None or torch.equal(tensor, results[1][name]), name
 
@@ -232,12 +231,10 @@ def test_beside_quantized_linears(door: Door) -> None:
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
 def test_a_recipe_that_may_not_be_emulated(door: Door, context: Any) -> None:
     recipe = replace(RECIPE, emulate=False)
-    family = FAMILIES["flux"]
-    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     why = r"'mine' cannot run on cpu, it needs compute capability 9\.0.*emulate=True"
     with pytest.raises(Exception, match=why) as caught, context():
-        door(model, recipe)
-        loss(model, inputs)
+        _, run = small(door, recipe)
+        run()
     if door is not compiled:  # Dynamo wraps it
         assert isinstance(caught.value, errors.NotNative)
 
@@ -246,11 +243,9 @@ def test_a_recipe_that_may_not_be_emulated(door: Door, context: Any) -> None:
 def test_units_that_are_gone_are_no_emulation(door: Door, monkeypatch) -> None:
     """flash-attention 3 can be taken out again after a door was opened."""
     monkeypatch.setattr("fxopt.backends.precision.missing", lambda device: None)
-    family = FAMILIES["flux"]
-    model, inputs = family.build(), family.inputs(2, 0, torch.float32)
-    door(model, replace(RECIPE, emulate=False))
+    _, run = small(door, replace(RECIPE, emulate=False))
     with pytest.raises(AttentionRefused, match="may not be emulated and needs compute cap") as e:
-        loss(model, inputs)
+        run()
     assert e.value.backend == "fp8" and scaled.missing(torch.device("cpu"))
 
 
