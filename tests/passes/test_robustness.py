@@ -61,12 +61,18 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def num_examples(few: int, many: int) -> pytest.MarkDecorator:
+    """How many are drawn, in the quick run and in the full one."""
+    return pytest.mark.parametrize("num", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("idiom", IDIOMS, ids=lambda f: f.__name__)
-def test_equivalent_spellings_fire(idiom: Callable[[Pick], Spelling]):
+@num_examples(10, 30)
+def test_equivalent_spellings_fire(idiom: Callable[[Pick], Spelling], num: int):
     expected, rules = IDIOMS[idiom]
     fired: list[bool] = []
 
-    @examples(15)
+    @examples(num)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         pick = picker(data)
@@ -85,8 +91,9 @@ def test_equivalent_spellings_fire(idiom: Callable[[Pick], Spelling]):
 
 
 @pytest.mark.parametrize("near_miss", NEAR_MISSES, ids=lambda f: f.__name__)
-def test_near_misses_stay(near_miss: Callable[[Pick], Spelling]):
-    @examples(8)
+@num_examples(5, 15)
+def test_near_misses_stay(near_miss: Callable[[Pick], Spelling], num: int):
+    @examples(num)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         module, inputs = near_miss(picker(data))
