@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
 from fxopt.backends.failures import described
+from fxopt.backends.host_random import HostRandom
 from fxopt.kernels.gathered import values_of
 from fxopt.kernels.in_force import high_precision
 from fxopt.recipe_errors import AttentionRefused
@@ -27,6 +28,10 @@ LEAST_TOLERANCE = 1e-4
 CANCELLATION = 8
 # Gradients that are smaller than this part of the largest one are rounding.
 NEGLIGIBLE = 1e-3
+DRAWS_ON_HOST = (
+    "its forward draws random numbers from Python or NumPy, which would be constants in a graph: "
+    "draw them with torch, or in the training loop"
+)
 
 
 @contextmanager
@@ -54,10 +59,14 @@ def _itself(value: Any) -> Any:
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Leave the random state as it is found."""
+    """Leave the random state as it is found, on the host as well."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    on_host = HostRandom.now()
     with torch.random.fork_rng(devices):
-        yield
+        try:
+            yield
+        finally:
+            on_host.restore()
 
 
 def compare(
@@ -76,6 +85,8 @@ def compare(
     if any(map(_has_no_values, (*module.parameters(), *call.leaves))):
         return None
     expected = _run(module, own, call, trainable)
+    if expected.draws_on_host:
+        return DRAWS_ON_HOST
     try:
         with high_precision():  # what a recipe rounds is no fault of the graph
             found = _run(module, graph, call, trainable)
@@ -105,6 +116,7 @@ class _Results:
 
     values: list[Any]
     gradients: list[Any]
+    draws_on_host: bool
 
 
 def _copied(x: Tensor) -> Tensor:
@@ -132,12 +144,14 @@ def _run(
     copies = [_copied(v) if isinstance(v, Tensor) else v for v in inputs]
     args, kwargs = call.arguments(copies)
     with same_random_numbers(), _reparametrize_module(module, parameters | buffers):
+        before = HostRandom.now()
         outputs = pytree.tree_leaves(forward(*args, **kwargs))
+        draws = HostRandom.now() != before
     values = [*outputs, *copies, *buffers.values()]
     wanted = [v for v in (*inputs, *parameters.values()) if _requires_grad(v)]
     outputs = [o for o in outputs if _requires_grad(o)]
     if not outputs or not wanted:
-        return _Results(values, [])
+        return _Results(values, [], draws)
     weights = [
         torch.randn(
             o.shape,
@@ -148,7 +162,7 @@ def _run(
         for i, o in enumerate(outputs)
     ]
     gradients = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
-    return _Results(values, list(gradients))
+    return _Results(values, list(gradients), draws)
 
 
 def _requires_grad(value: Any) -> bool:
