@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -214,7 +215,8 @@ class RewrittenForward:
     def _keep(self, bound: Bound, call: Call) -> Bound:
         for name, reads in parameters_read(bound.plan.gm, bound.plan.slots).items():
             if isinstance(read := merged(reads), str):
-                require_whole([self.module.get_parameter(name)], f"in {self.fqn} {read}")
+                # What functional_call puts there is no `nn.Parameter`.
+                require_whole([attrgetter(name)(self.module)], f"in {self.fqn} {read}")
         self.device = call.device
         earlier = next((b for b in self.bounds if b.plan is bound.plan), None)
         if earlier is not None and earlier.watch.unchanged():

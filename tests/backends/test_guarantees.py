@@ -413,9 +413,14 @@ def test_float64(door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs)
             torch.testing.assert_close(found[name], t, rtol=1e-5, atol=1e-5)
 
 
-def test_functional_call(door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs) -> None:
+@pytest.mark.parametrize("when", ["first", "after a call"])
+def test_functional_call(
+    door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs, when: str
+) -> None:
     """Parameters that are no `nn.Parameter`, and autograd through what made them."""
     door(model)
+    if when == "after a call":
+        model(**inputs)
     scale = [torch.ones((), requires_grad=True) for _ in range(2)]
     for m, s in zip((model, eager), scale, strict=True):
         parameters = {n: p.detach() * s for n, p in m.named_parameters()}
