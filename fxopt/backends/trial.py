@@ -143,7 +143,10 @@ def _run(
     # Copies, as leaves that require a gradient cannot be written.
     copies = [_copied(v) if isinstance(v, Tensor) else v for v in inputs]
     args, kwargs = call.arguments(copies)
-    with same_random_numbers(), _reparametrize_module(module, parameters | buffers):
+    with (
+        same_random_numbers(),
+        _reparametrize_module(module, parameters | buffers, tie_weights=True),
+    ):
         before = HostRandom.now()
         outputs = pytree.tree_leaves(forward(*args, **kwargs))
         draws = HostRandom.now() != before
