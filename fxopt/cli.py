@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fxopt.errors import FxoptError
+from fxopt.report import Report
 
 BAR_WIDTH = 24
 
@@ -79,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--batch", type=positive, default=1, help="samples, for presets")
     explain.add_argument("--height", type=positive, help="pixels, for presets")
     explain.add_argument("--width", type=positive, help="pixels, for presets")
-    explain.add_argument("--html", metavar="PAGE", help="also write a self-contained page")
-    explain.add_argument("--json", metavar="FILE", help="also write JSON; - prints only that")
+    writing = explain.add_argument
+    writing("--html", metavar="PAGE", type=writable, help="also write a self-contained page")
+    writing("--json", metavar="FILE", type=writable, help="also write JSON; - prints only that")
     return parser
 
 
@@ -90,6 +93,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
+
+
+def writable(path: str) -> str:
+    """An argument that names a file to write, looked at before the minutes that fill it."""
+    file = Path(path)
+    there = file if file.exists() else file.parent
+    if path != "-" and (file.is_dir() or not os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"cannot write {path}: give a file in a writable folder")
+    return path
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -109,15 +121,26 @@ def _explain(options: argparse.Namespace) -> int:
             width=options.width,
             progress=Progress(),
         )
+    try:
+        _write(report, options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"fxopt: cannot write the report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(report: Report, options: argparse.Namespace) -> None:
     if options.html:
         Path(options.html).write_text(report.html(), encoding="utf-8")
     if options.json == "-":
         print(report.to_json())
-        return 0
+        return
     if options.json:
         Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
     print(report.text())
-    return 0
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ sizes (`traffic`) and put on the target's roofline (`cost`).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from fxopt.kernels import counters, delayed
 from fxopt.recipes import Recipe
 from fxopt.report import Applied, Declined, Report
 from fxopt.schedule import at_step
+from fxopt.user_files import load
 
 # Below this many rows a product is a modulation or an embedding, which stays in BF16.
 MIN_FP8_TOKENS = 16
@@ -222,11 +221,9 @@ def load_example(spec: str) -> tuple[nn.Module, Inputs]:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise errors.NotAnExample(spec, f"there is no file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
+    module = load(path)
+    if module is None:
+        raise errors.NotAnExample(spec, f"{path!r} is not a Python file")
     function = getattr(module, name, None)
     if not callable(function):
         public = [n for n, value in vars(module).items() if callable(value)]

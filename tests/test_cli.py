@@ -77,6 +77,44 @@ def test_explain_takes_a_users_own_model(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["target"] == "h100"
 
 
+MINE = """
+import torch
+from beside import SIZE
+def example():
+    return torch.nn.Linear(SIZE, SIZE), (torch.empty(8, SIZE),)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "beside.py").write_text("SIZE = 64")
+    (tmp_path / "mine.py").write_text(MINE)
+    return f"{tmp_path / 'mine.py'}:example"
+
+
+def test_a_reader_that_closes_the_pipe_is_no_mistake(mine):
+    """Nor does it matter what folder the command is run in: the file finds what lies beside it."""
+    command = f"{sys.executable} -m fxopt explain {mine} --json - | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
+
+
+def test_an_output_that_cannot_be_written_is_said_first(capsys, tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "page.html"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["explain", "flux-dev", "--html", str(path)])
+        assert caught.value.code == 2
+        assert f"cannot write {path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_on_standard_error(mine, capsys):
+    assert cli.main(["explain", mine, "--json", "/dev/full"]) == 2
+    assert "cannot write the report: [Errno 28]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -45,6 +45,10 @@ class Call:
     def device(self) -> torch.device | None:
         return next((v.device for v in self.leaves if isinstance(v, Tensor)), None)
 
+    def is_empty(self) -> bool:
+        """Whether the first tensor, of tokens, has none; others may be absent in this way."""
+        return bool(self.shapes) and 0 in self.shapes[0]
+
     def kind(self) -> Hashable:
         """All but sizes and numbers."""
         kinds = [

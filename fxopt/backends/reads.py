@@ -210,12 +210,19 @@ class Watch:
         self.attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
+        # Names of one tensor, of which a graph reads one.
+        self.ties: list[tuple[dict[str, Any], str, dict[str, Any], str]] = []
+        first: dict[int, tuple[dict[str, Any], str]] = {}
         for path, name in reads.values:
             self._watch(submodules[path], name)
         for submodule in submodules.values():
             self.contents.append((submodule._modules, dict(submodule._modules)))
             for held in (submodule._parameters, submodule._buffers):
                 self.tensors += [(held, name, *_kind(t)) for name, t in held.items()]
+                for name, t in held.items():
+                    other, alias = first.setdefault(id(t), (held, name))
+                    if t is not None and (other is not held or alias != name):
+                        self.ties.append((other, alias, held, name))
         self.hooks = hooks(module)
 
     def _watch(self, submodule: nn.Module, name: str) -> None:
@@ -241,7 +248,7 @@ class Watch:
             t = held.get(name)
             if type(t) is not cls or (t is not None and (t.dtype is not dtype or t.shape != shape)):
                 return False
-        return True
+        return all(held.get(n) is other.get(m) for held, n, other, m in self.ties)
 
     def hooked(self) -> bool:
         """Whether a submodule has hooks, which a graph would not call."""

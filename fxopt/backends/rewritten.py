@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ from fxopt.report import Applied, Attention, Declined
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
 HOOKED = "a submodule has hooks, which a graph would not call"
+EMPTY = "a call without elements runs its own forward"
+NOT_CALLED = (
+    "not called yet, or by torch.compile and torch.func alone, which see its own forward: a block "
+    'is captured at its first call in eager execution; for a compiler there is backend="fxopt"'
+)
 
 
 @dataclass(eq=False)
@@ -153,8 +159,9 @@ class RewrittenForward:
         watch = self.refused.get(call.kind())
         if watch is not None and watch.unchanged():
             return True, None
-        if any(hooks(self.module)) or has_global_hooks():
-            self.reasons[HOOKED] = None
+        is_hooked = any(hooks(self.module)) or has_global_hooks()
+        if is_hooked or call.is_empty():  # neither is worth a graph, nor one that serves others
+            self.reasons[HOOKED if is_hooked else EMPTY] = None
             return True, None
         return False, None
 
@@ -214,7 +221,8 @@ class RewrittenForward:
     def _keep(self, bound: Bound, call: Call) -> Bound:
         for name, reads in parameters_read(bound.plan.gm, bound.plan.slots).items():
             if isinstance(read := merged(reads), str):
-                require_whole([self.module.get_parameter(name)], f"in {self.fqn} {read}")
+                # What functional_call puts there is no `nn.Parameter`.
+                require_whole([attrgetter(name)(self.module)], f"in {self.fqn} {read}")
         self.device = call.device
         earlier = next((b for b in self.bounds if b.plan is bound.plan), None)
         if earlier is not None and earlier.watch.unchanged():
@@ -257,8 +265,9 @@ class RewrittenForward:
         for bound in self.bounds[:1]:
             for d in bound.plan.outcome.declined:
                 yield replace(d, fqn=self.fqn, block_class=kind)
-        if self.reasons:
-            yield Declined("capture", self.fqn, "", "", tuple(self.reasons), block_class=kind)
+        reasons = tuple(self.reasons) if self.reasons or self.bounds else (NOT_CALLED,)
+        if reasons:
+            yield Declined("capture", self.fqn, "", "", reasons, block_class=kind)
 
 
 def _is_transformed() -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from fxopt.diagnose.errors import NotAStep
 from fxopt.errors import nearest
+from fxopt.user_files import load
 
 Make = Callable[[], "Subject"]
 
@@ -110,16 +109,13 @@ def function_at(spec: str) -> Callable[..., Any]:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise NotAStep(spec, f"there is no file {path!r}")
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if found is None or found.loader is None:
-        raise NotAStep(spec, f"{path!r} is not a Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
     try:
-        found.loader.exec_module(module)
+        module = load(path)
     # Running a file of the user's may raise anything.
     except Exception as error:
         raise NotAStep(spec, f"running {path} raised {type(error).__name__}: {error}") from error
+    if module is None:
+        raise NotAStep(spec, f"{path!r} is not a Python file")
     function = getattr(module, name, None)
     if not callable(function):
         close = nearest(name, [n for n, value in vars(module).items() if callable(value)])

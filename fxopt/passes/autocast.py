@@ -149,31 +149,43 @@ def _cast_arguments(graph: fx.Graph, node: fx.Node, state: Autocast, fake_mode: 
     result, casts = _run(node, state, fake_mode, enabled=True)
     if result.dtype != ir.dtype(node):  # otherwise it keeps the value that its views share
         node.meta["val"] = result
-    # An op may widen its arguments itself; only autocast narrows them.
-    widened = any(dtype == torch.float32 for dtype in casts.values())
-    own = _run(node, state, fake_mode, enabled=False)[1] if widened else {}
-    for source in node.all_input_nodes:
-        key = id(source.meta.get("val"))
-        dtype = casts.get(key) if casts.get(key) != own.get(key) else None
-        if dtype is not None and dtype != ir.dtype(source):
-            _insert_cast(graph, node, source, dtype, fake_mode)
-    if _own_dtype(node, state, fake_mode) == result.dtype:
+    # Only autocast narrows. What an op widens itself shows once its arguments go together.
+    _insert_casts(graph, node, {k: d for k, d in casts.items() if d != torch.float32}, fake_mode)
+    if torch.float32 in casts.values():
+        casts, own = _run(node, state, fake_mode, enabled=True)[1], _own(node, state, fake_mode)[1]
+        foreign = {key: dtype for key, dtype in casts.items() if own.get(key) != dtype}
+        _insert_casts(graph, node, foreign, fake_mode)
+    if _own(node, state, fake_mode)[0] == result.dtype:
         return
     # The casts were made inside a composite op, on views of its arguments.
     for source in node.all_input_nodes:
         if ir.is_floating(source) and ir.dtype(source) != result.dtype:
             _insert_cast(graph, node, source, result.dtype, fake_mode)
-    if _own_dtype(node, state, fake_mode) != result.dtype:
+    if _own(node, state, fake_mode)[0] != result.dtype:
         raise NotWrittenOut(f"the casts that autocast makes in {node.target} cannot be written out")
 
 
-def _own_dtype(node: fx.Node, state: Autocast, fake_mode: Any) -> torch.dtype | None:
-    """The dtype of the node's result without autocast; None for dtypes that do not go together."""
+def _own(
+    node: fx.Node, state: Autocast, fake_mode: Any
+) -> tuple[torch.dtype | None, dict[int, torch.dtype]]:
+    """The dtype of the node's result and the casts of its arguments without autocast; None and no
+    casts for dtypes that do not go together.
+    """
     try:
-        result: torch.Tensor = _run(node, state, fake_mode, enabled=False)[0]
+        result, casts = _run(node, state, fake_mode, enabled=False)
     except RuntimeError:
-        return None
-    return result.dtype
+        return None, {}
+    return result.dtype, casts
+
+
+def _insert_casts(
+    graph: fx.Graph, node: fx.Node, casts: dict[int, torch.dtype], fake_mode: Any
+) -> None:
+    """Cast those arguments of `node` whose values `casts` has, by identity."""
+    for source in node.all_input_nodes:
+        dtype = casts.get(id(source.meta.get("val")))
+        if dtype is not None and dtype != ir.dtype(source):
+            _insert_cast(graph, node, source, dtype, fake_mode)
 
 
 def _insert_cast(

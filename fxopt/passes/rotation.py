@@ -84,6 +84,8 @@ def find_rotation(
         (out,) = run(n, *values.values())
     except Exception as error:
         return Reason(f"the rotation does not run on a probe: {error}", end)
+    if not out.numel():
+        return Reason("a size is 0 in this call", end)
     num_tokens = out.numel() // (n.shape[0] * num_heads * head_dim)
     layout = (n.shape[0], num_tokens, num_heads, head_dim)
     n_BSHd, out_BSHd = (_to_BSHd(x, layout) for x in (n, out))

@@ -149,18 +149,23 @@ def test_a_class_that_is_patched() -> None:
     assert_like_eager(model, eager)
 
 
-def test_untied_weights() -> None:
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_untied_weights(is_trained: bool) -> None:
     def tied(layer_idx: int) -> nn.Module:
         block = Block(layer_idx)
         tie(block)
         return block
 
     model, eager = fxopt.optimize(stack(tied)), stack(tied)
-    assert_like_eager(model, eager)
+    for m in (model, eager):
+        m.requires_grad_(is_trained)
+    inputs = {"x": tokens().requires_grad_()}
+    assert_like_eager(model, eager, inputs)
+    assert not reasons(model)
     for m in (model, eager):
         attn = m.blocks[0].attn
         attn.to_q.weight = nn.Parameter(2 * attn.to_k.weight.detach())
-    assert_like_eager(model, eager)
+    assert_like_eager(model, eager, inputs)
 
 
 def test_to_dtype() -> None:

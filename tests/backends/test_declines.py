@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,21 @@ class ReadsValues(Block):
         return super().forward(x_BSC) * (2 if x_BSC.sum() > 0 else 1)
 
 
+class DropsLayer(Block):
+    """Stochastic depth: a graph would drop the layer always or never."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        return x_BSC if self.draw() < 1e-3 else super().forward(x_BSC)
+
+    def draw(self) -> float:
+        return random.random()
+
+
+class DropsLayerByNumPy(DropsLayer):
+    def draw(self) -> float:
+        return float(np.random.rand())
+
+
 class Counts(Block):
     num_calls = 0
 
@@ -88,6 +105,8 @@ REASONS = {
     HooksTensor: "registers a hook",
     AsksRequiresGrad: "requires a gradient",
     ReadsValues: "data-dependent",
+    DropsLayer: "draws random numbers from Python or NumPy",
+    DropsLayerByNumPy: "draws random numbers from Python or NumPy",
     Counts: "sets the attribute 'num_calls'",
     KeepsOutput: "sets the attribute 'output'",
     Caches: "changes its own attributes",
@@ -121,6 +140,17 @@ def test_counters_count_once_per_call() -> None:
     for _ in range(3):
         model(tokens())
     assert [len(b.log) for b in model.blocks] == [3, 3]
+
+
+@pytest.mark.parametrize("make", [DropsLayer, DropsLayerByNumPy])
+def test_random_numbers_of_the_host_are_those_of_eager(make: type[Block]) -> None:
+    drawn = []
+    for model in (stack(make, 1), fxopt.optimize(stack(make, 1))):
+        random.seed(0)
+        np.random.seed(0)
+        model(tokens())
+        drawn.append((random.random(), np.random.rand()))
+    assert drawn[0] == drawn[1]
 
 
 def test_buffers_are_updated_once_per_call() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from fxopt.errors import StillRewritten
 from tests.backends.toys import (
     Block,
     assert_like_eager,
+    reasons,
     stack,
     tokens,
 )
@@ -201,6 +203,27 @@ def test_autocast_after_a_call_without(
     assert_like_eager(model, eager, inputs)
     assert_like_eager(model, eager, inputs, autocast)
     assert_like_eager(model, eager, inputs)
+
+
+def test_autocast_in_front_of_an_attention_that_widens() -> None:
+    """With dropout a CPU attends in fp32, which is not a cast of autocast's."""
+
+    class Drops(Block):
+        def forward(self, x_BSC: Tensor) -> Tensor:
+            q, k, v = (f(x_BSC).unflatten(-1, (2, 16)).transpose(1, 2) for f in self.projections())
+            k = self.attn.norm_k(k.float())
+            return (
+                F.scaled_dot_product_attention(q, k, v, dropout_p=1e-9).transpose(1, 2).flatten(2)
+            )
+
+        def projections(self) -> list[nn.Module]:
+            return [self.attn.to_q, self.attn.to_k, self.attn.to_v]
+
+    model, eager = fxopt.optimize(stack(Drops)), stack(Drops)
+    with autocast():
+        # 2 roundings of bf16, relative to the largest values.
+        torch.testing.assert_close(model(tokens()), eager(tokens()), rtol=2**-7, atol=2**-7)
+    assert not reasons(model)
 
 
 def test_autocast_keeps_gradients_of_a_block_that_falls_back() -> None:
@@ -413,9 +436,14 @@ def test_float64(door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs)
             torch.testing.assert_close(found[name], t, rtol=1e-5, atol=1e-5)
 
 
-def test_functional_call(door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs) -> None:
+@pytest.mark.parametrize("when", ["first", "after a call"])
+def test_functional_call(
+    door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs, when: str
+) -> None:
     """Parameters that are no `nn.Parameter`, and autograd through what made them."""
     door(model)
+    if when == "after a call":
+        model(**inputs)
     scale = [torch.ones((), requires_grad=True) for _ in range(2)]
     for m, s in zip((model, eager), scale, strict=True):
         parameters = {n: p.detach() * s for n, p in m.named_parameters()}

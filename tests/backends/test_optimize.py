@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt import errors
-from tests.backends.toys import Block, Stack, assert_like_eager, captures, stack, tokens
+from tests.backends.toys import Block, Stack, assert_like_eager, captures, reasons, stack, tokens
 from tests.families import FAMILIES
 
 
@@ -29,6 +29,15 @@ def test_the_same_object_comes_back() -> None:
     assert type(model) is Stack
     assert not captures(model)
     assert fxopt.report(model).counts() == {}
+
+
+def test_a_block_that_was_not_called_says_so() -> None:
+    model = fxopt.optimize(stack())
+    assert "not called yet" in reasons(model)[0]
+    torch.compile(model, backend="eager")(tokens())
+    assert 'backend="fxopt"' in reasons(model)[0]
+    model(tokens())
+    assert not reasons(model)
 
 
 def test_example_inputs_capture_at_once() -> None:

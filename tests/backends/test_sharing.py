@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.backends import capture, rewritten
+from fxopt.backends.rewritten import EMPTY
 from tests.backends.toys import (
     CHANNELS,
     Block,
@@ -90,6 +91,18 @@ def test_single_token() -> None:
     for num_tokens in (6, 1, 7):
         assert_like_eager(model, eager, {"x": tokens(2, num_tokens)})
     assert not reasons(model)
+
+
+def test_a_call_without_elements_is_not_captured() -> None:
+    model, eager = fxopt.optimize(stack()), stack()
+    for batch, num_tokens in [(0, 6), (2, 6), (2, 0)]:
+        x, y = (tokens(batch, num_tokens).requires_grad_() for _ in range(2))
+        model(x).sum().backward()
+        eager(y).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)  # fp32 rounding
+    assert reasons(model) == [EMPTY]
+    assert captures(model) == 1
+    assert fxopt.report(model).count("qk_norm_rope")
 
 
 class OneIsSpecial(Block):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,6 +54,39 @@ FAULTS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "input written": lambda m, x: m(x.add_(1) - 1),
     "fails": lambda m, x: m(x[..., :3]),
 }
+
+
+class CrossAttention(nn.Module):
+    """Its scores are large, and the gradient of the keys' bias is rounding alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(CHANNELS, CHANNELS) for _ in range(3))
+        with torch.no_grad():
+            self.q.weight.mul_(8)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.heads(x, context)
+        return (q @ k.mT / 4).softmax(-1) @ v
+
+    def fused(self, x: Tensor, context: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.heads(x, context))
+
+    def heads(self, x: Tensor, context: Tensor) -> list[Tensor]:
+        of = (self.q, x), (self.k, context), (self.v, context)
+        return [f(t).unflatten(-1, (2, 16)).transpose(1, 2) for f, t in of]
+
+
+def test_a_gradient_that_is_rounding_may_be_another() -> None:
+    torch.manual_seed(0)
+    module = CrossAttention().bfloat16()
+    inputs = tokens(4, 64, torch.bfloat16), tokens(4, 8, torch.bfloat16)
+    assert verdict(module, module.fused, *inputs) is None
+
+    def with_another_gradient(x: Tensor, context: Tensor) -> Tensor:
+        return module.fused(x, context) - 0.1 * (module.q.weight - module.q.weight.detach()).sum()
+
+    assert verdict(module, with_another_gradient, *inputs)
 
 
 @pytest.mark.parametrize("name", FAULTS)
