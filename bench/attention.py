@@ -23,7 +23,8 @@ from fxopt.diagnose.subjects import Subject
 from fxopt.diagnose.suites import forward_backward
 from fxopt.diagnose.verdict import MARGIN, Label, label
 from fxopt.kernels.attention import Row, attention, choose, device_name
-from fxopt.kernels.attention_backends import BACKENDS, Call
+from fxopt.kernels.attention_backends import BACKENDS
+from fxopt.kernels.attention_call import Call
 from fxopt.recipe_errors import AttentionRefused
 
 PLAN = Plan(

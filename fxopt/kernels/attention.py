@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import fp8_attention
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
+from fxopt.kernels.attention_backends import BACKENDS, refusals, replaced, told
+from fxopt.kernels.attention_call import Arguments, Call
 from fxopt.kernels.in_place import InPlace
 from fxopt.kernels.registration import register_composite
 from fxopt.recipe_errors import AttentionRefused, UnknownAttention
@@ -153,13 +154,12 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
 
 
 def _attention(*arguments: Any) -> Tensor:
-    *given, asked = arguments
+    *each, asked = arguments
+    given = Arguments(*each)
     if asked in FP8_ATTENTION:
-        return fp8_attention.attend(asked, *given)
-    *given, scale, enable_gqa = given
-    options = {"scale": scale, "enable_gqa": enable_gqa}
-    described = partial(Call.of, *given, **options)
-    run = partial(F.scaled_dot_product_attention, *given, **options)
+        return fp8_attention.attend(asked, given)
+    described = partial(Call.of, *given)
+    run = partial(F.scaled_dot_product_attention, **given._asdict())
     return attend(choose(asked, described), described, run)
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxopt.kernels.attention_backends import Backend, Call, as_autocast, refusals
+from fxopt.kernels.attention_backends import Backend, refusals
+from fxopt.kernels.attention_call import Call, as_autocast
 from fxopt.recipe_errors import AttentionRefused
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.attention import Choice, attention, choose, named, steers
-from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_call import Call
 from fxopt.passes import ir
 from fxopt.passes.kernel_scopes import asked_by_model
 from fxopt.recipe_errors import AttentionRefused

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.contest import RESULTS
 from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose, steers
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
+from fxopt.kernels.attention_backends import BACKENDS, refusals
+from fxopt.kernels.attention_call import Call
 from fxopt.recipe_errors import AttentionRefused, UnknownAttention
 from fxopt.recipe_problems import CHOICES
 from tests.numerics import assert_as_accurate

@@ -17,7 +17,8 @@ from torch.nn import attention as of_torch
 from fxopt.kernels import quantize_heads as quantizing
 from fxopt.kernels import scaled_attention as scaled
 from fxopt.kernels.attention import TABLE, Choice, attention, choose, named, steers
-from fxopt.kernels.attention_backends import BACKENDS, Call
+from fxopt.kernels.attention_backends import BACKENDS
+from fxopt.kernels.attention_call import Call
 from fxopt.kernels.fp8_attention import NAME, NATIVE, refusals
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.quantize_heads import quantize_heads

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels import varlen
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
+from fxopt.kernels.attention_backends import BACKENDS, refusals
+from fxopt.kernels.attention_call import Call
 from fxopt.kernels.varlen import Pack, pack_mask
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.traffic import kind
