@@ -28,6 +28,24 @@ class Arguments(NamedTuple):
     enable_gqa: bool = False
 
 
+class Window(NamedTuple):
+    """The keys that each query sees, of as many: those from i - left to i + right of query i.
+
+    Args:
+        left, right: -1 for all on that side, as in flash-attention.
+    """
+
+    left: int
+    right: int
+
+    def __str__(self) -> str:
+        left, right = ("all" if n < 0 else n for n in self)
+        return f"{left} before and {right} after"
+
+
+ALL, CAUSAL = Window(-1, -1), Window(-1, 0)
+
+
 class Call(NamedTuple):
     """What PyTorch looks at when it chooses. The defaults are a call that every kernel takes.
 
