@@ -70,7 +70,7 @@ class Attention:
         if self.has_mask:
             mask = torch.ones(self.batch, 1, 1, self.num_tokens, dtype=torch.bool, device=device)
             mask[..., -(self.num_tokens // 8) :] = False
-        options = (mask, 0.0, self.is_causal, None, bool(self.num_kv_heads), asked)
+        options = (mask, 0.0, self.is_causal, None, bool(self.num_kv_heads), None, asked)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out: Tensor = attention(q, k, v, *options)

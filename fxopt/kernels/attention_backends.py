@@ -16,7 +16,7 @@ from torch.nn import attention as sdpa
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxopt.kernels import varlen
+from fxopt.kernels import flex, varlen
 from fxopt.kernels.attention_call import Call
 
 
@@ -25,18 +25,19 @@ class Backend(NamedTuple):
 
     Args:
         name: as in a recipe.
-        kernel: what PyTorch is told to take.
+        kernel: what PyTorch is told to take; None for what its switches are not about.
         is_enabled: whether the user has left it switched on.
         implementation: what must be active in place of PyTorch's own flash attention; None for
             PyTorch's own.
             Source: https://docs.pytorch.org/docs/stable/nn.attention.html
-        in_place: what runs in the place of scaled_dot_product_attention, with its arguments, on
-            this kernel or whatever is active in its place; None for that function itself.
+        in_place: what runs in the place of scaled_dot_product_attention, with its arguments and
+            `window`, on this kernel or whatever is active in its place; None for that function
+            itself, which knows no window and reads the mask.
         refuses: its own reasons against a call; the kernel is asked about it without its mask.
     """
 
     name: str
-    kernel: SDPBackend
+    kernel: SDPBackend | None
     is_enabled: Callable[[], bool]
     implementation: str | None = None
     in_place: Callable[..., Tensor] | None = None
@@ -59,6 +60,7 @@ BACKENDS = {
             in_place=varlen.attention,
             refuses=varlen.refusals,
         ),
+        Backend("flex", None, lambda: True, in_place=flex.attention, refuses=flex.refusals),
     )
 }
 
@@ -76,8 +78,11 @@ ASPECTS = (
 
 def refusals(backend: Backend, call: Call) -> tuple[str, ...]:
     """All reasons why `backend` cannot run `call`; none if it can. PyTorch is asked for them."""
-    of_kernel = call if backend.in_place is None else call._replace(mask=None, is_padding=False)
-    return (*replaced(backend), *backend.refuses(call), *_asked(backend.kernel, of_kernel))
+    own = (*replaced(backend), *backend.refuses(call))
+    if backend.kernel is None:
+        return own
+    of_kernel = call if backend.in_place is None else call.without_mask
+    return (*own, *_asked(backend.kernel, of_kernel))
 
 
 def replaced(backend: Backend) -> tuple[str, ...]:
@@ -142,7 +147,8 @@ _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def told(kernel: SDPBackend) -> Iterator[None]:
+def told(kernel: SDPBackend | None) -> Iterator[None]:
     """Allow PyTorch one kernel. Its switches are those of the process: one thread at a time."""
+    assert kernel is not None, "a backend without a kernel has a function of its own"
     with _SWITCHES, sdpa.sdpa_kernel(kernel):
         yield

@@ -60,6 +60,7 @@ class Call(NamedTuple):
         is_dense: whether the channels of a head lie side by side.
         is_deterministic: whether PyTorch is to use deterministic algorithms alone.
         is_padding: whether the mask is boolean and by its shape shared by all heads and queries.
+        window: what the mask is known to say, and all that it says; None if it is not known.
     """
 
     device: torch.device
@@ -76,9 +77,10 @@ class Call(NamedTuple):
     is_dense: bool = True
     is_deterministic: bool = False
     is_padding: bool = False
+    window: Window | None = None
 
     @staticmethod
-    def of(*args: Any, **kwargs: Any) -> Call:
+    def of(*args: Any, window: Window | None = None, **kwargs: Any) -> Call:
         """By the arguments of scaled_dot_product_attention."""
         q, k, v, mask, dropout_p, is_causal, _, enable_gqa = Arguments(*args, **kwargs)
         (*batch, heads, queries, head_dim), (*_, kv_heads, keys, _) = _sizes(q), _sizes(k)
@@ -98,14 +100,21 @@ class Call(NamedTuple):
             all(_hint(t.stride(-1)) == 1 for t in (q, k, v)),
             torch.are_deterministic_algorithms_enabled(),
             mask is not None and _is_padding(mask),
+            window,
         )
 
     @property
     def mask_kind(self) -> str:
-        """ "none", "padding", "boolean" of another kind, or "additive"."""
+        """ "none", "padding", "window", "boolean" of another kind, or "additive"."""
+        if self.window is not None:
+            return "window"
         if self.mask is None or self.is_padding:
             return "padding" if self.is_padding else "none"
         return "boolean" if self.mask[1] == torch.bool else "additive"
+
+    @property
+    def without_mask(self) -> Call:
+        return self._replace(mask=None, is_padding=False, window=None)
 
     @property
     def kind(self) -> Call:
@@ -136,6 +145,7 @@ class Call(NamedTuple):
         mask = "no mask" if self.mask is None else f"{self.mask_kind} mask {list(self.mask[0])}"
         notes = {
             mask: True,
+            f"{self.window}": self.window is not None,
             "causal": self.is_causal,
             "grouped queries": self.is_grouped,
             f"dropout {self.dropout_p:g}": self.dropout_p > 0,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.kernels.attention_call import Arguments, Call
+from fxopt.kernels.attention_call import ALL, CAUSAL, Arguments, Call, Window
 
 
 class Packing(NamedTuple):
@@ -96,7 +96,7 @@ def refusals(call: Call) -> Iterator[str]:
         yield f"PyTorch has no torch.nn.attention.varlen on {call.device.type}"
 
 
-def attention(*args: Any, **kwargs: Any) -> Tensor:
+def attention(*args: Any, window: Window | None = None, **kwargs: Any) -> Tensor:
     """scaled_dot_product_attention without the keys that a mask leaves out: [B, H, S, d].
 
     A sample without keys gets zeros, as PyTorch gives it. Numerics are those of flash attention.
@@ -108,6 +108,7 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
         dropout_p: 0.
         is_causal: with as many keys as queries and no mask.
         scale, enable_gqa: as there.
+        window: of as many keys as queries, what the mask is known to say; it is not read then.
 
     Source: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
     """
@@ -115,7 +116,7 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
     (B, _, S, _), (_, K, T, _) = a.query.shape, a.key.shape
     starts = torch.arange(B + 1, dtype=torch.int32, device=a.query.device)
     kv = a.key.expand(B, -1, -1, -1), a.value.expand(B, K, T, -1)
-    if a.attn_mask is None:
+    if a.attn_mask is None or window is not None:
         k_NKd, v_NKd = (x_BKTd.transpose(1, 2).flatten(0, 1) for x_BKTd in kv)
         offsets = starts * T
     else:
@@ -124,7 +125,7 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
     out = _kernel(a.enable_gqa)(
         *(a.query.transpose(1, 2).flatten(0, 1), k_NKd, v_NKd, starts * S, offsets, S, T),
         scale=a.scale,
-        window_size=(-1, 0) if a.is_causal else (-1, -1),
+        window_size=window or (CAUSAL if a.is_causal else ALL),
     )
     return out.unflatten(0, (B, S)).transpose(1, 2)
 

@@ -73,7 +73,7 @@ def in_fp8(model: nn.Module, inputs: dict[str, Any]) -> Tensors:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         given = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False} | options
-        return attention(query, key, value, attn_mask, *given.values(), "fp8")
+        return attention(query, key, value, attn_mask, *given.values(), None, "fp8")
 
     own = model.forward
 
@@ -237,7 +237,7 @@ def test_swapped_under_autocast() -> None:
         with attending(Attending("fp8")), torch.autocast("cpu", torch.bfloat16):
             out = attend(partial(F.scaled_dot_product_attention, *given), q)
         low = (t.bfloat16() for t in given)
-        assert torch.equal(out, attention(*low, None, 0.0, False, None, False, "fp8"))
+        assert torch.equal(out, attention(*low, None, 0.0, False, None, False, None, "fp8"))
 
 
 @pytest.mark.parametrize("door", [optimized, swapped])

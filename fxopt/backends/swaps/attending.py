@@ -99,5 +99,5 @@ class _Steering(TorchFunctionMode):
         self.active.choices.setdefault((choice.backend, call.kind), choice)
         if choice.backend == fp8_attention.NAME:
             query, key, value, *others = Arguments(*args, **(kwargs or {}))
-            return attention(*as_autocast(query, key, value), *others, self.active.asked)
+            return attention(*as_autocast(query, key, value), *others, None, self.active.asked)
         return attend_by(choice, lambda: call, run)
