@@ -140,13 +140,16 @@ def test_llama_shares_keys_and_scales(door: Door) -> None:
     assert forwards(partial(loss, model, inputs)) == 2
 
 
-def test_a_mask_is_refused_and_not_dropped() -> None:
+def test_a_mask_is_refused_unless_it_is_known_to_be_causal() -> None:
     """Where it is traced, transformers makes the mask of a whole sequence a tensor."""
     family = FAMILIES["llama-sdpa"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     compiled(model, RECIPE)
+    loss(model, inputs)
+    assert lines(model) == {EMULATED}
+    is_token = torch.ones_like(inputs["input_ids"])
     with pytest.raises(AttentionRefused, match="it takes no mask, and this is boolean"):
-        loss(model, inputs)
+        loss(model, inputs | {"attention_mask": is_token})
     model = FAMILIES["qwen-image"].build()
     optimized(model, RECIPE)
     with pytest.raises(AttentionRefused, match="it takes no mask, and this is padding"):
