@@ -20,7 +20,7 @@ CHOICES = {
     "all_gather": ("model", "fp8"),
     "attention": (
         *("auto", "pytorch"),
-        *("cudnn", "flash", "flash3", "flash4", "efficient", "math", "varlen"),
+        *("cudnn", "flash", "flash3", "flash4", "efficient", "math", "varlen", "flex"),
         "fp8",
     ),
     "saved": ("model", "fp8"),

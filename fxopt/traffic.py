@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fxopt.cost import Product, Work
 from fxopt.fakes import faked
+from fxopt.kernels.attention_call import Arguments
 from fxopt.kernels.registration import LAUNCHES, REREADS
 
 # fxopt's own products, by kind.
@@ -242,17 +243,9 @@ def _rms_norm(
     return _RMSNorm.apply(counting, input, normalized_shape, weight, eps)
 
 
-def _attention(
-    counting: _Counting,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> Any:
-    return _Attention.apply(counting, query, key, value, attn_mask, is_causal)
+def _attention(counting: _Counting, *args: Any, **kwargs: Any) -> Any:
+    query, key, value, mask, _, is_causal, *_ = Arguments(*args, **kwargs)
+    return _Attention.apply(counting, query, key, value, mask, is_causal)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.kernels import fp8_attention
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals, replaced, told
+from fxopt.kernels.attention_backends import BACKENDS, refusals, replaced, told
+from fxopt.kernels.attention_call import Arguments, Call, Window
 from fxopt.kernels.in_place import InPlace
 from fxopt.kernels.registration import register_composite
 from fxopt.recipe_errors import AttentionRefused, UnknownAttention
@@ -131,8 +132,16 @@ def choose(asked: str, described: Callable[[], Call], target: str | None = None)
     return Choice(row.backend, measured)
 
 
-def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tensor]) -> Tensor:
+def attend(
+    choice: Choice,
+    described: Callable[[], Call],
+    run: Callable[[], Tensor],
+    window: Window | None = None,
+) -> Tensor:
     """What `run` returns, its one attention on the kernel that was chosen.
+
+    Args:
+        window: what its mask is known to say.
 
     Raises:
         AttentionRefused: the backend cannot run the call.
@@ -143,7 +152,7 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
     reasons = replaced(backend)
     if not reasons:
         try:
-            with told(backend.kernel) if backend.in_place is None else InPlace(backend):
+            with told(backend.kernel) if backend.in_place is None else InPlace(backend, window):
                 return run()
         except RuntimeError:
             reasons = refusals(backend, described())
@@ -153,19 +162,18 @@ def attend(choice: Choice, described: Callable[[], Call], run: Callable[[], Tens
 
 
 def _attention(*arguments: Any) -> Tensor:
-    *given, asked = arguments
+    *each, sides, asked = arguments
+    given, window = Arguments(*each), None if sides is None else Window(*sides)
     if asked in FP8_ATTENTION:
-        return fp8_attention.attend(asked, *given)
-    *given, scale, enable_gqa = given
-    options = {"scale": scale, "enable_gqa": enable_gqa}
-    described = partial(Call.of, *given, **options)
-    run = partial(F.scaled_dot_product_attention, *given, **options)
-    return attend(choose(asked, described), described, run)
+        return fp8_attention.attend(asked, given)
+    described = partial(Call.of, *given, window=window)
+    run = partial(F.scaled_dot_product_attention, **given._asdict())
+    return attend(choose(asked, described), described, run, window)
 
 
-# scaled_dot_product_attention, and what a recipe asks for.
+# scaled_dot_product_attention, what its mask is known to say, and what a recipe asks for.
 attention = register_composite(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
-    "bool is_causal, float? scale, bool enable_gqa, str asked) -> Tensor",
+    "bool is_causal, float? scale, bool enable_gqa, int[]? window, str asked) -> Tensor",
     _attention,
 )

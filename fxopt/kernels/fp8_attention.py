@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_call import Arguments, Call
 from fxopt.kernels.in_force import is_high_precision
 from fxopt.kernels.quantize_heads import quantize_heads
 from fxopt.kernels.scaled_attention import CAPABILITY, NOT_SQUARE, missing, scaled_attention
@@ -98,27 +98,18 @@ def why(call: Call, target: str | None) -> str:
     return f"forward alone, as the recipe says, {by}"
 
 
-def attend(
-    asked: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
+def attend(asked: str, given: Arguments) -> Tensor:
     """scaled_dot_product_attention with its forward in FP8.
 
     Args:
         asked: one of `FP8_ATTENTION`.
-        query: [B, H, S, d]. key, value: [B, h, T, d]. fp32, bf16 or fp16.
+        given: query [B, H, S, d], key and value [B, h, T, d]; fp32, bf16 or fp16.
 
     Raises:
         AttentionRefused: with all reasons.
     """
-    call = Call.of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call = Call.of(*given)
+    query, key, value, _, _, is_causal, scale, enable_gqa = given
     reasons = [*refusals(call)]
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         reasons.append("queries, keys and values have other batches")
@@ -127,7 +118,6 @@ def attend(
     if reasons:
         raise AttentionRefused(NAME, str(call), reasons)
     if is_high_precision():
-        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, **options)
+        return F.scaled_dot_product_attention(**given._asdict())
     out: Tensor = Fp8Attention.apply(query, key, value, is_causal, scale, enable_gqa)
     return out

@@ -88,20 +88,10 @@ def emulated(
         return out.copy_(torch.cat(chunks, -2).flatten(1, 2).bfloat16())
 
 
-def on_units(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    is_causal: bool,
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def on_units(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
     """The same by the kernel that PyTorch has flash-attention 3 registered for."""
+    *scales, is_causal, scale, dtype = settings
     flash = torch.ops.aten._scaled_dot_product_flash_attention.quantized
-    scales = q_scale, k_scale, v_scale
     out: Tensor = flash(q, k, v, *scales, 0.0, is_causal, False, scale=scale)[0]
     return out.to(dtype)
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_call import ALL, CAUSAL, Arguments, Call, Window
 
 
 class Packing(NamedTuple):
@@ -97,16 +96,7 @@ def refusals(call: Call) -> Iterator[str]:
         yield f"PyTorch has no torch.nn.attention.varlen on {call.device.type}"
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def attention(*args: Any, window: Window | None = None, **kwargs: Any) -> Tensor:
     """scaled_dot_product_attention without the keys that a mask leaves out: [B, H, S, d].
 
     A sample without keys gets zeros, as PyTorch gives it. Numerics are those of flash attention.
@@ -118,22 +108,24 @@ def attention(
         dropout_p: 0.
         is_causal: with as many keys as queries and no mask.
         scale, enable_gqa: as there.
+        window: of as many keys as queries, what the mask is known to say; it is not read then.
 
     Source: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
     """
-    (B, _, S, _), (_, K, T, _) = query.shape, key.shape
-    starts = torch.arange(B + 1, dtype=torch.int32, device=query.device)
-    kv = key.expand(B, -1, -1, -1), value.expand(B, K, T, -1)
-    if attn_mask is None:
+    a = Arguments(*args, **kwargs)
+    (B, _, S, _), (_, K, T, _) = a.query.shape, a.key.shape
+    starts = torch.arange(B + 1, dtype=torch.int32, device=a.query.device)
+    kv = a.key.expand(B, -1, -1, -1), a.value.expand(B, K, T, -1)
+    if a.attn_mask is None or window is not None:
         k_NKd, v_NKd = (x_BKTd.transpose(1, 2).flatten(0, 1) for x_BKTd in kv)
         offsets = starts * T
     else:
-        *places, offsets = pack_mask(_per_key(attn_mask, B, T))
+        *places, offsets = pack_mask(_per_key(a.attn_mask, B, T))
         k_NKd, v_NKd = (Pack.apply(x_BKTd, *places) for x_BKTd in kv)
-    out = _kernel(enable_gqa)(
-        *(query.transpose(1, 2).flatten(0, 1), k_NKd, v_NKd, starts * S, offsets, S, T),
-        scale=scale,
-        window_size=(-1, 0) if is_causal else (-1, -1),
+    out = _kernel(a.enable_gqa)(
+        *(a.query.transpose(1, 2).flatten(0, 1), k_NKd, v_NKd, starts * S, offsets, S, T),
+        scale=a.scale,
+        window_size=window or (CAUSAL if a.is_causal else ALL),
     )
     return out.unflatten(0, (B, S)).transpose(1, 2)
 

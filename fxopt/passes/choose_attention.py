@@ -12,9 +12,10 @@ from typing import Any
 from torch import fx
 
 from fxopt.kernels.attention import Choice, attention, choose, named, steers
-from fxopt.kernels.attention_backends import Call
+from fxopt.kernels.attention_call import Call
 from fxopt.passes import ir
 from fxopt.passes.kernel_scopes import asked_by_model
+from fxopt.passes.windows import window
 from fxopt.recipe_errors import AttentionRefused
 
 SAYS_SO = "the model's own code asks for {!r} (sdpa_kernel, or diffusers' set_attention_backend)"
@@ -41,7 +42,9 @@ def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) 
             call: dict[str, Any] = {
                 name: ir.tensor(a) if isinstance(a, fx.Node) else a for name, a in arguments.items()
             }
-            described, own = partial(Call.of, **call), asked_by_model(node)
+            mask = arguments["attn_mask"]
+            seen = window(mask) if isinstance(mask, fx.Node) else None
+            described, own = partial(Call.of, **call, window=seen), asked_by_model(node)
             choices.append(
                 choose(asked, described, target)
                 if own is None
@@ -49,7 +52,7 @@ def choose_attention(gm: fx.GraphModule, asked: str, target: str | None = None) 
             )
             if target is None and steers(own or asked, call["query"].device):
                 in_order = (arguments[a.name] for a in ir.SDPA._schema.arguments)
-                node.target, node.args, node.kwargs = attention, (*in_order, own or asked), {}
+                node.target, node.args, node.kwargs = attention, (*in_order, seen, own or asked), {}
         body.recompile()
     if not choices and named(asked) is not None:
         choices.append(Choice("pytorch", NO_CALL.format(named(asked))))

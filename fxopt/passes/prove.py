@@ -13,7 +13,7 @@ Verdicts are cached by what was run, so that 57 identical blocks are proved once
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,14 @@ class Runnable:
 
 
 class Sizes:
-    """Small concrete values for the symbolic sizes of a graph."""
+    """Concrete values for the symbolic sizes of a graph: small ones, and those that are given.
 
-    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+    Args:
+        nodes: of the graph.
+        given: values of symbols, where the capture allows them.
+    """
+
+    def __init__(self, nodes: Iterable[fx.Node], given: Mapping[Any, int] | None = None) -> None:
         symbols: set[Any] = set()
         fixed: set[int] = set()
         shape_env: Any = None
@@ -85,6 +90,7 @@ class Sizes:
         # As many tokens as heads would leave open which dim is which.
         free = [size for size in SMALL_SIZES if size not in fixed]
         self.values: dict[Any, int] = dict(zip(names, itertools.cycle(free), strict=False))
+        self.values |= given or {}
         # A size that the capture tied to a number (a table as wide as a head), or to another (no
         # more samples than a table has), keeps its own value.
         for guard in shape_env.guards if shape_env is not None else ():

@@ -29,20 +29,34 @@ FIRED = {
     "z-image": {"qk_norm_rope": 12, "norm_modulate": 21, "gated_activation": 6, "rms_norm": 5},
     "qwen3-eager": {
         "attention": 2,
+        "drop_mask": 2,
         "qk_norm_rope": 4,
         "norm_modulate": 4,
         "gated_activation": 2,
         "rms_norm": 1,
     },
-    "qwen3-sdpa": {"qk_norm_rope": 4, "norm_modulate": 4, "gated_activation": 2, "rms_norm": 1},
+    "qwen3-sdpa": {
+        "drop_mask": 2,
+        "qk_norm_rope": 4,
+        "norm_modulate": 4,
+        "gated_activation": 2,
+        "rms_norm": 1,
+    },
     "llama-eager": {
         "attention": 2,
+        "drop_mask": 2,
         "qk_norm_rope": 4,
         "norm_modulate": 4,
         "gated_activation": 2,
         "rms_norm": 1,
     },
-    "llama-sdpa": {"qk_norm_rope": 4, "norm_modulate": 4, "gated_activation": 2, "rms_norm": 1},
+    "llama-sdpa": {
+        "drop_mask": 2,
+        "qk_norm_rope": 4,
+        "norm_modulate": 4,
+        "gated_activation": 2,
+        "rms_norm": 1,
+    },
 }
 pytestmark = pytest.mark.usefixtures("fresh")
 

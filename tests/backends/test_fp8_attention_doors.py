@@ -53,7 +53,7 @@ def in_fp8(model: nn.Module, inputs: dict[str, Any]) -> Tensors:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         given = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False} | options
-        return attention(query, key, value, attn_mask, *given.values(), "fp8")
+        return attention(query, key, value, attn_mask, *given.values(), None, "fp8")
 
     own = model.forward
 
@@ -115,13 +115,16 @@ def test_llama_shares_keys_and_scales(door: Door) -> None:
     assert kernels(partial(loss, model, inputs))["fp8"] == 2
 
 
-def test_a_mask_is_refused_and_not_dropped() -> None:
+def test_a_mask_is_refused_unless_it_is_known_to_be_causal() -> None:
     """Where it is traced, transformers makes the mask of a whole sequence a tensor."""
     family = FAMILIES["llama-sdpa"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     compiled(model, RECIPE)
+    loss(model, inputs)
+    assert lines(model) == {EMULATED}
+    is_token = torch.ones_like(inputs["input_ids"])
     with pytest.raises(AttentionRefused, match="it takes no mask, and this is boolean"):
-        loss(model, inputs)
+        loss(model, inputs | {"attention_mask": is_token})
     model = FAMILIES["qwen-image"].build()
     optimized(model, RECIPE)
     with pytest.raises(AttentionRefused, match="it takes no mask, and this is padding"):
@@ -210,7 +213,7 @@ def test_swapped_under_autocast() -> None:
         with attending(Attending("fp8")), torch.autocast("cpu", torch.bfloat16):
             out = attend(partial(F.scaled_dot_product_attention, *given), q)
         low = (t.bfloat16() for t in given)
-        assert torch.equal(out, attention(*low, None, 0.0, False, None, False, "fp8"))
+        assert torch.equal(out, attention(*low, None, 0.0, False, None, False, None, "fp8"))
 
 
 @pytest.mark.parametrize("door", UNCOMPILED)

@@ -41,7 +41,7 @@ COUNTS = {
     "llama-eager": (2, 2, 4, 2, 2, 2, 0, 6, 0),
     "llama-sdpa": (0, 2, 4, 2, 2, 2, 0, 6, 0),
 }
-# Rules for patterns that none of the families has.
+# Rules for patterns that none of the families has in its blocks.
 ELSEWHERE = {"drop_mask", "join_slices", "linear_cross_entropy", "norm_modulate_segments"}
 
 

@@ -148,7 +148,7 @@ def test_a_device_that_is_not_the_current_one(recipe):
 
 
 def attend(q: Tensor, mask: Tensor | None, asked: str) -> tuple[Tensor, ...]:
-    y = attention(q, q, q, mask, 0.0, False, None, False, asked)
+    y = attention(q, q, q, mask, 0.0, False, None, False, None, asked)
     return y, *torch.autograd.grad(y.float().square().sum(), q)
 
 

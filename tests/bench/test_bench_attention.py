@@ -14,6 +14,7 @@ from fxopt.diagnose.devices import TorchDevice
 from fxopt.diagnose.protocol import Plan
 from fxopt.diagnose.verdict import Regime
 from fxopt.kernels import attention as kernels
+from fxopt.kernels import fp8_attention
 from fxopt.kernels.attention import TABLE, Row
 from tests.kernels.emulated_varlen import on_cpu
 
@@ -49,7 +50,7 @@ def test_every_backend_that_takes_a_call_is_timed(options, capsys) -> None:
     assert rows["math vs PyTorch's choice, speedup"].value > 0
     assert rows["fxopt's choice vs the best"].target == ">= 0.99"
     said = capsys.readouterr().err
-    for backend in ("cudnn", "flash3", "flash4", "efficient", "varlen"):
+    for backend in ("cudnn", "flash3", "flash4", "efficient", "varlen", "flex", "fp8"):
         assert f"toy: attention={backend!r} cannot run q [1, 2, 16, 8]" in said
 
 
@@ -62,6 +63,25 @@ def test_packed_keys_are_a_candidate_under_a_mask() -> None:
     wrong = {row.metric: row.value for row in contest.found}["varlen, wrong tensors"]
     row = best_row((padded,), [found])
     assert wrong == 0 and row == Row("varlen", 1.5, 8, "padding", False, False, 12, 24)
+
+
+def test_a_window_is_a_row_of_its_own() -> None:
+    contest, windowed = Timed({"varlen": 1.5}), replace(SMALL, window=4)
+    with on_cpu() as kernels:
+        found = measure(contest, windowed, torch.float32)
+    assert kernels.windows == {(3, 0)}
+    row = Row("varlen", 1.5, 8, "window", False, False, 12, 24)
+    assert best_row((windowed,), [found]) == row
+
+
+def test_the_forward_in_fp8_is_compared_with_the_best_and_is_no_row(monkeypatch) -> None:
+    """Emulated here, with a larger head."""
+    monkeypatch.setattr(fp8_attention, "missing", lambda device: None)
+    contest, call = Timed({"flash": 1.25, "fp8 forward": 1.4}), replace(SMALL, head_dim=32)
+    assert "fp8" not in measure(contest, call, torch.bfloat16)
+    rows = {row.metric: row.value for row in contest.found}
+    assert rows["fp8 forward, wrong tensors"] == 0
+    assert rows["fp8 forward vs flash, speedup"] == 1.4
 
 
 def test_the_fastest_is_the_row_to_add() -> None:
@@ -111,14 +131,19 @@ def test_the_target_is_what_the_table_chooses(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_kv_heads": 1, "is_causal": True}, {"has_mask": True, "num_tokens": 9}],
+    [
+        {},
+        {"num_kv_heads": 1, "is_causal": True},
+        {"has_mask": True, "num_tokens": 9},
+        {"num_kv_heads": 1, "window": 4},
+    ],
 )
 def test_a_row_holds_for_the_calls_that_it_was_made_of(options, monkeypatch) -> None:
     call = replace(SMALL, **options)
     row = best_row((call,), [{"pytorch": 1.0, "cudnn": 1.5}])
     made = []
     monkeypatch.setattr(kernels, "choose", lambda asked, described: made.append(described()))
-    monkeypatch.setattr(kernels, "attend", lambda choice, described, run: run())
+    monkeypatch.setattr(kernels, "attend", lambda choice, described, run, window: run())
     call.subject("auto", CPU, torch.bfloat16)()
     assert made == [call.described(CPU, torch.bfloat16)]
     assert row is not None and row.holds(made[0])

@@ -24,12 +24,13 @@ class Kernels:
     """The two kernels.
 
     calls: "forward" and "backward", as they ran.
-    dtypes: of their queries.
+    dtypes: of their queries. windows: that they were told.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.dtypes: set[torch.dtype] = set()
+        self.windows: set[tuple[int | None, int | None]] = set()
 
     @torch.autocast("cpu", enabled=False)
     def forward(
@@ -42,13 +43,15 @@ class Kernels:
     ) -> tuple[Tensor, ...]:
         q_MHd, k_NKd, v_NKd, *lengths, dropout_p, is_causal, is_debug = tensors
         assert dropout_p == 0 and not is_debug and not any(absent.values())
-        assert (window_size_left, window_size_right) == (-1, 0 if is_causal else -1)
+        window = window_size_left, window_size_right
+        assert is_causal == (window == (-1, 0))
         self.calls.append("forward")
+        self.windows.add(window)
         self.dtypes.add(q_MHd.dtype)
         out_MHd = torch.full_like(q_MHd, torch.nan)
         lse_HM = q_MHd.new_full(q_MHd.shape[1::-1], torch.nan, dtype=torch.float32)
         for queries, keys in samples(q_MHd, k_NKd, v_NKd, *lengths):
-            score_HST, v_HTd = scores(q_MHd[queries], k_NKd[keys], scale, is_causal), v_NKd[keys]
+            score_HST, v_HTd = scores(q_MHd[queries], k_NKd[keys], scale, window), v_NKd[keys]
             lse_HS = score_HST.logsumexp(-1)
             p_HST = (score_HST - lse_HS[..., None]).exp()
             # Both products take operands of the inputs' dtype and sum in a wider one.
@@ -66,13 +69,14 @@ class Kernels:
         window_size_right: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_MHd, q_MHd, k_NKd, v_NKd, out_MHd, _, *lengths, dropout_p, is_causal, _, _ = tensors
-        assert dropout_p == 0
+        window = window_size_left, window_size_right
+        assert dropout_p == 0 and is_causal == (window == (-1, 0)) and window in self.windows
         self.calls.append("backward")
         dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q_MHd, k_NKd, v_NKd))
         for queries, keys in samples(q_MHd, k_NKd, v_NKd, *lengths):
             q_SHd, k_TKd = q_MHd[queries], k_NKd[keys]
             num_heads = q_SHd.shape[1]
-            p_HST = scores(q_SHd, k_TKd, scale, is_causal).softmax(-1)
+            p_HST = scores(q_SHd, k_TKd, scale, window).softmax(-1)
             grad_HSd = heads(grad_MHd[queries], num_heads)
             sum_HS1 = (grad_HSd * heads(out_MHd[queries], num_heads)).sum(-1, keepdim=True)
             dp_HST = grad_HSd @ heads(v_NKd[keys], num_heads).mT
@@ -122,14 +126,15 @@ def scaling(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def scores(q_SHd: Tensor, k_TKd: Tensor, scale: float | None, is_causal: bool) -> Tensor:
+def scores(q_SHd: Tensor, k_TKd: Tensor, scale: float | None, window: Any) -> Tensor:
     num_heads = q_SHd.shape[1]
     score_HST = heads(q_SHd, num_heads) @ heads(k_TKd, num_heads).mT * scaling(q_SHd, scale)
-    if is_causal:  # the last query sees the last key
-        num_queries, num_keys = score_HST.shape[1:]
-        later = torch.ones(num_queries, num_keys, dtype=torch.bool)
-        score_HST = score_HST.masked_fill(later.triu(1 + num_keys - num_queries), -torch.inf)
-    return score_HST
+    # The last query is level with the last key.
+    num_queries, num_keys = score_HST.shape[1:]
+    own_S1 = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    before_ST = own_S1 - torch.arange(num_keys)
+    left, right = (num_queries + num_keys if n < 0 else n for n in window)
+    return score_HST.masked_fill((before_ST > left) | (before_ST < -right), -torch.inf)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.contest import RESULTS
 from fxopt.kernels import attention as kernels
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose, steers
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
+from fxopt.kernels.attention_backends import BACKENDS, refusals
+from fxopt.kernels.attention_call import Call
 from fxopt.recipe_errors import AttentionRefused, UnknownAttention
 from fxopt.recipe_problems import CHOICES
 from tests.numerics import assert_as_accurate
@@ -38,7 +39,7 @@ def qkv(dtype: torch.dtype = torch.float32, kv_heads: int = 4) -> list[Tensor]:
 
 def attend(inputs: list[Tensor], asked: str, mask: Tensor | None = None, causal=False) -> Tensor:
     grouped = inputs[0].shape[1] != inputs[1].shape[1]
-    return attention(*inputs, mask, 0.0, causal, 0.3, grouped, asked)
+    return attention(*inputs, mask, 0.0, causal, 0.3, grouped, None, asked)
 
 
 def with_gradients(out: Tensor, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -141,7 +142,7 @@ def test_the_flash_attention_in_place_is_the_one_asked_for(monkeypatch) -> None:
 def test_an_error_that_is_no_refusal_stays_what_it_is() -> None:
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match="size") as caught:
-        attention(q, k[..., :4], v, None, 0.0, False, None, False, "math")
+        attention(q, k[..., :4], v, None, 0.0, False, None, False, None, "math")
     assert not isinstance(caught.value, AttentionRefused)
 
 
@@ -164,7 +165,7 @@ def test_threads_do_not_see_each_other() -> None:
 def test_opcheck() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_aot_dispatch_dynamic")
     for backend in ON_A_CPU:
-        arguments = (*qkv(), None, 0.0, False, None, False, backend)
+        arguments = (*qkv(), None, 0.0, False, None, False, None, backend)
         torch.library.opcheck(attention, arguments, test_utils=tests)
 
 
@@ -219,7 +220,7 @@ def test_queries_without_batch_or_heads() -> None:
     q = torch.randn(16, 8)
     for each in (q, q[None], q[None, None], q[None, None, None]):
         assert Call.of(each, each, each).tensors()[0].shape[-2:] == (16, 8)
-        out = attention(each, each, each, None, 0.0, False, None, False, "math")
+        out = attention(each, each, each, None, 0.0, False, None, False, None, "math")
         # One product of fp32 in another order.
         expected = F.scaled_dot_product_attention(each, each, each)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,8 @@ from torch.nn import attention as of_torch
 from fxopt.kernels import quantize_heads as quantizing
 from fxopt.kernels import scaled_attention as scaled
 from fxopt.kernels.attention import TABLE, Choice, attention, choose, named, steers
-from fxopt.kernels.attention_backends import BACKENDS, Call
+from fxopt.kernels.attention_backends import BACKENDS
+from fxopt.kernels.attention_call import Call
 from fxopt.kernels.fp8_attention import NAME, NATIVE, refusals
 from fxopt.kernels.in_force import high_precision
 from fxopt.kernels.quantize_heads import quantize_heads
@@ -48,7 +49,7 @@ def draw(
 
 def attend(inputs: list[Tensor], causal: bool = False, asked: str = NAME) -> Tensor:
     grouped = inputs[0].shape[1] != inputs[1].shape[1]
-    return attention(*inputs, None, 0.0, causal, SCALE, grouped, asked)
+    return attention(*inputs, None, 0.0, causal, SCALE, grouped, None, asked)
 
 
 def quantized(inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -170,7 +171,7 @@ def test_signal_to_noise() -> None:
     numerators."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = [torch.randn(1, 4, 1024, 64, generator=generator) for _ in range(3)]
-    found = attention(q, k, v, None, 0.0, False, None, False, NAME)
+    found = attention(q, k, v, None, 0.0, False, None, False, None, NAME)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert 25 < -20 * math.log10(relative_l2(found, exact)) < 26.2
 
@@ -219,7 +220,7 @@ def test_why_the_backward_computes_its_forward_again(
     k = k + shared * torch.randn(64, generator=generator)
     q, k, v, grad = ((t * s).bfloat16() for t, s in ((q, spread), (k, 1), (v, 1), (grad, 1)))
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    out = attention(*inputs, None, 0.0, False, None, False, NAME)
+    out = attention(*inputs, None, 0.0, False, None, False, None, NAME)
     found, *_ = torch.autograd.grad(out, inputs, grad)
     wide = [t.detach().double() for t in inputs]
     codes = quantized(inputs)
@@ -330,7 +331,7 @@ def test_what_is_taken() -> None:
 def test_all_reasons_are_in_the_error() -> None:
     q, k, v = (t.double() for t in draw(head_dim=24))
     with pytest.raises(AttentionRefused) as caught:
-        attention(q, k, v[:1], torch.ones(40, 40), 0.1, False, None, False, NATIVE)
+        attention(q, k, v[:1], torch.ones(40, 40), 0.1, False, None, False, None, NATIVE)
     text = str(caught.value)
     assert text.startswith("attention='fp8' cannot run q [2, 4, 40, 24]")
     assert "attention='auto'" in text
@@ -403,7 +404,7 @@ def test_opcheck() -> None:
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for heads in HEADS.values():
         inputs, grouped = draw(heads), heads[0] != heads[1]
-        call = (*inputs, None, 0.0, True, SCALE, grouped, NAME)
+        call = (*inputs, None, 0.0, True, SCALE, grouped, None, NAME)
         # A composite has no fake of its own.
         torch.library.opcheck(attention, call, test_utils=checks[::2])
         detached = [t.detach() for t in inputs]

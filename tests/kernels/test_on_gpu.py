@@ -199,7 +199,7 @@ def test_attention_on_packed_keys(kv_heads, dtype):
     inputs = leaves((5, 8, 300, 64), *[(5, kv_heads, 333, 64)] * 2, dtype=dtype)
     keys = torch.arange(333, device="cuda")
     mask = torch.stack([keys % 3 > 0, keys > 200, keys < 77, keys >= 0, keys < 0])[:, None, None]
-    options = (mask, 0.0, False, None, kv_heads < 8)
+    options = (mask, 0.0, False, None, kv_heads < 8, None)
 
     def op(*tensors):
         torch.cuda.set_sync_debug_mode("error")

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.kernels import varlen
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose
-from fxopt.kernels.attention_backends import BACKENDS, Call, refusals
+from fxopt.kernels.attention_backends import BACKENDS, refusals
+from fxopt.kernels.attention_call import Call, Window
 from fxopt.kernels.varlen import Pack, pack_mask
 from fxopt.recipe_errors import AttentionRefused
 from fxopt.traffic import kind
@@ -57,10 +58,14 @@ def qkv(
 
 
 def attend(
-    inputs: list[Tensor], mask: Tensor | None, asked: str = "varlen", causal: bool = False
+    inputs: list[Tensor],
+    mask: Tensor | None,
+    asked: str = "varlen",
+    causal: bool = False,
+    window: Window | None = None,
 ) -> Tensor:
     is_grouped = inputs[0].shape[1] != inputs[1].shape[1]
-    return attention(*inputs, mask, 0.0, causal, 0.3, is_grouped, asked)
+    return attention(*inputs, mask, 0.0, causal, 0.3, is_grouped, window, asked)
 
 
 def with_gradients(out: Tensor, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -70,12 +75,18 @@ def with_gradients(out: Tensor, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def assert_accurate(
-    mask: Tensor | None, dtype: torch.dtype, kv_heads: int = H, causal: bool = False
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    kv_heads: int = H,
+    causal: bool = False,
+    window: Window | None = None,
 ) -> None:
     def three(seed: int) -> tuple[Tensors, Tensors, Tensors]:
-        inputs = qkv(dtype, kv_heads, T if causal else S, seed)
+        inputs = qkv(dtype, kv_heads, T if causal or window else S, seed)
         exact = [t.detach().double().requires_grad_() for t in inputs]
-        found, eager = (attend(inputs, mask, asked, causal) for asked in ("varlen", "pytorch"))
+        found, eager = (
+            attend(inputs, mask, asked, causal, window) for asked in ("varlen", "pytorch")
+        )
         truth = with_gradients(attend(exact, mask, "math", causal), exact)
         return with_gradients(found, inputs), with_gradients(eager, inputs), truth
 
@@ -94,6 +105,21 @@ def test_without_a_mask_nothing_is_packed(causal: bool, kernels: Kernels, monkey
     monkeypatch.setattr(varlen, "pack_mask", None)
     assert_accurate(None, torch.float32, causal=causal)
     assert kernels.calls[:2] == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("sides", [(3, 0), (0, 0), (2, 5), (-1, 2), (4, -1)])
+@pytest.mark.parametrize("kv_heads", [H, 2])
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_window_is_told_and_its_mask_not_read(
+    sides: tuple[int, int], kv_heads: int, additive: bool, kernels: Kernels, monkeypatch
+) -> None:
+    monkeypatch.setattr(varlen, "pack_mask", None)
+    left, right = (T if n < 0 else n for n in sides)
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril(right).triu(-left)
+    mask = torch.where(mask, 0.0, -torch.inf) if additive else mask
+    dtype = torch.float32 if additive else torch.bfloat16
+    assert_accurate(mask, dtype, kv_heads, window=Window(*sides))
+    assert kernels.windows == {sides}
 
 
 def test_keys_that_are_left_out_have_no_gradient(kernels: Kernels) -> None:
@@ -160,7 +186,7 @@ def test_all_reasons_are_collected() -> None:
     """On this machine there is no kernel; what is wrong besides is said with it."""
     q, k, v = (torch.randn(B, H, n, 12) for n in (S, T, T))
     with pytest.raises(AttentionRefused) as caught:
-        attention(q, k, v, FULL.contiguous(), 0.1, False, None, False, "varlen")
+        attention(q, k, v, FULL.contiguous(), 0.1, False, None, False, None, "varlen")
     text = str(caught.value)
     assert "attention='varlen' cannot run q [3, 4, 5, 12]" in text and "boolean mask" in text
     for part in (
@@ -251,7 +277,7 @@ def test_pack_is_a_gather_both_ways(samples: str) -> None:
 def test_other_numbers_of_dims_are_refused(shape: tuple[int, ...], kernels: Kernels) -> None:
     x = torch.randn(shape)
     with pytest.raises(AttentionRefused, match="4 dimensional"):
-        attention(x, x, x, None, 0.0, False, None, False, "varlen")
+        attention(x, x, x, None, 0.0, False, None, False, None, "varlen")
 
 
 def test_one_set_of_keys_for_the_batch(kernels: Kernels) -> None:
@@ -260,10 +286,10 @@ def test_one_set_of_keys_for_the_batch(kernels: Kernels) -> None:
         shared = [q, k[:1], v[:1]]
         # One product of fp32 in another order.
         expected = F.scaled_dot_product_attention(q, k[:1].expand_as(k), v[:1].expand_as(v), mask)
-        found = attention(*shared, mask, 0.0, False, None, False, "varlen")
+        found = attention(*shared, mask, 0.0, False, None, False, None, "varlen")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         with pytest.raises(RuntimeError, match="expanded size"):
-            attention(q, k[:2], v[:2], mask, 0.0, False, None, False, "varlen")
+            attention(q, k[:2], v[:2], mask, 0.0, False, None, False, None, "varlen")
 
 
 def test_heads_that_are_expanded(kernels: Kernels) -> None:
@@ -326,7 +352,7 @@ def test_it_counts_as_attention(kernels: Kernels) -> None:
 def test_opcheck(kernels: Kernels) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_aot_dispatch_dynamic")
     for mask in (mask_of(), None):
-        arguments = (*qkv(), mask, 0.0, False, None, False, "varlen")
+        arguments = (*qkv(), mask, 0.0, False, None, False, None, "varlen")
         torch.library.opcheck(attention, arguments, test_utils=tests)
 
 
@@ -352,7 +378,7 @@ def test_other_sizes_and_masks_do_not_recompile(is_expanded: bool, kernels: Kern
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         mask = mask.expand(-1, 1, q.shape[2], -1) if is_expanded else mask
-        return attention(q, k, v, mask, 0.0, False, None, False, "varlen")
+        return attention(q, k, v, mask, 0.0, False, None, False, None, "varlen")
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend=backend, dynamic=True)

@@ -1,4 +1,6 @@
-"""Masks that the graph itself fills with "attend to all" are dropped, and no others."""
+"""Masks that the graph itself makes, of "attend to all" or causal, are dropped, and no others."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +70,49 @@ def test_after_decomposed_attention():
     found.assert_as_accurate(*qkv(3, 7))
 
 
+def compared(q: Tensor, allowed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    positions = torch.arange(q.shape[2], device=q.device)
+    return allowed(positions[:, None], positions[None, :])
+
+
+def of_positions(q: Tensor) -> Tensor:
+    """As transformers writes it for a model that is compiled."""
+    batch = torch.arange(q.shape[0])[:, None, None, None]
+    positions = torch.arange(q.shape[2]).expand(q.shape[0], -1)
+    packed = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    i, j = torch.arange(q.shape[2])[None, None, :, None], torch.arange(q.shape[2])[None, None, None]
+    return (packed[batch, i] == packed[batch, j]) & (positions[batch, j] <= positions[batch, i])
+
+
+def added(q: Tensor) -> Tensor:
+    """As ACE-Step writes it: filled in place."""
+    mask = torch.full((q.shape[2], q.shape[2]), torch.finfo(q.dtype).min, dtype=q.dtype)
+    return mask.masked_fill_(compared(q, lambda i, j: i - j >= 0), 0.0)
+
+
+def lower(q: Tensor) -> Tensor:
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("mask", [lower, of_positions, added])
+def test_causal(mask):
+    forward = Written(lambda self, q, k, v: sdpa(q, k, v, attn_mask=mask(q), scale=0.5))
+    found = rewrite(forward, *qkv())
+    assert found.count("drop_mask") == 1
+    assert "is_causal = True" in found.code()
+    found.assert_as_accurate(*qkv(3, 7))
+
+
+def test_a_causal_mask_for_other_numbers_of_keys_than_queries_stays():
+    def forward(self, q, k, v):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        return sdpa(q, k, v, attn_mask=mask)
+
+    q, _, _ = qkv(num_tokens=5)
+    found = rewrite(Written(forward), q, *qkv(num_tokens=7)[1:])
+    assert not found.count("drop_mask")
+
+
 def written(q: Tensor) -> Tensor:
     mask = torch.zeros(q.shape[2], q.shape[2])
     mask[:, -1] = -1.0
@@ -82,7 +127,21 @@ NEAR_MISSES = {
     "ones are added": lambda q: torch.ones(q.shape[2], q.shape[2]),
     "part is written": written,
     "filled by condition": filled,
-    "causal": lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(),
+    "a window": lambda q: compared(q, lambda i, j: (i - j).abs() <= 2),
+    "the query's own key is hidden": lambda q: compared(q, lambda i, j: (j < i) | (j == 0)),
+    "causal, and each query sees the last key": lambda q: compared(
+        q, lambda i, j: (j <= i) | (j == q.shape[2] - 1)
+    ),
+    "half of the tokens before": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= q.shape[2] // 2)
+    ),
+    "a window wider than the probes of other rules": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= 300)
+    ),
+    "causal, added as no large number": lambda q: torch.full((q.shape[2],) * 2, -3.0).triu(1),
+    "written after": lambda q: compared(q, lambda i, j: j <= i).index_fill_(
+        0, q[0, 0, :1, 0].long(), True
+    ),
     "depends on the input": lambda q: q[:, :, :, :1].transpose(-1, -2) > -10,
     "random": lambda q: (
         torch.ones(q.shape[2], q.shape[2]).bernoulli().bool() | (q[0, 0, :, :1] < 9)

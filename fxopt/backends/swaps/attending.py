@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxopt.kernels import fp8_attention
 from fxopt.kernels.attention import Choice, attention, choose, named, steers
 from fxopt.kernels.attention import attend as attend_by
-from fxopt.kernels.attention_backends import Call, as_autocast
+from fxopt.kernels.attention_call import Arguments, Call, as_autocast
 from fxopt.recipe_errors import AttentionRefused
 
 
@@ -98,20 +98,6 @@ class _Steering(TorchFunctionMode):
         choice = choose(self.active.asked, lambda: call)
         self.active.choices.setdefault((choice.backend, call.kind), choice)
         if choice.backend == fp8_attention.NAME:
-            query, key, value, *others = _arguments(*args, **(kwargs or {}))
-            return attention(*as_autocast(query, key, value), *others, self.active.asked)
+            query, key, value, *others = Arguments(*args, **(kwargs or {}))
+            return attention(*as_autocast(query, key, value), *others, None, self.active.asked)
         return attend_by(choice, lambda: call, run)
-
-
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Any, ...]:
-    """Those of scaled_dot_product_attention, in the order of the op."""
-    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

@@ -1,8 +1,8 @@
-"""Attention under a mask that masks nothing is attention without a mask.
+"""Attention under a mask that masks nothing, or no more than `is_causal` does, goes without it.
 
 A mask costs more than its own bytes: with one, PyTorch's flash kernel does not serve. Only masks
-that the graph itself fills with one value are dropped; reading the values of a mask that comes in
-would have to wait for the device.
+that the graph itself makes, of one value or of positions, are dropped; reading the values of a mask
+that comes in would have to wait for the device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.kernels.attention_call import ALL, CAUSAL
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
+from fxopt.passes.windows import window
 
 # The value of each fill, or the name of the argument that holds it.
 FILLS: dict[Any, int | str] = {
@@ -37,18 +39,22 @@ def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
     if mask is None:
         return
     value = constant(mask)
-    masks_nothing = True if ir.dtype(mask) == torch.bool else 0
-    if value is None or value.item() != masks_nothing:
+    masks_nothing = value is not None and value.item() == (ir.dtype(mask) == torch.bool)
+    seen = ALL if masks_nothing else window(mask)
+    if seen not in (ALL, CAUSAL):
         return
     if named["dropout_p"]:
         yield Reason("with dropout, attention without a mask draws other numbers", attention)
         return
     qkv = [named[name] for name in ("query", "key", "value")]
-    inputs = tuple(dict.fromkeys(qkv))
+    # Others may share the mask, so it is an input, which nothing reads then.
+    inputs = tuple(dict.fromkeys((*qkv, mask)))
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given = dict(zip(inputs, nodes, strict=True))
         options = {name: named[name] for name in ("scale", "enable_gqa")}
+        if seen == CAUSAL:
+            options["is_causal"] = True
         return call(ir.SDPA, *(given[n] for n in qkv), **options)
 
     # The value is the proof. A probe would need sizes of mask and keys that fit, and PyTorch's
@@ -80,4 +86,4 @@ def constant(node: fx.Node) -> Tensor | None:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-RULE = Rule(name="drop_mask", version=1, anchors=(ir.SDPA,), propose=propose)
+RULE = Rule(name="drop_mask", version=2, anchors=(ir.SDPA,), propose=propose)

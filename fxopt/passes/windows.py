@@ -1,0 +1,133 @@
+"""Masks that a graph makes of positions alone, read by running them.
+
+Such a mask depends on nothing but sizes, so its values are known before any call. transformers
+makes them for sdpa whenever a model is compiled, plain causal ones included; windows are in
+Mistral, Gemma and ModernBERT, and ACE-Step adds one to its scores.
+
+Shapes: S queries and as many keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from fxopt.kernels.attention_call import Window
+from fxopt.passes import ir
+from fxopt.passes.prove import Runnable, Sizes
+
+# A score that such a number is added to has no weight beside one that nothing is added to.
+ABSORBING = -1e30
+# Elements of a mask that is run; a larger one would take seconds.
+LARGEST = 1 << 29
+_windows: dict[str, Window | None] = {}
+
+
+def window(mask: fx.Node) -> Window | None:
+    """What each query sees of the keys around it; None unless the graph alone decides, and says so.
+
+    A symbolic number of tokens stands for two, both so large that no number in the mask's own graph
+    is out of sight.
+    """
+    made = _made_of_sizes(mask)
+    if made is None or not ir.same(*_square(mask)):
+        return None
+    found = {_read(made, mask, sizes) for sizes in _probes(made, mask)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _square(mask: fx.Node) -> tuple[Any, Any]:
+    """Its queries and keys."""
+    *_, s, t = (0, 1, *ir.shape(mask))
+    return s, t
+
+
+def _made_of_sizes(mask: fx.Node) -> list[fx.Node] | None:
+    """What `mask` is made by, in order; None if something else than a size comes in."""
+    made, stack = set[fx.Node](), [mask]
+    while stack:
+        node = stack.pop()
+        if node in made or (ir.tensor(node) is None and _is_size(node)):
+            continue
+        tags = getattr(node.target, "tags", ())
+        draws = torch.Tag.nondeterministic_seeded in tags
+        if node.op != "call_function" or ir.tensor(node) is None or draws:
+            return None
+        made.add(node)
+        stack += node.all_input_nodes
+    memories = {ir.memory(node) for node in made}
+    writes = (n for n in mask.graph.nodes if n not in made and ir.mutates(n))
+    if any(ir.memory(t) in memories for n in writes for t in ir.written(n)):
+        return None
+    return [node for node in mask.graph.nodes if node in made]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _probes(made: list[fx.Node], mask: fx.Node) -> list[Sizes]:
+    """Sizes to run the mask at; none if no large number of tokens is allowed."""
+    symbol = ir.expression(ir.shape(mask)[-1])
+    if isinstance(symbol, int):
+        return [Sizes(mask.graph.nodes)]
+    numbers = [abs(a) for node in made for a in _numbers((node.args, node.kwargs))]
+    enough = 2 * sum(set(numbers)) + 64
+    lengths = enough, 3 * enough // 2 + 1
+    probes = [Sizes(mask.graph.nodes, {symbol: n}) for n in lengths]
+    allowed = [p.values[symbol] == n for p, n in zip(probes, lengths, strict=True)]
+    return probes if symbol.is_Atom and all(allowed) else []
+
+
+def _numbers(arguments: Any) -> list[int]:
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    return [int(a) for a in leaves if type(a) in (int, float) and abs(a) < 1 << 20]
+
+
+def _read(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Window | None:
+    if not 0 < math.prod(map(sizes, ir.shape(mask))) <= LARGEST:
+        return None
+    run = _extract(made, mask, sizes)
+    key = run.describe()
+    if key not in _windows:
+        with torch.device("cpu"):
+            _windows[key] = _band(run()[0])
+    return _windows[key]
+
+
+def _extract(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Runnable:
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return copies[value] if value in copies else sizes(value.meta["val"])
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    for node in made:
+        copies[node] = copy = graph.node_copy(node, lambda n: n)
+        copy.args, copy.kwargs = map_aggregate((node.args, node.kwargs), argument)
+    graph.output((copies[mask],))
+    assert mask.graph.owning_module is not None
+    return Runnable(mask.graph.owning_module, graph)
+
+
+def _band(mask: Tensor) -> Window | None:
+    """The window that `mask`, [..., S, S], is; both sides unbounded if it hides nothing."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not (seen | (mask <= ABSORBING)).all():
+        return None
+    first = seen.flatten(0, -3)[0] if seen.dim() > 2 else seen
+    if not (seen == first).all():
+        return None
+    # The first query sees as far ahead as any, and the last as far back.
+    behind, ahead = (int(first[i].sum().item()) - 1 for i in (-1, 0))
+    band = torch.ones_like(first).tril_(ahead).triu_(-behind)
+    if min(behind, ahead) < 0 or not torch.equal(first, band):
+        return None
+    last = first.shape[-1] - 1
+    return Window(*(-1 if n == last else n for n in (behind, ahead)))
