@@ -152,6 +152,8 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
         both = partial(activation_with_weights, name=name)
         yield fp8(f"activation_with_weights {name}", both)
+        packing = partial(both, is_packing=True)
+        yield fp8(f"activation_with_weights {name}, packing", packing)
         by_segment = partial(norm_modulate_segments_quantize, name=name)
         yield fp8(f"quantized norm by segment {name}", by_segment)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))

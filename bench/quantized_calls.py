@@ -133,13 +133,19 @@ def quantized_producers(
     )
 
 
-def activation_with_weights(batch: int, num_tokens: int, width: int, name: str) -> None:
-    """A gated activation beside another tensor, and two weights."""
+def activation_with_weights(
+    batch: int, num_tokens: int, width: int, name: str, is_packing: bool = False
+) -> None:
+    """A gated activation beside another tensor, and two weights; its codes are left as well."""
     from fxopt.kernels import activation_with_weights as provider
+    from fxopt.kernels import saving
 
     gate, up, beside = (randn(batch, num_tokens, width) for _ in range(3))
     weights = [randn(width, n * width) for n in (1, 2)]
-    provider.triton([gate], [up], [beside], "silu", "none", name, name, weights, name, name)
+    found = saving.fake_pack([gate, up], 1) if is_packing else []
+    rooms = [[t] for t in (found[0], found[2], found[1], found[3])] if is_packing else []
+    given = [gate], [up], [beside], "silu", "none", name, name, weights, name, name
+    provider.triton(*given, *rooms)
 
 
 def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:

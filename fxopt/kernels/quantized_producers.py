@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
+from fxopt.kernels.saving import BLOCK, fill
 from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 from fxopt.recipes import Operand
 
@@ -31,6 +32,11 @@ NORM_ARGUMENTS = (
 
 COUNTERS = "Tensor(a!)? counters"
 OF_INPUT = f"{COUNTERS}, Tensor? known, Tensor(b!)? seen"
+# Behind them, where codes of what is read are left.
+OF_NORM = f"{OF_INPUT}, Tensor(c!)? h_codes, Tensor(d!)? h_scales, Tensor(e!)? x_codes, "
+OF_NORM += "Tensor(f!)? x_scales"
+OF_ACTIVATION = f"{OF_INPUT}, Tensor(c!)? gate_codes, Tensor(d!)? gate_scales, "
+OF_ACTIVATION += "Tensor(e!)? up_codes, Tensor(f!)? up_scales"
 
 
 def amax_for(y: Tensor, columns: str | None) -> Tensor:
@@ -116,6 +122,7 @@ def native_activation(
     counters: Tensor | None = None,
     known: Tensor | None = None,
     seen: Tensor | None = None,
+    *rooms: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [M, K padded], scales [M or 1, 1] and amax_t of y = [beside | act(gate) * up].
 
@@ -123,7 +130,9 @@ def native_activation(
         gate, up, activation, packing: those of `fxopt::gated_activation`.
         beside: [..., K - F], what a linear takes beside F features of the activation, or None.
         rows, columns, counters, known, seen: as in `native_norm`.
+        rooms: where gate's and up's own codes and scales are left, those of `saving.pack`.
     """
+    fill((gate, up), rooms)
     y = _joined(gate, up, beside, activation, packing)
     codes, scales = quantize.native(y, rows, None, None, False, counters, None, known, seen)[:2]
     return codes, scales, amax_for(y, columns)
@@ -289,6 +298,21 @@ def _is_known(args: Any, index: int) -> bool:
     return len(args) > index and args[index] is not None
 
 
+def _activation_launches(*args: Any) -> int:
+    return (1 if _is_known(args, 8) else 2) + packs_apart(*args[:3], args[4], args[10:])
+
+
+def packs_apart(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, packing: str, rooms: Sequence[Any]
+) -> bool:
+    """Whether gate and up are to be packed and tiles are not blocks of theirs."""
+    if all(room is None for room in rooms):
+        return False
+    starts = [0 if beside is None else beside.shape[-1]]
+    starts += [gate.shape[-1] // 2] if packing != "none" else []
+    return any(start % BLOCK for start in starts)
+
+
 def _activation_rereads(args: Any, _: Any) -> list[Tensor]:
     return [] if _is_known(args, 8) else [t for t in args[:3] if t is not None]
 
@@ -319,9 +343,9 @@ gated_activation_quantize = register(
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
-    launches=lambda *args: 1 if _is_known(args, 8) else 2,
+    launches=_activation_launches,
     rereads=_activation_rereads,
-    counters=OF_INPUT,
+    counters=OF_ACTIVATION,
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
