@@ -55,14 +55,15 @@ class GatedActivationQuantizedLinear(Streams):
         ctx.recipe, ctx.step, _ = decision
         ctx.settings, ctx.slots = settings, slots_for(decision, [weight])
         ctx.shape, ctx.pieces = (*gate.shape[:-1], weight.shape[1]), pieces_of([weight], [])
-        rooms = room_for(ctx, (gate, up))
+        rooms = room_for(ctx, (gate, up)) if fuses(ctx.recipe) else ()
         (y, amax_t), copies = yield from side_by_side(
             _activated(ctx, gate, up, beside, rooms),
             cast_weights([weight], ctx, any(ctx.needs_input_grad)),
         )
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
-        activations = kept_in(rooms, (gate, up))
-        if not fuses(ctx.recipe):
+        if fuses(ctx.recipe):
+            activations = kept_in(rooms, (gate, up))
+        else:
             activations = yield from packing(ctx, (gate, up))
         save_for_backward(ctx, *activations, beside, amax_t, weight, *amax)
         return outs

@@ -175,6 +175,29 @@ def as_codes(ctx: Any, saved: Sequence[Any]) -> tuple[Sequence[Any], list[Tensor
     return [*activations, *scales], each
 
 
+def read_codes(
+    ctx: Any, saved: Sequence[Any], dtype: torch.dtype, can_read: bool = True
+) -> Steps[tuple[list[Any], tuple[Tensor | None, ...]]]:
+    """What a node saved, its packed activations as codes, and the scales of each activation; or
+    unpacked where its op cannot read codes, which it does as values of `dtype`."""
+    num = len(ctx.packed)
+    if not can_read or any(packed not in (None, dtype) for packed in ctx.packed):
+        return (yield from unpacking(ctx, saved)), (None,) * num
+    others = iter(saved[num:])
+    scales = tuple(None if packed is None else next(others) for packed in ctx.packed)
+    return [*saved[:num], *others], scales
+
+
+def valued(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shape and dtype of what codes stand for."""
+    return codes.new_empty((), dtype=dtype).expand(codes.shape)
+
+
+def values_of(t: Any, scales: Tensor | None, dtype: torch.dtype) -> Any:
+    """What codes stand for; a tensor without scales as it is."""
+    return t if scales is None else native_unpack([t], [scales], [name_of(dtype)])[0]
+
+
 def _chosen(
     ctx: Any, activations: Sequence[Tensor | None], are_own: Sequence[bool] | None
 ) -> list[int]:

@@ -35,6 +35,7 @@ from fxopt.kernels.triton_rows import (
     mean_of,
     modulate,
     modulation_of,
+    pack_row,
 )
 from fxopt.kernels.triton_segments import row_of, segment_of
 from fxopt.kernels.triton_sizes import LAST, size
@@ -47,6 +48,7 @@ class Stream(NamedTuple):
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met.
     All rows are scaled by the magnitude known [1] if it is there; seen [1] is raised to the
     magnitudes. Gate and scale are tables if there is an index [M], and the shift if it has one too.
+    The last codes and scales are those of the norm's input and of x, that `fxopt::pack` makes.
     """
 
     x: Any
@@ -76,6 +78,10 @@ class Stream(NamedTuple):
     index: Any
     index_of_shift: Any
     num_segments: Any
+    h_codes: Any
+    h_scales: Any
+    x_codes: Any
+    x_scales: Any
     last: Any = LAST
 
 
@@ -91,6 +97,9 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
         scale = s.scale if s.scale[0] is None else row_of(s.scale, group, of_token)
         if s.index_of_shift is not None and s.shift[0] is not None:
             shift = row_of(s.shift, group, of_token)
+    if s.x_codes is not None:
+        value = load(s.x, group, row, cols, mask)
+        pack_row(s.x_codes, s.x_scales, value, token, num_features, cols, mask)
     if s.residual[0] is not None:
         value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
     else:
@@ -101,6 +110,7 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
         rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
+    pack_row(s.h_codes, s.h_scales, value, token, num_features, cols, mask)
     if NORM == "layer":
         kept = s.x[0] if s.residual[0] is None else s.h
         row_mean = mean_of(value, kept, num_features, mask)
@@ -191,7 +201,10 @@ def normed_tile(
         if index_of_shift is not None:
             row_of_shift = row_of_scale
     mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
-    y = _operand_tile(h, group, row, c, mask)
+    if len(h) > 3:
+        y = load(h, group[:, None], row[:, None], c[None, :], mask)
+    else:
+        y = _operand_tile(h, group, row, c, mask)
     if mean is not None:
         y = y - tl.load(mean + r, r < num_rows, other=0.0)[:, None]
     y = y * tl.load(rstd + r, r < num_rows, other=0.0)[:, None]

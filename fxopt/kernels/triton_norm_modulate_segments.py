@@ -52,7 +52,8 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             operands, sizes, reading = _operands(x, call[:8], *call[8:10])
             num_tokens += x.numel() // x.shape[-1]
             constants = eps, weight_offset, scale_offset
-            rows = Forward._make((*operands, *results, *constants, *sizes, LAST))
+            rooms = [None] * 4
+            rows = Forward._make((*operands, *results, *constants, *sizes, *rooms, LAST))
             streams.append((rows, reading, LAST))
     if streams:
         x, norm = calls[0][0], calls[0][10]
