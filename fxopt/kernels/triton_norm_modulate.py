@@ -21,7 +21,7 @@ from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels import triton_tables
 from fxopt.kernels.saving import valued
-from fxopt.kernels.triton_rows import groups_of, packed_rows_of, rows_of, varies_per_row
+from fxopt.kernels.triton_rows import groups_of, packed_rows_of, pointers_of, rows_of, varies_per_row
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
@@ -44,7 +44,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     streams: list[kernels.Forward] = []
     num_tokens = 0
     for call in calls:
-        tensors, rooms = call[:8], call[14:] or [None] * 4
+        tensors, rooms = call[:8], pointers_of(call[14:])
         norm, eps, weight_offset, scale_offset, h_dtype, dtype = call[8:14]
         x, residual, gate, _, _, scale, shift, _ = tensors
         results = op.outputs(x, residual, norm, h_dtype, dtype)

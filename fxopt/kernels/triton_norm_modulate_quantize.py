@@ -21,7 +21,7 @@ from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.saving import valued
-from fxopt.kernels.triton_rows import groups_of, packed_rows_of, rows_of
+from fxopt.kernels.triton_rows import groups_of, packed_rows_of, pointers_of, rows_of
 from fxopt.kernels.triton_segments import Segments
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 from fxopt.recipes import Operand
@@ -139,7 +139,7 @@ class _Rows:
             rows(x), rows(residual), gate, rows(weight), rows(bias), scale, shift, rows(x_bias),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
-            *self.modulation.index, *(self.call[19:] or [None] * 4), LAST,
+            *self.modulation.index, *pointers_of(self.call[19:]), LAST,
         ))  # fmt: skip
 
     def matrix(self) -> launch.Matrix:

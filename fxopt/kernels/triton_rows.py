@@ -57,6 +57,14 @@ def packed_rows_of(
     return codes.view(torch.uint8), *strides, scales_GRc, *scales_GRc.stride()[:2], like
 
 
+def pointers_of(rooms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Where `pack_row` leaves codes and scales of the norm's input and of x, of a call that may
+    have no such rooms; codes as bytes."""
+    h_codes, h_scales, x_codes, x_scales = rooms or [None] * 4
+    h_codes, x_codes = (t if t is None else t.view(torch.uint8) for t in (h_codes, x_codes))
+    return [h_codes, h_scales, x_codes, x_scales]
+
+
 @triton.jit
 def load(t, group, row, cols, mask):
     """Row of an operand in fp32, given as above; or rows, of indices that broadcast."""
