@@ -195,7 +195,7 @@ def valued(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def values_of(t: Any, scales: Tensor | None, dtype: torch.dtype) -> Any:
     """What codes stand for; a tensor without scales as it is."""
-    return t if scales is None else native_unpack([t], [scales], [name_of(dtype)])[0]
+    return t if scales is None else unpack([t], [scales], [name_of(dtype)])[0]
 
 
 def _chosen(

@@ -199,8 +199,8 @@ def forward_of(
     # With as many as for an activation alone, weights spilled on sm_89.
     num_warps = launch.NUM_WARPS if weights else NUM_WARPS
     constants = {"ACTIVATION": calls[0][3], "num_warps": num_warps}
-    matrices = [_whole(call, constants) for call in calls]
-    matrices += [_plain(weight, constants) for weight in weights]
+    of_weights = [_plain(weight, constants) for weight in weights]
+    matrices = [_whole(call[:5], constants) for call in calls] + of_weights
     formats = [operands(*calls[0][5:7])] * len(calls) + [operands(*weight_formats)] * len(weights)
     lines = [call[7:10] or [None] * 3 for call in calls]
     slots = [Slot(line, None, *more) for line, *more in lines]
@@ -209,16 +209,18 @@ def forward_of(
     each = zip(matrices, formats, strict=True)
     amax_t = [launch.amax_for(matrix, by_column) for matrix, (_, by_column) in each]
     of_rows = [(by_row, None) for by_row, _ in formats]
+    matrices = [_whole(call[:5], constants, call[10:]) for call in calls] + of_weights
     pairs = group.cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
     found = zip(pairs, amax_t, matrices, strict=True)
     return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in found]
 
 
-def _whole(call: tuple[Any, ...], constants: dict[str, Any]) -> launch.Matrix:
+def _whole(
+    inputs: tuple[Any, ...], constants: dict[str, Any], rooms: Sequence[Tensor | None] = ()
+) -> launch.Matrix:
     """[beside | activation], as `tile_of` takes it."""
-    gate, up, beside, _, packing = call[:5]
-    matrix, rooms = _matrix(*call[:5]), call[10:]
-    *inputs, width, last = matrix.arguments
+    matrix, (gate, up, beside, _, packing) = _matrix(*inputs), inputs
+    *rows, width, last = matrix.arguments
     codes: list[PackedRows | None] = [None, None]
     if packs_apart(gate, up, beside, packing, rooms):
         fill((gate, up), rooms)
@@ -226,7 +228,7 @@ def _whole(call: tuple[Any, ...], constants: dict[str, Any]) -> launch.Matrix:
         of_gate, of_up = rooms[:2], rooms[2:] if up is not None else rooms[:2]
         lie_in = zip(halves(rooms[0], rooms[2], packing), (of_gate, of_up), strict=True)
         codes = [_packed(rows_of(t), *own, gate) for t, own in lie_in]
-    arguments = None, *inputs, width, *codes, last
+    arguments = None, *rows, width, *codes, last
     return matrix._replace(arguments=arguments, constants=constants)
 
 

@@ -20,12 +20,21 @@ from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels import triton_tables
+from fxopt.kernels.norm_modulate import decoded
 from fxopt.kernels.saving import valued
-from fxopt.kernels.triton_rows import groups_of, packed_rows_of, pointers_of, rows_of, varies_per_row
+from fxopt.kernels.triton_rows import (
+    groups_of,
+    packed_rows_of,
+    pointers_of,
+    rows_of,
+    varies_per_row,
+)
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
+# Codes beside four sums spilled at 5,120.
+MAX_FEATURES_OF_CODES = 4096
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -71,7 +80,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
 
 def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     """`backward` of each call, in one launch of each kernel."""
-    streams = [Stream(Arguments(*call)) for call in calls]
+    streams = [_stream(call) for call in calls]
     return backward_streams(streams, kernels.backward_kernel, sums.reduce_kernel)
 
 
@@ -85,7 +94,7 @@ def backward_streams(
         num_features = a.h.shape[-1]
         num_tokens = sum(s.num_tokens for s in present)
         kernel = "norm_modulate backward"
-        if any(all(s.summed) for s in present):
+        if any(all(s.summed) or s.arguments.h_scales is not None for s in present):
             kernel += " of four sums"
         chosen = triton_tables.parameters(kernel, num_features, num_tokens, a.h)
         num_resident = num_sms(a.h) * chosen["programs"]
@@ -105,6 +114,13 @@ def backward_streams(
                     NUM_STREAMS=len(summed), BLOCK_P=REDUCE_P, BLOCK_D=REDUCE_D, num_warps=4,
                 )  # fmt: skip
     return [s.finished() for s in streams]
+
+
+def _stream(call: tuple[Any, ...]) -> Stream:
+    s = Stream(Arguments(*call))
+    reads_codes = s.arguments.h_scales is not None
+    is_too_wide = s.arguments.h.shape[-1] > MAX_FEATURES_OF_CODES and all(s.summed)
+    return Stream(Arguments(*decoded(call))) if reads_codes and is_too_wide else s
 
 
 class Arguments(NamedTuple):

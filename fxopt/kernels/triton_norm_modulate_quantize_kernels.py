@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_gated_activation_kernels import PACKED
 from fxopt.kernels.triton_quantize_group import has_tile, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
@@ -37,6 +38,7 @@ from fxopt.kernels.triton_rows import (
     modulation_of,
     pack_row,
 )
+from fxopt.kernels.triton_saving import FORMAT as PACKED_FORMAT
 from fxopt.kernels.triton_segments import row_of, segment_of
 from fxopt.kernels.triton_sizes import LAST, size
 
@@ -178,9 +180,16 @@ def rows_kernel(
 
 @triton.jit
 def _operand_tile(t, group, row, c, mask):
-    """fp32 tile of an operand (pointer, group stride, row stride)."""
+    """fp32 tile of an operand as `triton_rows` has it; the columns of codes are one block."""
     offsets = group[:, None] * t[1] + row[:, None] * t[2] + c[None, :]
-    return tl.load(t[0] + offsets, mask, other=0.0).to(tl.float32)
+    value = tl.load(t[0] + offsets, mask, other=0)
+    if len(t) > 3:
+        tl.static_assert(c.shape[0] == PACKED)
+        at = group * t[4] + row * t[5] + tl.program_id(1)
+        scale = tl.load(t[3] + at, tl.max(mask.to(tl.int32), 1) > 0, other=0.0)
+        value = value.to(PACKED_FORMAT, bitcast=True).to(tl.float32) * scale[:, None]
+        value = value.to(t[6].dtype.element_ty)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -201,10 +210,7 @@ def normed_tile(
         if index_of_shift is not None:
             row_of_shift = row_of_scale
     mask = (r < num_rows)[:, None] & (c < num_columns)[None, :]
-    if len(h) > 3:
-        y = load(h, group[:, None], row[:, None], c[None, :], mask)
-    else:
-        y = _operand_tile(h, group, row, c, mask)
+    y = _operand_tile(h, group, row, c, mask)
     if mean is not None:
         y = y - tl.load(mean + r, r < num_rows, other=0.0)[:, None]
     y = y * tl.load(rstd + r, r < num_rows, other=0.0)[:, None]

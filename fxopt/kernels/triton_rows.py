@@ -67,10 +67,12 @@ def pointers_of(rooms: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @triton.jit
 def load(t, group, row, cols, mask):
-    """Row of an operand in fp32, given as above; or rows, of indices that broadcast."""
+    """Row of an operand in fp32, given as above."""
     value = tl.load(t[0] + group * t[1] + row * t[2] + cols, mask=mask, other=0)
     if len(t) > 3:
-        scale = tl.load(t[3] + group * t[4] + row * t[5] + cols // PACKED, mask=mask, other=0.0)
+        # Always inside, so without a mask, whose registers would be spilled.
+        block = tl.where(mask, cols, 0) // PACKED
+        scale = tl.load(t[3] + group * t[4] + row * t[5] + block)
         value = value.to(FORMAT, bitcast=True).to(tl.float32) * scale
         value = value.to(t[6].dtype.element_ty)
     return value.to(tl.float32)
