@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.kernels.saving import fake_pack
+
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-6
 HEAD_DIM = 128
@@ -30,10 +32,12 @@ def norm_modulate(
     dtype: torch.dtype = BF16,
     per_token: str = "",
     num_streams: int = 1,
+    is_packing: bool = False,
 ) -> None:
     """`operands` are the names of those that are there; gate, scale and shift are in `dtype`.
 
-    Every stream has a token more than the one before it.
+    Every stream has a token more than the one before it; `is_packing` leaves and reads codes of h
+    and x.
     """
     from fxopt.kernels import triton_norm_modulate as provider
     from fxopt.kernels.norm_modulate import asked
@@ -52,7 +56,9 @@ def norm_modulate(
     forwards, backwards = [], []
     for num in range(num_tokens, num_tokens + num_streams):
         x, residual, *affine = randn(batch, num, width), *(operand(name, num) for name in names)
-        forwards.append((x, residual, *affine, norm, EPS, 0.0, 1.0, BF16, BF16))
+        rooms = rooms_of(x, x) if is_packing else []
+        rooms[:2] = [None] * len(rooms[:2]) if norm == "none" else rooms[:2]
+        forwards.append((x, residual, *affine, norm, EPS, 0.0, 1.0, BF16, BF16, *rooms))
     for call, (_, h, mean, rstd) in zip(forwards, provider.forward_of(forwards), strict=True):
         x, residual, *affine = call[:8]
         grad_y = torch.randn_like(x) if norm != "none" else None
@@ -60,8 +66,19 @@ def norm_modulate(
         needs = asked([t is not None for t in call[:8]], call[6], x)
         saved = x if residual is None else h, x, *affine, mean, rstd
         constants = norm, 0.0, 1.0, BF16, needs, norm != "none"
+        if is_packing:
+            h_codes, h_scales, x_codes, x_scales = call[14:]
+            h = grad_h if norm == "none" else h_codes
+            saved, constants = (h, x_codes, *saved[2:]), (*constants, h_scales, x_scales)
         backwards.append((grad_y, grad_h, *saved, *constants))
     provider.backward_of(backwards)
+
+
+def rooms_of(*xs: Tensor, num_row_dims: int = 1) -> list[Tensor]:
+    """Where the codes and scales of each are left."""
+    found = fake_pack(xs, num_row_dims)
+    pairs = zip(found[: len(xs)], found[len(xs) :], strict=True)
+    return [t for pair in pairs for t in pair]
 
 
 def norm_modulate_segments(
@@ -110,6 +127,7 @@ def qk_norm_rope(
     joint: bool = False,
     biased: bool = False,
     merged: bool = False,
+    is_packing: bool = False,
 ) -> None:
     """Queries and keys of width / HEAD_DIM heads.
 
@@ -119,6 +137,7 @@ def qk_norm_rope(
         joint: a section of text and one of image for each.
         biased: x_bias is there.
         merged: x is a view of one projection to q, k and v.
+        is_packing: codes of x are left, and read.
     """
     from fxopt.kernels import triton_qk_norm_rope as provider
 
@@ -152,10 +171,13 @@ def qk_norm_rope(
         *([len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads),
         *(rotation, tables, BF16),
     )  # fmt: skip
-    *outs, mean, rstd = provider.forward(*fields, *settings)
+    rooms = rooms_of(*x, num_row_dims=2) if is_packing else []
+    codes, scales = rooms[::2], rooms[1::2]
+    *outs, mean, rstd = provider.forward(*fields, *settings, *([codes, scales] if rooms else []))
     needs = [t is not None for field in fields[:4] for t in field]
     grads = [randn(*out.shape) for out in outs]
-    provider.backward(grads, *fields, mean, rstd, *settings, needs)
+    kept = (codes, *fields[1:]) if rooms else fields
+    provider.backward(grads, *kept, mean, rstd, *settings, needs, *([scales] if rooms else []))
 
 
 def gated_activation(

@@ -39,6 +39,7 @@ from bench.quantized_calls import (
     sum_parts,
 )
 
+MODULATED = "residual gate scale shift"
 CAPABILITIES, FP8_CAPABILITIES = (80, 90, 100, 120), (89, 90, 100, 120)
 
 
@@ -63,15 +64,14 @@ class Case:
 
 def _norm_cases() -> Iterator[Case]:
     all_widths, wide = (1536, 3072, 5120), (3072, 5120)
-    modulated = "residual gate scale shift"
     for variant, widths, options in (
         ("scale shift", all_widths, {}),
-        (modulated, all_widths, {}),
-        (f"{modulated} x_bias", (*all_widths, 6144, 8192), {}),
+        (MODULATED, all_widths, {}),
+        (f"{MODULATED} x_bias", (*all_widths, 6144, 8192), {}),
         ("residual scale shift x_bias", wide, {"dtype": torch.float32}),
         ("residual gate weight bias", all_widths, {"dtype": torch.float32}),
-        (modulated, (3072,), {"per_token": "gate scale shift"}),
-        (f"{modulated} x_bias", (3072,), {"num_streams": 2}),
+        (MODULATED, (3072,), {"per_token": "gate scale shift"}),
+        (f"{MODULATED} x_bias", (3072,), {"num_streams": 2}),
         ("residual gate x_bias", wide, {"norm": "none"}),
         ("weight scale", wide, {"norm": "rms"}),
         ("weight scale shift", (3072,), {"norm": "rms", "per_token": "shift"}),
@@ -84,7 +84,7 @@ def _norm_cases() -> Iterator[Case]:
         yield Case(name, partial(norm_modulate, operands=variant, **options), widths)
     for variant, widths, options in (
         ("scale shift", (3072,), {}),
-        (f"{modulated} x_bias", wide, {}),
+        (f"{MODULATED} x_bias", wide, {}),
         ("residual gate x_bias", (3072,), {"norm": "none"}),
         ("weight scale", (5376,), {"norm": "rms"}),
         ("weight scale shift", (3072,), {"norm": "rms", "per_token": True}),
@@ -152,6 +152,8 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"quantize_pieces {name}", partial(quantize_pieces, name=name))
         both = partial(activation_with_weights, name=name)
         yield fp8(f"activation_with_weights {name}", both)
+        packing = partial(both, is_packing=True)
+        yield fp8(f"activation_with_weights {name}, packing", packing)
         by_segment = partial(norm_modulate_segments_quantize, name=name)
         yield fp8(f"quantized norm by segment {name}", by_segment)
     yield fp8(f"quantize_group {name}, an activation", partial(quantize_group, name=name))
@@ -160,6 +162,24 @@ def _fp8_cases() -> Iterator[Case]:
     for gradient, weight in (("e5m2/tensor/fp32", "e4m3/tensor/fp32"), (name, name)):
         both = partial(quantize_mixed, gradient=gradient, weight=weight)
         yield fp8(f"quantize_mixed {gradient} {weight}", both)
+    producers = partial(quantized_producers, is_packing=True)
+    joined = partial(producers, name="e4m3/tensor/fp32", is_joined=True)
+    yield fp8("quantized producers, gated residual and joined, packing", joined)
+    both = partial(producers, name="e4m3/row/pow2", num_streams=2)
+    yield fp8("quantized producers e4m3/row/pow2, two streams, packing", both)
+    for norm, variant in (("layer", MODULATED), ("none", "residual gate")):
+        run = partial(norm_modulate, norm=norm, operands=variant, is_packing=True)
+        widths = (3072, 5120, 6144) if norm == "layer" else (3072,)
+        name = f"norm_modulate {norm} {variant}, packing"
+        yield Case(name, run, widths, FP8_CAPABILITIES)
+    for variant, widths, options in (
+        ("", (3072,), {}),
+        ("half", (3072,), {"rotation": "half"}),
+        ("across heads", (1536, 5120), {"across_heads": True, "tables": "pairs"}),
+    ):
+        run = partial(qk_norm_rope, is_packing=True, **options)
+        name = " ".join(("qk_norm_rope", *(variant,) * bool(variant)))
+        yield Case(f"{name}, packing", run, widths, FP8_CAPABILITIES)
     yield fp8("saving", saving)
     yield fp8("quantize_heads", quantize_heads, num_launches=1)
     for form in ("none", "up", "gate_up"):

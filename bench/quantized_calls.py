@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.calls import BF16, EPS, HEAD_DIM, NUM_OUT, randn
+from bench.calls import BF16, EPS, HEAD_DIM, NUM_OUT, randn, rooms_of
 
 
 def known_and_seen() -> tuple[Tensor, Tensor]:
@@ -100,11 +100,13 @@ def quantized_producers(
     is_joined: bool = False,
     is_delayed: bool = False,
     num_streams: int = 1,
+    is_packing: bool = False,
 ) -> None:
     """A modulated norm and a gated activation that write codes quantized as `name` says.
 
     Args:
         is_joined: the norm has a gated residual, and the activation a tensor beside it.
+        is_packing: codes of h, of x and of what is activated are left, and those of h read.
     """
     from fxopt.kernels import quantized_producers as provider
 
@@ -120,26 +122,38 @@ def quantized_producers(
         norms.append((x, *residual, *operands, None, *constants, BF16, *formats))
         activations.append((gate, up, x if is_joined else None, "silu", "none"))
         grads.append(randn(batch, num, 2 * width if is_joined else width)[..., -width:])
+    rooms = [(None, None, None, *rooms_of(x, x)) if is_packing else () for x, *_ in norms]
+    norms = [(*call, *own) for call, own in zip(norms, rooms, strict=True)]
     saved = []
     for call, found in zip(norms, provider.triton_norms(norms), strict=True):
         _, _, amax_t, h, mean, rstd = found
         kept = h if is_joined else call[0], *call[3:7], mean, rstd, *constants
-        saved.append((*kept, name, known if is_delayed else amax_t))
+        if is_packing:
+            kept = call[19], *kept[1:]
+        read = (None, call[20]) if is_packing else ()
+        saved.append((*kept, name, known if is_delayed else amax_t, *read))
     provider.triton_columns_of_norms(saved)
-    made = provider.triton_activations([(*call, *formats) for call in activations])
+    made = provider.triton_activations([
+        (*call, *formats, *(own and (*own[:3], *rooms_of(*call[:2]))))
+        for call, own in zip(activations, rooms, strict=True)
+    ])  # fmt: skip
     each = zip(grads, activations, made, strict=True)
     provider.triton_activations_backward(
         [(g, *call, name, known if is_delayed else amax_t) for g, call, (*_, amax_t) in each]
     )
 
 
-def activation_with_weights(batch: int, num_tokens: int, width: int, name: str) -> None:
-    """A gated activation beside another tensor, and two weights."""
+def activation_with_weights(
+    batch: int, num_tokens: int, width: int, name: str, is_packing: bool = False
+) -> None:
+    """A gated activation beside another tensor, and two weights; its codes are left as well."""
     from fxopt.kernels import activation_with_weights as provider
 
     gate, up, beside = (randn(batch, num_tokens, width) for _ in range(3))
     weights = [randn(width, n * width) for n in (1, 2)]
-    provider.triton([gate], [up], [beside], "silu", "none", name, name, weights, name, name)
+    rooms = [[t] for t in rooms_of(gate, up)] if is_packing else []
+    given = [gate], [up], [beside], "silu", "none", name, name, weights, name, name
+    provider.triton(*given, *rooms)
 
 
 def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:

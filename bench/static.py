@@ -75,18 +75,24 @@ SPILLING = {
     "norm_modulate layer residual gate scale shift x_bias D=8192 backward_kernel",
     "qk_norm_rope across heads, complex tables, x_bias D=5120 backward",
 }
-# 8 warps for the registers of four sums; a thread loads 10 or more times 16 bytes instead of 4.
+# 8 warps for the registers of four sums, or of codes; a thread loads 10 or more times 16 bytes instead of 4.
 SPARSE = {
     f"{op} layer residual gate scale shift x_bias D={width} backward_kernel"
     for op in ("norm_modulate", "norm_modulate_segments")
     for width in (5120, 6144, 8192)
+} | {
+    f"norm_modulate layer residual gate scale shift, packing D={width} backward_kernel"
+    for width in (5120, 6144)
 }
 # Half a head is 64 contiguous elements; at 8 for a thread it took 168 registers on sm_80. And one
 # number per token.
 NARROW = {
     *(
         f"qk_norm_rope {case} backward"
-        for case in ("half D=3072", "half D=5120", "half, part of a head D=3072")
+        for case in (
+            *("half D=3072", "half D=5120", "half, part of a head D=3072"),
+            "half, packing D=3072",
+        )
     ),
     "order_kernel",
 }

@@ -14,11 +14,19 @@ from torch import Tensor
 
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.quantize_group import Lists, quantize_rows, triton_rows
-from fxopt.kernels.quantized_producers import gated_activation_quantize, triton_activations
-from fxopt.kernels.registration import register
+from fxopt.kernels.quantized_producers import (
+    gated_activation_quantize,
+    packs_apart,
+    triton_activations,
+)
+from fxopt.kernels.registration import call_counting, register
 from fxopt.kernels.together import Ask
 
-NUM_ACTIVATION_ARGUMENTS = 7
+NUM_ACTIVATION_ARGUMENTS, NUM_ARGUMENTS = 7, 10
+ROOMS = (
+    "Tensor(a!)[]? gate_codes, Tensor(b!)[]? gate_scales, Tensor(c!)[]? up_codes, "
+    "Tensor(d!)[]? up_scales"
+)
 
 
 def native(*args: Any) -> Lists:
@@ -26,10 +34,14 @@ def native(*args: Any) -> Lists:
 
     Args:
         args: those of `gated_activation_quantize` for each stream, gate, up and beside as lists;
-            then those of `quantize_rows`.
+            then those of `quantize_rows`; then rooms of all streams.
     """
-    found = [gated_activation_quantize(*call) for call in _calls(args)]
-    found += zip(*quantize_rows(*args[NUM_ACTIVATION_ARGUMENTS:]), strict=True)
+    unwatched = None, None, None
+    found = [
+        call_counting(gated_activation_quantize, (*unwatched, *rooms), *call)
+        for call, rooms in zip(_calls(args), _rooms(args), strict=True)
+    ]
+    found += zip(*quantize_rows(*args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]), strict=True)
     codes, scales, amax_t = map(list, zip(*found, strict=True))
     return codes, scales, amax_t
 
@@ -37,7 +49,9 @@ def native(*args: Any) -> Lists:
 def triton(*args: Any) -> Lists:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
-    calls, (weights, *formats) = _calls(args), args[NUM_ACTIVATION_ARGUMENTS:]
+    each = zip(_calls(args), _rooms(args), strict=True)
+    calls = [(*call, None, None, None, *rooms) for call, rooms in each]
+    weights, *formats = args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]
     if all(t.numel() and can_cast(t) for t in (*args[0], *weights)):
         found = kernels.forward_of(calls, weights, formats)
     else:
@@ -52,6 +66,18 @@ def _calls(args: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [(*tensors, *settings) for tensors in zip(*args[:3], strict=True)]
 
 
+def _rooms(args: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Of each activation: codes and scales of gate and up, None where there are none."""
+    absent, fields = [None] * len(args[0]), args[NUM_ARGUMENTS:] or [None] * 4
+    return list(zip(*(field or absent for field in fields), strict=True))
+
+
+def _launches(*args: Any) -> int:
+    """And one where an activation's own codes take one."""
+    each = zip(_calls(args), _rooms(args), strict=True)
+    return 2 + any(packs_apart(*call[:3], call[4], rooms) for call, rooms in each)
+
+
 def _read(args: Sequence[Any]) -> list[Tensor]:
     lists = *args[:3], args[NUM_ACTIVATION_ARGUMENTS]
     return [t for tensors in lists for t in tensors if t is not None]
@@ -64,7 +90,9 @@ activation_with_weights = register(
     native=native,
     fake=native,
     triton=triton,
-    launches=lambda *args: 2,
+    launches=_launches,
+    counters=ROOMS,
+    form="packing",
     # For the scale, then for the values.
     rereads=lambda args, _: _read(args),
 )
@@ -76,12 +104,20 @@ def together(asks: Sequence[Ask]) -> list[Any] | None:
     activations = [ask.args for ask, is_own in zip(asks, of_op, strict=True) if is_own]
     weights = [ask.args for ask, is_own in zip(asks, of_op, strict=True) if not is_own]
     kinds = {args[3:] for args in activations}, {args[1:] for args in weights}
-    if [len(own) for own in kinds] != [1, 1]:
+    patterns = {
+        tuple(room is None for room in ask.rooms)
+        for ask, is_own in zip(asks, of_op, strict=True)
+        if is_own
+    }
+    if [len(own) for own in (*kinds, patterns)] != [1, 1, 1]:
         return None
     (settings,), (formats,) = kinds
     tensors = map(list, zip(*(args[:3] for args in activations), strict=True))
     every = [w for args in weights for w in args[0]]
-    found = zip(*activation_with_weights(*tensors, *settings, every, *formats), strict=True)
+    rooms = [ask.rooms for ask in asks if ask.op is gated_activation_quantize]
+    fields = [list(f) if f[0] is not None else None for f in zip(*rooms, strict=True)]
+    given = *tensors, *settings, every, *formats
+    found = zip(*call_counting(activation_with_weights, fields, *given), strict=True)
     of_activations = iter([*islice(found, len(activations))])
     return [
         next(of_activations)

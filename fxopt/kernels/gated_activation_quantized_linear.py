@@ -38,7 +38,7 @@ from fxopt.kernels.quantized_producers import (
     gated_activation_quantize_backward,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import as_codes, packing, unpacking
+from fxopt.kernels.saving import as_codes, kept_in, packing, room_for, unpacking
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, mix, side_by_side
 
@@ -55,12 +55,16 @@ class GatedActivationQuantizedLinear(Streams):
         ctx.recipe, ctx.step, _ = decision
         ctx.settings, ctx.slots = settings, slots_for(decision, [weight])
         ctx.shape, ctx.pieces = (*gate.shape[:-1], weight.shape[1]), pieces_of([weight], [])
+        rooms = room_for(ctx, (gate, up)) if fuses(ctx.recipe) else ()
         (y, amax_t), copies = yield from side_by_side(
-            _activated(ctx, gate, up, beside),
+            _activated(ctx, gate, up, beside, rooms),
             cast_weights([weight], ctx, any(ctx.needs_input_grad)),
         )
         outs, amax = products(y, [weight], [bias], ctx, gate.dtype, copies)
-        activations = yield from packing(ctx, (gate, up))
+        if fuses(ctx.recipe):
+            activations = kept_in(rooms, (gate, up))
+        else:
+            activations = yield from packing(ctx, (gate, up))
         save_for_backward(ctx, *activations, beside, amax_t, weight, *amax)
         return outs
 
@@ -107,7 +111,11 @@ class GatedActivationQuantizedLinear(Streams):
 
 
 def _activated(
-    ctx: Any, gate: Tensor, up: Tensor | None, beside: Tensor | None
+    ctx: Any,
+    gate: Tensor,
+    up: Tensor | None,
+    beside: Tensor | None,
+    rooms: Sequence[Tensor | None],
 ) -> Steps[tuple[Tensor | Quantized, Tensor]]:
     """[beside | act(gate) * up] for the product, and the magnitudes for its transposed copy."""
     slot, trains = ctx.slots.x, ctx.needs_input_grad[5]
@@ -117,7 +125,8 @@ def _activated(
         return y, gate.new_empty(0)
     lines = slot.rows, slot.known, slot.seen
     given = gate, up, beside, *ctx.settings, *formats(ctx.recipe, trains, slot)
-    ((codes, scales, amax_t),) = yield [Ask(gated_activation_quantize, given, lines)]
+    ask = Ask(gated_activation_quantize, given, lines, tuple(rooms))
+    ((codes, scales, amax_t),) = yield [ask]
     kept = amax_t if slot.known is None else slot.known
     return Quantized(codes, scales, scales.new_empty(0)), kept
 

@@ -27,9 +27,20 @@ from fxopt.kernels.native_norm_modulate import (
     passes_through,
     wanted,
 )
-from fxopt.kernels.registration import below_autograd, opmath_of, register
-from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.quantize import can_cast
+from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.saving import (
+    fill,
+    is_packing,
+    kept_in,
+    packed,
+    read_codes,
+    room_for,
+    valued,
+    values_of,
+)
 from fxopt.kernels.sharding import rows
+from fxopt.kernels.together import run
 
 
 def reference(
@@ -92,11 +103,13 @@ def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return outputs(x, residual, *(args[i] for i in (6, 10, 11)))
 
 
-def _fake_backward(
+def fake_one_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    operands, (dtype, needs, recompute) = args[:6], args[-3:]
+    operands, (dtype, needs, recompute), scales = args[:6], args[11:14], args[14:]
     wants = wanted(grad_y, operands, needs)
+    if scales:
+        h, x = (t if s is None else valued(t, dtype) for t, s in zip((h, x), scales, strict=True))
     return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
 
 
@@ -105,8 +118,10 @@ class NormModulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = below_autograd(norm_modulate, *args)
-        keep(ctx, args[:8], args[8:], results)
+        rooms = rooms_of(ctx, args[:8], args[8:], ctx.needs_input_grad[2])
+        op = call_counting, norm_modulate, rooms
+        results: tuple[Tensor, ...] = below_autograd(*op, *args)
+        keep(ctx, args[:8], args[8:], results, rooms)
         return results
 
     @staticmethod
@@ -116,14 +131,26 @@ class NormModulate(torch.autograd.Function):
         no_grads = (None,) * 6
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
-        h, x, gate, *others = kept(ctx, grad_h)
+        saved, scales = run(read_codes(ctx, ctx.saved_tensors, ctx.constants[3]))
+        h, x, gate, *others = kept(ctx, grad_h, saved)
         needs, shift = ctx.needs_input_grad[:8], others[3]
         asks = asked(needs, shift, h)
-        found = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
-        )
+        given = grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
+        found = call_counting(norm_modulate_backward, scales, *given)
         operands = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
         return *in_dtypes(ctx, operands), *no_grads
+
+
+def rooms_of(
+    ctx: Any, tensors: Sequence[Any], settings: Sequence[Any], needs_gate: bool
+) -> list[Tensor | None]:
+    """Where a norm_modulate of these arguments leaves codes of the norm's input and of x."""
+    if not is_packing():
+        return room_for(ctx, (None, None))
+    x, residual, shift, (norm, *_, h_dtype, _) = tensors[0], tensors[1], tensors[6], settings
+    norm_input = x if residual is None else torch.empty(x.shape, dtype=h_dtype, device="meta")
+    activations = None if norm == "none" else norm_input, x if needs_gate else None
+    return room_for(ctx, activations, (is_own(x, residual, shift), True))
 
 
 def keep(
@@ -131,6 +158,7 @@ def keep(
     tensors: Sequence[Any],
     settings: Sequence[Any],
     results: Sequence[Tensor],
+    rooms: Sequence[Tensor | None] | None,
     *more: Tensor,
 ) -> None:
     """What a norm_modulate keeps for `kept` and `in_dtypes`: no y, and x only for its gate.
@@ -139,6 +167,7 @@ def keep(
         tensors: x, residual, gate, weight, bias, scale, shift, x_bias.
         settings: norm, eps, weight_offset, scale_offset, h_dtype, dtype.
         results: y, h, mean, rstd.
+        rooms: those of `rooms_of`, filled; None where the op leaves no codes.
         more: to be kept between operands and statistics.
     """
     (x, residual, *operands), (y, h, mean, rstd) = tensors, results
@@ -150,13 +179,17 @@ def keep(
     ctx.mark_non_differentiable(mean, rstd, *absent)
     branch = x if ctx.needs_input_grad[2] else None
     norm_input = None if norm == "none" else x if residual is None else h
-    activations = packed(ctx, (norm_input, branch), (is_own(x, residual, operands[4]), True))
+    if rooms is None:
+        own = is_own(x, residual, operands[4]), True
+        activations = packed(ctx, (norm_input, branch), own)
+    else:
+        activations = kept_in(rooms, (norm_input, branch))
     ctx.save_for_backward(*activations, *operands, *more, mean, rstd)
 
 
-def kept(ctx: Any, grad_h: Tensor | None) -> tuple[Any, ...]:
+def kept(ctx: Any, grad_h: Tensor | None, saved: Sequence[Any]) -> tuple[Any, ...]:
     """h, x, gate, weight, bias, scale, shift, x_bias, what else was kept, mean and rstd."""
-    norm_input, branch, *others = unpacked(ctx, ctx.saved_tensors)
+    norm_input, branch, *others = saved
     h: Any = grad_h if norm_input is None else norm_input  # its shape and dtype, without a norm
     x = h.new_empty(0, dtype=ctx.dtypes[0]) if branch is None else branch
     return h, x, *others
@@ -224,40 +257,77 @@ def _launches_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> int:
     """One pass over the rows, and one over the partial sums if there are any."""
-    wants = zip(args[:6], wanted(grad_y, args[:6], args[-2]), strict=True)
+    wants = zip(args[:6], wanted(grad_y, args[:6], args[12]), strict=True)
     return 1 + any(want and operand.shape != h.shape for operand, want in wants)
+
+
+def native_forward(*args: Any) -> tuple[Tensor, ...]:
+    """Behind the arguments: where codes and scales of the norm's input and of x are left."""
+    found = native.forward(*args[:NUM_ARGUMENTS])
+    fill_rooms(args, found)
+    return found
+
+
+def fill_rooms(args: Sequence[Any], found: Sequence[Tensor]) -> None:
+    """The same in a pass of its own."""
+    fill((args[0] if args[1] is None else found[1], args[0]), args[NUM_ARGUMENTS:])
+
+
+def native_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Behind the arguments: scales of h and x, which then are codes of values of `dtype`."""
+    return native.backward(*decoded(args))
+
+
+def decoded(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of the backward with the values of h and x."""
+    values = args[:NUM_BACKWARD_ARGUMENTS]
+    scales, dtype = args[NUM_BACKWARD_ARGUMENTS:] or (None, None), args[15]
+    h, x = (values_of(t, s, dtype) for t, s in zip(args[2:4], scales, strict=True))
+    return *values[:2], h, x, *values[4:]
 
 
 def _triton(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    in_fp64 = opmath_of(args[0], *args[-2:]) == torch.float64
-    return native.forward(*args) if in_fp64 else triton_norm_modulate.forward(*args)
+    if opmath_of(args[0], *args[12:14]) == torch.float64:
+        return native_forward(*args)
+    if can_cast(args[0]):
+        return triton_norm_modulate.forward(*args)
+    found = triton_norm_modulate.forward(*args[:NUM_ARGUMENTS])
+    fill_rooms(args, found)
+    return found
 
 
 def _triton_backward(*args: Any) -> Any:
     from fxopt.kernels import triton_norm_modulate
 
-    in_fp64 = args[11].dtype == torch.float64
-    return native.backward(*args) if in_fp64 else triton_norm_modulate.backward(*args)
+    if args[11].dtype == torch.float64:
+        return native_backward(*args)
+    return triton_norm_modulate.backward(*(args if can_cast(args[2]) else decoded(args)))
 
 
+NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = 14, 18
+ROOMS = "Tensor(a!)? h_codes, Tensor(b!)? h_scales, Tensor(c!)? x_codes, Tensor(d!)? x_scales"
 _OPERANDS = ("gate", "weight", "bias", "scale", "shift", "x_bias")
 
 norm_modulate = register(
     SCHEMA,
-    native=native.forward,
+    native=native_forward,
     fake=_fake,
     triton=_triton,
+    counters=ROOMS,
+    form="packing",
     function=NormModulate,
     sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
     reference=reference,
 )
 norm_modulate_backward = register(
     BACKWARD_SCHEMA,
-    native=native.backward,
-    fake=_fake_backward,
+    native=native_backward,
+    fake=fake_one_backward,
     triton=_triton_backward,
+    counters="Tensor? h_scales, Tensor? x_scales",
+    form="packed",
     launches=_launches_backward,
     sharding=rows(
         "h", "grad_h", "grad_y", operands=_OPERANDS, outputs=[None, None, *_OPERANDS, None]

@@ -27,7 +27,8 @@ from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
 from fxopt.kernels.norm_modulate_segments_streams import launch, launch_backward
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.saving import is_packing, kept_in, packed, read_codes, room_for
+from fxopt.kernels.together import run
 
 # Operands that go into h: x, residual, gate, x_bias.
 OF_SUM = (0, 1, 2, 7)
@@ -37,13 +38,14 @@ NUM_TENSORS = NUM_OPERANDS + 1  # with the index
 class Stream(NamedTuple):
     """One call of norm_modulate, by its `settings`, and the linears on its y; there may be none.
 
-    shift_per_token: of a call by segment, which has an index behind its operands.
+    shift_per_token: of a call by segment, which has an index behind its operands: by_segment.
     """
 
     settings: tuple[Any, ...]
     num_linears: int
     pieces: Pieces
     shift_per_token: bool = False
+    by_segment: bool = False
 
 
 class NormModulateLinears(torch.autograd.Function):
@@ -61,9 +63,10 @@ class NormModulateLinears(torch.autograd.Function):
         calls = [
             (*e[0], s.shift_per_token, *s.settings) for s, e in zip(streams, each, strict=True)
         ]
+        own, rooms = _rooms(ctx, streams, each, needs)
+        calls = [(*call, *rooms[4 * i : 4 * i + 4]) for i, call in enumerate(calls)]
         kept: list[Tensor | None] = []
         activations: list[Tensor | None] = []
-        own: list[bool] = []
         outs: list[Tensor] = []
         constant: list[Tensor] = []
         for stream, (operands, weights, biases), (y, h, mean, rstd), (needed, of_parameters) in zip(
@@ -77,14 +80,14 @@ class NormModulateLinears(torch.autograd.Function):
                 branch = x if needed[2] else x.new_empty(0)  # its dtype is that of its gradient
             trains = any((*needed, *of_parameters))
             activations += [norm_input, branch] if trains else [None, None]
-            own += [is_own(x, residual, _addend(others[3], index, stream)), True]
             kept += [gate, *others, index, mean, rstd, *weights]
             results = products(y, weights, biases, stream.pieces)
             constant += frozen(results, any(needed), of_parameters, stream.pieces)
             constant += [] if any(needed[i] for i in OF_SUM) else [h]
             outs += [*results, h]
         ctx.mark_non_differentiable(*constant)
-        ctx.save_for_backward(*packed(ctx, activations, own), *kept)
+        saved = kept_in(rooms, activations) if rooms else packed(ctx, activations, own)
+        ctx.save_for_backward(*saved, *kept)
         ctx.streams = streams
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -93,9 +96,12 @@ class NormModulateLinears(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, num_streams = unpacked(ctx, ctx.saved_tensors), len(ctx.streams)
+        num_streams, dtype = len(ctx.streams), ctx.streams[0].settings[-1]
+        has_index = any(s.by_segment for s in ctx.streams)
+        saved, scales = run(read_codes(ctx, ctx.saved_tensors, dtype, not has_index))
         activations, others = iter(saved[: 2 * num_streams]), iter(saved[2 * num_streams :])
-        given = activations, others, iter(grads), iter(ctx.needs_input_grad[1:])
+        needs = ctx.needs_input_grad[1:]
+        given = activations, others, iter(grads), iter(needs), iter(() if has_index else scales)
         streams = [_Backward(stream, *given) for stream in ctx.streams]
         found = iter(launch_backward([s.call for s in streams if s.call is not None]))
         results: list[Tensor | None] = []
@@ -114,9 +120,10 @@ class _Backward:
         saved: Iterator[Any],
         grads: Iterator[Tensor | None],
         needs: Iterator[bool],
+        scales: Iterator[Tensor | None],
     ) -> None:
-        settings, num_linears, self.pieces, shift_per_token = stream
-        ((h, x),) = _taken(activations, 2)
+        settings, num_linears, self.pieces, shift_per_token, _ = stream
+        ((h, x),), (own_scales,) = _taken(activations, 2), _taken(scales, 2)
         (*operands, index, mean, rstd), self.weights = _taken(saved, 9, num_linears)
         self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
         (*self.needs, _), self.needs_parameters = _taken(needs, NUM_TENSORS, 2 * num_linears)
@@ -134,7 +141,7 @@ class _Backward:
             tensors = (self.dy, self.grad_h, h, x, *operands, *reading, mean, rstd)
             constants = (norm, weight_offset, scale_offset, dtype)
             asks = asked(self.needs, self.shift, self.h)
-            self.call = (*tensors, *constants, asks, recompute)
+            self.call = (*tensors, *constants, asks, recompute, *own_scales)
 
     def gradients(self, found: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Those of the operands, the weights and the biases, by what the op returned."""
@@ -145,6 +152,31 @@ class _Backward:
             self.grad_outs, found[-1], self.weights, self.pieces, self.needs_parameters
         )
         return [*operands, None, *parameters]
+
+
+def _rooms(
+    ctx: Any, streams: Sequence[Stream], each: Sequence[Any], needs: Sequence[Any]
+) -> tuple[list[bool], list[Tensor | None]]:
+    """Of each stream's norm input and x which are the node's own, and where their codes are left;
+    no rooms where they are packed in a pass of their own: the ops want the same of all streams."""
+    activations: list[Tensor | None] = []
+    own: list[bool] = []
+    if not is_packing():
+        return own, []
+    for stream, ((x, residual, gate, *others, index), *_), needed in zip(
+        streams, each, needs, strict=True
+    ):
+        norm_input = x
+        if residual is not None:
+            norm_input = torch.empty(x.shape, dtype=stream.settings[-2], device="meta")
+        trains = any(need for group in needed for need in group)
+        is_normed, has_branch = stream.settings[0] != "none", gate is not None and needed[0][2]
+        activations += [norm_input if trains and is_normed else None, x if has_branch else None]
+        own += [is_own(x, residual, _addend(others[3], index, stream)), True]
+    rooms = room_for(ctx, activations, own)
+    patterns = {tuple(r is None for r in rooms[i : i + 4]) for i in range(0, len(rooms), 4)}
+    is_shared = len(patterns) == 1 and not any(stream.by_segment for stream in streams)
+    return own, rooms if is_shared else []
 
 
 def _addend(shift: Tensor | None, index: Tensor | None, stream: Stream) -> Tensor | None:
@@ -162,7 +194,8 @@ def norm_linears(*args: Any) -> tuple[list[Tensor], Tensor]:
     operands."""
     tensors, shift_per_token, settings = args[:NUM_TENSORS], args[9], args[10:16]
     weights, biases, pieces = args[16:]
-    stream = Stream(settings, len(weights), as_pieces(pieces), shift_per_token)
+    by_segment = tensors[-1] is not None
+    stream = Stream(settings, len(weights), as_pieces(pieces), shift_per_token, by_segment)
     *outs, h = NormModulateLinears.apply((stream,), *tensors, *weights, *biases)
     return outs, h
 
@@ -182,7 +215,7 @@ def norm_linears_streams(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     ):
         (own,) = _taken(piece, num_outs)
         settings = norm, *numbers, h_dtype, dtype
-        streams.append(Stream(settings, num_linears, own, is_per_token))
+        streams.append(Stream(settings, num_linears, own, is_per_token, operands[-1] is not None))
         given += [*operands, *_taken(weight, num_linears)[0], *_taken(bias, num_linears)[0]]
     outs: list[Tensor] = []
     hs: list[Tensor] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxopt.kernels.delayed import slots_for
@@ -34,7 +35,7 @@ from fxopt.kernels.quantized_linears import (
     transposed,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import packing, unpacking
+from fxopt.kernels.saving import is_packing, kept_in, packing, read_codes, room_for
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, parts
 
@@ -63,40 +64,52 @@ class NormModulateQuantizedLinears(Streams):
         assert x is not None
         y: Tensor | Quantized
         slot = (slots := slots_for(decision, weights)).x
+        branch = None
+        if gate is not None:
+            branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
+        own = is_own(x, residual, None if read.shift_is_table else others[3]), True
+        leaves_codes = is_packing() and (fuses(recipe) or index is None)
+        rooms: Sequence[Tensor | None] = ()
+        if leaves_codes:
+            h = x
+            if residual is not None:
+                h = torch.empty(x.shape, dtype=settings[4], device="meta")
+            rooms = room_for(ctx, (h, branch), own)
         if fuses(recipe):
             lines = slot.rows, slot.known, slot.seen
-            (found,) = yield [Ask(read.codes, (*given, *formats(recipe, trains, slot)), lines)]
+            asked = *given, *formats(recipe, trains, slot)
+            (found,) = yield [Ask(read.codes, asked, lines, tuple(rooms))]
             codes, scales, amax_t, h, mean, rstd = found
             amax_t = amax_t if slot.known is None else slot.known
             y = Quantized(codes, scales, scales.new_empty(0))
         else:
-            ((normed, h, mean, rstd),) = yield [Ask(read.forward, given)]
+            ((normed, h, mean, rstd),) = yield [Ask(read.forward, given, (), tuple(rooms))]
             amax_t = x.new_empty(0)
             y = yield from operand(normed, recipe, slot)
         h = x if residual is None else h
-        branch = None
-        if gate is not None:
-            branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
         ctx.settings, ctx.shape, ctx.slots = settings, x.shape, slots
-        ctx.shift_per_token = shift_per_token
+        ctx.shift_per_token, ctx.by_segment = shift_per_token, index is not None
         copies = yield from cast_weights(weights, ctx, any(ctx.needs_input_grad))
         outs, amax = products(y, weights, biases, ctx, settings[-1], copies)
-        own = is_own(x, residual, None if read.shift_is_table else others[3]), True
-        activations = yield from packing(ctx, (h, branch), own)
+        if leaves_codes:
+            activations = kept_in(rooms, (h, branch))
+        else:
+            activations = yield from packing(ctx, (h, branch), own)
         kept = (*activations, gate, *others, index, mean, rstd, amax_t)
         save_for_backward(ctx, *kept, *weights, *amax)
         return *outs, h
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
-        saved, recipe = (yield from unpacking(ctx, saved_tensors(ctx))), ctx.recipe
+        recipe, dtype = ctx.recipe, ctx.settings[5]
+        saved, scales = yield from read_codes(ctx, saved_tensors(ctx), dtype, not ctx.by_segment)
         needs, needs_parameters = ctx.needs_input_grad[2:10], ctx.needs_input_grad[11:]
         (h, branch, gate, *others, index, mean, rstd, amax_t), weights, amax = split(
             saved, 12, len(needs_parameters) // 2
         )
         read = reading(index, ctx.shift_per_token)
         *grad_outs, grad_h = grads
-        norm, eps, weight_offset, scale_offset, _, dtype = ctx.settings
+        norm, eps, weight_offset, scale_offset, *_ = ctx.settings
         of_linears = by_linear(grad_outs, ctx.pieces, len(weights))
         dy_MK, operands, dbiases = yield from gradients(
             ctx, of_linears, weights, amax, True, needs_parameters
@@ -110,7 +123,7 @@ class NormModulateQuantizedLinears(Streams):
         asks = [*needs[:6], needs[6] and not ctx.shift_per_token, needs[7]]
         constants = (norm, weight_offset, scale_offset, dtype, asks, trains and not has_columns)
         tensors = dy, grad_h, h, branch, gate, *others, *read.arguments, mean, rstd
-        (found,) = yield [Ask(read.backward, (*tensors, *constants))]
+        (found,) = yield [Ask(read.backward, (*tensors, *constants), (), scales)]
         shift = None if read.shift_is_table else others[3]
         operand_grads = operand_gradients(found, dy, grad_h, h, gate, shift, needs)
         y: Tensor | Quantized = found[-1]
@@ -121,7 +134,7 @@ class NormModulateQuantizedLinears(Streams):
                 given = h, *affine, *read.arguments, mean, rstd, norm, eps, *offsets
                 given = *given, dtype, str(columns), amax_t
                 lines = (ctx.slots.x.columns,)
-                ((codes_t, scales_t),) = yield [Ask(read.codes_t, given, lines)]
+                ((codes_t, scales_t),) = yield [Ask(read.codes_t, given, lines, scales[:1])]
                 y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
             else:
                 y = yield from transposed(found[-1], columns, ctx.slots.x)

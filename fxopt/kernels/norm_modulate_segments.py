@@ -22,6 +22,7 @@ from fxopt.kernels import norm_modulate as plain
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import in_dtypes, keep, kept, operand_gradients
 from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.saving import unpacked
 from fxopt.kernels.sharding import Arguments, rows
 
 TABLES = ("gate", "scale", "shift")
@@ -146,7 +147,7 @@ class NormModulateSegments(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = below_autograd(norm_modulate_segments, *args)
         index, ctx.shift_per_token = args[8:10]
-        keep(ctx, args[:8], args[10:], results, index)
+        keep(ctx, args[:8], args[10:], results, None, index)
         return results
 
     @staticmethod
@@ -157,7 +158,8 @@ class NormModulateSegments(torch.autograd.Function):
         if grad_y is None and grad_h is None:
             return (None,) * 8 + no_grads
         needs = ctx.needs_input_grad[:8]
-        of_backward = kept(ctx, grad_h), ctx.shift_per_token, ctx.constants, needs, False
+        saved = kept(ctx, grad_h, unpacked(ctx, ctx.saved_tensors))
+        of_backward = saved, ctx.shift_per_token, ctx.constants, needs, False
         operands, _ = gradients(grad_y, grad_h, *of_backward)
         return *in_dtypes(ctx, operands), *no_grads
 

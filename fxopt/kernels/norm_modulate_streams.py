@@ -13,10 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels import native_norm_modulate as native
-from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
-from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
-from fxopt.kernels.registration import LAUNCHES, below_autograd, opmath_of, register
+from fxopt.kernels.native_norm_modulate import outputs
+from fxopt.kernels.norm_modulate import (
+    NUM_ARGUMENTS,
+    NUM_BACKWARD_ARGUMENTS,
+    decoded,
+    fake_one_backward,
+    fill_rooms,
+    native_backward,
+    native_forward,
+    norm_modulate,
+    norm_modulate_backward,
+)
+from fxopt.kernels.quantize import can_cast
+from fxopt.kernels.registration import LAUNCHES, below_autograd, call_counting, opmath_of, register
 from fxopt.kernels.together import by_call, share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
@@ -24,40 +34,63 @@ NUM_OPERANDS = 8
 
 
 def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-    """(y, h, mean, rstd) of each call of `norm_modulate`."""
+    """(y, h, mean, rstd) of each call of `norm_modulate`, or all of its second form."""
+    rooms = [list(r) if r[0] is not None else None for r in zip(*rooms_of(calls), strict=True)]
+    calls = [call[:NUM_ARGUMENTS] for call in calls]
     if len(calls) == 1:
-        return [below_autograd(norm_modulate, *calls[0])]
+        own = [None if room is None else room[0] for room in rooms]
+        return [below_autograd(call_counting, norm_modulate, own, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
     settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
-    return by_call(below_autograd(norm_modulate_streams, *tensors, *settings), 4)
+    given = call_counting, norm_modulate_streams, rooms, *tensors, *settings
+    return by_call(below_autograd(*given), 4)
+
+
+def rooms_of(calls: Sequence[Call]) -> list[Call]:
+    """What stands behind the arguments of each: where codes are left, of the same in all."""
+    return [call[NUM_ARGUMENTS:] for call in calls]
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-    """What `norm_modulate_backward` returns for each call."""
+    """What `norm_modulate_backward` returns for each call, which may be of its second form."""
+    scales = [list(s) for s in zip(*(call[NUM_BACKWARD_ARGUMENTS:] for call in calls), strict=True)]
+    scales = scales if any(s is not None for own in scales for s in own) else []
+    calls = [call[:NUM_BACKWARD_ARGUMENTS] for call in calls]
     if len(calls) < 2:
-        return [norm_modulate_backward(*call) for call in calls]
+        own = [s[0] for s in scales]
+        return [call_counting(norm_modulate_backward, own, *call) for call in calls]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
-    return by_call(norm_modulate_streams_backward(*tensors, *settings, every_need, recompute), 9)
+    given = *tensors, *settings, every_need, recompute
+    return by_call(call_counting(norm_modulate_streams_backward, scales, *given), 9)
 
 
 def calls_of(args: Sequence[Any], num_fields: int = NUM_OPERANDS) -> list[Call]:
     """Arguments of `norm_modulate` for each stream, from those of all."""
-    tensors, (norm, *constants, h_dtype, dtype) = args[:num_fields], args[num_fields:]
+    end = num_fields + 6
+    tensors, (norm, *constants, h_dtype, dtype) = args[:num_fields], args[num_fields:end]
     _require_one_width(tensors[0])
     each = zip(zip(*tensors, strict=True), zip(*constants, strict=True), strict=True)
-    return [(*t, norm, *c, h_dtype, dtype) for t, c in each]
+    return _followed([(*t, norm, *c, h_dtype, dtype) for t, c in each], args[end:])
 
 
 def backward_calls_of(args: Sequence[Any], num_fields: int = 12) -> list[Call]:
     """Arguments of `norm_modulate_backward` for each stream, from those of all."""
-    tensors, (norm, *offsets, dtype, needs, recompute) = args[:num_fields], args[num_fields:]
+    end = num_fields + 6
+    tensors, (norm, *offsets, dtype, needs, recompute) = args[:num_fields], args[num_fields:end]
     _require_one_width(tensors[2])
     of_stream = [needs[i : i + NUM_OPERANDS] for i in range(0, len(needs), NUM_OPERANDS)]
     last = zip(of_stream, recompute, strict=True)
     each = zip(zip(*tensors, strict=True), zip(*offsets, strict=True), last, strict=True)
-    return [(*t, norm, *o, dtype, *needed) for t, o, needed in each]
+    calls = [(*t, norm, *o, dtype, *needed) for t, o, needed in each]
+    return _followed(calls, args[end:])
+
+
+def _followed(calls: Sequence[Call], fields: Sequence[Any]) -> list[Call]:
+    """Each call and its own of what stands behind the arguments of all."""
+    lists = [[None] * len(calls) if field is None else field for field in fields]
+    return [(*call, *(own[i] for own in lists)) for i, call in enumerate(calls)]
 
 
 def _require_one_width(inputs: Iterable[Tensor]) -> None:
@@ -71,16 +104,13 @@ def _require_one_width(inputs: Iterable[Tensor]) -> None:
 
 def fake(call: Call) -> tuple[Tensor, ...]:
     """The outputs of one call."""
-    x, residual, *_, norm, _, _, _, h_dtype, dtype = call
+    x, residual, norm, h_dtype, dtype = *call[:2], call[8], *call[12:14]
     return outputs(x, residual, norm, h_dtype, dtype)
 
 
 def fake_backward(call: Call) -> tuple[Tensor, ...]:
     """Those of one call of the backward."""
-    grad_y, _, h, x, *rest = call
-    operands, (dtype, needs, recompute) = rest[:6], rest[-3:]
-    wants = wanted(grad_y, operands, needs)
-    return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
+    return fake_one_backward(*call)
 
 
 def _fake(*args: Any) -> list[Tensor]:
@@ -97,19 +127,24 @@ def _launches_backward(*args: Any) -> int:
 
 
 def _native(*args: Any) -> list[Tensor]:
-    return [t for call in calls_of(args) for t in native.forward(*call)]
+    return [t for call in calls_of(args) for t in native_forward(*call)]
 
 
 def _native_backward(*args: Any) -> list[Tensor]:
-    return [t for call in backward_calls_of(args) for t in native.backward(*call)]
+    return [t for call in backward_calls_of(args) for t in native_backward(*call)]
 
 
 def _triton(*args: Any) -> list[Tensor]:
     from fxopt.kernels import triton_norm_modulate
 
-    if any(opmath_of(x, *args[-2:]) == torch.float64 for x in args[0]):
+    if any(opmath_of(x, *args[12:14]) == torch.float64 for x in args[0]):
         return _native(*args)
-    return [t for results in triton_norm_modulate.forward_of(calls_of(args)) for t in results]
+    calls, casts = calls_of(args), can_cast(args[0][0])
+    given = calls if casts else [call[:NUM_ARGUMENTS] for call in calls]
+    found = triton_norm_modulate.forward_of(given)
+    for call, results in zip(calls, found, strict=True):
+        fill_rooms(call if not casts else call[:NUM_ARGUMENTS], results)
+    return [t for results in found for t in results]
 
 
 def _triton_backward(*args: Any) -> list[Tensor]:
@@ -118,6 +153,7 @@ def _triton_backward(*args: Any) -> list[Tensor]:
     if any(rstd.dtype == torch.float64 for rstd in args[11]):
         return _native_backward(*args)
     calls = backward_calls_of(args)
+    calls = calls if can_cast(args[2][0]) else [decoded(call) for call in calls]
     return [t for results in triton_norm_modulate.backward_of(calls) for t in results]
 
 
@@ -133,6 +169,9 @@ norm_modulate_streams = register(
     native=_native,
     fake=_fake,
     triton=_triton,
+    counters="Tensor(a!)[]? h_codes, Tensor(b!)[]? h_scales, Tensor(c!)[]? x_codes, "
+    "Tensor(d!)[]? x_scales",
+    form="packing",
 )
 # (dh, dx, dgate, dweight, dbias, dscale, dshift, dx_bias, y) of each stream
 norm_modulate_streams_backward = register(
@@ -143,6 +182,8 @@ norm_modulate_streams_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
+    counters="Tensor?[] h_scales, Tensor?[] x_scales",
+    form="packed",
 )
 share(norm_modulate, launch, lambda x, *args: (x.shape[-1], args[7], *args[-2:]))
 share(

@@ -16,9 +16,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.registration import below_autograd, opmath_of, register
-from fxopt.kernels.saving import packed, unpacked
+from fxopt.kernels.quantize import can_cast
+from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.saving import (
+    BLOCK,
+    fill,
+    kept_in,
+    name_of,
+    native_unpack,
+    packed,
+    read_codes,
+    room_for,
+    valued,
+)
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
+from fxopt.kernels.together import run
 
 Optional = Sequence[Tensor | None]
 
@@ -188,18 +200,42 @@ def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
     return outs, mean, rstd
 
 
+NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = len(Arguments._fields), len(Arguments._fields) + 3
+
+
 def split_backward_arguments(args: Any) -> tuple[Arguments, Tensor, Tensor, Sequence[bool]]:
     """(forward's arguments, mean, rstd, needs) of `qk_norm_rope_backward`, less its `grads`."""
-    return Arguments(*args[:6], *args[8:-1]), args[6], args[7], args[-1]
+    own = args[:NUM_BACKWARD_ARGUMENTS]
+    return Arguments(*own[:6], *own[8:-1]), own[6], own[7], own[-1]
+
+
+def split_codes(args: Any) -> tuple[tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]]:
+    """These arguments with x of the dtype and shapes that it has where it is codes, these codes and
+    their scales; none where it is not."""
+    own, scales = args[:NUM_BACKWARD_ARGUMENTS], args[NUM_BACKWARD_ARGUMENTS:]
+    if not scales:
+        return own, [], []
+    return ([valued(x, own[-2]) for x in own[0]], *own[1:]), own[0], scales[0]
+
+
+def has_whole_blocks(x_BSHd: Tensor) -> bool:
+    """Whether a block of codes is one head, or some, of x."""
+    num_heads, dim = x_BSHd.shape[2:]
+    return BLOCK % dim == 0 and num_heads % (BLOCK // dim) == 0
+
+
+def _launches(*args: Any) -> int:
+    """And one for the codes of heads that are no blocks."""
+    return 1 + (len(args) > NUM_ARGUMENTS and not all(map(has_whole_blocks, args[0])))
 
 
 def _fake(*args: Any) -> list[Tensor]:
-    outs, mean, rstd = outputs(Arguments(*args))
+    outs, mean, rstd = outputs(Arguments(*args[:NUM_ARGUMENTS]))
     return [*outs, mean, rstd]
 
 
 def _fake_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    a, _, _, needs = split_backward_arguments(args)
+    a, _, _, needs = split_backward_arguments(split_codes(args)[0])
     return [
         t.new_empty(t.shape) if need and t is not None else a.x[0].new_empty(0)
         for t, need in zip(a.differentiable, needs, strict=True)
@@ -216,25 +252,43 @@ def _launches_backward(grads: Sequence[Tensor], *args: Any) -> int:
 def _native(*args: Any) -> list[Tensor]:
     from fxopt.kernels import native_qk_norm_rope
 
-    return native_qk_norm_rope.forward(*args)
+    _fill(args)
+    return native_qk_norm_rope.forward(*args[:NUM_ARGUMENTS])
+
+
+def _fill(args: Sequence[Any]) -> None:
+    """Leave codes of x in a pass of its own, where there is room for them."""
+    rooms = [t for pair in zip(*args[NUM_ARGUMENTS:], strict=True) for t in pair]
+    fill(args[0], rooms, num_row_dims=2)
 
 
 def _native_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     from fxopt.kernels import native_qk_norm_rope
 
-    return native_qk_norm_rope.backward(grads, *args)
+    return native_qk_norm_rope.backward(grads, *_decoded(args))
+
+
+def _decoded(args: Sequence[Any]) -> Sequence[Any]:
+    own, codes, scales = split_codes(args)
+    if not codes:
+        return own
+    return native_unpack(codes, scales, [name_of(own[-2])] * len(codes)), *own[1:]
 
 
 def _triton(*args: Any) -> list[Tensor]:
     from fxopt.kernels import triton_qk_norm_rope
 
-    return triton_qk_norm_rope.forward(*args)
+    if all(map(has_whole_blocks, args[0])) and can_cast(args[0][0]):
+        return triton_qk_norm_rope.forward(*args)
+    _fill(args)
+    return triton_qk_norm_rope.forward(*args[:NUM_ARGUMENTS])
 
 
 def _triton_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     from fxopt.kernels import triton_qk_norm_rope
 
-    return triton_qk_norm_rope.backward(grads, *args)
+    given = args if can_cast(args[0][0]) else _decoded(args)
+    return triton_qk_norm_rope.backward(grads, *given)
 
 
 class QKNormRope(torch.autograd.Function):
@@ -257,17 +311,21 @@ class QKNormRope(torch.autograd.Function):
                 "qk_norm_rope gives its cos and sin tables no gradient, but one requires grad: "
                 "detach the tables, or keep the unfused ops if they are learned"
             )
-        *outs, mean, rstd = below_autograd(qk_norm_rope, *_fields(tensors), *settings)
+        xs, others = tensors[:num_sections], tensors[num_sections:]
+        has_weight = any(t is not None for t in tensors[2 * num_sections : 3 * num_sections])
+        reads_x = settings[1] != "none" or has_weight
+        rooms = room_for(ctx, xs if reads_x else (), num_row_dims=2)
+        fields = [rooms[::2], rooms[1::2]] if rooms and None not in rooms else []
+        given = qk_norm_rope, fields, *_fields(tensors), *settings
+        *outs, mean, rstd = below_autograd(call_counting, *given)
         ctx.set_materialize_grads(False)
         trains = map(any, zip(*_fields(ctx.needs_input_grad[1:]), strict=True))  # by section
         of_outs = [any([*itertools.islice(trains, num)]) for num in settings[0]]
         constant = (out for out, needed in zip(outs, of_outs, strict=True) if not needed)
         ctx.mark_non_differentiable(*constant, mean, rstd)
-        xs, others = tensors[:num_sections], tensors[num_sections:]
-        has_weight = any(t is not None for t in tensors[2 * num_sections : 3 * num_sections])
-        if settings[1] == "none" and not has_weight:
-            xs = tuple(map(_without_values, xs))
-        ctx.save_for_backward(*packed(ctx, xs, num_row_dims=2), *others, mean, rstd)
+        xs = xs if reads_x else tuple(map(_without_values, xs))
+        saved = kept_in(rooms, xs) if fields else packed(ctx, xs, num_row_dims=2)
+        ctx.save_for_backward(*saved, *others, mean, rstd)
         ctx.settings, ctx.shapes = settings, [out.shape for out in outs]
         return (*outs, mean, rstd)
 
@@ -276,7 +334,11 @@ class QKNormRope(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x_bias, weight and bias, None where there is none."""
-        *tensors, mean, rstd = unpacked(ctx, ctx.saved_tensors)
+        xs = ctx.saved_tensors[: len(ctx.packed)]
+        can_read = all(ctx.packed) and all(map(has_whole_blocks, xs))
+        dtype = ctx.settings[-1]
+        (*tensors, mean, rstd), scales = run(read_codes(ctx, ctx.saved_tensors, dtype, can_read))
+        scales = [] if None in scales else [[*scales]]
         num_differentiable = len(tensors) // 6 * 4
         if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))
@@ -286,7 +348,8 @@ class QKNormRope(torch.autograd.Function):
         ]
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
-        computed = qk_norm_rope_backward(filled, *fields, mean, rstd, *ctx.settings, needs)
+        given = filled, *fields, mean, rstd, *ctx.settings, needs
+        computed = call_counting(qk_norm_rope_backward, scales, *given)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
 
@@ -321,6 +384,8 @@ qk_norm_rope_backward = register(
     triton=_triton_backward,
     launches=_launches_backward,
     sharding=sections(of_section_gradients),
+    counters="Tensor[] x_scales",
+    form="packed",
 )
 # (outs..., mean, rstd)
 qk_norm_rope = register(
@@ -329,6 +394,9 @@ qk_norm_rope = register(
     fake=_fake,
     triton=_triton,
     function=QKNormRope,
+    launches=_launches,
     sharding=sections(of_sections),
+    counters="Tensor(a!)[] codes, Tensor(b!)[] scales",
+    form="packing",
     reference=reference,
 )

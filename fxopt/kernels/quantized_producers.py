@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
+from fxopt.kernels.saving import BLOCK, fill, values_of
 from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 from fxopt.recipes import Operand
 
@@ -31,6 +32,12 @@ NORM_ARGUMENTS = (
 
 COUNTERS = "Tensor(a!)? counters"
 OF_INPUT = f"{COUNTERS}, Tensor? known, Tensor(b!)? seen"
+OF_COLUMNS = f"{COUNTERS}, Tensor? h_scales"
+# Behind them, where codes of what is read are left.
+OF_NORM = f"{OF_INPUT}, Tensor(c!)? h_codes, Tensor(d!)? h_scales, Tensor(e!)? x_codes, "
+OF_NORM += "Tensor(f!)? x_scales"
+OF_ACTIVATION = f"{OF_INPUT}, Tensor(c!)? gate_codes, Tensor(d!)? gate_scales, "
+OF_ACTIVATION += "Tensor(e!)? up_codes, Tensor(f!)? up_scales"
 
 
 def amax_for(y: Tensor, columns: str | None) -> Tensor:
@@ -63,14 +70,16 @@ def native_norm(*args: Any) -> tuple[Tensor, ...]:
     Args:
         args: those of `fxopt::norm_modulate`, then rows and columns: how y is quantized for the
             products (as `Operand` is written), and its transpose for weights' gradients or None;
-            last, where they are given, the counters of the copy (a line as in `counters`), and
-            known and seen as in `quantize`.
+            last, where they are given, the counters of the copy (a line as in `counters`), known and
+            seen as in `quantize`, and where codes and scales of the norm's input and of x are left,
+            those of `saving.pack`.
 
     Returns codes, scales, amax_t (see `amax_for`), and h, mean, rstd as norm_modulate does.
     """
     operands, (rows, columns, *more) = args[:14], args[14:]
     y, h, mean, rstd = native_norm_modulate.forward(*operands)
     counters, known, seen = (*more, None, None, None)[:3]
+    fill((operands[0] if operands[1] is None else h, operands[0]), more[3:])
     codes, scales = quantize.native(y, rows, None, None, False, counters, None, known, seen)[:2]
     return codes, scales, amax_for(y, columns), h, mean, rstd
 
@@ -91,6 +100,7 @@ def native_norm_columns(
     columns: str,
     amax_t: Tensor,
     counters: Tensor | None = None,
+    h_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
 
@@ -98,7 +108,9 @@ def native_norm_columns(
         h: the norm's input, the x where there was no residual; the others as they were.
         mean, rstd, amax_t: as the forward returned them.
         counters: of this copy, or None.
+        h_scales: where h is codes of values of `dtype`, their scales.
     """
+    h = values_of(h, h_scales, dtype)
     affine, settings = (weight, bias, scale, shift), (norm, eps, weight_offset, scale_offset)
     y = native_norm_modulate.forward(h, None, None, *affine, None, *settings, h.dtype, dtype)[0]
     codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters, amax_t)[3:5]
@@ -116,6 +128,7 @@ def native_activation(
     counters: Tensor | None = None,
     known: Tensor | None = None,
     seen: Tensor | None = None,
+    *rooms: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [M, K padded], scales [M or 1, 1] and amax_t of y = [beside | act(gate) * up].
 
@@ -123,7 +136,9 @@ def native_activation(
         gate, up, activation, packing: those of `fxopt::gated_activation`.
         beside: [..., K - F], what a linear takes beside F features of the activation, or None.
         rows, columns, counters, known, seen: as in `native_norm`.
+        rooms: where gate's and up's own codes and scales are left, those of `saving.pack`.
     """
+    fill((gate, up), rooms)
     y = _joined(gate, up, beside, activation, packing)
     codes, scales = quantize.native(y, rows, None, None, False, counters, None, known, seen)[:2]
     return codes, scales, amax_for(y, columns)
@@ -289,6 +304,21 @@ def _is_known(args: Any, index: int) -> bool:
     return len(args) > index and args[index] is not None
 
 
+def _activation_launches(*args: Any) -> int:
+    return (1 if _is_known(args, 8) else 2) + packs_apart(*args[:3], args[4], args[10:])
+
+
+def packs_apart(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, packing: str, rooms: Sequence[Any]
+) -> bool:
+    """Whether gate and up are to be packed and tiles are not blocks of theirs."""
+    if all(room is None for room in rooms):
+        return False
+    starts = [0 if beside is None else beside.shape[-1]]
+    starts += [gate.shape[-1] // 2] if packing != "none" else []
+    return any(start % BLOCK for start in starts)
+
+
 def _activation_rereads(args: Any, _: Any) -> list[Tensor]:
     return [] if _is_known(args, 8) else [t for t in args[:3] if t is not None]
 
@@ -301,7 +331,7 @@ norm_modulate_quantize = register(
     triton=triton_norm,
     launches=norm_launches,
     rereads=norm_rereads,
-    counters=OF_INPUT,
+    counters=OF_NORM,
 )
 norm_modulate_quantize_columns = register(
     "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
@@ -311,7 +341,7 @@ norm_modulate_quantize_columns = register(
     native=native_norm_columns,
     fake=fake_norm_columns,
     triton=triton_norm_columns,
-    counters=COUNTERS,
+    counters=OF_COLUMNS,
 )
 gated_activation_quantize = register(
     "gated_activation_quantize(Tensor gate, Tensor? up, Tensor? beside, str activation, "
@@ -319,9 +349,9 @@ gated_activation_quantize = register(
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
-    launches=lambda *args: 1 if _is_known(args, 8) else 2,
+    launches=_activation_launches,
     rereads=_activation_rereads,
-    counters=OF_INPUT,
+    counters=OF_ACTIVATION,
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "

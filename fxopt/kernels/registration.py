@@ -66,6 +66,7 @@ def register(
     sharding: shardings.Rule | None = None,
     rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
     counters: str = "",
+    form: str = "counting",
     reference: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define `fxopt::<schema>` and register its implementations.
@@ -82,8 +83,9 @@ def register(
         sharding: how it runs on DTensors; None to refuse them.
         rereads: from arguments and outputs, those that a second of these kernels reads again.
         counters: further arguments, of a second op `<name>_counting` with the same implementations,
-            for `call_counting`: those that it writes, as compilers want ops that write nothing, and
-            magnitudes that are known beforehand.
+            for `call_counting`: those that it writes, as compilers want ops that write nothing,
+            magnitudes that are known beforehand, and scales of arguments that are codes.
+        form: what the second op's name ends with.
         reference: the op in plain differentiable ATen, which compilers get in its place; None for
             ops that they get as they are, or never.
     """
@@ -110,7 +112,7 @@ def register(
     if counters:
         arguments, returns = schema[len(name) :].rsplit(") -> ", 1)
         COUNTING[op] = register(
-            f"{name}_counting{arguments}, {counters}) -> {returns}",
+            f"{name}_{form}{arguments}, {counters}) -> {returns}",
             native=native,
             fake=fake,
             triton=triton,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.formats import FORMATS, quantize_matrix
 from fxopt.kernels.in_force import is_high_precision
@@ -79,20 +80,69 @@ def packing(
     by whoever keeps another part of it, as attention does the values of a joint projection.
     """
     ctx.packed = [None] * len(activations)
-    if not is_packing() or not any(ctx.needs_input_grad):
+    if not is_packing():
         return [*activations]
-    fill, kept = _fill_their_memory(activations), [*activations]
-    chosen = {
-        i: t
-        for i, t in enumerate(activations)
-        if t is not None and fill[i] and t.dtype in PACKED_DTYPES and (not are_own or are_own[i])
-    }
+    chosen: dict[int, Any] = {i: activations[i] for i in _chosen(ctx, activations, are_own)}
+    kept = [*activations]
     if not chosen:
         return kept
     (found,) = yield [Ask(pack, ([*chosen.values()], num_row_dims))]
     for (i, t), codes in zip(chosen.items(), found, strict=False):
         ctx.packed[i], kept[i] = t.dtype, codes
     return [*kept, *found[len(chosen) :]]
+
+
+def room_for(
+    ctx: Any,
+    activations: Sequence[Tensor | None],
+    are_own: Sequence[bool] | None = None,
+    num_row_dims: int = 1,
+) -> list[Tensor | None]:
+    """Where an op that reads or makes activations is to leave their codes and scales, of each in
+    turn; None where it is saved as it is. As `packing` decides, before the op runs.
+
+    Args:
+        activations: what is still to be made on the device "meta".
+        ctx, are_own, num_row_dims: as in `packing`.
+    """
+    ctx.packed = [None] * len(activations)
+    rooms: list[Tensor | None] = [None] * (2 * len(activations))
+    present = [t for t in activations if t is not None]
+    if not is_packing() or not present or any(map(is_traceable_wrapper_subclass, present)):
+        return rooms
+    like = next((t for t in present if t.device.type != "meta"), present[0])
+    for i in _chosen(ctx, activations, are_own):
+        t = activations[i]
+        assert t is not None
+        ctx.packed[i] = t.dtype
+        rooms[2 * i : 2 * i + 2] = _room(like, t.shape, num_row_dims)
+    return rooms
+
+
+def kept_in(
+    rooms: Sequence[Tensor | None], activations: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What a node saves of its activations, as `packing` returns it, once `rooms` are filled."""
+    codes, scales = rooms[::2], rooms[1::2]
+    kept = [t if c is None else c for t, c in zip(activations, codes, strict=True)]
+    return [*kept, *(s for s in scales if s is not None)]
+
+
+def fill(
+    activations: Sequence[Tensor | None], rooms: Sequence[Tensor | None], num_row_dims: int = 1
+) -> None:
+    """Leave codes and scales of activations where there is room for them, by `pack`."""
+    each = zip(activations, rooms[::2], rooms[1::2], strict=False)
+    given = [(t, c, s) for t, c, s in each if t is not None and c is not None and s is not None]
+    if not given:
+        return
+    xs, *targets = zip(*given, strict=True)
+    if xs[0].is_cuda and can_cast(xs[0]):
+        _launch_pack(xs, *targets, num_row_dims)
+        return
+    found = native_pack(xs, num_row_dims)
+    for target, values in zip((t for field in targets for t in field), found, strict=True):
+        target.copy_(values)
 
 
 def unpacked(ctx: Any, saved: Sequence[Any]) -> list[Any]:
@@ -123,6 +173,43 @@ def as_codes(ctx: Any, saved: Sequence[Any]) -> tuple[Sequence[Any], list[Tensor
     scales = iter(others)
     each = [next(scales) if packed else None for packed in is_packed]
     return [*activations, *scales], each
+
+
+def read_codes(
+    ctx: Any, saved: Sequence[Any], dtype: torch.dtype, can_read: bool = True
+) -> Steps[tuple[list[Any], tuple[Tensor | None, ...]]]:
+    """What a node saved, its packed activations as codes, and the scales of each activation; or
+    unpacked where its op cannot read codes, which it does as values of `dtype`."""
+    num = len(ctx.packed)
+    if not can_read or any(packed not in (None, dtype) for packed in ctx.packed):
+        return (yield from unpacking(ctx, saved)), (None,) * num
+    others = iter(saved[num:])
+    scales = tuple(None if packed is None else next(others) for packed in ctx.packed)
+    return [*saved[:num], *others], scales
+
+
+def valued(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shape and dtype of what codes stand for."""
+    return codes.new_empty((), dtype=dtype).expand(codes.shape)
+
+
+def values_of(t: Any, scales: Tensor | None, dtype: torch.dtype) -> Any:
+    """What codes stand for; a tensor without scales as it is."""
+    return t if scales is None else unpack([t], [scales], [name_of(dtype)])[0]
+
+
+def _chosen(
+    ctx: Any, activations: Sequence[Tensor | None], are_own: Sequence[bool] | None
+) -> list[int]:
+    """Which of them are packed."""
+    if not any(ctx.needs_input_grad):
+        return []
+    fill = _fill_their_memory(activations)
+    return [
+        i
+        for i, t in enumerate(activations)
+        if t is not None and fill[i] and t.dtype in PACKED_DTYPES and (not are_own or are_own[i])
+    ]
 
 
 def _fill_their_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
@@ -184,12 +271,14 @@ def native_unpack(
 
 
 def fake_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
-    codes, scales = [], []
-    for x in xs:
-        lead, num_features = x.shape[:-num_row_dims], x.shape[-num_row_dims:].numel()
-        codes.append(x.new_empty(x.shape, dtype=FORMATS[OPERAND.format].dtype))
-        scales.append(x.new_empty((*lead, -(-num_features // BLOCK)), dtype=torch.float32))
-    return codes + scales
+    codes, scales = zip(*(_room(x, x.shape, num_row_dims) for x in xs), strict=True)
+    return [*codes, *scales]
+
+
+def _room(like: Tensor, shape: torch.Size, num_row_dims: int) -> tuple[Tensor, Tensor]:
+    lead, num_features = shape[:-num_row_dims], shape[-num_row_dims:].numel()
+    codes = like.new_empty(shape, dtype=FORMATS[OPERAND.format].dtype)
+    return codes, like.new_empty((*lead, -(-num_features // BLOCK)), dtype=torch.float32)
 
 
 def fake_unpack(
@@ -200,14 +289,19 @@ def fake_unpack(
 
 
 def triton_pack(xs: Sequence[Tensor], num_row_dims: int) -> list[Tensor]:
-    from fxopt.kernels import triton_saving
-
     if not can_cast(xs[0]):
         return native_pack(xs, num_row_dims)
     found = fake_pack(xs, num_row_dims)
-    rows = [x.flatten(-num_row_dims) for x in xs]
-    triton_saving.pack(rows, found[: len(xs)], found[len(xs) :])
+    _launch_pack(xs, found[: len(xs)], found[len(xs) :], num_row_dims)
     return found
+
+
+def _launch_pack(
+    xs: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], num_row_dims: int
+) -> None:
+    from fxopt.kernels import triton_saving
+
+    triton_saving.pack([x.flatten(-num_row_dims) for x in xs], codes, scales)
 
 
 def triton_unpack(

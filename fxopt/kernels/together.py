@@ -23,11 +23,18 @@ COMMON = ("str", "str?", "ScalarType")  # what has one value for all calls
 
 
 class Ask(NamedTuple):
-    """A call that is wanted; lines: as `call_counting` takes them."""
+    """A call that is wanted; lines: as `call_counting` takes them, and behind them rooms: where it
+    leaves codes of what it reads, or None."""
 
     op: OpOverload
     args: Call
     lines: Call = ()
+    rooms: Call = ()
+
+    @property
+    def further(self) -> Call:
+        """All that `call_counting` takes."""
+        return *self.lines, *self.rooms
 
 
 Result = TypeVar("Result")
@@ -76,7 +83,7 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
 def _of_one_kind(asks: Sequence[Ask]) -> Sequence[Any]:
     first = asks[0]
     if len(asks) == 1:
-        return [call_counting(first.op, first.lines, *first.args)]
+        return [call_counting(first.op, first.further, *first.args)]
     return SHARED[first.op].run(asks)
 
 
@@ -136,7 +143,7 @@ def _kind(ask: Ask) -> Hashable:
     """What calls have in common that run together; None for one that runs alone."""
     shared = SHARED.get(ask.op)
     common = None if shared is None else shared.common(ask.args)
-    watched = tuple(i for i, line in enumerate(ask.lines) if line is not None)
+    watched = tuple(i for i, line in enumerate(ask.further) if line is not None)
     family = ask.op if shared is None else shared.family or ask.op
     return None if common is None else (family, common, watched)
 
@@ -161,9 +168,11 @@ def alone(together: Callable[[Sequence[Call]], Sequence[Any]]) -> Callable[..., 
 def share(
     op: OpOverload, launch: Callable[[list[Call]], Sequence[Any]], kind: Callable[..., Hashable]
 ) -> None:
-    """Let calls of an op run by `launch`, which takes the arguments of each, where `kind` of the
-    arguments is the same."""
-    SHARED[op] = Shared(lambda asks: launch([ask.args for ask in asks]), lambda args: kind(*args))
+    """Let calls of an op run by `launch`, which takes the arguments of each and its rooms, where
+    `kind` of the arguments is the same."""
+    SHARED[op] = Shared(
+        lambda asks: launch([ask.args + ask.further for ask in asks]), lambda args: kind(*args)
+    )
 
 
 def mix(ops: Sequence[OpOverload], run: RunMixed) -> None:
@@ -233,7 +242,7 @@ def register_together(
         columns = zip(*(ask.args for ask in asks), strict=True)
         args = [c[0] if t in COMMON else list(c) for t, c in zip(types, columns, strict=True)]
         lines = [
-            None if c[0] is None else list(c) for c in zip(*(a.lines for a in asks), strict=True)
+            None if c[0] is None else list(c) for c in zip(*(a.further for a in asks), strict=True)
         ]
         is_counting = any(line is not None for line in lines)
         results = counting(*args, *lines) if is_counting else together(*args)

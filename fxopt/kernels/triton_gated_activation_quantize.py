@@ -25,10 +25,28 @@ from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.native_gated_activation import halves
 from fxopt.kernels.quantize import operands
+from fxopt.kernels.quantized_producers import packs_apart
+from fxopt.kernels.saving import fill
 from fxopt.kernels.triton_gated_activation import rows_of
-from fxopt.kernels.triton_gated_activation_kernels import PackedRows, Rows, gradients, value_of
+from fxopt.kernels.triton_gated_activation_kernels import (
+    PACKED,
+    PackedRows,
+    Rows,
+    gradients,
+    load,
+    value_of,
+)
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
-from fxopt.kernels.triton_quantize_kernels import load_pieces, load_tile, tile_indices
+from fxopt.kernels.triton_quantize_kernels import (
+    code_of,
+    factor_of,
+    load_pieces,
+    load_tile,
+    magnitude,
+    scale_of,
+    tile_indices,
+)
+from fxopt.kernels.triton_saving import FORMAT, LARGEST
 from fxopt.kernels.triton_sizes import LAST, size
 from fxopt.recipes import Operand
 
@@ -72,9 +90,9 @@ def activation_tile(
 def tile_of(
     part, r, c, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Tile of a part made of (pieces, gate, up, beside, width): of `load_pieces`, or if there are
-    none of [beside | activation]."""
-    pieces, gate, up, beside, width, last = part.tile
+    """Tile of a part made of (pieces, gate, up, beside, width, and where codes of gate and up are
+    left): of `load_pieces`, or if there are none of [beside | activation]."""
+    pieces, gate, up, beside, width, _, _, last = part.tile
     num_rows, num_columns = size(part.num_rows), part.num_columns
     if pieces is not None:
         return load_pieces(pieces, r, c, num_rows, BLOCK_R, BLOCK_C)
@@ -82,6 +100,32 @@ def tile_of(
         return activation_tile(
             gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION
         )  # fmt: skip
+
+
+@triton.jit
+def pack_tile(part, r, c):
+    """Leave codes of gate and up as `fxopt::pack` makes them; a tile's columns are one block."""
+    _, gate, up, _, width, gate_codes, up_codes, _ = part.tile
+    if gate_codes is not None:
+        tl.static_assert(c.shape[0] == PACKED)
+        first = tl.program_id(1) * PACKED - width
+        if first >= 0:
+            n, f, mask = features(r, c, width, size(part.num_rows), part.num_columns)
+            is_row = r < size(part.num_rows)
+            pack_rows(gate, gate_codes, r, n, f, first, mask, is_row)
+            if up_codes is not None:
+                pack_rows(up, up_codes, r, n, f, first, mask, is_row)
+
+
+@triton.jit
+def pack_rows(rows, to, r, n, f, first, mask, is_row):
+    """`to` is where codes and scales of Rows are left, as `PackedRows`; f begins at `first`."""
+    value = load(rows, n, f, mask, tl.float32)
+    factor = factor_of(tl.max(magnitude(value), 1), LARGEST, False)
+    code = code_of(value * factor[:, None], LARGEST, FORMAT)
+    tl.store(to.pointer + n * to.stride_N + f * to.stride_F, code, mask)
+    block = (to.start + first) // PACKED
+    tl.store(to.scales + r * to.scales_stride_N + block, scale_of(factor), is_row)
 
 
 @triton.jit
@@ -103,11 +147,12 @@ def cast_kernel(
     parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of each part, as `tile_of` makes it."""
+    """`store_codes` of each part, as `tile_of` makes it, and `pack_tile`."""
     for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
+            pack_tile(part, r, c)
             value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
             store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
@@ -154,29 +199,43 @@ def forward_of(
     # With as many as for an activation alone, weights spilled on sm_89.
     num_warps = launch.NUM_WARPS if weights else NUM_WARPS
     constants = {"ACTIVATION": calls[0][3], "num_warps": num_warps}
-    matrices = [_whole(_matrix(*call[:5]), constants) for call in calls]
-    matrices += [_plain(weight, constants) for weight in weights]
+    of_weights = [_plain(weight, constants) for weight in weights]
+    matrices = [_whole(call[:5], constants) for call in calls] + of_weights
     formats = [operands(*calls[0][5:7])] * len(calls) + [operands(*weight_formats)] * len(weights)
-    slots = [Slot(line, None, *more) for line, *more in (call[7:] or [None] * 3 for call in calls)]
+    lines = [call[7:10] or [None] * 3 for call in calls]
+    slots = [Slot(line, None, *more) for line, *more in lines]
     slots += [UNWATCHED] * len(weights)
     amaxes = group.known(slots) or group.measure(amax_kernel, matrices, formats)
     each = zip(matrices, formats, strict=True)
     amax_t = [launch.amax_for(matrix, by_column) for matrix, (_, by_column) in each]
     of_rows = [(by_row, None) for by_row, _ in formats]
+    matrices = [_whole(call[:5], constants, call[10:]) for call in calls] + of_weights
     pairs = group.cast(cast_kernel, matrices, amaxes, of_rows, slots, amax_out=amax_t)
     found = zip(pairs, amax_t, matrices, strict=True)
     return [(c.codes, c.scales, launch.present(a, m.like)) for (c, _), a, m in found]
 
 
-def _whole(matrix: launch.Matrix, constants: dict[str, Any]) -> launch.Matrix:
+def _whole(
+    inputs: tuple[Any, ...], constants: dict[str, Any], rooms: Sequence[Tensor | None] = ()
+) -> launch.Matrix:
     """[beside | activation], as `tile_of` takes it."""
-    return matrix._replace(arguments=(None, *matrix.arguments), constants=constants)
+    matrix, (gate, up, beside, _, packing) = _matrix(*inputs), inputs
+    *rows, width, last = matrix.arguments
+    codes: list[PackedRows | None] = [None, None]
+    if packs_apart(gate, up, beside, packing, rooms):
+        fill((gate, up), rooms)
+    elif any(room is not None for room in rooms):
+        of_gate, of_up = rooms[:2], rooms[2:] if up is not None else rooms[:2]
+        lie_in = zip(halves(rooms[0], rooms[2], packing), (of_gate, of_up), strict=True)
+        codes = [_packed(rows_of(t), *own, gate) for t, own in lie_in]
+    arguments = None, *rows, width, *codes, last
+    return matrix._replace(arguments=arguments, constants=constants)
 
 
 def _plain(x: Tensor, constants: dict[str, Any]) -> launch.Matrix:
     """A tensor as it is, beside such a matrix."""
     matrix = launch.of_tensors(x)
-    arguments = tuple(matrix.arguments), None, None, None, None, LAST
+    arguments = tuple(matrix.arguments), None, None, None, None, None, None, LAST
     return matrix._replace(arguments=arguments, constants=constants)
 
 

@@ -20,11 +20,21 @@ from fxopt.kernels import native_norm_modulate as op
 from fxopt.kernels import triton_norm_modulate_kernels as kernels
 from fxopt.kernels import triton_norm_modulate_sums as sums
 from fxopt.kernels import triton_tables
-from fxopt.kernels.triton_rows import groups_of, rows_of, varies_per_row
+from fxopt.kernels.norm_modulate import decoded
+from fxopt.kernels.saving import valued
+from fxopt.kernels.triton_rows import (
+    groups_of,
+    packed_rows_of,
+    pointers_of,
+    rows_of,
+    varies_per_row,
+)
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 
 # Tile of the last kernel: partial sums and features at a time.
 REDUCE_P, REDUCE_D = 16, 32
+# Codes beside four sums spilled at 5,120.
+MAX_FEATURES_OF_CODES = 4096
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -42,7 +52,9 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     found: list[tuple[Tensor, ...]] = []
     streams: list[kernels.Forward] = []
     num_tokens = 0
-    for *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype in calls:
+    for call in calls:
+        tensors, rooms = call[:8], pointers_of(call[14:])
+        norm, eps, weight_offset, scale_offset, h_dtype, dtype = call[8:14]
         x, residual, gate, _, _, scale, shift, _ = tensors
         results = op.outputs(x, residual, norm, h_dtype, dtype)
         found.append(results)
@@ -52,7 +64,8 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             sizes = (unspecialized(n) for n in (groups.num_groups, groups.num_rows))
             rows = (rows_of(t, x, groups) for t in tensors)
             constants = eps, weight_offset, scale_offset
-            streams.append(kernels.Forward._make((*rows, *results, *constants, *sizes, LAST)))
+            given = *rows, *results, *constants, *sizes, *rooms, LAST
+            streams.append(kernels.Forward._make(given))
     if streams:
         x, norm = calls[0][0], calls[0][8]
         with torch.cuda.device_of(x):
@@ -67,7 +80,7 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
 
 def backward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
     """`backward` of each call, in one launch of each kernel."""
-    streams = [Stream(Arguments(*call)) for call in calls]
+    streams = [_stream(call) for call in calls]
     return backward_streams(streams, kernels.backward_kernel, sums.reduce_kernel)
 
 
@@ -81,7 +94,7 @@ def backward_streams(
         num_features = a.h.shape[-1]
         num_tokens = sum(s.num_tokens for s in present)
         kernel = "norm_modulate backward"
-        if any(all(s.summed) for s in present):
+        if any(all(s.summed) or s.arguments.h_scales is not None for s in present):
             kernel += " of four sums"
         chosen = triton_tables.parameters(kernel, num_features, num_tokens, a.h)
         num_resident = num_sms(a.h) * chosen["programs"]
@@ -103,8 +116,15 @@ def backward_streams(
     return [s.finished() for s in streams]
 
 
+def _stream(call: tuple[Any, ...]) -> Stream:
+    s = Stream(Arguments(*call))
+    reads_codes = s.arguments.h_scales is not None
+    is_too_wide = s.arguments.h.shape[-1] > MAX_FEATURES_OF_CODES and all(s.summed)
+    return Stream(Arguments(*decoded(call))) if reads_codes and is_too_wide else s
+
+
 class Arguments(NamedTuple):
-    """Arguments of `norm_modulate_backward`."""
+    """Arguments of `norm_modulate_backward`; h and x that have scales are codes."""
 
     grad_y: Tensor | None
     grad_h: Tensor | None
@@ -124,6 +144,15 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
     needs: Sequence[bool]
     recompute: bool
+    h_scales: Tensor | None = None
+    x_scales: Tensor | None = None
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """h and x, or where these are codes what has the shape and dtype of their values."""
+        h, x = self.h, self.x
+        h = h if self.h_scales is None else valued(h, self.dtype)
+        return h, valued(x, self.dtype) if x is not None and self.x_scales is not None else x
 
 
 class Stream:
@@ -133,7 +162,7 @@ class Stream:
         self.arguments, self.operands = a, a[4:10]
         self.wants = op.wanted(a.grad_y, self.operands, a.needs)
         self.results = op.outputs_backward(
-            a.grad_y, a.h, a.x, self.operands, self.wants, a.dtype, a.needs, a.recompute
+            a.grad_y, *a.values, self.operands, self.wants, a.dtype, a.needs, a.recompute
         )
         self.groups = groups_of(a.h, (a.gate, a.scale, a.shift))
         self.num_tokens = self.groups.num_groups * self.groups.num_rows
@@ -181,10 +210,13 @@ class Stream:
         """Arguments of the first kernel."""
         a, groups = self.arguments, self.groups
         dh, dx, *_, y = self.results
-        inputs = a.grad_y, a.grad_h, a.h, a.x if self.wants[0] else None, *self.operands
+        (h, x), given = a.values, (a.h, groups)
+        grads = (rows_of(t, *given) for t in (a.grad_y, a.grad_h))
+        kept = (a.h, a.h_scales, h), (a.x if self.wants[0] else None, a.x_scales, x)
         sizes = groups.num_groups, groups.num_rows, self.num_programs
         return kernels.Backward._make((
-            *(rows_of(t, a.h, groups) for t in inputs), a.mean, a.rstd,
+            *grads, *(packed_rows_of(*own, *given) for own in kept),
+            *(rows_of(t, *given) for t in self.operands), a.mean, a.rstd,
             present(dh), present(dx), self.dgate, self.dscale, present(y),
             *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),

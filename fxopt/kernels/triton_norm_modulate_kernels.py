@@ -23,6 +23,7 @@ from fxopt.kernels.triton_rows import (
     mean_of,
     modulate,
     modulation_of,
+    pack_row,
     store,
 )
 from fxopt.kernels.triton_sizes import LAST, size
@@ -31,7 +32,8 @@ from fxopt.kernels.triton_sizes import LAST, size
 class Forward(NamedTuple):
     """A stream: inputs and operands as (pointer, group stride, row stride), outputs as pointers.
 
-    A pointer is None where there is nothing to read or to store; sizes are `unspecialized`.
+    A pointer is None where there is nothing to read or to store; sizes are `unspecialized`. Codes
+    and scales are those of the norm's input and of x.
     """
 
     x: Any
@@ -51,6 +53,10 @@ class Forward(NamedTuple):
     scale_offset: Any
     num_groups: Any
     num_rows: Any
+    h_codes: Any
+    h_scales: Any
+    x_codes: Any
+    x_scales: Any
     last: Any = LAST
 
 
@@ -99,6 +105,9 @@ def forward_row(s, m, group, row, num_features, NORM: tl.constexpr, BLOCK_D: tl.
     token = group * size(s.num_rows) + row
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
+    if s.x_codes is not None:
+        value = load(s.x, group, row, cols, mask)
+        pack_row(s.x_codes, s.x_scales, value, token, num_features, cols, mask)
     if s.residual[0] is not None:
         value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
         rounded = value.to(s.h.dtype.element_ty)
@@ -106,6 +115,7 @@ def forward_row(s, m, group, row, num_features, NORM: tl.constexpr, BLOCK_D: tl.
         value = rounded.to(tl.float32)
     else:
         value = load(s.x, group, row, cols, mask)
+    pack_row(s.h_codes, s.h_scales, value, token, num_features, cols, mask)
     if NORM != "none":
         if NORM == "layer":
             kept = s.x[0] if s.residual[0] is None else s.h

@@ -20,7 +20,8 @@ from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels import triton_tables
 from fxopt.kernels.counters import Slot
-from fxopt.kernels.triton_rows import groups_of, rows_of
+from fxopt.kernels.saving import valued
+from fxopt.kernels.triton_rows import groups_of, packed_rows_of, pointers_of, rows_of
 from fxopt.kernels.triton_segments import Segments
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 from fxopt.recipes import Operand
@@ -61,7 +62,7 @@ def forward_of(
     """
     x, norm, dtype, (rows, columns) = calls[0][0], calls[0][8], calls[0][13], calls[0][14:16]
     by_row, by_column = Operand.parse(rows), None if columns is None else Operand.parse(columns)
-    slots = [Slot(line, None, *more) for line, *more in (c[16:] or [None] * 3 for c in calls)]
+    slots = [Slot(line, None, *more) for line, *more in (c[16:19] or [None] * 3 for c in calls)]
     has_own = by_row.block == "row" or slots[0].known is not None
     of_columns = by_column is not None and by_column.block == "row"
     of_tensor = not has_own or (by_column is not None and not of_columns)
@@ -138,7 +139,7 @@ class _Rows:
             rows(x), rows(residual), gate, rows(weight), rows(bias), scale, shift, rows(x_bias),
             self.h, self.mean, self.rstd, *self.pointers, self.amax.columns, self.amax.tensor,
             self.slot.rows, known, self.slot.seen, *self.call[9:12], *map(unspecialized, sizes),
-            *self.modulation.index, LAST,
+            *self.modulation.index, *pointers_of(self.call[19:]), LAST,
         ))  # fmt: skip
 
     def matrix(self) -> launch.Matrix:
@@ -193,7 +194,8 @@ def columns_of(
     for call, index in zip(calls, indices or [None] * len(calls), strict=True):
         h, weight, bias, scale, shift, mean, rstd, norm, _, *offsets, dtype, _, amax_t = call[:14]
         modulation, constants = _Modulation(h, None, scale, shift, index), (norm, *offsets, dtype)
-        matrices.append(_matrix(h, weight, bias, mean, rstd, modulation, constants))
+        matrix = _matrix(h, weight, bias, mean, rstd, modulation, constants, *call[15:])
+        matrices.append(matrix)
         amaxes.append(launch.Amax.known(by_column, amax_t))
     slots = [Slot(columns=call[14] if len(call) > 14 else None) for call in calls]
     formats = [(None, by_column)] * len(matrices)
@@ -209,12 +211,16 @@ def _matrix(
     rstd: Tensor,
     modulation: _Modulation,
     settings: tuple[Any, ...],
+    h_scales: Tensor | None = None,
 ) -> launch.Matrix:
-    """y, as `tiles_kernel` makes its tiles; settings: norm, both offsets and dtype."""
+    """y, as `tiles_kernel` makes its tiles; settings: norm, both offsets and dtype. h may be codes
+    of values of that dtype."""
     norm, weight_offset, scale_offset, dtype = settings
     rows, (_, scale, shift) = modulation.rows, modulation.operands
+    like = None if h_scales is None else valued(h, dtype)
     arguments = (
-        *(rows(h), rows(weight), rows(bias), scale, shift),
+        packed_rows_of(h, h_scales, like, modulation.x, modulation.groups),
+        *(rows(weight), rows(bias), scale, shift),
         mean if norm == "layer" else None,
         rstd,
         unspecialized(modulation.groups.num_rows),

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_gated_activation_kernels import PACKED
 from fxopt.kernels.triton_quantize_group import has_tile, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import (
     code_of,
@@ -35,7 +36,9 @@ from fxopt.kernels.triton_rows import (
     mean_of,
     modulate,
     modulation_of,
+    pack_row,
 )
+from fxopt.kernels.triton_saving import FORMAT as PACKED_FORMAT
 from fxopt.kernels.triton_segments import row_of, segment_of
 from fxopt.kernels.triton_sizes import LAST, size
 
@@ -47,6 +50,7 @@ class Stream(NamedTuple):
     column_amax [P, K] and tensor_amax [P] are bits of the largest magnitudes that a program met.
     All rows are scaled by the magnitude known [1] if it is there; seen [1] is raised to the
     magnitudes. Gate and scale are tables if there is an index [M], and the shift if it has one too.
+    The last codes and scales are those of the norm's input and of x, that `fxopt::pack` makes.
     """
 
     x: Any
@@ -76,6 +80,10 @@ class Stream(NamedTuple):
     index: Any
     index_of_shift: Any
     num_segments: Any
+    h_codes: Any
+    h_scales: Any
+    x_codes: Any
+    x_scales: Any
     last: Any = LAST
 
 
@@ -91,6 +99,9 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
         scale = s.scale if s.scale[0] is None else row_of(s.scale, group, of_token)
         if s.index_of_shift is not None and s.shift[0] is not None:
             shift = row_of(s.shift, group, of_token)
+    if s.x_codes is not None:
+        value = load(s.x, group, row, cols, mask)
+        pack_row(s.x_codes, s.x_scales, value, token, num_features, cols, mask)
     if s.residual[0] is not None:
         value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
     else:
@@ -101,6 +112,7 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
         rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
+    pack_row(s.h_codes, s.h_scales, value, token, num_features, cols, mask)
     if NORM == "layer":
         kept = s.x[0] if s.residual[0] is None else s.h
         row_mean = mean_of(value, kept, num_features, mask)
@@ -168,9 +180,16 @@ def rows_kernel(
 
 @triton.jit
 def _operand_tile(t, group, row, c, mask):
-    """fp32 tile of an operand (pointer, group stride, row stride)."""
+    """fp32 tile of an operand as `triton_rows` has it; the columns of codes are one block."""
     offsets = group[:, None] * t[1] + row[:, None] * t[2] + c[None, :]
-    return tl.load(t[0] + offsets, mask, other=0.0).to(tl.float32)
+    value = tl.load(t[0] + offsets, mask, other=0)
+    if len(t) > 3:
+        tl.static_assert(c.shape[0] == PACKED)
+        at = group * t[4] + row * t[5] + tl.program_id(1)
+        scale = tl.load(t[3] + at, tl.max(mask.to(tl.int32), 1) > 0, other=0.0)
+        value = value.to(PACKED_FORMAT, bitcast=True).to(tl.float32) * scale[:, None]
+        value = value.to(t[6].dtype.element_ty)
+    return value.to(tl.float32)
 
 
 @triton.jit

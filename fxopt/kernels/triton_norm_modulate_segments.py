@@ -22,7 +22,7 @@ from fxopt.kernels.triton_norm_modulate import Arguments, Stream, Target, backwa
 from fxopt.kernels.triton_norm_modulate_kernels import Backward, Forward
 from fxopt.kernels.triton_norm_modulate_segments_kernels import Reading
 from fxopt.kernels.triton_norm_modulate_sums import Reduce
-from fxopt.kernels.triton_rows import groups_of, rows_of
+from fxopt.kernels.triton_rows import groups_of, pointers_of, rows_of
 from fxopt.kernels.triton_segments import Segments
 from fxopt.kernels.triton_sizes import LAST, unspecialized
 
@@ -52,7 +52,8 @@ def forward_of(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
             operands, sizes, reading = _operands(x, call[:8], *call[8:10])
             num_tokens += x.numel() // x.shape[-1]
             constants = eps, weight_offset, scale_offset
-            rows = Forward._make((*operands, *results, *constants, *sizes, LAST))
+            given = *operands, *results, *constants, *sizes, *pointers_of(()), LAST
+            rows = Forward._make(given)
             streams.append((rows, reading, LAST))
     if streams:
         x, norm = calls[0][0], calls[0][10]

@@ -11,19 +11,28 @@ paired as well, so that a tile is a head. `c` is the kernel's Config.
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_gated_activation_kernels import PACKED
+from fxopt.kernels.triton_quantize_kernels import code_of, factor_of, magnitude, scale_of
+from fxopt.kernels.triton_saving import FORMAT, LARGEST
+
 
 @triton.jit
 def load_pairs(ptr, heads_H1, stride, c):
     """Tiles (p, q) of the rows of D elements that start at `ptr` [H, 1]."""
+    return load_pairs_as(c.MATH, ptr, heads_H1, stride, c)
+
+
+@triton.jit
+def load_pairs_as(DTYPE: tl.constexpr, ptr, heads_H1, stride, c):
     if c.INTERLEAVED:
         cols = tl.arange(0, 2 * c.P)[None, :].to(tl.int64)
         mask = (heads_H1 < c.NUM_HEADS) & (cols < c.D)
-        x = tl.load(ptr + cols * stride, mask=mask, other=0.0).to(c.MATH)
+        x = tl.load(ptr + cols * stride, mask=mask, other=0).to(DTYPE)
         return tl.split(tl.reshape(x, (x.shape[0], c.P, 2)))
     else:
         cols_p, cols_q, mask = _halves(heads_H1, c)
-        p = tl.load(ptr + cols_p.to(tl.int64) * stride, mask=mask, other=0.0).to(c.MATH)
-        q = tl.load(ptr + cols_q.to(tl.int64) * stride, mask=mask, other=0.0).to(c.MATH)
+        p = tl.load(ptr + cols_p.to(tl.int64) * stride, mask=mask, other=0).to(DTYPE)
+        q = tl.load(ptr + cols_q.to(tl.int64) * stride, mask=mask, other=0).to(DTYPE)
         return p, q
 
 
@@ -53,6 +62,40 @@ def store_pairs(ptr, heads_H1, p, q, c):
         cols_p, cols_q, mask = _halves(heads_H1, c)
         tl.store(ptr + cols_p, p.to(ptr.dtype.element_ty), mask=mask)
         tl.store(ptr + cols_q, q.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_codes(codes, scales, row, block, heads_H1, p, q, c):
+    """Codes [., H, D] and scales of a token's heads, as `fxopt::pack` makes them: PACKED // D heads
+    are a block."""
+    NUM: tl.constexpr = PACKED // c.D
+    NUM_BLOCKS: tl.constexpr = c.NUM_HEADS // NUM
+    bits = tl.maximum(tl.max(magnitude(p), 1), tl.max(magnitude(q), 1))
+    factor = factor_of(tl.max(tl.reshape(bits, [c.H // NUM, NUM]), 1), LARGEST, False)
+    at = block * (c.H // NUM) + tl.arange(0, c.H // NUM)
+    row = row.to(tl.int64)
+    tl.store(scales + row * NUM_BLOCKS + at, scale_of(factor), at < NUM_BLOCKS)
+    factor = tl.broadcast_to(factor[:, None], [c.H // NUM, NUM])
+    factor = tl.reshape(factor, [c.H, 1])
+    code_p = code_of(p * factor, LARGEST, FORMAT)
+    code_q = code_of(q * factor, LARGEST, FORMAT)
+    heads = heads_H1.to(tl.int64)
+    store_pairs(codes + (row * c.NUM_HEADS + heads) * c.D, heads_H1, code_p, code_q, c)
+
+
+@triton.jit
+def load_codes(codes, scales, like, row, heads_H1, c):
+    """What they stand for, rounded to the dtype of `like`."""
+    NUM: tl.constexpr = PACKED // c.D
+    heads = heads_H1.to(tl.int64)
+    at = row * (c.NUM_HEADS // NUM) + heads // NUM
+    scale = tl.load(scales + at, heads_H1 < c.NUM_HEADS, other=0.0)
+    codes += (row * c.NUM_HEADS + heads) * c.D
+    p, q = load_pairs_as(tl.uint8, codes, heads_H1, 1, c)
+    p = p.to(FORMAT, bitcast=True).to(tl.float32) * scale
+    q = q.to(FORMAT, bitcast=True).to(tl.float32) * scale
+    dtype: tl.constexpr = like.dtype.element_ty
+    return p.to(dtype).to(c.MATH), q.to(dtype).to(c.MATH)
 
 
 @triton.jit

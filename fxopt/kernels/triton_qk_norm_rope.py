@@ -13,11 +13,13 @@ from torch import Tensor
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels import triton_tables
 from fxopt.kernels.qk_norm_rope import (
+    NUM_ARGUMENTS,
     Arguments,
     Section,
     outputs,
     rotary_dim,
     split_backward_arguments,
+    split_codes,
 )
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
@@ -28,7 +30,7 @@ MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope` in one launch."""
-    a = Arguments(*args)
+    a, rooms = Arguments(*args[:NUM_ARGUMENTS]), args[NUM_ARGUMENTS:]
     outs, mean, rstd = outputs(a)
     num_rows, num_tokens = _sizes(a)
     chosen = _parameters("qk_norm_rope forward", a, num_rows)
@@ -37,7 +39,7 @@ def forward(*args: Any) -> list[Tensor]:
     if num_programs:
         with torch.cuda.device_of(a.x[0]):
             kernels.forward[(num_programs,)](
-                _inputs(a, outs),
+                _inputs(a, outs, *rooms),
                 tuple(p.config for p in plans),
                 mean,
                 rstd,
@@ -51,6 +53,7 @@ def forward(*args: Any) -> list[Tensor]:
 
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward` in one launch, and one that adds up partial sums."""
+    args, codes, scales = split_codes(args)
     a, mean, rstd, needs = split_backward_arguments(args)
     num_rows, num_tokens = _sizes(a)
     chosen = _parameters("qk_norm_rope backward", a, num_rows)
@@ -78,7 +81,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     num_programs = sum(n * p.num_blocks for n, p in zip(num_walkers, plans, strict=True))
     with torch.cuda.device_of(a.x[0]):
         kernels.backward[(num_programs,)](
-            _inputs(a, grads),
+            _inputs(a, grads, codes, scales),
             tuple(Gradients(*targets[i::num_sections]) for i in range(num_sections)),
             tuple(p.config for p in plans),
             mean,
@@ -128,18 +131,29 @@ def _plan(a: Arguments, s: Section, chosen: Mapping[str, int]) -> Plan:
     return Plan(Config(*map(tl.constexpr, compiled)), num_blocks, num_warps)
 
 
-def _inputs(a: Arguments, ys: Sequence[Tensor]) -> tuple[Inputs, ...]:
-    return tuple(_section_inputs(s, a.rotation, ys[s.output][:, s.rows]) for s in a.sections)
+def _inputs(
+    a: Arguments,
+    ys: Sequence[Tensor],
+    codes: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
+) -> tuple[Inputs, ...]:
+    absent = [None] * len(a.x)
+    each = zip(a.sections, codes or absent, scales or absent, strict=True)
+    return tuple(_section_inputs(s, a.rotation, ys[s.output][:, s.rows], *own) for s, *own in each)
 
 
-def _section_inputs(s: Section, rotation: str, y: Tensor) -> Inputs:
+def _section_inputs(
+    s: Section, rotation: str, y: Tensor, codes: Tensor | None, scales: Tensor | None
+) -> Inputs:
     x = s.x_BSHd
     parameters = (None if t is None else t.contiguous() for t in s[1:4])
     tables: list[Any] = [None] * 4
     if rotation != "none" and s.tables is not None:
         cos, sin = (t.expand(*x.shape[:3], t.shape[-1]) for t in s.tables)
         tables = [cos, cos.stride(), sin, sin.stride()]
-    return Inputs._make((x, x.stride(), *parameters, *tables, y, y.stride(), LAST))
+    codes = None if codes is None else codes.view(torch.uint8)
+    given = x, x.stride(), codes, scales, *parameters, *tables, y, y.stride(), LAST
+    return Inputs._make(given)
 
 
 def _unspecialized(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -22,11 +22,13 @@ import triton.language as tl
 
 from fxopt.kernels.triton_pairs import (
     group_mean,
+    load_codes,
     load_head_pairs,
     load_pairs,
     load_parameter,
     load_rotation,
     statistic,
+    store_codes,
     store_pairs,
 )
 from fxopt.kernels.triton_sizes import LAST, size
@@ -55,11 +57,14 @@ class Config(NamedTuple):
 class Inputs(NamedTuple):
     """A section: pointers (None where absent) and their strides over (B, S, H, element).
 
-    y is its part of the output, or of the output's gradient.
+    y is its part of the output, or of the output's gradient. Codes and scales are those of x, as
+    `fxopt::pack` makes them: left by the forward, and read in place of x by the backward.
     """
 
     x: Any
     x_strides: Any
+    codes: Any
+    scales: Any
     x_bias: Any
     weight: Any
     bias: Any
@@ -83,10 +88,14 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _load_x(s, batch, token, heads_H1, c):
-    """x + x_bias of one token."""
+    """x of one token."""
     heads = heads_H1.to(tl.int64)
     x_ptr = s.x + batch * s.x_strides[0] + token * s.x_strides[1] + heads * s.x_strides[2]
-    p, q = load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
+    return load_pairs(x_ptr, heads_H1, s.x_strides[3], c)
+
+
+@triton.jit
+def _biased(s, p, q, heads_H1, c):
     if s.x_bias is not None:
         bias_p, bias_q = load_head_pairs(s.x_bias, heads_H1, c)
         p += bias_p
@@ -100,6 +109,9 @@ def _forward_token(s, mean_ptr, rstd_ptr, row, block, num_tokens, c):
     batch = (row // num_tokens).to(tl.int64)
     token = (row % num_tokens).to(tl.int64)
     p, q = _load_x(s, batch, token, heads_H1, c)
+    if s.codes is not None:
+        store_codes(s.codes, s.scales, row, block, heads_H1, p, q, c)
+    p, q = _biased(s, p, q, heads_H1, c)
     stat, stat_mask = statistic(row.to(tl.int64), heads_H1, c)
     if c.NORM == "layer":
         mean = group_mean(p, q, c)
@@ -189,7 +201,11 @@ def _backward_section(
         if s.cos is not None:
             cos_p, cos_q, sin_p, sin_q = load_rotation(s, batch, token, heads_H1, c)
             g_p, g_q = g_p * cos_p + g_q * sin_q, g_q * cos_q - g_p * sin_p
-        x_p, x_q = _load_x(s, batch, token, heads_H1, c)
+        if s.codes is not None:
+            x_p, x_q = load_codes(s.codes, s.scales, s.x, row, heads_H1, c)
+        else:
+            x_p, x_q = _load_x(s, batch, token, heads_H1, c)
+        x_p, x_q = _biased(s, x_p, x_q, heads_H1, c)
         stat, stat_mask = statistic(row, heads_H1, c)
         if c.NORM == "layer":
             mean = tl.load(mean_ptr + stat, mask=stat_mask, other=0.0)

@@ -1,6 +1,8 @@
 """What the Triton kernels of norms do to a row, which is one program's: D features, in fp32.
 
-Operands are (pointer, group stride, row stride), a pointer None where there is no operand.
+Operands are (pointer, group stride, row stride), a pointer None where there is no operand. Of codes
+as `fxopt::pack` makes them there are as well the same three of their scales, and a pointer to what
+has the dtype of their values; kernels tell them by their length.
 
 Shapes: G groups of R rows share their per-group operands; D features.
 """
@@ -10,12 +12,17 @@ Shapes: G groups of R rows share their per-group operands; D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fxopt.kernels.native_norm_modulate import Groups
+from fxopt.kernels.triton_gated_activation_kernels import PACKED
+from fxopt.kernels.triton_quantize_kernels import code_of, factor_of, magnitude, scale_of
+from fxopt.kernels.triton_saving import FORMAT, LARGEST
 
 
 def varies_per_row(t: Tensor | None) -> bool:
@@ -38,10 +45,52 @@ def rows_of(t: Tensor | None, x: Tensor, groups: Groups) -> tuple[Tensor | None,
     return t_GRD, t_GRD.stride(0), t_GRD.stride(1)
 
 
+def packed_rows_of(
+    t: Tensor | None, scales: Tensor | None, like: Tensor | None, x: Tensor, groups: Groups
+) -> tuple[Any, ...]:
+    """`rows_of` of a tensor of x's shape, or of its codes; like: of the dtype of their values."""
+    if t is None or scales is None:
+        return rows_of(t, x, groups)
+    scales_GRc = scales.view(groups.num_groups, groups.num_rows, scales.shape[-1])
+    codes, *strides = rows_of(t, x, groups)
+    assert codes is not None
+    return codes.view(torch.uint8), *strides, scales_GRc, *scales_GRc.stride()[:2], like
+
+
+def pointers_of(rooms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Where `pack_row` leaves codes and scales of the norm's input and of x, of a call that may
+    have no such rooms; codes as bytes."""
+    h_codes, h_scales, x_codes, x_scales = rooms or [None] * 4
+    h_codes, x_codes = (t if t is None else t.view(torch.uint8) for t in (h_codes, x_codes))
+    return [h_codes, h_scales, x_codes, x_scales]
+
+
 @triton.jit
 def load(t, group, row, cols, mask):
-    """Row of an operand given as (pointer, group stride, row stride), in fp32."""
-    return tl.load(t[0] + group * t[1] + row * t[2] + cols, mask=mask, other=0.0).to(tl.float32)
+    """Row of an operand in fp32, given as above."""
+    value = tl.load(t[0] + group * t[1] + row * t[2] + cols, mask=mask, other=0)
+    if len(t) > 3:
+        # Always inside, so without a mask, whose registers would be spilled.
+        block = tl.where(mask, cols, 0) // PACKED
+        scale = tl.load(t[3] + group * t[4] + row * t[5] + block)
+        value = value.to(FORMAT, bitcast=True).to(tl.float32) * scale
+        value = value.to(t[6].dtype.element_ty)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def pack_row(codes, scales, value, token, num_features, cols, mask):
+    """Store codes [M, D] and scales [M, c] of a row as `fxopt::pack` makes them, if there are."""
+    if codes is not None:
+        BLOCK: tl.constexpr = PACKED if value.shape[0] > PACKED else value.shape[0]
+        value = tl.where(mask, value, 0.0)
+        blocks = tl.reshape(value, [value.shape[0] // BLOCK, BLOCK])
+        factor = factor_of(tl.max(magnitude(blocks), 1), LARGEST, False)
+        code = code_of(blocks * factor[:, None], LARGEST, FORMAT)
+        tl.store(codes + token * num_features + cols, tl.reshape(code, [value.shape[0]]), mask)
+        num_blocks = tl.cdiv(num_features, PACKED)
+        block = tl.arange(0, value.shape[0] // BLOCK)
+        tl.store(scales + token * num_blocks + block, scale_of(factor), block < num_blocks)
 
 
 @triton.jit
