@@ -21,14 +21,15 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(READY)
 	$(BIN)/python -m fxopt demo
 
-# Two workers of one thread each: more would wait for each other.
+# Two workers of one thread each: more would wait for each other. Each begins with half of the files,
+# whose tests share captures.
 test test-full: export OMP_NUM_THREADS ?= 1
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # Most of the time goes into compiling some hundred variants of the kernels, on the host.
 test-gpu: export OMP_NUM_THREADS ?= 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx.node import map_aggregate, map_arg
 
@@ -189,8 +191,10 @@ class _Rewriter:
                 k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta
             }
             values = map_arg(args, lambda n: n.meta["val"])
-            # Shapes and dtypes are the same in all formats, and a capture is of no step.
-            with self.fake_mode or torch.no_grad(), torch.no_grad(), high_precision():
+            # Shapes and dtypes are the same in all formats, and a capture is of no step. The C++ of
+            # a linear without a bias would take sizes for numbers in PyTorch 2.11.
+            fake_mode = self.fake_mode or nullcontext()
+            with fake_mode, enable_python_dispatcher(), torch.no_grad(), high_precision():
                 node.meta["val"] = target(*values, **kwargs)
             return node
 

@@ -17,6 +17,7 @@ from fxopt.kernels import delayed
 from fxopt.recipe_errors import Saturated
 from fxopt.recipes import RECIPES, Recipe
 from tests.backends import toys
+from tests.backends.doors import doors
 from tests.families import FAMILIES, Inputs
 from tests.numerics import run
 
@@ -24,8 +25,6 @@ from tests.numerics import run
 pytestmark = pytest.mark.filterwarnings("ignore::fxopt.recipe_errors.Saturated")
 FP8 = RECIPES["fp8"]
 DELAYED = replace(FP8, name="delayed", history=2)
-DOORS: dict[str, Callable[..., nn.Module]] = {"optimize": fxopt.optimize, "swap": fxopt.swap}
-doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
 @pytest.fixture(autouse=True)

@@ -18,12 +18,11 @@ from fxopt.kernels.saving import pack
 from fxopt.recipe_errors import SavedInGraph
 from fxopt.recipes import RECIPES, Recipe
 from tests.backends import toys
+from tests.backends.doors import DOORS, doors
 from tests.backends.test_checkpoints import kept, switch_on
 from tests.families import FAMILIES, Inputs, loss
 from tests.numerics import Tensors, run
 
-DOORS: dict[str, Callable[..., nn.Module]] = {"optimize": fxopt.optimize, "swap": fxopt.swap}
-doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 # Nothing is quantized but what is saved.
 BF16 = Recipe("bf16 saved", saved="fp8")
 FP8 = replace(RECIPES["fp8"], name="fp8 saved", saved="fp8")

@@ -17,13 +17,12 @@ from fxopt.backends import eager, rewritten
 from fxopt.kernels.in_force import high_precision
 from fxopt.recipes import RECIPES, Phase, Recipe
 from tests.backends import toys
+from tests.backends.doors import DOORS, doors
 from tests.families import FAMILIES, Inputs
 from tests.numerics import run
 
 CHANGE = 3
 BASE = RECIPES["fp8_rowwise"]
-DOORS: dict[str, Callable[..., nn.Module]] = {"optimize": fxopt.optimize, "swap": fxopt.swap}
-doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
 def scheduled(*phases: Phase) -> Recipe:
