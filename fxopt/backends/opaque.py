@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxopt.backends.calls import PLAIN
 from fxopt.passes.autocast import Autocast
 
 _LIBRARY = torch.library.Library("fxopt_opaque", "DEF")
+_NUMBERS = count()  # names of ops are for good
 # What every `apply` comes to, also one that was bound before anybody looked.
 FUNCTION: Any = torch.autograd.function._SingleLevelFunction
 
@@ -97,7 +99,7 @@ def _op(
             raise CannotHold("returns other things than when it was captured")
         return [r for r in results if r is not None]
 
-    name = f"{cls.__name__}_{_op.cache_info().misses}"
+    name = f"{cls.__name__}_{next(_NUMBERS)}"
     # Its backward is its own, whatever it reads: it may draw random numbers, and is not moved.
     tags = (torch.Tag.nondeterministic_seeded,)
     _LIBRARY.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]", tags=tags)

@@ -122,6 +122,14 @@ def test_a_call_is_one_op_however_often_it_is_captured() -> None:
     assert opaque._op.cache_info().currsize == num_ops
 
 
+def test_a_call_whose_op_is_forgotten_gets_another() -> None:
+    opened(Reverses)(tokens())
+    opaque._op.cache_clear()
+    model = opened(Reverses)
+    model(tokens())
+    assert not reasons(model)
+
+
 class Multiplied(torch.autograd.Function):
     dtypes: ClassVar[list[tuple[torch.dtype, torch.dtype]]] = []
 

@@ -442,6 +442,18 @@ def test_tables_that_came_to_need_a_gradient_are_refused():
         found(inputs[0], cos, sin)
 
 
+def test_a_norm_behind_the_rotation_says_so():
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        q = F.rms_norm(halves(q, cos, sin), (d,), m.norm_q, 1e-6)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert found.reasons("qk_norm_rope") == [
+        "queries: the norm is not the first after the projection; the op rotates last"
+    ]
+
+
 def test_a_norm_of_each_head_says_so():
     """StableLM."""
 

@@ -198,8 +198,10 @@ def _section(end: fx.Node, region: list[fx.Node]) -> Section | Reason:
     if len(norms) > 1 and not any(between(a.out, b.out) for a, b in permutations(norms, 2)):
         why = f"{len(norms)} norms stand side by side, as of heads that have a weight each"
         return Reason(f"{why}; the op has one norm for all heads", end)
-    if len(norms) > 1 or not _is_view_of(ir.skip_casts(_skip_views(norms[0].x)), source):
+    if len(norms) > 1:
         return Reason("more than one norm stands before attention", end)
+    if not _is_view_of(ir.skip_casts(_skip_views(norms[0].x)), source):
+        return Reason("the norm is not the first after the projection; the op rotates last", end)
     return Section(source, norms[0], end)
 
 
