@@ -58,7 +58,8 @@ class Recipe:
         scaled by their own magnitudes, gathered or not.
     attention: who runs the attentions of rewritten blocks: "pytorch", as it chooses; the name of a
         backend, and calls that it refuses raise `AttentionRefused`; "auto", what was measured on
-        the device, else "pytorch". "varlen" packs away keys that a mask leaves out; "fp8" runs
+        the device, else "pytorch". "varlen" packs away keys that a mask leaves out; "flex"
+        skips blocks of scores that a mask of any kind hides; "fp8" runs
         its forward on e4m3 codes of queries, keys and values, with a scale for each sample and
         head, and its backward in the model's dtype.
     saved: what fused ops keep of activations for their own backward: "model", the activations;

@@ -82,7 +82,10 @@ def refusals(call: Call) -> Iterator[str]:
     if call.mask_kind == "additive":
         yield "the mask is added to the scores; [B, 1, 1, T], boolean, says what is padding"
     elif call.mask_kind == "boolean":
-        yield "the mask may differ between queries or heads; [B, 1, 1, T] says what is padding"
+        yield (
+            "the mask may differ between queries or heads; [B, 1, 1, T] says what is padding, and "
+            "a window is known where the graph makes its mask"
+        )
     if call.is_causal and call.mask is not None:
         yield "the call is causal and has a mask"
     if call.is_causal and call.tokens[0] != call.tokens[1]:

@@ -23,6 +23,7 @@ from fxopt.passes.meter import Meter
 from fxopt.passes.prove import Runnable, Sizes, Spec, prove
 from fxopt.passes.rule import Binding, Reason, Rule
 from fxopt.passes.symbols import node_of
+from fxopt.passes.windows import link_bodies
 from fxopt.report import Applied, Attention, Declined, Report
 
 
@@ -66,6 +67,7 @@ def rewrite(
     outcome = Outcome()
     if meter is not None:
         meter.read()
+    link_bodies(gm)
     # The graph's casts are written out; probes are run on the CPU, whatever the default device.
     with suspended(device.type), torch.device("cpu"):
         for body in ir.graphs(gm):

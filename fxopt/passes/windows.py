@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -27,12 +28,36 @@ LARGEST = 1 << 29
 _windows: dict[str, Window | None] = {}
 
 
+# What comes into the body of a checkpoint, in the graph that calls it.
+_outside: WeakKeyDictionary[fx.Node, fx.Node] = WeakKeyDictionary()
+
+
+def link_bodies(gm: fx.GraphModule) -> None:
+    """Remember where the inputs of the bodies in `gm` come from: masks are made outside of them."""
+    for outer in ir.graphs(gm):
+        for call in outer.graph.nodes:
+            if not isinstance(call.target, torch._ops.HigherOrderOperator) or not call.args:
+                continue
+            body, *operands = call.args
+            if not isinstance(body, fx.Node) or body.op != "get_attr" or len(body.users) != 1:
+                continue
+            inner = getattr(outer, str(body.target), None)
+            if not isinstance(inner, fx.GraphModule):
+                continue
+            inputs = inner.graph.find_nodes(op="placeholder")
+            if len(inputs) == len(operands):
+                pairs = zip(inputs, operands, strict=True)
+                _outside.update({i: o for i, o in pairs if isinstance(o, fx.Node)})
+
+
 def window(mask: fx.Node) -> Window | None:
     """What each query sees of the keys around it; None unless the graph alone decides, and says so.
 
     A symbolic number of tokens stands for two, both so large that no number in the mask's own graph
     is out of sight.
     """
+    while mask in _outside and not ir.is_written(mask, mask.graph):
+        mask = _outside[mask]
     made = _made_of_sizes(mask)
     if made is None or not ir.same(*_square(mask)):
         return None

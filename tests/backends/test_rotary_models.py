@@ -15,11 +15,11 @@ from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, language_config, langu
 from tests.numerics import Judge, run
 
 
-def language(name: str, **options: Any) -> Callable[[], nn.Module]:
+def language(name: str, attention: str = "sdpa", **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{name}Config")(**language_config("sdpa"), **options)
+        config = getattr(transformers, f"{name}Config")(**language_config(attention), **options)
         model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
         for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
             dropout.p = 0.0  # both runs would draw
@@ -151,6 +151,9 @@ MODELS = {
     "gpt-neox": (language("GPTNeoX", rotary_pct=0.25), language_inputs),
     # Halves of half of the head, behind a LayerNorm.
     "phi": (language("Phi", qk_layernorm=True, partial_rotary_factor=0.5), language_inputs),
+    # Neighbours in half of the head; attention is written out and its weights are returned.
+    "gpt-j": (language("GPTJ", "eager", rotary_dim=8), language_inputs),
+    "codegen": (language("CodeGen", "eager", rotary_dim=8), language_inputs),
     # Neighbours in half of the head.
     "glm": (
         language("Glm", head_dim=16, partial_rotary_factor=0.5, pad_token_id=0),

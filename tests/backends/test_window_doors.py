@@ -136,6 +136,16 @@ def test_under_another_number_of_tokens(kernels: Kernels) -> None:
         assert kernels.windows == ({(-1, 0)} if num_tokens == 6 else {(7, 0)})
 
 
+def test_in_checkpoints_whose_mask_is_made_outside(kernels: Kernels) -> None:
+    """Of the full layers the mask is dropped, and of the others the window is told."""
+    model, inputs = seeded(gemma)(), tokens(2)
+    judge = Judge(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    judge(compiled(model), "checkpointed")
+    assert kernels.windows == {(4, 0), (-1, 0)}
+    assert fxopt.report(model).counts()["drop_mask"] == 1
+
+
 def test_padding_beside_a_window_is_no_window(kernels: Kernels) -> None:
     is_token = torch.arange(NUM_TOKENS) < torch.tensor([[NUM_TOKENS], [15]])
     inputs = tokens(2) | {"attention_mask": is_token.long()}

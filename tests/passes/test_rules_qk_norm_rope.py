@@ -522,3 +522,30 @@ def test_keys_that_are_repeated_for_grouped_queries(interleaves: bool):
     found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
     assert found.count("qk_norm_rope") == 1 + interleaves, found.code()
     found.assert_as_accurate(normal(3, 5, D), *tables(5))
+
+
+@pytest.mark.parametrize("kv_heads", [H, 1])
+def test_before_attention_whose_weights_are_returned(kv_heads: int):
+    """CodeGen: attention stays as it is written, in fp32, and the rotation is found before it."""
+
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+        q, k = (halves(t, cos, sin) for t in (q, k))
+        k, v = (t.repeat_interleave(H // kv_heads, 2) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = q.float() @ k.float().transpose(-1, -2) / d**0.5
+        weights = scores.softmax(-1).to(v.dtype)
+        return weights @ v, weights
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert (found.count("attention"), found.count("qk_norm_rope")) == (0, 2)
+    found.assert_as_accurate(normal(3, 5, D), *tables(5))
+
+
+def test_a_softmax_over_something_else_is_left_alone():
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return halves(heads(F.linear(x, m.q)), cos, sin).softmax(-1)
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert not found.count("qk_norm_rope") and not found.reasons("qk_norm_rope")

@@ -20,6 +20,7 @@ from fxopt.passes import algebra, ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 SPLITS = (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 # A score that is added to such a number leaves it as it is: adding the number and writing it over
 # the score are then one thing, also where a whole row is masked.
@@ -85,8 +86,10 @@ def propose(softmax: fx.Node) -> Iterator[Binding | Reason]:
         yield scores
         return
     if scores is None:
-        if _attended(softmax) is not None:
-            yield from _obstacles(ir.skip_casts(x))
+        found = scores_behind(ir.skip_casts(x)) if _attended(softmax) is not None else None
+        if found is not None and not ir.mutates(found[1]):  # `writes` speaks of it
+            why = f"{found[1].target}, between scores and softmax, is no scale and no mask"
+            yield Reason(why, found[1])
         return  # a softmax over something else
     if dim % rank != rank - 1:
         yield Reason(f"softmax is over dim {dim}, attention is over the last", softmax)
@@ -189,22 +192,21 @@ def read_scores(node: fx.Node) -> Scores | Reason | None:
     return None
 
 
-def _obstacles(node: fx.Node) -> Iterator[Reason]:
-    """What stands between scores and the softmax over `node`, if there are scores behind it."""
+def scores_behind(node: fx.Node) -> tuple[Scores, fx.Node] | None:
+    """The scores that `node` is computed from one by one, and what is first done to them."""
     stack, seen = [node], {node}
     while stack:
         outer = stack.pop()
         for inner in outer.all_input_nodes:
             if inner in seen or ir.tensor(inner) is None:
                 continue
-            if isinstance(read_scores(inner), Scores):
-                if not ir.mutates(outer):  # `writes` speaks of it
-                    why = f"{outer.target}, between scores and softmax, is no scale and no mask"
-                    yield Reason(why, outer)
-                return
+            scores = read_scores(inner)
+            if isinstance(scores, Scores):
+                return scores, outer
             if ir.same(ir.shape(inner), ir.shape(node)) and not ir.is_call(inner, *ir.MATERIALIZED):
                 seen.add(inner)
                 stack.append(inner)
+    return None
 
 
 def _unmasked(product: Product) -> Scores | None:
@@ -337,6 +339,6 @@ def _emit_mask(call: Call, mask: fx.Node, scores: Scores, dtype: torch.dtype) ->
 RULE = Rule(
     name="attention",
     version=1,
-    anchors=(aten.softmax.int, aten._softmax.default),
+    anchors=SOFTMAX,
     propose=propose,
 )

@@ -20,7 +20,8 @@ from fxopt.kernels.qk_norm_rope import Arguments, qk_norm_rope
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.qk_norm_rope import before_repeat, result
+from fxopt.passes.rules.attention import SOFTMAX
+from fxopt.passes.rules.qk_norm_rope import operands, result
 
 # Views that show every element once.
 REARRANGING = (
@@ -53,9 +54,8 @@ class Biased:
 
 
 def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
-    given = ir.arguments(attention)
-    operands = [before_repeat(given[name])[0] for name in ("query", "key")]
-    outs = list(dict.fromkeys(out for out in map(result, operands) if out is not None))
+    results = (result(operand) for operand, _ in operands(attention))
+    outs = list(dict.fromkeys(out for out in results if out is not None))
     outs = [out for out in outs if len(_arguments(out).joined) == 1]
     if len(outs) == 2 and _agree(*map(_arguments, outs)):
         yield _bind(attention, outs)
@@ -135,13 +135,14 @@ def _bind(attention: fx.Node, outs: Sequence[fx.Node]) -> Binding:
         op = call(qk_norm_rope, *fields, joined, *settings)
         return tuple(call(operator.getitem, op, i) for i in range(len(outs)))
 
-    return Binding(attention, inputs, tuple(outs), emit, "qk_norm_rope", regroups=True)
+    outputs = tuple(outs)
+    return Binding(attention, inputs, outputs, emit, "qk_norm_rope", regroups=True, carries=outputs)
 
 
 RULE = Rule(
     name="merge_qk",
-    version=1,
-    anchors=(ir.SDPA,),
+    version=2,
+    anchors=(ir.SDPA, *SOFTMAX),
     propose=propose,
     compiled=False,
 )

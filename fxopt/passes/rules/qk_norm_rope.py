@@ -25,7 +25,7 @@ from fxopt.passes.ir import aten
 from fxopt.passes.regions import between
 from fxopt.passes.rotation import Rotation, find_rotation
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.attention import unrepeated
+from fxopt.passes.rules.attention import SOFTMAX, Scores, read_scores, scores_behind, unrepeated
 
 PROJECTIONS = frozenset(
     {ir.LINEAR, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
@@ -52,10 +52,8 @@ class Heads:
 
 
 def propose(attention: fx.Node) -> Iterator[Binding | Reason]:
-    for i, name in enumerate(("queries", "keys")):
-        operand = attention.args[i]
-        assert isinstance(operand, fx.Node)
-        for proposal in _propose_operand(*before_repeat(operand)):
+    for name, operand in zip(("queries", "keys"), operands(attention), strict=False):
+        for proposal in _propose_operand(*operand):
             if isinstance(proposal, Reason):
                 yield Reason(f"{name}: {proposal.why}", proposal.node, proposal.remedy)
             else:
@@ -98,7 +96,33 @@ def result(node: fx.Node) -> fx.Node | None:
     return node if is_result else None
 
 
-def before_repeat(operand: fx.Node) -> tuple[fx.Node, int]:
+def operands(attention: fx.Node) -> list[tuple[fx.Node, int]]:
+    """Queries and keys before they are repeated, and which dim their heads are.
+
+    Args:
+        attention: scaled_dot_product_attention, or the softmax of one whose weights are returned
+            as well, so that it stays as it is written.
+    """
+    if ir.is_call(attention, ir.SDPA):
+        named = ir.arguments(attention)
+        return [_before_repeat(named[name]) for name in ("query", "key")]
+    whole = ir.skip_casts(ir.arguments(attention)["self"])
+    scores, behind = read_scores(whole), scores_behind(whole)
+    if scores is None and behind is not None:
+        scores = behind[0]
+    if not isinstance(scores, Scores) or scores.num_heads is not None:
+        return []
+    found = []
+    for node, order in ((o.node, o.order) for o in (scores.q, scores.k)):
+        if order not in ((0, 1, 2, 3), (0, 2, 1, 3)):
+            return []
+        repeated = unrepeated(node)
+        is_grouped = repeated is not None and repeated[1] == order[1]
+        found.append(repeated if repeated and is_grouped else (node, order[1]))
+    return found
+
+
+def _before_repeat(operand: fx.Node) -> tuple[fx.Node, int]:
     """The key heads before they are repeated for grouped queries, and which dim they are."""
     node, heads_dim = ir.skip_copies(operand), 1
     if _exchanges_heads_and_tokens(node):
@@ -301,4 +325,4 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=1, anchors=(ir.SDPA,), propose=propose)
+RULE = Rule(name="qk_norm_rope", version=2, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
