@@ -12,7 +12,7 @@ from fxopt.kernels import norm_modulate_segments as segments
 from fxopt.kernels import norm_modulate_segments_quantize as op
 from fxopt.kernels import quantize
 from fxopt.kernels.counters import FIELDS
-from fxopt.kernels.quantized_producers import amax_for
+from fxopt.kernels.quantize import amax_for
 from fxopt.kernels.registration import LAUNCHES, REREADS
 
 B, S, K, N = 2, 21, 40, 3
