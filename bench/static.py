@@ -75,7 +75,8 @@ SPILLING = {
     "norm_modulate layer residual gate scale shift x_bias D=8192 backward_kernel",
     "qk_norm_rope across heads, complex tables, x_bias D=5120 backward",
 }
-# 8 warps for the registers of four sums, or of codes; a thread loads 10 or more times 16 bytes instead of 4.
+# 8 warps for the registers of four sums, or of codes; a thread loads 10 or more times 16 bytes
+# instead of 4.
 SPARSE = {
     f"{op} layer residual gate scale shift x_bias D={width} backward_kernel"
     for op in ("norm_modulate", "norm_modulate_segments")

@@ -86,12 +86,12 @@ OF_DELAYED = {
     "wan2.1-14b block": Gate(3.1, 32.8, 30.7),
 }
 OF_SAVED = {
-    "flux-dev double": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
-    "flux-dev single": Gate(1.6, 3.7, 2.8, ASKED["saved"]),
-    "flux2-dev single": Gate(4.5, 9.79, 5.87, ASKED["saved"]),
-    "qwen-image block": Gate(1.5, 5.18, 3.37, ASKED["saved"]),
-    "z-image block": Gate(2.72, 5.9, 4.49, ASKED["saved"]),
-    "wan2.1-14b block": Gate(3.4, 47.4, 44.6, ASKED["saved"]),
+    "flux-dev double": Gate(1.5, 4.63, 2.82, ASKED["saved"]),
+    "flux-dev single": Gate(1.6, 3.34, 2.43, ASKED["saved"]),
+    "flux2-dev single": Gate(4.5, 8.94, 5.02, ASKED["saved"]),
+    "qwen-image block": Gate(1.5, 4.63, 2.82, ASKED["saved"]),
+    "z-image block": Gate(2.72, 5.29, 3.87, ASKED["saved"]),
+    "wan2.1-14b block": Gate(3.4, 39.1, 36.3, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fxopt.kernels.native_gated_activation import packs_apart
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.quantize_group import Lists, quantize_rows, triton_rows
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
-    packs_apart,
     triton_activations,
 )
 from fxopt.kernels.registration import call_counting, register
@@ -75,7 +75,10 @@ def _rooms(args: Sequence[Any]) -> list[tuple[Any, ...]]:
 def _launches(*args: Any) -> int:
     """And one where an activation's own codes take one."""
     each = zip(_calls(args), _rooms(args), strict=True)
-    return 2 + any(packs_apart(*call[:3], call[4], rooms) for call, rooms in each)
+    return 2 + any(
+        packs_apart(gate, up, beside, packing, rooms)
+        for (gate, up, beside, _, packing, *_), rooms in each
+    )
 
 
 def _read(args: Sequence[Any]) -> list[Tensor]:

@@ -38,7 +38,7 @@ from fxopt.kernels.quantized_producers import (
     gated_activation_quantize_backward,
 )
 from fxopt.kernels.registration import register_composite
-from fxopt.kernels.saving import as_codes, kept_in, packing, room_for, unpacking
+from fxopt.kernels.saving import kept_in, packing, read_codes, room_for
 from fxopt.kernels.streams import Call, Streams
 from fxopt.kernels.together import Ask, Steps, mix, side_by_side
 
@@ -76,9 +76,9 @@ class GatedActivationQuantizedLinear(Streams):
         recipe, needs = ctx.recipe, ctx.needs_input_grad[2:]
         trains, has_columns = needs[3], fuses(recipe) and recipe.wgrad is not None
         saved = saved_tensors(ctx)
-        saved, scales = as_codes(ctx, saved) if trains and has_columns else (saved, [])
-        if not scales:
-            saved = yield from unpacking(ctx, saved)
+        is_packed = [dtype is not None for dtype in ctx.packed]
+        can_read = is_packed == [t is not None for t in saved[:2]] and trains and has_columns
+        saved, scales = yield from read_codes(ctx, saved, grad.dtype, can_read)
         gate, up, beside, amax_t, weight, *amax = saved
         width = 0 if beside is None else beside.shape[-1]
         dy_MK, operands, dbiases = yield from gradients(
@@ -89,8 +89,10 @@ class GatedActivationQuantizedLinear(Streams):
         dactivation, y = dy[..., width:], None
         if trains and has_columns:
             settings = *ctx.settings, str(recipe.wgrad.b), amax_t
-            given = dactivation, gate, up, *scales, beside, *settings
-            backward = packed_backward if scales else gated_activation_quantize_backward
+            given, backward = (dactivation, gate, up), gated_activation_quantize_backward
+            if scales[0] is not None:
+                given, backward = (*given, *scales), packed_backward
+            given = *given, beside, *settings
             (found,) = yield [Ask(backward, given, (ctx.slots.x.columns,))]
             dgate, dup, codes_t, scales_t = found
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))

@@ -6,13 +6,14 @@ Shape legend: N rows (all leading dims), F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fxopt.kernels import saving
 from fxopt.kernels.registration import opmath_of
 
 aten = torch.ops.aten
@@ -163,6 +164,18 @@ def halves(gate: Tensor, up: Tensor | None, packing: str) -> tuple[Tensor, Tenso
         return gate, up
     first, second = gate.chunk(2, dim=-1)
     return (first, second) if packing == "gate_up" else (second, first)
+
+
+def packs_apart(
+    gate: Tensor, up: Tensor | None, beside: Tensor | None, packing: str, rooms: Sequence[Any]
+) -> bool:
+    """Whether codes of gate and up are wanted and tiles of [beside | activation] are no blocks of
+    these."""
+    if all(room is None for room in rooms):
+        return False
+    starts = [0 if beside is None else beside.shape[-1]]
+    starts += [gate.shape[-1] // 2] if packing != "none" else []
+    return any(start % saving.BLOCK for start in starts)
 
 
 def require_one(up: Tensor | None, gate_bias: Tensor | None) -> None:

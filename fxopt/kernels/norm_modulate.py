@@ -108,8 +108,9 @@ def fake_one_backward(
 ) -> tuple[Tensor, ...]:
     operands, (dtype, needs, recompute), scales = args[:6], args[11:14], args[14:]
     wants = wanted(grad_y, operands, needs)
-    if scales:
-        h, x = (t if s is None else valued(t, dtype) for t, s in zip((h, x), scales, strict=True))
+    h_scales, x_scales = scales or (None, None)
+    h = h if h_scales is None else valued(h, dtype)
+    x = x if x is None or x_scales is None else valued(x, dtype)
     return outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
 
 

@@ -7,7 +7,7 @@ its own. What a norm makes is not kept: see `fxopt.kernels.linears`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch

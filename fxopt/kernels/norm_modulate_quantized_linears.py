@@ -68,13 +68,11 @@ class NormModulateQuantizedLinears(Streams):
         if gate is not None:
             branch = x if ctx.needs_input_grad[4] else x.new_empty(0)  # for its dtype
         own = is_own(x, residual, None if read.shift_is_table else others[3]), True
-        leaves_codes = is_packing() and (fuses(recipe) or index is None)
-        rooms: Sequence[Tensor | None] = ()
-        if leaves_codes:
-            h = x
-            if residual is not None:
-                h = torch.empty(x.shape, dtype=settings[4], device="meta")
-            rooms = room_for(ctx, (h, branch), own)
+        leaves_codes = fuses(recipe) or index is None
+        h = x
+        if is_packing() and residual is not None:
+            h = torch.empty(x.shape, dtype=settings[4], device="meta")
+        rooms = room_for(ctx, (h, branch), own) if leaves_codes else ()
         if fuses(recipe):
             lines = slot.rows, slot.known, slot.seen
             asked = *given, *formats(recipe, trains, slot)

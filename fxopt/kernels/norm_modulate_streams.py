@@ -104,7 +104,7 @@ def _require_one_width(inputs: Iterable[Tensor]) -> None:
 
 def fake(call: Call) -> tuple[Tensor, ...]:
     """The outputs of one call."""
-    x, residual, norm, h_dtype, dtype = *call[:2], call[8], *call[12:14]
+    x, residual, norm, (h_dtype, dtype) = call[0], call[1], call[8], call[12:14]
     return outputs(x, residual, norm, h_dtype, dtype)
 
 

@@ -14,21 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.kernels import qk_norm_rope_providers as providers
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.quantize import can_cast
-from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
-from fxopt.kernels.saving import (
-    BLOCK,
-    fill,
-    kept_in,
-    name_of,
-    native_unpack,
-    packed,
-    read_codes,
-    room_for,
-    valued,
+from fxopt.kernels.qk_norm_rope_providers import (
+    NUM_ARGUMENTS,
+    NUM_BACKWARD_ARGUMENTS,
+    forward_launches,
+    has_whole_blocks,
+    split_codes,
 )
+from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.saving import kept_in, packed, read_codes, room_for
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 from fxopt.kernels.together import run
 
@@ -200,33 +197,10 @@ def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
     return outs, mean, rstd
 
 
-NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = len(Arguments._fields), len(Arguments._fields) + 3
-
-
 def split_backward_arguments(args: Any) -> tuple[Arguments, Tensor, Tensor, Sequence[bool]]:
     """(forward's arguments, mean, rstd, needs) of `qk_norm_rope_backward`, less its `grads`."""
     own = args[:NUM_BACKWARD_ARGUMENTS]
     return Arguments(*own[:6], *own[8:-1]), own[6], own[7], own[-1]
-
-
-def split_codes(args: Any) -> tuple[tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]]:
-    """These arguments with x of the dtype and shapes that it has where it is codes, these codes and
-    their scales; none where it is not."""
-    own, scales = args[:NUM_BACKWARD_ARGUMENTS], args[NUM_BACKWARD_ARGUMENTS:]
-    if not scales:
-        return own, [], []
-    return ([valued(x, own[-2]) for x in own[0]], *own[1:]), own[0], scales[0]
-
-
-def has_whole_blocks(x_BSHd: Tensor) -> bool:
-    """Whether a block of codes is one head, or some, of x."""
-    num_heads, dim = x_BSHd.shape[2:]
-    return BLOCK % dim == 0 and num_heads % (BLOCK // dim) == 0
-
-
-def _launches(*args: Any) -> int:
-    """And one for the codes of heads that are no blocks."""
-    return 1 + (len(args) > NUM_ARGUMENTS and not all(map(has_whole_blocks, args[0])))
 
 
 def _fake(*args: Any) -> list[Tensor]:
@@ -247,48 +221,6 @@ def _launches_backward(grads: Sequence[Tensor], *args: Any) -> int:
     a, _, _, needs = split_backward_arguments(args)
     parameters = list(zip(a.differentiable, needs, strict=True))[len(a.x) :]
     return 1 + any(t is not None and need for t, need in parameters)
-
-
-def _native(*args: Any) -> list[Tensor]:
-    from fxopt.kernels import native_qk_norm_rope
-
-    _fill(args)
-    return native_qk_norm_rope.forward(*args[:NUM_ARGUMENTS])
-
-
-def _fill(args: Sequence[Any]) -> None:
-    """Leave codes of x in a pass of its own, where there is room for them."""
-    rooms = [t for pair in zip(*args[NUM_ARGUMENTS:], strict=True) for t in pair]
-    fill(args[0], rooms, num_row_dims=2)
-
-
-def _native_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    from fxopt.kernels import native_qk_norm_rope
-
-    return native_qk_norm_rope.backward(grads, *_decoded(args))
-
-
-def _decoded(args: Sequence[Any]) -> Sequence[Any]:
-    own, codes, scales = split_codes(args)
-    if not codes:
-        return own
-    return native_unpack(codes, scales, [name_of(own[-2])] * len(codes)), *own[1:]
-
-
-def _triton(*args: Any) -> list[Tensor]:
-    from fxopt.kernels import triton_qk_norm_rope
-
-    if all(map(has_whole_blocks, args[0])) and can_cast(args[0][0]):
-        return triton_qk_norm_rope.forward(*args)
-    _fill(args)
-    return triton_qk_norm_rope.forward(*args[:NUM_ARGUMENTS])
-
-
-def _triton_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    from fxopt.kernels import triton_qk_norm_rope
-
-    given = args if can_cast(args[0][0]) else _decoded(args)
-    return triton_qk_norm_rope.backward(grads, *given)
 
 
 class QKNormRope(torch.autograd.Function):
@@ -335,10 +267,11 @@ class QKNormRope(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x_bias, weight and bias, None where there is none."""
         xs = ctx.saved_tensors[: len(ctx.packed)]
-        can_read = all(ctx.packed) and all(map(has_whole_blocks, xs))
         dtype = ctx.settings[-1]
-        (*tensors, mean, rstd), scales = run(read_codes(ctx, ctx.saved_tensors, dtype, can_read))
-        scales = [] if None in scales else [[*scales]]
+        is_of_dtype = all(packed == dtype for packed in ctx.packed)
+        can_read = is_of_dtype and all(map(has_whole_blocks, xs))
+        saved, scales = run(read_codes(ctx, ctx.saved_tensors, dtype, can_read))
+        *tensors, mean, rstd = saved
         num_differentiable = len(tensors) // 6 * 4
         if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))
@@ -349,7 +282,7 @@ class QKNormRope(torch.autograd.Function):
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
         given = filled, *fields, mean, rstd, *ctx.settings, needs
-        computed = call_counting(qk_norm_rope_backward, scales, *given)
+        computed = call_counting(qk_norm_rope_backward, [[*scales]] if can_read else [], *given)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
 
@@ -379,9 +312,9 @@ _SETTINGS = (
 qk_norm_rope_backward = register(
     f"qk_norm_rope_backward(Tensor[] grads, {_TENSORS}, Tensor mean, Tensor rstd, {_SETTINGS}, "
     "bool[] needs) -> Tensor[]",
-    native=_native_backward,
+    native=providers.native_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton=providers.triton_backward,
     launches=_launches_backward,
     sharding=sections(of_section_gradients),
     counters="Tensor[] x_scales",
@@ -390,11 +323,11 @@ qk_norm_rope_backward = register(
 # (outs..., mean, rstd)
 qk_norm_rope = register(
     f"qk_norm_rope({_TENSORS}, {_SETTINGS}) -> Tensor[]",
-    native=_native,
+    native=providers.native,
     fake=_fake,
-    triton=_triton,
+    triton=providers.triton,
     function=QKNormRope,
-    launches=_launches,
+    launches=forward_launches,
     sharding=sections(of_sections),
     counters="Tensor(a!)[] codes, Tensor(b!)[] scales",
     form="packing",

@@ -81,6 +81,30 @@ def can_cast(x: Tensor) -> bool:
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= CAST_CAPABILITY
 
 
+def amax_for(y: Tensor, columns: str | None) -> Tensor:
+    """What scales of the transposed copy come from: fp32 [1] or [K], NaN if not finite; or empty.
+
+    Args:
+        y: [..., K].
+        columns: the operand of the transposed copy, or None.
+    """
+    if columns is None:
+        return y.new_empty(0, dtype=torch.float32)
+    y_MK = y.reshape(-1, y.shape[-1]).float()
+    per_column = Operand.parse(columns).block == "row"
+    if not y.numel():
+        return y_MK.new_zeros(y.shape[-1] if per_column else 1)
+    amax = y_MK.abs().amax(0 if per_column else (0, 1)).reshape(-1)
+    return amax.masked_fill(~amax.isfinite(), float("nan"))
+
+
+def fake_amax(x: Tensor, num_features: int, columns: str | None) -> Tensor:
+    size = 0
+    if columns is not None:
+        size = num_features if Operand.parse(columns).block == "row" else 1
+    return x.new_empty(size, dtype=torch.float32)
+
+
 def native(
     x: Tensor,
     rows: str | None,

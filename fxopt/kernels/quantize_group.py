@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
-from fxopt.kernels.quantized_producers import amax_for, fake_amax
+from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import call_counting, register
 from fxopt.kernels.together import SHARED, Ask, Shared, mix, parts, share_lists
 

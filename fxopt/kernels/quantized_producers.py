@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
+from fxopt.kernels.native_gated_activation import packs_apart
+from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
-from fxopt.kernels.saving import BLOCK, fill, values_of
+from fxopt.kernels.saving import fill, values_of
 from fxopt.kernels.together import Call, alone, register_together, where_it_fits
 from fxopt.recipes import Operand
 
@@ -40,39 +42,15 @@ OF_ACTIVATION = f"{OF_INPUT}, Tensor(c!)? gate_codes, Tensor(d!)? gate_scales, "
 OF_ACTIVATION += "Tensor(e!)? up_codes, Tensor(f!)? up_scales"
 
 
-def amax_for(y: Tensor, columns: str | None) -> Tensor:
-    """What scales of the transposed copy come from: fp32 [1] or [K], NaN if not finite; or empty.
-
-    Args:
-        y: [..., K].
-        columns: the operand of the transposed copy, or None.
-    """
-    if columns is None:
-        return y.new_empty(0, dtype=torch.float32)
-    y_MK = y.reshape(-1, y.shape[-1]).float()
-    per_column = Operand.parse(columns).block == "row"
-    if not y.numel():
-        return y_MK.new_zeros(y.shape[-1] if per_column else 1)
-    amax = y_MK.abs().amax(0 if per_column else (0, 1)).reshape(-1)
-    return amax.masked_fill(~amax.isfinite(), float("nan"))
-
-
-def fake_amax(x: Tensor, num_features: int, columns: str | None) -> Tensor:
-    size = 0
-    if columns is not None:
-        size = num_features if Operand.parse(columns).block == "row" else 1
-    return x.new_empty(size, dtype=torch.float32)
-
-
 def native_norm(*args: Any) -> tuple[Tensor, ...]:
     """Codes [M, K padded], scales [M or 1, 1] and amax_t of the y that `norm_modulate` makes.
 
     Args:
         args: those of `fxopt::norm_modulate`, then rows and columns: how y is quantized for the
             products (as `Operand` is written), and its transpose for weights' gradients or None;
-            last, where they are given, the counters of the copy (a line as in `counters`), known and
-            seen as in `quantize`, and where codes and scales of the norm's input and of x are left,
-            those of `saving.pack`.
+            last, where they are given, the counters of the copy (a line as in `counters`), known
+            and seen as in `quantize`, and where codes and scales of the norm's input and of x are
+            left, those of `saving.pack`.
 
     Returns codes, scales, amax_t (see `amax_for`), and h, mean, rstd as norm_modulate does.
     """
@@ -305,18 +283,9 @@ def _is_known(args: Any, index: int) -> bool:
 
 
 def _activation_launches(*args: Any) -> int:
-    return (1 if _is_known(args, 8) else 2) + packs_apart(*args[:3], args[4], args[10:])
-
-
-def packs_apart(
-    gate: Tensor, up: Tensor | None, beside: Tensor | None, packing: str, rooms: Sequence[Any]
-) -> bool:
-    """Whether gate and up are to be packed and tiles are not blocks of theirs."""
-    if all(room is None for room in rooms):
-        return False
-    starts = [0 if beside is None else beside.shape[-1]]
-    starts += [gate.shape[-1] // 2] if packing != "none" else []
-    return any(start % BLOCK for start in starts)
+    gate, up, beside, _, packing = args[:5]
+    own = packs_apart(gate, up, beside, packing, args[10:])
+    return (1 if _is_known(args, 8) else 2) + own
 
 
 def _activation_rereads(args: Any, _: Any) -> list[Tensor]:

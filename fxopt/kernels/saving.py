@@ -136,12 +136,12 @@ def fill(
     given = [(t, c, s) for t, c, s in each if t is not None and c is not None and s is not None]
     if not given:
         return
-    xs, *targets = zip(*given, strict=True)
+    xs, codes, scales = zip(*given, strict=True)
     if xs[0].is_cuda and can_cast(xs[0]):
-        _launch_pack(xs, *targets, num_row_dims)
+        _launch_pack(xs, codes, scales, num_row_dims)
         return
     found = native_pack(xs, num_row_dims)
-    for target, values in zip((t for field in targets for t in field), found, strict=True):
+    for target, values in zip((*codes, *scales), found, strict=True):
         target.copy_(values)
 
 
@@ -161,18 +161,6 @@ def unpacking(ctx: Any, saved: Sequence[Any]) -> Steps[list[Any]]:
     for i, activation in zip(where, found, strict=True):
         activations[i] = activation
     return [*activations, *others[len(where) :]]
-
-
-def as_codes(ctx: Any, saved: Sequence[Any]) -> tuple[Sequence[Any], list[Tensor | None]]:
-    """What a node saved without unpacking it, and the scales of its activations; none where not all
-    of them are packed."""
-    activations, others = [*saved[: len(ctx.packed)]], saved[len(ctx.packed) :]
-    is_packed = [dtype is not None for dtype in ctx.packed]
-    if is_packed != [t is not None for t in activations]:
-        return saved, []
-    scales = iter(others)
-    each = [next(scales) if packed else None for packed in is_packed]
-    return [*activations, *scales], each
 
 
 def read_codes(

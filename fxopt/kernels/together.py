@@ -33,8 +33,9 @@ class Ask(NamedTuple):
 
     @property
     def further(self) -> Call:
-        """All that `call_counting` takes."""
-        return *self.lines, *self.rooms
+        """All that `call_counting` takes; nothing where none of it is there."""
+        found = *self.lines, *self.rooms
+        return () if all(t is None for t in found) else found
 
 
 Result = TypeVar("Result")

@@ -23,9 +23,8 @@ from torch import Tensor
 from fxopt.kernels import triton_quantize as launch
 from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels.counters import UNWATCHED, Slot
-from fxopt.kernels.native_gated_activation import halves
+from fxopt.kernels.native_gated_activation import halves, packs_apart
 from fxopt.kernels.quantize import operands
-from fxopt.kernels.quantized_producers import packs_apart
 from fxopt.kernels.saving import fill
 from fxopt.kernels.triton_gated_activation import rows_of
 from fxopt.kernels.triton_gated_activation_kernels import (
@@ -216,7 +215,7 @@ def forward_of(
 
 
 def _whole(
-    inputs: tuple[Any, ...], constants: dict[str, Any], rooms: Sequence[Tensor | None] = ()
+    inputs: tuple[Any, ...], constants: dict[str, Any], rooms: Sequence[Any] = ()
 ) -> launch.Matrix:
     """[beside | activation], as `tile_of` takes it."""
     matrix, (gate, up, beside, _, packing) = _matrix(*inputs), inputs
@@ -227,7 +226,7 @@ def _whole(
     elif any(room is not None for room in rooms):
         of_gate, of_up = rooms[:2], rooms[2:] if up is not None else rooms[:2]
         lie_in = zip(halves(rooms[0], rooms[2], packing), (of_gate, of_up), strict=True)
-        codes = [_packed(rows_of(t), *own, gate) for t, own in lie_in]
+        codes = [_packed(rows_of(t), own[0], own[1], gate) for t, own in lie_in]
     arguments = None, *rows, width, *codes, last
     return matrix._replace(arguments=arguments, constants=constants)
 

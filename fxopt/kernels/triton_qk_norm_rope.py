@@ -13,14 +13,13 @@ from torch import Tensor
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels import triton_tables
 from fxopt.kernels.qk_norm_rope import (
-    NUM_ARGUMENTS,
     Arguments,
     Section,
     outputs,
     rotary_dim,
     split_backward_arguments,
-    split_codes,
 )
+from fxopt.kernels.qk_norm_rope_providers import NUM_ARGUMENTS, split_codes
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
 from fxopt.kernels.triton_sizes import LAST, unspecialized

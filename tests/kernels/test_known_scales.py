@@ -206,7 +206,7 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     x = numbers(20, 40)
     name, ops = FORMATS[0], torch.ops.fxopt
-    of_input = (None, KNOWN, recorder())
+    of_input = (None, KNOWN, recorder(), None, None, None, None)
     norm, activation = norm_arguments("residual"), activation_arguments(*ACTIVATIONS[1])
     calls = [
         (ops.quantize_counting, (x, name, name, None, True, None, None, KNOWN, recorder())),

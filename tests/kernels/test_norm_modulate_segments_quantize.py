@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.kernels import norm_modulate_segments as segments
 from fxopt.kernels import norm_modulate_segments_quantize as op
 from fxopt.kernels import quantize
-from fxopt.kernels.quantized_producers import amax_for
+from fxopt.kernels.quantize import amax_for
 from fxopt.kernels.registration import LAUNCHES, REREADS
 from tests.kernels.codes import FORMATS, draw, line, same
 
