@@ -19,6 +19,7 @@ from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.registration import below_autograd, opmath_of, register
 from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
+from fxopt.kernels.stacks import empty_stacks
 
 Optional = Sequence[Tensor | None]
 
@@ -198,12 +199,19 @@ def _fake(*args: Any) -> list[Tensor]:
     return [*outs, mean, rstd]
 
 
+def outputs_backward(a: Arguments, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients, None where not needed; those of x are stacks (`kernels.stacks`)."""
+    wanted = [t if need else None for t, need in zip(a.differentiable, needs, strict=True)]
+    others = wanted[len(a.x) :]
+    return [
+        *empty_stacks(wanted[: len(a.x)]),
+        *(None if t is None else t.new_empty(t.shape) for t in others),
+    ]
+
+
 def _fake_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     a, _, _, needs = split_backward_arguments(args)
-    return [
-        t.new_empty(t.shape) if need and t is not None else a.x[0].new_empty(0)
-        for t, need in zip(a.differentiable, needs, strict=True)
-    ]
+    return [a.x[0].new_empty(0) if g is None else g for g in outputs_backward(a, needs)]
 
 
 def _launches_backward(grads: Sequence[Tensor], *args: Any) -> int:
