@@ -134,8 +134,8 @@ def triton_backward(
     calls = []
     for grad, (i, start, stop) in zip(_filled(grads, pieces, x), as_pieces(pieces), strict=True):
         rows = slice(start, stop)
-        targets = (None if t is None else t[rows] for t in (dweights[i], dbiases[i]))
-        calls.append((grad, weights[i][rows], *targets))
+        dweight, dbias = (None if t is None else t[rows] for t in (dweights[i], dbiases[i]))
+        calls.append((grad, weights[i][rows], dweight, dbias))
     triton_silu_linears.backward(calls, x, found[0] if needs[0] else None)
     return found
 
@@ -165,10 +165,9 @@ def launches_backward(
     """The second one adds up what the shares of the weights' rows make of x's gradient."""
     if has_few_rows(x):
         return 1 + needs[0]
-    needs_weights, needs_biases = halves(needs[1:])
-    num_joined = sum(1 for i in range(len(weights)) if pieces[0::3].count(i) > 1)
+    num_joined = sum(pieces[0::3].count(i) > 1 for i in range(len(weights)))
     of_input = len(weights) + 1 if needs[0] else 0
-    return num_joined + of_input + sum(needs[1:]) + any(needs_weights)
+    return num_joined + of_input + sum(needs[1:]) + any(halves(needs[1:])[0])
 
 
 def flops(x: Any, weights: Any, *_: Any, **__: Any) -> int:

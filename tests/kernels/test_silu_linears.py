@@ -120,7 +120,7 @@ def test_many_shares_of_a_weight():
 
 
 def test_gradients_in_other_memory():
-    x, w, w2, b, b2 = draw(2, torch.float32)
+    x, w, w2, _, _ = draw(2, torch.float32)
     grads = [torch.randn(2, 1, 30)[:, 0].expand(2, 30) for _ in range(2)]
     grads += [torch.randn(30, 2).t(), torch.randn(()).expand(2, 70)]
     needs = [True] * 5
@@ -163,7 +163,7 @@ def test_silu_is_not_kept():
 
 
 def test_opcheck():
-    x, w, w2, b, b2 = draw(2, torch.float32)
+    x, w, w2, b, _ = draw(2, torch.float32)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(silu_products, (x, [w, w2], [b, None]), test_utils=checks)
     grads = [torch.ones(2, 30), None, torch.ones(2, 30), torch.ones(2, 70)]

@@ -35,7 +35,8 @@ def joint_block(
     norms = block.norm1.linear, block.norm1_context.linear
     of_image, of_text = modulation(temb, *zip(norms, nums, strict=True))
     # Of attention, of the MLP and, if there is one, of `attn2`.
-    shift, scale, *image, shift2, scale2, gate2 = (*of_image, None, None, None)[:9]
+    nine: tuple[Any, ...] = (*of_image, None, None, None)[:9]
+    shift, scale, *image, shift2, scale2, gate2 = nine
     if last:
         text_scale, text_shift = of_text
     else:

@@ -28,7 +28,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     shared = anchor.args[0]
     assert isinstance(shared, fx.Node)
     group = linears_on(shared)
-    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in group):
+    if min(group) is not anchor or not all(map(has_matrix, group)):
         return
     others = [u for u in shared.users if u not in group]
     segments = segment_operands(shared)
@@ -52,6 +52,12 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
 def linears_on(x: fx.Node) -> list[fx.Node]:
     """Those that have `x` for their input."""
     return [u for u in x.users if ir.is_call(u, ir.LINEAR) and u.args[0] is x]
+
+
+def has_matrix(linear: fx.Node) -> bool:
+    """Whether its weight is one."""
+    weight: Any = linear.args[1]
+    return len(ir.shape(weight)) == 2
 
 
 def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:

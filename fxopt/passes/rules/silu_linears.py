@@ -14,7 +14,12 @@ from fxopt.kernels.silu_linears import silu_linears
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.merge_linears import linears_on, parameters, split_outputs
+from fxopt.passes.rules.merge_linears import (
+    has_matrix,
+    linears_on,
+    parameters,
+    split_outputs,
+)
 
 
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
@@ -22,7 +27,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     if not ir.is_call(activated, aten.silu.default) or len(ir.shape(activated)) != 2:
         return
     group = linears_on(activated)
-    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in group):
+    if min(group) is not anchor or not all(map(has_matrix, group)):
         return
     x, (weights, biases) = activated.args[0], parameters(group)
     products, pieces = split_outputs(group, of_rows=True)
