@@ -27,7 +27,7 @@ from fxopt.kernels.linears import (
 )
 from fxopt.kernels.registration import register, register_composite
 
-# Above it the libraries' kernels for matrices run: `kernels.triton_silu_linears` has one for rows.
+# The fewest that tensor cores take: fewer are padded. Above it the libraries' kernels run.
 MAX_ROWS = 16
 
 

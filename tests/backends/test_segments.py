@@ -290,6 +290,7 @@ UNDER_A_RECIPE = {
     "norm_modulate": 12,
     "norm_modulate_segments": 6,
     "gated_activation": 4,
+    "silu_linears": 4,
     "quantized_linear": 24,
     "merge_quantized": 12,
     "merge_streams": 10,

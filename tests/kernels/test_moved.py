@@ -18,8 +18,8 @@ BOUND = 1.05
 PASSES = {"linear_cross_entropy": 3}
 
 
-# The kernel is the same for scales of a tensor, or for one linear, and its tiles take the interpreter
-# long.
+# The kernel is the same for scales of a tensor, or for one linear, and its tiles take the
+# interpreter long.
 SLOW = {
     "quantize_mixed e4m3/row/pow2 e4m3/row/pow2",
     "activation_with_weights e4m3/tensor/fp32",
