@@ -213,3 +213,20 @@ def linear_cross_entropy(batch: int, num_tokens: int, width: int) -> None:
     target = torch.zeros(len(logits), dtype=torch.int64)
     losses = randn(len(logits), dtype=FP32)
     softmax(logits, target, randn(dtype=FP32), -100, losses, True)
+
+
+def silu_linears(
+    batch: int, num_tokens: int, width: int, num_pieces: int, num_linears: int = 1
+) -> None:
+    """AdaLN: linears with a bias, each to `num_pieces` times the width."""
+    from fxopt.kernels.silu_linears import triton, triton_backward
+
+    size = num_pieces * width
+    x, weights = randn(batch, width), [randn(size, width) for _ in range(num_linears)]
+    triton(x, weights, [randn(size) for _ in weights])
+    rows = [
+        (i, start, start + width) for i in range(num_linears) for start in range(0, size, width)
+    ]
+    grads = [randn(batch, width) for _ in rows]
+    needs = [True] * (1 + 2 * num_linears)
+    triton_backward(grads, [number for row in rows for number in row], x, weights, needs)

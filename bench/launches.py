@@ -23,6 +23,7 @@ from bench.calls import (
     norm_modulate,
     norm_modulate_segments,
     qk_norm_rope,
+    silu_linears,
 )
 from bench.quantized_calls import (
     activation_with_weights,
@@ -126,6 +127,9 @@ def _cases() -> Iterator[Case]:
         name = " ".join(words)
         run = partial(gated_activation, activation=activation, form=form, biased=biased)
         yield Case(name, run, (12288,))
+    for num_pieces, num_linears in ((3, 1), (6, 2)):
+        run = partial(silu_linears, num_pieces=num_pieces, num_linears=num_linears)
+        yield Case(f"silu_linears {num_linears} to {num_pieces} parts", run, wide, num_launches=3)
     yield from _fp8_cases()
     yield Case("sum_parts", sum_parts, (3072,), num_launches=1)
     vocabularies = (32000, 128256, 151936)  # Llama 2, Llama 3, Qwen3

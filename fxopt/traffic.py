@@ -28,7 +28,12 @@ from fxopt.kernels.attention_call import Arguments
 from fxopt.kernels.registration import LAUNCHES, REREADS
 
 # fxopt's own products, by kind.
-PRODUCTS = {"scaled_matmul": "gemm", "scaled_attention": "attention"}
+PRODUCTS = {
+    "scaled_matmul": "gemm",
+    "scaled_attention": "attention",
+    "silu_products": "gemm",
+    "silu_products_backward": "gemm",
+}
 GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
 VIEWS = {
@@ -149,7 +154,7 @@ class _Counting(TorchDispatchMode):
             (m, k), n = args[0].shape, args[3].shape[0]
             product = Product(2 * m * n * k * packed, num_bytes, (m, n, k * packed), bits(formats))
             self.traffic.gemms.append(product)
-        elif cost == "gemm":
+        elif cost == "gemm" and func.namespace != "fxopt":
             a, b = [t for t in args if isinstance(t, Tensor)][-2:]
             batch, (m, k), n = math.prod(a.shape[:-2]), a.shape[-2:], b.shape[-1]
             shape = None if a.dim() > 2 else (m, n, k)
@@ -157,7 +162,8 @@ class _Counting(TorchDispatchMode):
         else:
             flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
             count = flops(*args, **(kwargs or {}), out_val=out)
-            self.traffic.attentions.append(Product(count, num_bytes))
+            products = self.traffic.gemms if cost == "gemm" else self.traffic.attentions
+            products.append(Product(count, num_bytes))
         return out
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import is_packing
+from fxopt.kernels.stacks import stacks
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -130,15 +131,15 @@ def parameter_gradients(
 ) -> list[Tensor | None]:
     """Gradients of all weights, then of all biases; `needs` in that order."""
     num_linears = len(weights)
-    dweights: list[Tensor | None] = [None] * num_linears
+    dweights = _together(grads, x, weights, pieces, needs)
     dbiases: list[Tensor | None] = [None] * num_linears
     for grad, (i, start, stop) in zip(grads, pieces, strict=True):
         if grad is None:
             continue
         whole = stop - start == weights[i].shape[0]
-        if needs[i] and whole:
+        if needs[i] and whole and dweights[i] is None:
             dweights[i] = flat(grad).t() @ flat(x)
-        elif needs[i]:
+        elif needs[i] and not whole:
             dweight = _buffer(dweights, i, weights[i], pieces, grads)
             torch.mm(flat(grad).t(), flat(x), out=dweight[start:stop])
         if needs[num_linears + i] and whole:
@@ -147,6 +148,27 @@ def parameter_gradients(
             dbias = _buffer(dbiases, i, weights[i][:, 0], pieces, grads)
             torch.sum(flat(grad), 0, out=dbias[start:stop])
     return [*dweights, *dbiases]
+
+
+def _together(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    pieces: Pieces,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of weights of whole linears whose outputs' gradients are a stack: one product."""
+    found: list[Tensor | None] = [None] * len(weights)
+    wholes = [
+        grad if needs[i] and stop - start == len(weights[i]) else None
+        for grad, (i, start, stop) in zip(grads, pieces, strict=True)
+    ]
+    for members, stack in stacks(wholes):
+        x_ITK = flat(x).expand(len(members), -1, -1)
+        dweights = torch.bmm(stack.flatten(1, -2).mT, x_ITK)
+        for place, member in enumerate(members):
+            found[pieces[member][0]] = dweights[place]
+    return found
 
 
 def _buffer(

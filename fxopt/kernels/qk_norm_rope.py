@@ -27,6 +27,7 @@ from fxopt.kernels.qk_norm_rope_providers import (
 from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
 from fxopt.kernels.saving import kept_in, packed, read_codes, room_for
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
+from fxopt.kernels.stacks import empty_stacks
 from fxopt.kernels.together import run
 
 Optional = Sequence[Tensor | None]
@@ -208,12 +209,19 @@ def _fake(*args: Any) -> list[Tensor]:
     return [*outs, mean, rstd]
 
 
+def outputs_backward(a: Arguments, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients, None where not needed; those of x are stacks (`kernels.stacks`)."""
+    wanted = [t if need else None for t, need in zip(a.differentiable, needs, strict=True)]
+    others = wanted[len(a.x) :]
+    return [
+        *empty_stacks(wanted[: len(a.x)]),
+        *(None if t is None else t.new_empty(t.shape) for t in others),
+    ]
+
+
 def _fake_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     a, _, _, needs = split_backward_arguments(split_codes(args)[0])
-    return [
-        t.new_empty(t.shape) if need and t is not None else a.x[0].new_empty(0)
-        for t, need in zip(a.differentiable, needs, strict=True)
-    ]
+    return [a.x[0].new_empty(0) if g is None else g for g in outputs_backward(a, needs)]
 
 
 def _launches_backward(grads: Sequence[Tensor], *args: Any) -> int:

@@ -16,6 +16,7 @@ from fxopt.kernels.qk_norm_rope import (
     Arguments,
     Section,
     outputs,
+    outputs_backward,
     rotary_dim,
     split_backward_arguments,
 )
@@ -61,10 +62,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     num_warps = min(16, (1 if a.norm == "none" else 2) * max(p.num_warps for p in plans))
     num_resident = _num_resident(a.x[0].device, max(1, chosen["warps"] // num_warps))
     num_walkers = _share_out(num_resident, num_rows, plans)
-    found: list[Tensor | None] = [
-        t.new_empty(t.shape) if need and t is not None else None
-        for t, need in zip(a.differentiable, needs, strict=True)
-    ]
+    found = outputs_backward(a, needs)
     num_sections = len(plans)
     targets = list(found)
     outs, partials = [], []

@@ -30,10 +30,10 @@ def expected(
 
 
 COUNTS = {
-    "flux": expected(16, 8, 6, 18, fuse_bias=16, merge_streams=8),
+    "flux": expected(16, 8, 6, 16, silu_linears=4, fuse_bias=16, merge_streams=8),
     "flux2": expected(16, 8, 6, 16, merge_streams=8),
-    "sd3.5": expected(32, 14, 9, 35, fuse_bias=29, merge_streams=17),
-    "qwen-image": expected(12, 4, 4, 14, fuse_bias=12, merge_streams=8),
+    "sd3.5": expected(32, 14, 9, 30, silu_linears=5, fuse_bias=29, merge_streams=17),
+    "qwen-image": expected(12, 4, 4, 12, silu_linears=2, fuse_bias=12, merge_streams=8),
     "wan": expected(8, 8, 2, 10, fuse_bias=8),
     "ltx": expected(8, 8, 2, 8, fuse_bias=8),
     "z-image": expected(20, 12, 6, 18, rms_norm=4),

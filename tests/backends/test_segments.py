@@ -170,6 +170,7 @@ COUNTS = {
         "norm_modulate_segments": 6,
         "gated_activation": 4,
         "fuse_bias": 12,
+        "silu_linears": 4,
         "merge_linears": 12,
         "merge_streams": 8,
     },
@@ -197,6 +198,7 @@ COUNTS = {
         "norm_modulate": 7,
         "norm_modulate_segments": 6,
         "gated_activation": 3,
+        "silu_linears": 2,
         "merge_linears": 9,
     },
     # Of a two-stream block's 6 the 3 of the video, and both of a single-stream one's. This cuts two
@@ -210,7 +212,8 @@ COUNTS = {
         "norm_modulate_segments": 10,
         "gated_activation": 7,
         "fuse_bias": 18,
-        "merge_linears": 21,
+        "silu_linears": 9,
+        "merge_linears": 19,
         "merge_streams": 8,
     },
 }
@@ -278,6 +281,7 @@ UNDER_A_RECIPE = {
     "norm_modulate": 12,
     "norm_modulate_segments": 6,
     "gated_activation": 4,
+    "silu_linears": 4,
     "quantized_linear": 24,
     "merge_quantized": 12,
     "merge_streams": 10,

@@ -137,6 +137,13 @@ def test_a_rewrite_that_changes_nothing_misses_every_target(monkeypatch, capsys)
     assert not any(with_target.values())
 
 
+@pytest.mark.parametrize("case, launches", [("flux-dev single", 36), ("flux-dev double", 58)])
+def test_targets_hold_and_launches_do_not_grow(case, launches, capsys):
+    assert traffic.main(["--only", case, "--json", "-", "--check"]) == 0
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["launches, fxopt"]["value"] == launches
+
+
 def test_an_unknown_case_names_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         traffic.main(["--only", "flux-schnell"])

@@ -22,6 +22,7 @@ from fxopt.kernels import (
     quantize,
     quantize_group,
     quantized_producers,
+    silu_linears,
 )
 from fxopt.kernels.registration import COUNTING
 
@@ -68,6 +69,8 @@ TRITON = {
     torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
+    silu_linears.silu_products: silu_linears.triton,
+    silu_linears.silu_products_backward: silu_linears.triton_backward,
     torch.ops.fxopt.quantize_rows.default: quantize_group.triton_rows,
     torch.ops.fxopt.quantize_columns.default: quantize_group.triton_columns,
     torch.ops.fxopt.quantize_mixed.default: quantize_group.triton_mixed,

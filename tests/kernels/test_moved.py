@@ -19,7 +19,7 @@ PASSES = {"linear_cross_entropy": 3}
 
 
 # They cast weights of [width, width] and more, in tiles that take the interpreter long.
-NARROW = {"quantize_mixed": 256, "activation_with_weights": 256}
+NARROW = {"quantize_mixed": 256, "activation_with_weights": 256, "silu_linears": 256}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

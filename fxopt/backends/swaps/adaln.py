@@ -33,8 +33,8 @@ def continuous(adaln: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
 
 def _parts(adaln: Any, emb: Tensor) -> tuple[Tensor, ...]:
     """[B, 1, D] each: as many as the linear makes."""
-    (whole,) = modulation(emb, adaln.linear)
-    return whole.chunk(adaln.linear.out_features // adaln.norm.normalized_shape[0], -1)
+    num = adaln.linear.out_features // adaln.norm.normalized_shape[0]
+    return modulation(emb, (adaln.linear, num))[0]
 
 
 def _examples(x: str, emb: str) -> Callable[[Any, Draw], Iterator[Arguments]]:

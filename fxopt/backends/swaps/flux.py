@@ -39,8 +39,7 @@ def double(
 ) -> tuple[Tensor, Tensor]:
     attn = block.attn
     qkv, qkv_text = image_and_text(attn)
-    shared = modulation(temb, block.norm1.linear, block.norm1_context.linear)
-    image, text = (m.chunk(6, -1) for m in shared)
+    image, text = modulation(temb, (block.norm1.linear, 6), (block.norm1_context.linear, 6))
     text_tables, image_tables = tables(image_rotary_emb).split(encoder_hidden_states.shape[1])
     streams = (
         Stream(
@@ -77,7 +76,7 @@ def single(
 ) -> tuple[Tensor, Tensor]:
     attn, length = block.attn, encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], 1)
-    shift, scale, gate = modulation(temb, block.norm.linear)[0].chunk(3, -1)
+    ((shift, scale, gate),) = modulation(temb, (block.norm.linear, 3))
     mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out).holding(x)
     part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
     linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, *mlp.inputs)

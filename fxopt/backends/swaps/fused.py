@@ -269,9 +269,28 @@ def pieces(weights: Sequence[Any], sizes: Sequence[int] = ()) -> list[int]:
     return [i for size, end in zip(sizes, ends, strict=True) for i in (0, end - size, end)]
 
 
-def modulation(temb: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """What the linears of several AdaLN modules make of one embedding: [B, D] to [B, 1, n * D]."""
-    return [m.unsqueeze(1) for m in project(F.silu(temb), *linears)]
+def modulation(temb: Tensor, *adaln: tuple[Any, int]) -> list[tuple[Tensor, ...]]:
+    """What AdaLN linears make of the SiLU of one embedding: [B, D] to n parts [B, 1, N / n] each.
+
+    adaln: of each its linear and n.
+    """
+    linears, nums = zip(*adaln, strict=True)
+    if not all(map(is_plain, linears)):
+        wholes = zip(project(F.silu(temb), *linears), nums, strict=True)
+        return [whole.unsqueeze(1).chunk(num, -1) for whole, num in wholes]
+    for linear in linears:
+        quantized.quantizes(temb, linear)  # a row per sample never is, and the report says so
+    fire("silu_linears", "silu_products")
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    sizes = [len(w) // num for w, num in zip(weights, nums, strict=True)]
+    rows = [
+        (i, part * size, (part + 1) * size)
+        for i, (size, num) in enumerate(zip(sizes, nums, strict=True))
+        for part in range(num)
+    ]
+    outs = ops.silu_linears(temb, weights, biases, [number for row in rows for number in row])
+    parts = iter([out.unsqueeze(1) for out in outs])
+    return [tuple(itertools.islice(parts, num)) for num in nums]
 
 
 def clip_half(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def double(
     streams = (
         Stream(
             encoder_hidden_states,
-            of_text.chunk(6, -1),
+            of_text,
             (block.txt_norm1, block.txt_norm2),
             qkv_text,
             (attn.norm_added_q, attn.norm_added_k),
@@ -48,7 +48,7 @@ def double(
         ),
         Stream(
             hidden_states,
-            of_image.chunk(6, -1),
+            of_image,
             (block.img_norm1, block.img_norm2),
             qkv,
             (attn.norm_q, attn.norm_k),
@@ -67,18 +67,19 @@ def double(
 
 def _modulations(
     block: Any, temb: Tensor, index: Tensor | None
-) -> tuple[Tensor, Tensor, Segments | None]:
-    """Of the image, [B, 1, 6 D], and of the text.
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Segments | None]:
+    """Of the image, 6 times [B, 1, D], and of the text.
 
     An index comes with `zero_cond_t`: temb is of the noisy images and then of the clean ones, and
-    that of the image a table [B, 2, 6 D] of both.
+    those of the image tables [B, 2, D] of both.
     """
+    image, text = block.img_mod[1], block.txt_mod[1]
     if index is None:
-        of_image, of_text = modulation(temb, block.img_mod[1], block.txt_mod[1])
+        of_image, of_text = modulation(temb, (image, 6), (text, 6))
         return of_image, of_text, None
-    (of_image,) = modulation(temb, block.img_mod[1])
-    (of_text,) = modulation(temb.chunk(2)[0], block.txt_mod[1])
-    return torch.cat(of_image.chunk(2), 1), of_text, Segments(index != 0)
+    ((whole,),) = modulation(temb, (image, 1))
+    (of_text,) = modulation(temb.chunk(2)[0], (text, 6))
+    return torch.cat(whole.chunk(2), 1).chunk(6, -1), of_text, Segments(index != 0)
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:

@@ -30,13 +30,17 @@ def joint_block(
     if block._chunk_size is not None:
         raise Unfit("the feed-forward runs in chunks")
     attn, x, text = block.attn, hidden_states, encoder_hidden_states
-    of_image, of_text = modulation(temb, block.norm1.linear, block.norm1_context.linear)
-    shift, scale, *image, shift2, scale2, gate2 = _nine(of_image, block.use_dual_attention)
     last = block.context_pre_only
+    nums = 9 if block.use_dual_attention else 6, 2 if last else 6
+    norms = block.norm1.linear, block.norm1_context.linear
+    of_image, of_text = modulation(temb, *zip(norms, nums, strict=True))
+    # Of attention, of the MLP and, if there is one, of `attn2`.
+    nine: tuple[Any, ...] = (*of_image, None, None, None)[:9]
+    shift, scale, *image, shift2, scale2, gate2 = nine
     if last:
-        text_scale, text_shift = of_text.chunk(2, -1)
+        text_scale, text_shift = of_text
     else:
-        text_shift, text_scale, *of_text_branch = of_text.chunk(6, -1)
+        text_shift, text_scale, *of_text_branch = of_text
     norm, norm_text = block.norm1.norm, block.norm1_context.norm
     normed = [Normed(norm, x, scale, shift), Normed(norm_text, text, text_scale, text_shift)]
     of_parts = [(attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)]
@@ -69,11 +73,6 @@ def joint_block(
     ending_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
     out, text = finish(ending, ending_text)
     return text, out
-
-
-def _nine(modulation: Tensor, dual: bool) -> tuple[Any, ...]:
-    """shift, scale and gate of attention, of the MLP and, if there is one, of `attn2`."""
-    return modulation.chunk(9, -1) if dual else (*modulation.chunk(6, -1), None, None, None)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fxopt.passes.rules import (
     qk_norm_rope,
     quantized_linear,
     rms_norm,
+    silu_linears,
 )
 
 CATALOGUE: tuple[Rule, ...] = (
@@ -33,6 +34,7 @@ CATALOGUE: tuple[Rule, ...] = (
     merge_qk.RULE,
     fuse_bias.RULE,
     merge_quantized.RULE,
+    silu_linears.RULE,
     merge_linears.RULE,
     merge_streams.RULE,  # last: its `finish` sees the nodes of all norms
 )

@@ -27,9 +27,8 @@ from fxopt.passes.rule import Binding, Call, Reason, Rule
 def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
     shared = anchor.args[0]
     assert isinstance(shared, fx.Node)
-    calls = [u for u in shared.users if ir.is_call(u, ir.LINEAR) and u.args[0] is shared]
-    group: list[fx.Node] = list(calls)
-    if min(group) is not anchor or any(len(ir.shape(n.args[1])) != 2 for n in calls):
+    group = linears_on(shared)
+    if min(group) is not anchor or not all(map(has_matrix, group)):
         return
     others = [u for u in shared.users if u not in group]
     segments = segment_operands(shared)
@@ -50,6 +49,17 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         yield _bind_linears(shared, group)
 
 
+def linears_on(x: fx.Node) -> list[fx.Node]:
+    """Those that have `x` for their input."""
+    return [u for u in x.users if ir.is_call(u, ir.LINEAR) and u.args[0] is x]
+
+
+def has_matrix(linear: fx.Node) -> bool:
+    """Whether its weight is one."""
+    weight: Any = linear.args[1]
+    return len(ir.shape(weight)) == 2
+
+
 def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate that makes `y`, if one does or could."""
     if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):
@@ -68,21 +78,22 @@ def segment_operands(y: fx.Node) -> tuple[Any, ...] | None:
     return op.args if ir.is_call(op, norm_modulate_segments) else None
 
 
-def _parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
+def parameters(group: list[fx.Node]) -> tuple[list[Any], list[Any]]:
     named = [ir.arguments(n) for n in group]
     return [a["weight"] for a in named], [a["bias"] for a in named]
 
 
-def split_outputs(group: list[fx.Node]) -> tuple[list[fx.Node], list[int]]:
+def split_outputs(group: list[fx.Node], of_rows: bool = False) -> tuple[list[fx.Node], list[int]]:
     """The outputs of the group's products, and for each its linear and rows of weight.
 
-    A linear whose output is only split counts with its pieces, not as a whole.
+    A linear whose output is only split counts with its pieces, not as a whole; one of a row per
+    sample only with `of_rows`.
     """
     outputs: list[fx.Node] = []
     pieces: list[int] = []
 
     def visit(node: fx.Node, i: int, start: int, stop: int) -> None:
-        parts = _parts(node)
+        parts = _parts(node, of_rows)
         if parts is None:
             outputs.append(node)
             pieces.extend((i, start, stop))
@@ -97,10 +108,11 @@ def split_outputs(group: list[fx.Node]) -> tuple[list[fx.Node], list[int]]:
     return outputs, pieces
 
 
-def _parts(node: fx.Node) -> list[fx.Node] | None:
+def _parts(node: fx.Node, of_rows: bool) -> list[fx.Node] | None:
     """What `node` is split into along the last dim, if that is all that happens to it."""
     sizes = ir.shape(node)
-    if len(node.users) != 1 or len(sizes) < 3 or ir.same(sizes[-2], 1):
+    is_row = len(sizes) < 3 or ir.same(sizes[-2], 1)
+    if len(node.users) != 1 or (is_row and not of_rows):
         return None  # one row per sample: six small products would cost more than one join
     split = next(iter(node.users))
     if not ir.is_call(split, *ir.SPLITS):
@@ -118,7 +130,7 @@ def _bind_norm(
 ) -> Binding:
     num_tensors = 8 if composite is norm_modulate_linears else 9  # with the index
     tensors, settings = operands[:num_tensors], operands[num_tensors:]
-    weights, biases = _parameters(group)
+    weights, biases = parameters(group)
     products, pieces = split_outputs(group)
     h = ir.results(y.args[0]).get(1) if ir.is_call(y, operator.getitem) else None
     listed = (*tensors, *weights, *biases)
@@ -162,7 +174,7 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
     activation, beside = found
     of_op = ir.arguments(activation)
     settings = of_op["activation"], of_op["packing"]
-    (weight,), (bias,) = _parameters([linear])
+    (weight,), (bias,) = parameters([linear])
     listed = (of_op["gate"], of_op["up"], beside, of_op["gate_bias"], weight, bias)
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
 
@@ -177,7 +189,7 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
 
 
 def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
-    weights, biases = _parameters(group)
+    weights, biases = parameters(group)
     products, pieces = split_outputs(group)
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
 

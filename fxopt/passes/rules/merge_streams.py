@@ -32,6 +32,7 @@ from fxopt.kernels.quantized_linears import (
     quantized_linears,
     quantized_linears_streams,
 )
+from fxopt.kernels.silu_linears import silu_linears
 from fxopt.passes import ir, norm_ops
 from fxopt.passes.rule import Binding, Call, Reason, Rule
 from fxopt.passes.share_residual import share_residual
@@ -42,6 +43,7 @@ STEPS = (
     ir.LINEAR,
     ir.SDPA,
     linears,
+    silu_linears,
     quantized_linears,
     quantized_linears_streams,
     gated_activation_linear,

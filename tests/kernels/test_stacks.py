@@ -1,0 +1,89 @@
+"""Gradients that lie one after the other in memory, and the one product for their weights."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from fxopt.kernels.linears import linears
+from fxopt.kernels.qk_norm_rope import Arguments, outputs_backward
+from fxopt.kernels.stacks import empty_stacks, stacks
+from fxopt.traffic import _Counting
+
+
+def members(*tensors):
+    return [run for run, _ in stacks(tensors)]
+
+
+def test_tensors_of_one_shape_are_a_stack():
+    like = [torch.empty(2, 3), None, torch.empty(4), torch.empty(2, 3).t().t(), torch.empty(2, 3)]
+    found = empty_stacks(like)
+    assert [None if t is None else t.shape for t in found] == [
+        None if t is None else t.shape for t in like
+    ]
+    ((run, stack),) = stacks(found)
+    assert run == [0, 3, 4]
+    for i, t in enumerate(found):
+        if t is not None:
+            t.fill_(i)
+    assert stack[:, 0, 0].tolist() == [0, 3, 4]
+
+
+def test_a_stack_is_found_in_any_order_and_shape_of_its_members():
+    q, k = torch.arange(24.0).view(2, 3, 4)
+    ((run, stack),) = stacks([None, k.view(12), torch.empty(12), q.view(12)])
+    assert run == [3, 1]
+    assert torch.equal(stack, torch.arange(24.0).view(2, 12))
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        lambda a: (a[0], a[2]),  # a gap between them
+        lambda a: (a[0], a[0]),  # one tensor
+        lambda a: (a[0], a[1].clone()),
+        lambda a: (a[0], a[1].t()),
+        lambda a: (a[:2].flatten(0, 1), a[2]),
+        lambda a: (a[0], a[1].view(torch.int32)),
+        lambda a: (a[0, :0], a[0, :0]),
+    ],
+)
+def test_others_are_none(apart):
+    assert members(*apart(torch.zeros(3, 2, 2))) == []
+
+
+def test_gradients_of_queries_and_keys_are_a_stack():
+    q, k, text = torch.empty(1, 5, 2, 4), torch.empty(1, 5, 2, 4), torch.empty(1, 3, 2, 4)
+    weight = torch.empty(4)
+    none = [None] * 3
+    fields = [q, text, k], none, [weight, None, None], none, none, none
+    settings = ((2, 1), "rms", (1e-6,) * 3, 0.0, False, "none", "channels", torch.float32)
+    needs = [True] * 3 + [False] * 3 + [True] + [False] * 5
+    found = outputs_backward(Arguments(*fields, *settings), needs)
+    assert members(*found) == [[0, 2]]
+    assert [i for i, t in enumerate(found) if t is not None] == [0, 1, 2, 6]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_product_for_the_weights_of_a_stack(frozen):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights[1].requires_grad_(not frozen)
+    wanted = [w for w in weights if w.requires_grad]
+    outs = linears(x, weights, [None] * 3, [0, 0, 6, 1, 0, 6, 2, 0, 6])
+    v, k, q = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    with _Counting() as counting:
+        found = torch.autograd.grad(outs, [x, *wanted], [q, k, v.clone()])
+    launches = counting.traffic.launches
+    assert (launches["bmm"], launches["mm"]) == ((0, 3) if frozen else (1, 2))
+    plain = [x @ w.T for w in weights]
+    expected = torch.autograd.grad(plain, [x, *wanted], [q, k, v])
+    for f, e in zip(found, expected, strict=True):
+        # fp64 against fp64: the same sums in another order.
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+
+
+def test_fake_tensors_are_as_real_ones():
+    with FakeTensorMode():
+        found = empty_stacks([torch.empty(2, 3), torch.empty(2, 3)])
+        assert members(*found) == [[0, 1]]
