@@ -10,6 +10,7 @@ Shapes: S queries and as many keys.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,13 +24,11 @@ from fxopt.passes.prove import Runnable, Sizes
 
 # A score that such a number is added to has no weight beside one that nothing is added to.
 ABSORBING = -1e30
-# Elements of a mask that is run; a larger one would take seconds.
-LARGEST = 1 << 29
+# Elements of a mask that is run; a larger one would take seconds, and gigabytes.
+LARGEST = 1 << 28
 _windows: dict[str, Window | None] = {}
-
-
-# What comes into the body of a checkpoint, in the graph that calls it.
-_outside: WeakKeyDictionary[fx.Node, fx.Node] = WeakKeyDictionary()
+# What comes into the body of a checkpoint, in the graph that calls it. That graph holds the body.
+_outside: WeakKeyDictionary[fx.Node, weakref.ref[fx.Node]] = WeakKeyDictionary()
 
 
 def link_bodies(gm: fx.GraphModule) -> None:
@@ -47,7 +46,7 @@ def link_bodies(gm: fx.GraphModule) -> None:
             inputs = inner.graph.find_nodes(op="placeholder")
             if len(inputs) == len(operands):
                 pairs = zip(inputs, operands, strict=True)
-                _outside.update({i: o for i, o in pairs if isinstance(o, fx.Node)})
+                _outside.update({i: weakref.ref(o) for i, o in pairs if isinstance(o, fx.Node)})
 
 
 def window(mask: fx.Node) -> Window | None:
@@ -57,7 +56,10 @@ def window(mask: fx.Node) -> Window | None:
     is out of sight.
     """
     while mask in _outside and not ir.is_written(mask, mask.graph):
-        mask = _outside[mask]
+        outer = _outside[mask]()
+        if outer is None:
+            return None
+        mask = outer
     made = _made_of_sizes(mask)
     if made is None or not ir.same(*_square(mask)):
         return None
@@ -120,7 +122,10 @@ def _read(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Window | None:
     key = run.describe()
     if key not in _windows:
         with torch.device("cpu"):
-            _windows[key] = _band(run()[0])
+            try:
+                _windows[key] = _band(run()[0])
+            except Exception:  # sizes that the graph cannot have
+                _windows[key] = None
     return _windows[key]
 
 

@@ -1,6 +1,7 @@
 """The Triton providers on a CUDA device, against float64 references on the same inputs."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -212,6 +213,35 @@ def test_attention_on_packed_keys(kv_heads, dtype):
         return (attention(*tensors, *options, "math"),)
 
     check(op, reference, inputs, dtype)
+
+
+MASKS = {
+    "none": lambda i, j: None,
+    "window": lambda i, j: (j <= i) & (i - j <= 40),
+    "window on both sides": lambda i, j: (i - j).abs() <= 25,
+    "segments": lambda i, j: i // 70 == j // 70,
+    "added": lambda i, j: -0.01 * (i - j).abs().bfloat16(),
+}
+WINDOWS = {"window": [40, 0], "window on both sides": [25, 25]}
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [*itertools.product(MASKS, ["flex"]), *itertools.product(["none", *WINDOWS], ["varlen"])],
+)
+def test_attention_by_masks_as_functions(name, asked, kv_heads):
+    """A window is told to both; of masks of other kinds FlexAttention reads the elements."""
+    window = WINDOWS.get(name)
+    inputs = leaves((3, 8, 333, 64), *[(3, kv_heads, 333, 64)] * 2, dtype=torch.bfloat16)
+    positions = torch.arange(333, device="cuda")
+    mask = MASKS[name](positions[:, None], positions)
+
+    def run(asked, *tensors):
+        given = mask if mask is None or mask.dtype == torch.bool else mask.to(tensors[0].dtype)
+        return (attention(*tensors, given, 0.0, False, None, kv_heads < 8, window, asked),)
+
+    check(partial(run, asked), lambda to, *tensors: run("math", *tensors), inputs, torch.bfloat16)
 
 
 def test_backward_is_deterministic():
