@@ -79,14 +79,7 @@ def check_family(name: str, inner: str) -> None:
     assert fxopt.report(model).counts() == FIRED[name]
 
 
-# Two of them run under Inductor, which is given the same graphs; the others have qwen3-sdpa's norms
-# of heads or attention and llama-eager's rest.
-SLOW = {"ltx", "llama-eager", "llama-sdpa", "qwen3-eager"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family_under_aot_eager(name):
     check_family(name, "aot_eager")
 
