@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.traceback import get_current_meta
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from fxopt.backends import opaque
 from fxopt.backends.reads import Reads, replaced
@@ -26,6 +27,11 @@ from fxopt.passes.kernel_scopes import SWITCH, NotOneKernel, Scopes, marked
 CHOOSES_KERNELS = (
     "its forward chooses between several kernels of attention (sdpa_kernel), which a graph would "
     "not show; name one there, or take that out and give the recipe attention=... instead"
+)
+
+FOREIGN = (
+    "its forward reads a parameter that is not registered in it (but in another module, or in a "
+    "list), to which a graph would give no gradient; register it, or pass it as an argument"
 )
 
 # A graph has a custom op as a whole, with the backward that was registered for it.
@@ -104,7 +110,7 @@ def refusing(module: nn.Module) -> Iterator[Asked]:
             (torch, "is_grad_enabled", asks_grad_mode),
         ):
             stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(_AutogradOfTensors())
+        stack.enter_context(_AutogradOfTensors(module))
         yield asked
 
 
@@ -119,7 +125,12 @@ _QUESTIONS = {
 
 
 class _AutogradOfTensors(TorchFunctionMode):
-    """Refuses hooks on tensors, and code of the model that asks how a tensor is differentiated."""
+    """Refuses hooks on tensors, code of the model that asks how a tensor is differentiated, and
+    tensors from elsewhere that are: for a graph they would be constants."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.held = {id(v) for m in module.modules() for v in vars(m).values()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -129,7 +140,24 @@ class _AutogradOfTensors(TorchFunctionMode):
             why = _QUESTIONS[func]
         if why:
             raise CannotCapture(f"its forward {why}: a graph would not")
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if any(map(_is_fake, pytree.tree_leaves(out))) and any(
+            map(self._is_foreign, pytree.tree_leaves((args, kwargs)))
+        ):
+            raise CannotCapture(FOREIGN)
+        return out
+
+    def _is_foreign(self, value: Any) -> bool:
+        """Whether a tensor is learned, and not one that the export knows: those are fake."""
+        if not isinstance(value, Tensor) or _is_fake(value):
+            return False
+        return (value.requires_grad or isinstance(value, nn.Parameter)) and id(
+            value
+        ) not in self.held
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor)
 
 
 def _caller() -> Any:

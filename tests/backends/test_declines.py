@@ -18,6 +18,7 @@ import fxopt
 from fxopt.backends import capture
 from fxopt.errors import StrictRule
 from tests.backends.toys import (
+    CHANNELS,
     Block,
     assert_like_eager,
     captures,
@@ -70,6 +71,15 @@ class DropsLayerByNumPy(DropsLayer):
         return float(np.random.rand())
 
 
+class HoldsParameterInList(Block):
+    def __init__(self, layer_idx: int = 0) -> None:
+        super().__init__(layer_idx)
+        self.elsewhere = [nn.Parameter(torch.linspace(0.5, 1.5, CHANNELS))]
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        return super().forward(x_BSC) * self.elsewhere[0]
+
+
 class Counts(Block):
     num_calls = 0
 
@@ -107,6 +117,7 @@ REASONS = {
     ReadsValues: "data-dependent",
     DropsLayer: "draws random numbers from Python or NumPy",
     DropsLayerByNumPy: "draws random numbers from Python or NumPy",
+    HoldsParameterInList: "reads a parameter that is not registered in it",
     Counts: "sets the attribute 'num_calls'",
     KeepsOutput: "sets the attribute 'output'",
     Caches: "changes its own attributes",
@@ -129,6 +140,12 @@ def test_a_block_stays_as_it_is(make: type[Block], capfd: pytest.CaptureFixture)
     assert REASONS[make] in reasons(model)[0]
     assert not captures(model)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_parameter_that_is_not_registered_gets_its_gradient() -> None:
+    model = fxopt.optimize(stack(HoldsParameterInList))
+    model(tokens()).sum().backward()
+    assert all(block.elsewhere[0].grad is not None for block in model.blocks)
 
 
 def test_counters_count_once_per_call() -> None:
