@@ -123,10 +123,12 @@ def register(
 
 
 def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -> Any:
-    """Call `op`, or its second form if any of the further arguments, `lines`, is not None."""
+    """Call `op`, or its second form if any of the further arguments, `lines`, is not None; the last
+    of these may be left out."""
     if all(line is None for line in lines):
         return op(*args)
-    return COUNTING[op](*args, *lines)
+    form = COUNTING[op]
+    return form(*args, *lines, *[None] * (len(form._schema.arguments) - len(args) - len(lines)))
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:

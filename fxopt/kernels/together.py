@@ -246,7 +246,9 @@ def register_together(
             None if c[0] is None else list(c) for c in zip(*(a.further for a in asks), strict=True)
         ]
         is_counting = any(line is not None for line in lines)
-        results = counting(*args, *lines) if is_counting else together(*args)
+        num_absent = len(counting._schema.arguments) - len(args) - len(lines)
+        further = *lines, *[None] * num_absent
+        results = counting(*args, *further) if is_counting else together(*args)
         return by_call(results, len(op._schema.returns))
 
     def common(args: Call) -> Hashable:

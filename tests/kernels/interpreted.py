@@ -19,6 +19,7 @@ from fxopt.kernels import (
     norm_modulate_streams,
     packed_activation,
     qk_norm_rope,
+    qk_norm_rope_providers,
     quantize,
     quantize_group,
     quantized_producers,
@@ -65,8 +66,8 @@ TRITON = {
     torch.ops.fxopt.norm_modulate_segments_streams_backward.default: (
         norm_modulate_segments_streams._triton_backward
     ),
-    torch.ops.fxopt.qk_norm_rope.default: qk_norm_rope._triton,
-    torch.ops.fxopt.qk_norm_rope_backward.default: qk_norm_rope._triton_backward,
+    qk_norm_rope.qk_norm_rope: qk_norm_rope_providers.triton,
+    qk_norm_rope.qk_norm_rope_backward: qk_norm_rope_providers.triton_backward,
     torch.ops.fxopt.gated_activation.default: gated_activation.triton_forward,
     torch.ops.fxopt.gated_activation_backward.default: gated_activation.triton_backward,
     silu_linears.silu_products: silu_linears.triton,
@@ -80,6 +81,8 @@ TRITON = {
     **{COUNTING[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
 }
+# Forms that leave codes, or read them.
+TRITON |= {COUNTING[op]: run for op, run in TRITON.items() if op in COUNTING}
 
 
 class Interpreted(TorchDispatchMode):
