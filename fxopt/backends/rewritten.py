@@ -29,6 +29,7 @@ from fxopt.report import Applied, Attention, Declined
 # More captures of one block class than this mean that its inputs change in kind at every call.
 MAX_CAPTURES = 8
 HOOKED = "a submodule has hooks, which a graph would not call"
+CHANGING = "its inputs change in kind, or in a number, which a graph holds: pass it as a tensor"
 EMPTY = "a call without elements runs its own forward"
 NOT_CALLED = (
     "not called yet, or by torch.compile and torch.func alone, which see its own forward: a block "
@@ -195,7 +196,7 @@ class RewrittenForward:
 
     def _capture(self, call: Call) -> Bound | Refusal:
         known = self.captures
-        reason, reads = f"captured {MAX_CAPTURES} times already: its inputs change in kind", Reads()
+        reason, reads = f"captured {MAX_CAPTURES} times already: {CHANGING}", Reads()
         if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
             try:
                 asked = known.rules, known.attention, known.plans

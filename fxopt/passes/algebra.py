@@ -92,11 +92,11 @@ def sum_with_product(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
             return None
         return node.args
     pair = terms(node)
-    if pair is None or not all(isinstance(p, fx.Node) for p in pair):
+    if pair is None or any(ir.tensor(p) is None for p in pair):
         return None
     for residual, product in (pair, pair[::-1]):
         ab = factors(ir.skip_casts(product))
-        if ab is not None and all(isinstance(f, fx.Node) for f in ab):
+        if ab is not None and all(ir.tensor(f) is not None for f in ab):
             return residual, ab[0], ab[1]
     return None
 

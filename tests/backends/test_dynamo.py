@@ -176,6 +176,26 @@ def test_dynamic_sizes_are_not_recompiled():
     assert len(compiled_graphs.GRAPHS) <= num_graphs + 1
 
 
+def test_a_number_that_changes_is_no_tensor():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(32, elementwise_affine=False)
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x, scale, strength):
+            return x + self.linear(self.norm(x) * (1 + scale[:, None])) * strength
+
+    model = Scaled()
+    compiled = torch.compile(model, backend="fxopt", options={"inner": "eager"})
+    x, scale = torch.randn(2, 8, 32), torch.randn(2, 32)
+    for strength in (0.5, 0.25, 0.125):
+        # 1e-5: fp32 rounding.
+        expected = model(x, scale, strength)
+        torch.testing.assert_close(compiled(x, scale, strength), expected, rtol=1e-5, atol=1e-5)
+    assert fxopt.report(compiled).counts() == {"norm_modulate": 1}
+
+
 def test_a_report_is_of_one_model():
     model, other = Model("plain"), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     through, through_other = (
