@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.registration import below_autograd, in_dtype, opmath_of, register
 from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
@@ -168,11 +168,19 @@ def rotary_dim(a: Arguments, s: Section) -> int:
     return rotary.rotary_dim(s.x_BSHd.shape[-1], s.cos.shape[-1], a.tables)
 
 
-def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:
-    """The section's (cos, sin) in the math dtype, one entry per channel, signed for `rotate`."""
-    assert s.tables is not None and rotary_dim(a, s)
-    cos, sin = (t.to(a.math) for t in s.tables)
-    return rotary.signed(cos, sin, a.rotation, a.tables)
+def math_tables(a: Arguments, s: Section, is_transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """The section's (cos, sin) in the math dtype, one entry per channel, signed for `rotate`, or,
+    transposed, for its backward."""
+    tables, math = s.tables, a.math
+    assert tables is not None and rotary_dim(a, s)
+    cos, sin = (in_dtype(t, math) for t in tables)
+    return rotary.signed(cos, sin, a.rotation, a.tables, is_transposed)
+
+
+def num_groups_of(a: Arguments, x_BSHd: Tensor) -> int:
+    """How many norms are taken of a section."""
+    batch, num_tokens, num_heads, _ = x_BSHd.shape
+    return batch * num_tokens * (1 if a.across_heads else num_heads)
 
 
 def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -182,9 +190,9 @@ def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
         x.new_empty((x.shape[0], sum(lengths), *x.shape[2:]), dtype=a.dtype)
         for x, lengths in zip(firsts, a.lengths, strict=True)
     ]
-    num_groups = sum(x.shape[0] * x.shape[1] * (1 if a.across_heads else x.shape[2]) for x in a.x)
-    mean = a.x[0].new_empty(num_groups if a.norm == "layer" else 0, dtype=a.math)
-    rstd = a.x[0].new_empty(num_groups if a.norm != "none" else 0, dtype=a.math)
+    num_groups, math = sum(num_groups_of(a, x) for x in a.x), a.math
+    mean = a.x[0].new_empty(num_groups if a.norm == "layer" else 0, dtype=math)
+    rstd = a.x[0].new_empty(num_groups if a.norm != "none" else 0, dtype=math)
     return outs, mean, rstd
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxopt.kernels import sharding as shardings
@@ -37,6 +38,11 @@ def triton_available() -> bool:
 def opmath_of(x: torch.Tensor, *dtypes: torch.dtype) -> torch.dtype:
     """In what an op on `x` with results of these dtypes computes: fp32, or fp64 if one is."""
     return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which costs as much as an op on a small tensor even where it does nothing."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def provider(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> str:

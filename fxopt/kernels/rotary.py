@@ -24,15 +24,24 @@ def rotary_dim(head_dim: int, width: int, tables: str) -> int:
     return rotated
 
 
-def signed(cos: Tensor, sin: Tensor, rotation: str, tables: str) -> tuple[Tensor, Tensor]:
-    """Tables of any form as (cos, sin) of `rotate`: one entry per channel, sin with its sign."""
+def signed(
+    cos: Tensor, sin: Tensor, rotation: str, tables: str, is_transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Tables of any form as (cos, sin) of `rotate`: one entry per channel, sin with its sign.
+
+    Transposed ones are those of its backward.
+    """
     if tables == "pairs":
-        return joined_pairs(cos, cos, rotation), joined_pairs(-sin, sin, rotation)
-    if tables == "matrices":
-        (pp, qp), (pq, qq) = (pairs(column, "interleaved") for column in (cos, sin))
-        return joined_pairs(pp, qq, rotation), joined_pairs(pq, qp, rotation)
-    sin_p, sin_q = pairs(sin, rotation)
-    return cos, joined_pairs(-sin_p, sin_q, rotation)
+        cos, sin_p, sin_q = joined_pairs(cos, cos, rotation), -sin, sin
+    elif tables == "matrices":
+        (pp, sin_q), (sin_p, qq) = (pairs(column, "interleaved") for column in (cos, sin))
+        cos = joined_pairs(pp, qq, rotation)
+    else:
+        sin_p, sin_q = pairs(sin, rotation)
+        sin_p = -sin_p
+    if is_transposed:
+        sin_p, sin_q = sin_q, sin_p
+    return cos, joined_pairs(sin_p, sin_q, rotation)
 
 
 def rotate(n_BSHd: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
@@ -65,7 +74,8 @@ def _rotate(
 
 def pairs(x: Tensor, rotation: str) -> tuple[Tensor, ...]:
     """Views of the first and the second members of all pairs."""
-    return x.chunk(2, -1) if rotation == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
+    # Not x.unflatten, which is Python around this.
+    return x.chunk(2, -1) if rotation == "half" else torch.unflatten(x, -1, (-1, 2)).unbind(-1)
 
 
 def joined_pairs(first: Tensor, second: Tensor, rotation: str) -> Tensor:
