@@ -23,17 +23,17 @@ from fxopt.kernels.qk_norm_rope import (
     split_backward_arguments,
 )
 from fxopt.kernels.registration import in_dtype
-from fxopt.kernels.rotary import rotate_into
+from fxopt.kernels.rotary import rotate_into, signed, turn_into, turns
 
 aten = torch.ops.aten
-Tables = tuple[Tensor, Tensor]
+RotateInto = Callable[[Tensor, Tensor], None]  # (out, n)
 
 
 def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope`: [*outs, mean, rstd]."""
     a = Arguments(*args)
     outs, mean, rstd = outputs(a)
-    math, tables = a.math, _shared(a, math_tables)
+    math, rotations = a.math, _rotations(a, is_transposed=False)
     for s, mean_s, rstd_s in _sections(a, mean, rstd):
         v_BSGN, is_own = _normed_values(a, s, math)
         w_N, b_N = _affine(a, s, math)
@@ -54,27 +54,27 @@ def forward(*args: Any) -> list[Tensor]:
             if b_N is not None:
                 n = n + b_N
         n = n.view(s.x_BSHd.shape)
-        out, found = _own_rows(outs, s), tables(s)
-        if found is None:
+        out, rotate_into = _own_rows(outs, s), rotations(s)
+        if rotate_into is None:
             out.copy_(n)
         else:
-            rotate_into(out, n, *found, a.rotation)
+            rotate_into(out, n)
     return [*outs, mean, rstd]
 
 
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward`."""
     a, mean, rstd, needs = split_backward_arguments(args)
-    math, tables = a.math, _shared(a, partial(math_tables, is_transposed=True))
+    math, rotations = a.math, _rotations(a, is_transposed=True)
     found: list[Tensor | None] = [None] * len(needs)
     for i, (s, mean_s, rstd_s) in enumerate(_sections(a, mean, rstd)):
         needs_s = needs[i :: len(a.x)]
         if not any(needs_s):
             continue
-        g, own_tables = in_dtype(_own_rows(grads, s), math), tables(s)
-        if own_tables is not None:
+        g, rotate_into = in_dtype(_own_rows(grads, s), math), rotations(s)
+        if rotate_into is not None:
             rotated, g = g, g.new_empty(g.shape)
-            rotate_into(g, rotated, *own_tables, a.rotation)
+            rotate_into(g, rotated)
         else:
             # dx may not alias grad.
             g = g.clone(memory_format=torch.contiguous_format) if a.norm == "none" else g
@@ -173,18 +173,22 @@ def _affine(a: Arguments, s: Section, math: torch.dtype) -> tuple[Tensor | None,
     return weight, None if s.bias is None else in_dtype(s.bias, math)
 
 
-def _shared(
-    a: Arguments, make: Callable[[Arguments, Section], Tables]
-) -> Callable[[Section], Tables | None]:
-    """Tables of a section, made once for the queries and keys that are rotated alike."""
-    made: dict[tuple[int, ...], Tables] = {}
+def _rotations(a: Arguments, is_transposed: bool) -> Callable[[Section], RotateInto | None]:
+    """How a section is rotated, or its gradient; made once for queries and keys that are alike."""
+    made: dict[tuple[int, ...], RotateInto] = {}
 
-    def tables(s: Section) -> Tables | None:
+    def rotation(s: Section) -> RotateInto | None:
         if a.rotation == "none" or s.cos is None:
             return None
         key = (id(s.cos), id(s.sin), s.rows.start, s.rows.stop, s.num_all)
         if key not in made:
-            made[key] = make(a, s)
+            tables = *math_tables(a, s), a.rotation, a.tables, is_transposed
+            as_complex = turns(*tables)
+            if as_complex is not None:
+                made[key] = partial(turn_into, turns_BSHr=as_complex)
+            else:
+                cos, sin = signed(*tables)
+                made[key] = partial(rotate_into, cos=cos, sin=sin, rotation=a.rotation)
         return made[key]
 
-    return tables
+    return rotation

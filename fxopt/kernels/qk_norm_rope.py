@@ -151,7 +151,8 @@ def reference(*args: Any) -> list[Tensor]:
             n = n + s.bias.to(a.math)
         n = n.view(s.x_BSHd.shape)
         if a.rotation != "none" and s.tables is not None:
-            n = rotary.rotate(n, *math_tables(a, s), a.rotation)
+            tables = rotary.signed(*math_tables(a, s), a.rotation, a.tables)
+            n = rotary.rotate(n, *tables, a.rotation)
         parts[s.output].append(n)
     return [torch.cat(part, 1).to(a.dtype) for part in parts]
 
@@ -168,13 +169,12 @@ def rotary_dim(a: Arguments, s: Section) -> int:
     return rotary.rotary_dim(s.x_BSHd.shape[-1], s.cos.shape[-1], a.tables)
 
 
-def math_tables(a: Arguments, s: Section, is_transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """The section's (cos, sin) in the math dtype, one entry per channel, signed for `rotate`, or,
-    transposed, for its backward."""
+def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:
+    """The section's (cos, sin) in the math dtype, as they came in."""
     tables, math = s.tables, a.math
     assert tables is not None and rotary_dim(a, s)
-    cos, sin = (in_dtype(t, math) for t in tables)
-    return rotary.signed(cos, sin, a.rotation, a.tables, is_transposed)
+    cos, sin = tables
+    return in_dtype(cos, math), in_dtype(sin, math)
 
 
 def num_groups_of(a: Arguments, x_BSHd: Tensor) -> int:

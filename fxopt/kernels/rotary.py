@@ -65,6 +65,46 @@ def rotate_into(out_BSHd: Tensor, n_BSHd: Tensor, cos: Tensor, sin: Tensor, rota
         out_BSHd.copy_(_rotate(n_BSHd, cos, sin, rotation))
 
 
+def turns(
+    cos: Tensor, sin: Tensor, rotation: str, tables: str, is_transposed: bool = False
+) -> Tensor | None:
+    """cos + i sin for each pair, complex [..., r/2], of tables on a CPU that turn pairs.
+
+    As complex numbers, neighbours are rotated in a third of the time. None for other rotations;
+    what the tables hold is read for that, which on a GPU would wait for it.
+    """
+    if rotation != "interleaved" or tables == "matrices" or not cos.is_cpu:
+        return None
+    if tables == "channels":
+        (cos, cos_q), (sin, sin_q) = pairs(cos, rotation), pairs(sin, rotation)
+        if not (torch.equal(cos, cos_q) and torch.equal(sin, sin_q)):
+            return None
+    return torch.complex(cos, -sin if is_transposed else sin)
+
+
+def turn_into(out_BSHd: Tensor, n_BSHd: Tensor, turns_BSHr: Tensor) -> None:
+    """`rotate_into`, by what `turns` returned."""
+    width = 2 * turns_BSHr.shape[-1]
+    if width < n_BSHd.shape[-1]:
+        out_BSHd[..., width:] = n_BSHd[..., width:]
+        out_BSHd, n_BSHd = out_BSHd[..., :width], n_BSHd[..., :width]
+    n = _as_complex(n_BSHd if _is_complex(n_BSHd) else n_BSHd.contiguous())
+    if out_BSHd.dtype == n_BSHd.dtype and _is_complex(out_BSHd):
+        torch.mul(n, turns_BSHr, out=_as_complex(out_BSHd))
+    else:
+        out_BSHd.copy_(torch.view_as_real(n * turns_BSHr).flatten(-2))
+
+
+def _is_complex(x: Tensor) -> bool:
+    """Whether neighbours can be seen as complex numbers where they are."""
+    *strides, last = x.stride()
+    return last == 1 and not any(n % 2 for n in (x.storage_offset(), *strides))
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.unflatten(x, -1, (-1, 2)))
+
+
 def _rotate(
     n: Tensor, cos: Tensor, sin: Tensor, rotation: str, out: Tensor | None = None
 ) -> Tensor:
