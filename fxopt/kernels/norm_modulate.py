@@ -27,7 +27,7 @@ from fxopt.kernels.native_norm_modulate import (
     passes_through,
     wanted,
 )
-from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register, without_autograd
 from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import rows
 
@@ -119,9 +119,8 @@ class NormModulate(torch.autograd.Function):
         h, x, gate, *others = kept(ctx, grad_h)
         needs, shift = ctx.needs_input_grad[:8], others[3]
         asks = asked(needs, shift, h)
-        found = norm_modulate_backward(
-            grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
-        )
+        args = grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
+        found = without_autograd(norm_modulate_backward, *args)
         operands = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
         return *in_dtypes(ctx, operands), *no_grads
 

@@ -16,7 +16,13 @@ from torch import Tensor
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import outputs, outputs_backward, wanted
 from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
-from fxopt.kernels.registration import LAUNCHES, below_autograd, opmath_of, register
+from fxopt.kernels.registration import (
+    LAUNCHES,
+    below_autograd,
+    each_below_autograd,
+    opmath_of,
+    register,
+)
 from fxopt.kernels.together import by_call, share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
@@ -25,6 +31,9 @@ NUM_OPERANDS = 8
 
 def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """(y, h, mean, rstd) of each call of `norm_modulate`."""
+    each = each_below_autograd(norm_modulate, calls)
+    if each is not None:
+        return each
     if len(calls) == 1:
         return [below_autograd(norm_modulate, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
@@ -34,6 +43,9 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """What `norm_modulate_backward` returns for each call."""
+    each = each_below_autograd(norm_modulate_backward, calls)
+    if each is not None:
+        return each
     if len(calls) < 2:
         return [norm_modulate_backward(*call) for call in calls]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)

@@ -16,7 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.registration import below_autograd, in_dtype, opmath_of, register
+from fxopt.kernels.registration import (
+    below_autograd,
+    in_dtype,
+    opmath_of,
+    register,
+    without_autograd,
+)
 from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 
@@ -294,7 +300,8 @@ class QKNormRope(torch.autograd.Function):
         ]
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
-        computed = qk_norm_rope_backward(filled, *fields, mean, rstd, *ctx.settings, needs)
+        args = filled, *fields, mean, rstd, *ctx.settings, needs
+        computed = without_autograd(qk_norm_rope_backward, *args)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
 

@@ -27,6 +27,9 @@ LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+NATIVE: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype})
 
 
 @functools.cache
@@ -104,6 +107,7 @@ def register(
         REFERENCES[op] = reference
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
+    NATIVE[op] = native
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")
     if has_triton:
         LIBRARY.impl(name, triton, "CUDA")
@@ -133,21 +137,66 @@ def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -
     return COUNTING[op](*args, *lines)
 
 
-def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """Call `op` without its autograd kernel."""
+def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call `op` without its autograd kernel, or what the dispatcher would call for it."""
+    run = NATIVE[op] if is_direct(args) else op
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return run(*args)
+
+
+def each_below_autograd(
+    op: torch._ops.OpOverload, calls: Sequence[Sequence[Any]]
+) -> list[Any] | None:
+    """`below_autograd` of each call, where launching all of them at once would do no better: on a
+    CPU; else None."""
+    if not is_direct(calls):
+        return None
+    native = NATIVE[op]
+    with torch._C._AutoDispatchBelowAutograd():
+        return [native(*call) for call in calls]
+
+
+def without_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call `op`, which has no autograd kernel, or what the dispatcher would call for it."""
+    found = each_below_autograd(op, [args])
+    return op(*args) if found is None else found[0]
+
+
+def is_direct(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would only hand these arguments on to an op's native provider.
+
+    To convert them takes it longer than many an op takes. It is asked wherever anything may come
+    between: a mode, a functorch transform, a trace, a profile, a subclass of Tensor, a device.
+    """
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ) and _are_plain(args)
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            if not arg.is_cpu:
+                return False
+        elif kind not in _CONSTANTS and not (kind in (list, tuple) and _are_plain(arg)):
+            return False
+    return True
 
 
 def _autograd_kernel(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def run(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and _requires_grad(args):
             return function.apply(*args)
         return below_autograd(op, *args)
 
-    return kernel
+    return run
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:

@@ -73,10 +73,15 @@ def turns(
     As complex numbers, neighbours are rotated in a third of the time. None for other rotations;
     what the tables hold is read for that, which on a GPU would wait for it.
     """
-    if rotation != "interleaved" or tables == "matrices" or not cos.is_cpu:
+    if rotation != "interleaved" or not cos.is_cpu:
         return None
-    if tables == "channels":
-        (cos, cos_q), (sin, sin_q) = pairs(cos, rotation), pairs(sin, rotation)
+    if tables != "pairs":
+        columns = pairs(cos, rotation), pairs(sin, rotation)
+        if tables == "matrices":
+            (cos, sin), (sin_q, cos_q) = columns
+            sin_q = -sin_q
+        else:
+            (cos, cos_q), (sin, sin_q) = columns
         if not (torch.equal(cos, cos_q) and torch.equal(sin, sin_q)):
             return None
     return torch.complex(cos, -sin if is_transposed else sin)
