@@ -19,7 +19,7 @@ from fxopt.kernels.norm_modulate import norm_modulate, norm_modulate_backward
 from fxopt.kernels.registration import (
     LAUNCHES,
     below_autograd,
-    each_below_autograd,
+    each_directly,
     opmath_of,
     register,
 )
@@ -31,7 +31,7 @@ NUM_OPERANDS = 8
 
 def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """(y, h, mean, rstd) of each call of `norm_modulate`."""
-    each = each_below_autograd(norm_modulate, calls)
+    each = each_directly(norm_modulate, calls)
     if each is not None:
         return each
     if len(calls) == 1:
@@ -43,7 +43,7 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """What `norm_modulate_backward` returns for each call."""
-    each = each_below_autograd(norm_modulate_backward, calls)
+    each = each_directly(norm_modulate_backward, calls)
     if each is not None:
         return each
     if len(calls) < 2:

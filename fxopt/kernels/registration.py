@@ -139,42 +139,42 @@ def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -
 
 def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Call `op` without its autograd kernel, or what the dispatcher would call for it."""
-    run = NATIVE[op] if is_direct(args) else op
+    run = direct(op, args) or op
     with torch._C._AutoDispatchBelowAutograd():
         return run(*args)
 
 
-def each_below_autograd(
-    op: torch._ops.OpOverload, calls: Sequence[Sequence[Any]]
-) -> list[Any] | None:
-    """`below_autograd` of each call, where launching all of them at once would do no better: on a
-    CPU; else None."""
-    if not is_direct(calls):
-        return None
-    native = NATIVE[op]
-    with torch._C._AutoDispatchBelowAutograd():
-        return [native(*call) for call in calls]
-
-
 def without_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Call `op`, which has no autograd kernel, or what the dispatcher would call for it."""
-    found = each_below_autograd(op, [args])
+    found = each_directly(op, [args])
     return op(*args) if found is None else found[0]
 
 
-def is_direct(args: Sequence[Any]) -> bool:
-    """Whether the dispatcher would only hand these arguments on to an op's native provider.
+def each_directly(op: torch._ops.OpOverload, calls: Sequence[Sequence[Any]]) -> list[Any] | None:
+    """Results of calls of `op` below autograd, where `direct` has what runs them; else None."""
+    run = direct(op, calls)
+    if run is None:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return [run(*call) for call in calls]
 
-    To convert them takes it longer than many an op takes. It is asked wherever anything may come
-    between: a mode, a functorch transform, a trace, a profile, a subclass of Tensor, a device.
+
+def direct(op: torch._ops.OpOverload, args: Sequence[Any]) -> Callable[..., Any] | None:
+    """The native provider of `op`, if the dispatcher would only hand these arguments on to it.
+
+    To convert them takes it longer than many an op takes. None, so that it is asked, wherever
+    anything may come between: a mode, a functorch transform, a trace, a profile, a subclass of
+    Tensor, another device than the CPU.
     """
-    return not (
+    if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-    ) and _are_plain(args)
+    ):
+        return None
+    return NATIVE.get(op) if _are_plain(args) else None
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
