@@ -56,11 +56,11 @@ def native_backward(
     require_one(up, gate_bias)
     args = activation, packing, recompute
     if _takes_bias(gate, gate_bias, activation, packing):
-        dgate, dup, y, dbias = outputs_backward(grad, gate, None, *args)
-        _gelu_tanh_backward(grad, gate, dgate, y if recompute else None, gate_bias)
+        dgate, dup, value, dbias = outputs_backward(grad, gate, None, *args)
+        _gelu_tanh_backward(grad, gate, dgate, value if recompute else None, gate_bias)
         if needs_bias:
             dbias = dgate.reshape(-1, dgate.shape[-1]).sum(0)
-        return dgate, dup, y, dbias
+        return dgate, dup, value, dbias
     if gate_bias is not None:
         x = _biased(gate, gate_bias)
         dgate, dup, value, dbias = native_backward(grad.to(x.dtype), x, None, *args)

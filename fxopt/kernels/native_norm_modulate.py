@@ -190,8 +190,8 @@ def backward(
         dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
         dh = in_dtype(dvalue, h.dtype).contiguous()
         if any(wants[1:5]):
-            found = affine.grads(dy, n, wants[1:5])
-            daffine = _reduced(found, affine_operands, wants[1:5], grad_y)
+            each = affine.grads(dy, n, wants[1:5])
+            daffine = _reduced(each, affine_operands, wants[1:5], grad_y)
     if recompute:
         y = in_dtype(_map(n, affine.a, affine.c), dtype).contiguous()
     if dvalue is not None:

@@ -171,7 +171,7 @@ def direct(op: torch._ops.OpOverload, args: Sequence[Any]) -> Callable[..., Any]
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     ):
         return None
     return NATIVE.get(op) if _are_plain(args) else None
