@@ -222,7 +222,8 @@ def _blocks(*tensors: Tensor | None, num_scratch: int) -> Iterator[tuple[Any, ..
         step = min(step, max(BLOCK * torch.get_num_threads() // num_features, 1))
     scratch = like.new_empty(num_scratch, step, num_features, dtype=opmath_of(like)).unbind()
     blocks_NF = [
-        repeat(None) if t is None else t.reshape(-1, num_features).split(step) for t in tensors
+        repeat(None) if t is None else t.reshape(-1, num_features).unsafe_split(step)
+        for t in tensors
     ]
     for blocks in zip(*blocks_NF, strict=False):
         num_rows = len(blocks[0])
