@@ -28,7 +28,7 @@ from fxopt.kernels.native_gated_activation import (
     require_one,
     split_backward,
 )
-from fxopt.kernels.registration import below_autograd, opmath_of, register
+from fxopt.kernels.registration import below_autograd, opmath_of, register, without_autograd
 from fxopt.kernels.saving import packed, unpacked
 from fxopt.kernels.sharding import Arguments, rows
 
@@ -163,7 +163,7 @@ class GatedActivation(torch.autograd.Function):
             return None, None, None, None, *absent
         gate, up, bias = unpacked(ctx, ctx.saved_tensors)
         args = *ctx.settings, False, bias, any(needs_bias)
-        dgate, dup, _, dbias = gated_activation_backward(grad, gate, up, *args)
+        dgate, dup, _, dbias = without_autograd(gated_activation_backward, grad, gate, up, *args)
         of_bias = (dbias,) if any(needs_bias) else absent
         return dgate if needs_gate else None, dup if needs_up else None, None, None, *of_bias
 

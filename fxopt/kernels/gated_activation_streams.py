@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels import gated_activation as op
 from fxopt.kernels import native_gated_activation as native
-from fxopt.kernels.registration import below_autograd, register
+from fxopt.kernels.registration import below_autograd, each_directly, register
 from fxopt.kernels.together import share
 
 Call = tuple[Any, ...]  # arguments of `gated_activation` or its backward, for one stream
@@ -22,6 +22,9 @@ Call = tuple[Any, ...]  # arguments of `gated_activation` or its backward, for o
 
 def launch(calls: Sequence[Call]) -> list[Tensor]:
     """y of each call of `gated_activation`."""
+    each = each_directly(op.gated_activation, calls)
+    if each is not None:
+        return each
     if len(calls) == 1:
         return [below_autograd(op.gated_activation, *calls[0])]
     gate, up, activation, packing, bias = zip(*calls, strict=True)
@@ -33,6 +36,9 @@ def launch(calls: Sequence[Call]) -> list[Tensor]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """(dgate, dup, y, dbias) of each call of `gated_activation_backward`."""
+    each = each_directly(op.gated_activation_backward, calls)
+    if each is not None:
+        return each
     if len(calls) < 2:
         return [op.gated_activation_backward(*call) for call in calls]
     *tensors, activation, packing, recompute, bias, needs_bias = zip(*calls, strict=True)

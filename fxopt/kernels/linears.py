@@ -106,7 +106,7 @@ def halves(items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def flat(x: Tensor) -> Tensor:
     """[T, features]."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def input_gradient(
@@ -117,8 +117,9 @@ def input_gradient(
     for grad, (i, start, stop) in zip(grads, pieces, strict=True):
         if grad is None:
             continue
-        rows = weights[i][start:stop]
-        dx_TK = flat(grad) @ rows if dx_TK is None else dx_TK.addmm_(flat(grad), rows)
+        weight, grad_TN = weights[i], flat(grad)
+        rows = weight if stop - start == weight.shape[0] else weight[start:stop]
+        dx_TK = grad_TN @ rows if dx_TK is None else dx_TK.addmm_(grad_TN, rows)
     return None if dx_TK is None else dx_TK.view(shape)
 
 
@@ -136,17 +137,17 @@ def parameter_gradients(
     for grad, (i, start, stop) in zip(grads, pieces, strict=True):
         if grad is None:
             continue
-        whole = stop - start == weights[i].shape[0]
+        grad_TN, whole = flat(grad), stop - start == weights[i].shape[0]
         if needs[i] and whole and dweights[i] is None:
-            dweights[i] = flat(grad).t() @ flat(x)
+            dweights[i] = grad_TN.t() @ flat(x)
         elif needs[i] and not whole:
             dweight = _buffer(dweights, i, weights[i], pieces, grads)
-            torch.mm(flat(grad).t(), flat(x), out=dweight[start:stop])
+            torch.mm(grad_TN.t(), flat(x), out=dweight[start:stop])
         if needs[num_linears + i] and whole:
-            dbiases[i] = flat(grad).sum(0)
+            dbiases[i] = grad_TN.sum(0)
         elif needs[num_linears + i]:
             dbias = _buffer(dbiases, i, weights[i][:, 0], pieces, grads)
-            torch.sum(flat(grad), 0, out=dbias[start:stop])
+            torch.sum(grad_TN, 0, out=dbias[start:stop])
     return [*dweights, *dbiases]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxopt.kernels.registration import opmath_of
+from fxopt.kernels.registration import in_dtype, opmath_of
 
 
 class Groups:
@@ -44,7 +44,9 @@ class Affine:
     def __init__(
         self, operands: Sequence[Tensor | None], offsets: tuple[float, float], dtype: torch.dtype
     ) -> None:
-        weight, self.bias, scale, shift = (None if t is None else t.to(dtype) for t in operands)
+        weight, self.bias, scale, shift = (
+            None if t is None else in_dtype(t, dtype) for t in operands
+        )
         self.dtype = dtype
         self.weight = None if weight is None else weight + offsets[0]
         self.scale = None if scale is None else scale + offsets[1]
@@ -52,12 +54,20 @@ class Affine:
         bias = None if self.bias is None else _times(self.bias, self.scale)
         self.c = shift if bias is None else bias if shift is None else bias + shift
 
-    def grads(self, da: Tensor, dc: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of weight, bias, scale and shift, not yet reduced, from those of a and c."""
-        dscale = _times(da, self.weight)
-        if self.bias is not None:
-            dscale = dscale + dc * self.bias
-        return _times(da, self.scale), _times(dc, self.scale), dscale, dc
+    def grads(self, dy: Tensor, n: Tensor, wants: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of weight, bias, scale and shift that are wanted, not yet in their shapes."""
+        shape = _joint_shape(dy.shape[-1], self.a, self.c)
+        da = dc = dweight = dbias = dscale = None
+        if wants[0] or wants[2]:
+            da = (n * dy).sum_to_size(shape)
+            dweight = _times(da, self.scale) if wants[0] else None
+            dscale = _times(da, self.weight) if wants[2] else None
+        if wants[1] or wants[3] or (wants[2] and self.bias is not None):
+            dc = dy.sum_to_size(shape)
+            dbias = _times(dc, self.scale) if wants[1] else None
+            if dscale is not None and self.bias is not None:
+                dscale = dscale + dc * self.bias
+        return [dweight, dbias, dscale, dc]
 
 
 def _times(t: Tensor, factor: Tensor | None) -> Tensor:
@@ -92,18 +102,19 @@ def forward(
     opmath = opmath_of(x, h_dtype, dtype)
     h = None
     if residual is not None:
-        x = h = _gated_residual(x.to(opmath), residual, gate, x_bias).to(h_dtype).contiguous()
+        h = _gated_residual(in_dtype(x, opmath), residual, gate, x_bias)
+        x = h = in_dtype(h, h_dtype).contiguous()
     y = mean = rstd = None
     affine = Affine((weight, bias, scale, shift), (weight_offset, scale_offset), opmath)
     if norm == "layer":
         y, mean, rstd = _layer_norm(x, affine, eps, dtype)
         mean = mean.squeeze(-1)
     elif norm == "rms":
-        x = x.to(opmath)
+        x = in_dtype(x, opmath)
         rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = _map(x * rstd, affine.a, affine.c)
     return (
-        x.new_empty(0, dtype=dtype) if y is None else y.to(dtype).contiguous(),
+        x.new_empty(0, dtype=dtype) if y is None else in_dtype(y, dtype).contiguous(),
         x.new_empty(0, dtype=h_dtype) if h is None else h,
         x.new_empty(0, dtype=opmath) if mean is None else mean,
         x.new_empty(0, dtype=opmath) if rstd is None else rstd.squeeze(-1),
@@ -117,7 +128,7 @@ def _gated_residual(
     if gate is None:
         h = x + residual
         return h if x_bias is None else h.add_(x_bias)
-    gate = gate.to(x.dtype)
+    gate = in_dtype(gate, x.dtype)
     h = torch.addcmul(residual, x, gate) if residual.dtype == x.dtype else (x * gate).add_(residual)
     return h if x_bias is None else h.add_(x_bias * gate)
 
@@ -128,12 +139,15 @@ def _layer_norm(
     a, c = affine.a, affine.c
     features = x.shape[-1:]
     if any(t is not None and t.numel() != features[0] for t in (a, c)):
-        n, mean, rstd = torch.native_layer_norm(x.to(affine.dtype), features, None, None, eps)
+        n, mean, rstd = torch.native_layer_norm(
+            in_dtype(x, affine.dtype), features, None, None, eps
+        )
         return _map(n, a, c), mean, rstd
     # On CPU ATen's LayerNorm reads and writes bf16 or fp16 beside fp32 statistics and parameters.
     mixes = x.is_cpu and a is not None and x.dtype == dtype
     a, c = (None if t is None else t.reshape(features) for t in (a, c))
-    return torch.native_layer_norm(x if mixes else x.to(affine.dtype), features, a, c, eps)
+    x = x if mixes else in_dtype(x, affine.dtype)
+    return torch.native_layer_norm(x, features, a, c, eps)
 
 
 def backward(
@@ -164,30 +178,29 @@ def backward(
         return tuple(t.zero_() for t in empty)
     dh = dx = dgate = dx_bias = y = None
     daffine: Sequence[Tensor | None] = [None] * 4
-    dvalue = None if grad_h is None else grad_h.to(opmath)
+    dvalue = None if grad_h is None else in_dtype(grad_h, opmath)
     if grad_y is not None or recompute:
         affine = Affine(affine_operands, (weight_offset, scale_offset), opmath)
-        value, rstd = h.to(opmath), rstd.unsqueeze(-1)
+        value, rstd = in_dtype(h, opmath), rstd.unsqueeze(-1)
         mean_or_none = mean.unsqueeze(-1) if norm == "layer" else None
         n = _normalize(value, mean_or_none, rstd)
     if grad_y is not None:
-        dy = grad_y.to(opmath)
+        dy = in_dtype(grad_y, opmath)
         dnorm = _norm_backward(_times(dy, affine.a), n, value, mean_or_none, rstd)
         dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
-        dh = dvalue.to(h.dtype).contiguous()
+        dh = in_dtype(dvalue, h.dtype).contiguous()
         if any(wants[1:5]):
-            shape = _common_shape(h.shape[-1], affine_operands)
-            sums = (n * dy).sum_to_size(shape), dy.sum_to_size(shape)
-            daffine = _reduced(affine.grads(*sums), affine_operands, wants[1:5])
+            each = affine.grads(dy, n, wants[1:5])
+            daffine = _reduced(each, affine_operands, wants[1:5], grad_y)
     if recompute:
-        y = _map(n, affine.a, affine.c).to(dtype).contiguous()
+        y = in_dtype(_map(n, affine.a, affine.c), dtype).contiguous()
     if dvalue is not None:
         if gate is not None and needs[0]:
             x_dtype = h.dtype if x is None else x.dtype
-            dx = (dvalue * gate.to(opmath)).to(x_dtype).contiguous()
+            dx = in_dtype(dvalue * in_dtype(gate, opmath), x_dtype).contiguous()
         if wants[0] or wants[5]:
             pair = _gate_backward(dvalue, x, gate, x_bias, wants[0])
-            dgate, dx_bias = _reduced(pair, (gate, x_bias), (wants[0], wants[5]))
+            dgate, dx_bias = _reduced(pair, (gate, x_bias), (wants[0], wants[5]), dh, grad_h)
     dtypes = {1: h.dtype if x is None else x.dtype, 8: dtype}
     found = (dh, dx, dgate, *daffine, dx_bias, y)
     return tuple(
@@ -196,16 +209,11 @@ def backward(
     )
 
 
-def _common_shape(num_features: int, operands: Sequence[Tensor | None]) -> list[int]:
-    """The smallest shape that all operands broadcast into, the last dim that of a row."""
-    shape: list[int] = []
-    for t in operands:
-        if t is not None:
-            sizes = list(t.shape)
-            longer, shorter = (shape, sizes) if len(shape) > len(sizes) else (sizes, shape)
-            shorter = [1] * (len(longer) - len(shorter)) + shorter
-            shape = [max(a, b) for a, b in zip(longer, shorter, strict=True)]
-    return [*shape[:-1], num_features]
+def _joint_shape(num_features: int, a: Tensor | None, c: Tensor | None) -> Sequence[int]:
+    """The smallest shape that both broadcast into, the last dim that of a row."""
+    present = [t.shape for t in (a, c) if t is not None]
+    shape = present[0] if present[0] == present[-1] else torch.broadcast_shapes(*present)
+    return shape if shape[-1] == num_features else [*shape[:-1], num_features]
 
 
 def _normalize(h: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -232,21 +240,32 @@ def _gate_backward(
         dsum = dvalue.sum_to_size(shape)
     if needs_gate and x is not None:
         dgate = (dvalue * x).sum_to_size(shape)
-        dgate = dgate if x_bias is None else torch.addcmul(dgate, dsum, x_bias.to(dsum.dtype))
+        dgate = (
+            dgate if x_bias is None else torch.addcmul(dgate, dsum, in_dtype(x_bias, dsum.dtype))
+        )
     return dgate, _times(dsum, gate)
 
 
 def _reduced(
-    grads: Sequence[Tensor], operands: Sequence[Tensor | None], wants: Sequence[bool]
+    grads: Sequence[Tensor | None],
+    operands: Sequence[Tensor | None],
+    wants: Sequence[bool],
+    *others: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients in the shape and dtype of their operands; None where not wanted."""
-    return [
-        # A gradient that needed no sum may be one that came in, which an op may not return.
-        g.sum_to_size(t.shape).to(t.dtype, copy=g.shape == t.shape)
-        if want and t is not None
-        else None
-        for g, t, want in zip(grads, operands, wants, strict=True)
-    ]
+    """Gradients in the shape and dtype of their operands; None where not wanted.
+
+    One that needed no sum may be another of them, or of `others`: an op may not return it twice, or
+    what came in.
+    """
+    taken, found = {id(t) for t in others}, list[Tensor | None]()
+    for g, t, want in zip(grads, operands, wants, strict=True):
+        if not want or t is None or g is None:
+            found.append(None)
+            continue
+        g = in_dtype(g if g.shape == t.shape else g.sum_to_size(t.shape), t.dtype)
+        found.append(g.clone() if id(g) in taken else g)
+        taken.add(id(g))
+    return found
 
 
 def passes_through(shift: Tensor | None, h: Tensor) -> bool:

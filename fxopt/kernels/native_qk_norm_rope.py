@@ -7,6 +7,7 @@ Shape suffixes: B batch, S tokens of a section, H heads, d head dim, G groups th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,23 +18,25 @@ from fxopt.kernels.qk_norm_rope import (
     Section,
     grouped,
     math_tables,
+    num_groups_of,
     outputs,
     split_backward_arguments,
 )
-from fxopt.kernels.rotary import joined_pairs, pairs, rotate_into
+from fxopt.kernels.registration import in_dtype
+from fxopt.kernels.rotary import rotate_into, signed, turn_into, turns
 
 aten = torch.ops.aten
-Tables = tuple[Tensor, Tensor]
+RotateInto = Callable[[Tensor, Tensor], None]  # (out, n)
 
 
 def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope`: [*outs, mean, rstd]."""
     a = Arguments(*args)
     outs, mean, rstd = outputs(a)
-    tables = _shared(a, math_tables)
+    math, rotations = a.math, _rotations(a, is_transposed=False)
     for s, mean_s, rstd_s in _sections(a, mean, rstd):
-        v_BSGN, is_own = _normed_values(a, s)
-        w_N, b_N = _affine(a, s)
+        v_BSGN, is_own = _normed_values(a, s, math)
+        w_N, b_N = _affine(a, s, math)
         if a.norm == "layer":
             n, m, r = aten.native_layer_norm(v_BSGN, v_BSGN.shape[-1:], w_N, b_N, s.eps)
             mean_s.copy_(m)
@@ -42,7 +45,8 @@ def forward(*args: Any) -> list[Tensor]:
             n = v_BSGN
             if a.norm == "rms":
                 r = torch.linalg.vector_norm(n, dim=-1, keepdim=True, out=rstd_s)
-                r.square_().div_(n.shape[-1]).add_(s.eps).rsqrt_()
+                eps = r.new_full((), s.eps)
+                torch.addcmul(eps, r, r, value=1 / n.shape[-1], out=r).rsqrt_()
                 n = torch.mul(n, r, out=n if is_own else None)
                 is_own = True
             if w_N is not None:
@@ -50,46 +54,58 @@ def forward(*args: Any) -> list[Tensor]:
             if b_N is not None:
                 n = n + b_N
         n = n.view(s.x_BSHd.shape)
-        out, found = outs[s.output][:, s.rows], tables(s)
-        if found is None:
+        out, rotate_into = _own_rows(outs, s), rotations(s)
+        if rotate_into is None:
             out.copy_(n)
         else:
-            rotate_into(out, n, *found, a.rotation)
+            rotate_into(out, n)
     return [*outs, mean, rstd]
 
 
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward`."""
     a, mean, rstd, needs = split_backward_arguments(args)
-    tables = _shared(a, _transposed)
+    math, rotations = a.math, _rotations(a, is_transposed=True)
     found: list[Tensor | None] = [None] * len(needs)
     for i, (s, mean_s, rstd_s) in enumerate(_sections(a, mean, rstd)):
         needs_s = needs[i :: len(a.x)]
         if not any(needs_s):
             continue
-        g, own_tables = grads[s.output][:, s.rows].to(a.math), tables(s)
-        if own_tables is not None:
+        g, rotate_into = in_dtype(_own_rows(grads, s), math), rotations(s)
+        if rotate_into is not None:
             rotated, g = g, g.new_empty(g.shape)
-            rotate_into(g, rotated, *own_tables, a.rotation)
+            rotate_into(g, rotated)
         else:
             # dx may not alias grad.
             g = g.clone(memory_format=torch.contiguous_format) if a.norm == "none" else g
             g = g.contiguous()
         needs_norm = [needs_s[0] or needs_s[1], *needs_s[2:]]
-        found[i :: len(a.x)] = _section_backward(a, s, g, mean_s, rstd_s, needs_norm)
+        found[i :: len(a.x)] = _section_backward(a, s, math, g, mean_s, rstd_s, needs_norm)
     return [
-        g.to(t.dtype) if need and g is not None and t is not None else a.x[0].new_empty(0)
+        in_dtype(g, t.dtype) if need and g is not None and t is not None else a.x[0].new_empty(0)
         for g, t, need in zip(found, a.differentiable, needs, strict=True)
     ]
 
 
+def _own_rows(joined: Sequence[Tensor], s: Section) -> Tensor:
+    """What belongs to a section of what is joined."""
+    whole = joined[s.output]
+    return whole if s.x_BSHd.shape[1] == s.num_all else whole[:, s.rows]
+
+
 def _section_backward(
-    a: Arguments, s: Section, g: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+    a: Arguments,
+    s: Section,
+    math: torch.dtype,
+    g: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of a section's (x, x_bias, weight, bias), given that of what is rotated."""
-    v, is_own = _normed_values(a, s)
+    v, is_own = _normed_values(a, s, math)
     g = grouped(g, a.across_heads)
-    dv, dw, db = _norm_backward(g, v, is_own, *_affine(a, s), mean, rstd, a.norm, needs)
+    dv, dw, db = _norm_backward(g, v, is_own, *_affine(a, s, math), mean, rstd, a.norm, needs)
     if dv is None:
         return [None, None, dw, db]
     dx = dv.reshape(s.x_BSHd.shape).contiguous()
@@ -130,51 +146,49 @@ def _sections(a: Arguments, mean: Tensor, rstd: Tensor) -> Iterator[tuple[Sectio
     """Each section with its [B, S, G, 1] part of the statistics that the norm has."""
     start = 0
     for s in a.sections:
-        shape = (*s.x_BSHd.shape[:2], 1 if a.across_heads else s.x_BSHd.shape[2], 1)
-        stop = start + shape[0] * shape[1] * shape[2]
+        batch, num_tokens, num_heads, _ = s.x_BSHd.shape
+        shape = batch, num_tokens, 1 if a.across_heads else num_heads, 1
+        stop = start + num_groups_of(a, s.x_BSHd)
         mean_s = mean[start:stop].view(shape) if a.norm == "layer" else mean
         rstd_s = rstd[start:stop].view(shape) if a.norm != "none" else rstd
         yield s, mean_s, rstd_s
         start = stop
 
 
-def _normed_values(a: Arguments, s: Section) -> tuple[Tensor, bool]:
+def _normed_values(a: Arguments, s: Section, math: torch.dtype) -> tuple[Tensor, bool]:
     """x + x_bias as [B, S, G, N] in the math dtype, and whether it may be written."""
-    v = s.x_BSHd.to(a.math)
+    v = in_dtype(s.x_BSHd, math)
     is_own = v is not s.x_BSHd
     if s.x_bias is not None:
-        x_bias = s.x_bias.to(a.math).view(v.shape[2:])
+        x_bias = in_dtype(s.x_bias, math).view(v.shape[2:])
         v, is_own = torch.add(v, x_bias, out=v if is_own else None), True
     return grouped(v, a.across_heads), is_own
 
 
-def _affine(a: Arguments, s: Section) -> tuple[Tensor | None, Tensor | None]:
+def _affine(a: Arguments, s: Section, math: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """What the normed values are multiplied by and shifted by, in the math dtype."""
-    weight = None if s.weight is None else s.weight.to(a.math)
+    weight = None if s.weight is None else in_dtype(s.weight, math)
     if weight is not None and a.weight_offset:
         weight = weight + a.weight_offset
-    return weight, None if s.bias is None else s.bias.to(a.math)
+    return weight, None if s.bias is None else in_dtype(s.bias, math)
 
 
-def _shared(
-    a: Arguments, make: Callable[[Arguments, Section], Tables]
-) -> Callable[[Section], Tables | None]:
-    """Tables of a section, made once for the queries and keys that are rotated alike."""
-    made: dict[tuple[int, ...], Tables] = {}
+def _rotations(a: Arguments, is_transposed: bool) -> Callable[[Section], RotateInto | None]:
+    """How a section is rotated, or its gradient; made once for queries and keys that are alike."""
+    made: dict[tuple[int, ...], RotateInto] = {}
 
-    def tables(s: Section) -> Tables | None:
+    def rotation(s: Section) -> RotateInto | None:
         if a.rotation == "none" or s.cos is None:
             return None
         key = (id(s.cos), id(s.sin), s.rows.start, s.rows.stop, s.num_all)
         if key not in made:
-            made[key] = make(a, s)
+            tables = *math_tables(a, s), a.rotation, a.tables, is_transposed
+            as_complex = turns(*tables)
+            if as_complex is not None:
+                made[key] = partial(turn_into, turns_BSHr=as_complex)
+            else:
+                cos, sin = signed(*tables)
+                made[key] = partial(rotate_into, cos=cos, sin=sin, rotation=a.rotation)
         return made[key]
 
-    return tables
-
-
-def _transposed(a: Arguments, s: Section) -> Tables:
-    """Tables with which `rotate` applies the transposed rotation, its own backward."""
-    cos, sin = math_tables(a, s)
-    sin_p, sin_q = pairs(sin, a.rotation)
-    return cos, joined_pairs(sin_q, sin_p, a.rotation)
+    return rotation

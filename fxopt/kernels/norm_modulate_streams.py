@@ -26,7 +26,14 @@ from fxopt.kernels.norm_modulate import (
     norm_modulate_backward,
 )
 from fxopt.kernels.quantize import can_cast
-from fxopt.kernels.registration import LAUNCHES, below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.registration import (
+    LAUNCHES,
+    below_autograd,
+    call_counting,
+    each_directly,
+    opmath_of,
+    register,
+)
 from fxopt.kernels.together import by_call, share
 
 Call = tuple[Any, ...]  # arguments of `norm_modulate` or its backward, for one stream
@@ -35,6 +42,9 @@ NUM_OPERANDS = 8
 
 def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """(y, h, mean, rstd) of each call of `norm_modulate`, or all of its second form."""
+    each = each_directly(norm_modulate, calls)
+    if each is not None:
+        return each
     rooms = [list(r) if r[0] is not None else None for r in zip(*rooms_of(calls), strict=True)]
     calls = [call[:NUM_ARGUMENTS] for call in calls]
     if len(calls) == 1:
@@ -53,6 +63,9 @@ def rooms_of(calls: Sequence[Call]) -> list[Call]:
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     """What `norm_modulate_backward` returns for each call, which may be of its second form."""
+    each = each_directly(norm_modulate_backward, calls)
+    if each is not None:
+        return each
     scales = [list(s) for s in zip(*(call[NUM_BACKWARD_ARGUMENTS:] for call in calls), strict=True)]
     scales = scales if any(s is not None for own in scales for s in own) else []
     calls = [call[:NUM_BACKWARD_ARGUMENTS] for call in calls]

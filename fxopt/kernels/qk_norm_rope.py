@@ -24,7 +24,13 @@ from fxopt.kernels.qk_norm_rope_providers import (
     has_whole_blocks,
     split_codes,
 )
-from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.registration import (
+    below_autograd,
+    call_counting,
+    in_dtype,
+    opmath_of,
+    register,
+)
 from fxopt.kernels.saving import kept_in, packed, read_codes, room_for
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 from fxopt.kernels.stacks import empty_stacks
@@ -161,7 +167,8 @@ def reference(*args: Any) -> list[Tensor]:
             n = n + s.bias.to(a.math)
         n = n.view(s.x_BSHd.shape)
         if a.rotation != "none" and s.tables is not None:
-            n = rotary.rotate(n, *math_tables(a, s), a.rotation)
+            tables = rotary.signed(*math_tables(a, s), a.rotation, a.tables)
+            n = rotary.rotate(n, *tables, a.rotation)
         parts[s.output].append(n)
     return [torch.cat(part, 1).to(a.dtype) for part in parts]
 
@@ -179,10 +186,17 @@ def rotary_dim(a: Arguments, s: Section) -> int:
 
 
 def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:
-    """The section's (cos, sin) in the math dtype, one entry per channel, signed for `rotate`."""
-    assert s.tables is not None and rotary_dim(a, s)
-    cos, sin = (t.to(a.math) for t in s.tables)
-    return rotary.signed(cos, sin, a.rotation, a.tables)
+    """The section's (cos, sin) in the math dtype, as they came in."""
+    tables, math = s.tables, a.math
+    assert tables is not None and rotary_dim(a, s)
+    cos, sin = tables
+    return in_dtype(cos, math), in_dtype(sin, math)
+
+
+def num_groups_of(a: Arguments, x_BSHd: Tensor) -> int:
+    """How many norms are taken of a section."""
+    batch, num_tokens, num_heads, _ = x_BSHd.shape
+    return batch * num_tokens * (1 if a.across_heads else num_heads)
 
 
 def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -192,9 +206,9 @@ def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
         x.new_empty((x.shape[0], sum(lengths), *x.shape[2:]), dtype=a.dtype)
         for x, lengths in zip(firsts, a.lengths, strict=True)
     ]
-    num_groups = sum(x.shape[0] * x.shape[1] * (1 if a.across_heads else x.shape[2]) for x in a.x)
-    mean = a.x[0].new_empty(num_groups if a.norm == "layer" else 0, dtype=a.math)
-    rstd = a.x[0].new_empty(num_groups if a.norm != "none" else 0, dtype=a.math)
+    num_groups, math = sum(num_groups_of(a, x) for x in a.x), a.math
+    mean = a.x[0].new_empty(num_groups if a.norm == "layer" else 0, dtype=math)
+    rstd = a.x[0].new_empty(num_groups if a.norm != "none" else 0, dtype=math)
     return outs, mean, rstd
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxopt.kernels import sharding as shardings
@@ -26,6 +27,9 @@ LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {}
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype})
 
 
 @functools.cache
@@ -37,6 +41,11 @@ def triton_available() -> bool:
 def opmath_of(x: torch.Tensor, *dtypes: torch.dtype) -> torch.dtype:
     """In what an op on `x` with results of these dtypes computes: fp32, or fp64 if one is."""
     return torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which costs as much as an op on a small tensor even where it does nothing."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def provider(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> str:
@@ -100,6 +109,7 @@ def register(
         REFERENCES[op] = reference
     has_triton = triton is not None and triton_available()
     PROVIDERS[name] = ("triton", "native") if has_triton else ("native",)
+    NATIVE[op] = native
     LIBRARY.impl(name, native, "CompositeExplicitAutograd")
     if has_triton:
         LIBRARY.impl(name, triton, "CUDA")
@@ -123,29 +133,74 @@ def register(
 
 
 def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -> Any:
-    """Call `op`, or its second form if any of the further arguments, `lines`, is not None; the last
-    of these may be left out."""
+    """Call `op` without autograd, or its second form if any of the further arguments, `lines`, is
+    not None; the last of these may be left out."""
     if all(line is None for line in lines):
-        return op(*args)
+        return without_autograd(op, *args)
     form = COUNTING[op]
     return form(*args, *lines, *[None] * (len(form._schema.arguments) - len(args) - len(lines)))
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """Call `op` without its autograd kernel."""
+    """Call `op` without its autograd kernel, or what the dispatcher would call for it."""
+    run = direct(op, args) or op
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return run(*args)
+
+
+def without_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call `op`, where autograd takes no part, or what the dispatcher would call for it."""
+    found = each_directly(op, [args])
+    return op(*args) if found is None else found[0]
+
+
+def each_directly(op: torch._ops.OpOverload, calls: Sequence[Sequence[Any]]) -> list[Any] | None:
+    """Results of calls of `op` below autograd, where `direct` has what runs them; else None."""
+    run = direct(op, calls)
+    if run is None:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return [run(*call) for call in calls]
+
+
+def direct(op: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any] | None:
+    """The native provider of `op`, if the dispatcher would only hand these arguments on to it.
+
+    To convert them takes it longer than many an op takes. None, so that it is asked, wherever
+    anything may come between: a mode, a functorch transform, a trace, a profile, a subclass of
+    Tensor, another device than the CPU.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    return NATIVE.get(op) if _are_plain(args) else None
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            if not arg.is_cpu:
+                return False
+        elif kind not in _CONSTANTS and not (kind in (list, tuple) and _are_plain(arg)):
+            return False
+    return True
 
 
 def _autograd_kernel(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def run(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and _requires_grad(args):
             return function.apply(*args)
         return below_autograd(op, *args)
 
-    return kernel
+    return run
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:
