@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.qk_norm_rope import (
+from fxopt.kernels.qk_norm_rope import outputs
+from fxopt.kernels.qk_norm_rope_arguments import (
     Arguments,
     Section,
     grouped,
     math_tables,
     num_groups_of,
-    outputs,
     split_backward_arguments,
 )
 from fxopt.kernels.registration import in_dtype

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxopt.kernels import qk_norm_rope_providers as providers
 from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
-from fxopt.kernels.qk_norm_rope_providers import (
+from fxopt.kernels.qk_norm_rope_arguments import (
     NUM_ARGUMENTS,
-    NUM_BACKWARD_ARGUMENTS,
+    Arguments,
+    grouped,
+    math_tables,
+    num_groups_of,
+    split_backward_arguments,
+)
+from fxopt.kernels.qk_norm_rope_providers import (
     forward_launches,
     has_whole_blocks,
     split_codes,
@@ -27,107 +33,12 @@ from fxopt.kernels.qk_norm_rope_providers import (
 from fxopt.kernels.registration import (
     below_autograd,
     call_counting,
-    in_dtype,
-    opmath_of,
     register,
 )
 from fxopt.kernels.saving import kept_in, packed, read_codes, room_for
 from fxopt.kernels.sharding import of_section_gradients, of_sections, sections
 from fxopt.kernels.stacks import empty_stacks
 from fxopt.kernels.together import run
-
-Optional = Sequence[Tensor | None]
-
-
-class Section(NamedTuple):
-    """One run of tokens (text, say, or image) of one output, with its own parameters and tables."""
-
-    x_BSHd: Tensor
-    x_bias: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    eps: float
-    output: int
-    rows: slice
-    num_all: int
-
-    @property
-    def tables(self) -> tuple[Tensor, Tensor] | None:
-        """Both tables of the section's own tokens."""
-        if self.cos is None or self.sin is None:
-            return None
-        return self._own(self.cos), self._own(self.sin)
-
-    def _own(self, table: Tensor) -> Tensor:
-        num_tokens = self.x_BSHd.shape[1]
-        is_joint = table.dim() > 2 and num_tokens != self.num_all == table.shape[-3]
-        return table.narrow(-3, self.rows.start, num_tokens) if is_joint else table
-
-
-class Arguments(NamedTuple):
-    """The op's arguments, in the order of its schema; lists have one entry per section.
-
-    Args:
-        x: [B, S, H, d] each, any strides.
-        x_bias: [H*d], added to x before the norm: that of the linear that made x, or None.
-        weight, bias: [d], or [H*d] with `across_heads`; None for no scale, no shift.
-        cos, sin: broadcastable to [B, S, H, r], or to [B, S, H, r/2] with one entry per pair, where
-            S is the section's own tokens or all of its output's; None leaves the section unrotated.
-            The first r channels of a head are rotated, the others go through. Constants: they get
-            no gradient.
-        joined: how many of the sections, in order, make up each output; they share B, H and d.
-        norm: "rms", "layer" (biased variance) or "none".
-        eps: added to the mean square or variance.
-        weight_offset: 1.0 for norms that store the weight minus one, else 0.0.
-        across_heads: norm over all H*d elements of a token instead of over each head's d.
-        rotation: which of the r channels are a pair: "interleaved", "half" or "none".
-        tables: what cos and sin hold. "channels": an entry for each channel. "pairs": one for each
-            pair. "matrices": the columns of a 2x2 matrix for each pair, one pair after the other.
-        dtype: of the outputs.
-    """
-
-    x: Sequence[Tensor]
-    x_bias: Optional
-    weight: Optional
-    bias: Optional
-    cos: Optional
-    sin: Optional
-    joined: Sequence[int]
-    norm: str
-    eps: Sequence[float]
-    weight_offset: float
-    across_heads: bool
-    rotation: str
-    tables: str
-    dtype: torch.dtype
-
-    @property
-    def math(self) -> torch.dtype:
-        """Dtype of all arithmetic and of the statistics."""
-        return opmath_of(self.x[0], self.dtype)
-
-    @property
-    def sections(self) -> Iterator[Section]:
-        """All sections, those of the first output first."""
-        fields: Any = zip(*self[:6], self.eps, strict=True)
-        for output, lengths in enumerate(self.lengths):
-            start = 0
-            for length in lengths:
-                rows = slice(start, start := start + length)
-                yield Section._make((*next(fields), output, rows, sum(lengths)))
-
-    @property
-    def lengths(self) -> list[list[int]]:
-        """Tokens of the sections of each output."""
-        lengths = iter([x.shape[1] for x in self.x])
-        return [[next(lengths) for _ in range(count)] for count in self.joined]
-
-    @property
-    def differentiable(self) -> list[Tensor | None]:
-        """All of x, then all of x_bias, weight and bias."""
-        return [*self.x, *self.x_bias, *self.weight, *self.bias]
 
 
 def reference(*args: Any) -> list[Tensor]:
@@ -173,32 +84,6 @@ def reference(*args: Any) -> list[Tensor]:
     return [torch.cat(part, 1).to(a.dtype) for part in parts]
 
 
-def grouped(x_BSHd: Tensor, across_heads: bool) -> Tensor:
-    """[B, S, G, N]: the last dim is what one norm is taken over."""
-    return x_BSHd.flatten(2).unsqueeze(2) if across_heads else x_BSHd
-
-
-def rotary_dim(a: Arguments, s: Section) -> int:
-    """How many channels of a head are rotated; 0 where there are no tables."""
-    if a.rotation == "none" or s.cos is None:
-        return 0
-    return rotary.rotary_dim(s.x_BSHd.shape[-1], s.cos.shape[-1], a.tables)
-
-
-def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:
-    """The section's (cos, sin) in the math dtype, as they came in."""
-    tables, math = s.tables, a.math
-    assert tables is not None and rotary_dim(a, s)
-    cos, sin = tables
-    return in_dtype(cos, math), in_dtype(sin, math)
-
-
-def num_groups_of(a: Arguments, x_BSHd: Tensor) -> int:
-    """How many norms are taken of a section."""
-    batch, num_tokens, num_heads, _ = x_BSHd.shape
-    return batch * num_tokens * (1 if a.across_heads else num_heads)
-
-
 def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
     """Uninitialised (outs, mean, rstd); the statistics of the sections follow one another."""
     firsts = [a.x[sum(a.joined[:i])] for i in range(len(a.joined))]
@@ -210,12 +95,6 @@ def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
     mean = a.x[0].new_empty(num_groups if a.norm == "layer" else 0, dtype=math)
     rstd = a.x[0].new_empty(num_groups if a.norm != "none" else 0, dtype=math)
     return outs, mean, rstd
-
-
-def split_backward_arguments(args: Any) -> tuple[Arguments, Tensor, Tensor, Sequence[bool]]:
-    """(forward's arguments, mean, rstd, needs) of `qk_norm_rope_backward`, less its `grads`."""
-    own = args[:NUM_BACKWARD_ARGUMENTS]
-    return Arguments(*own[:6], *own[8:-1]), own[6], own[7], own[-1]
 
 
 def _fake(*args: Any) -> list[Tensor]:

@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fxopt.kernels.qk_norm_rope_arguments import NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.saving import BLOCK, fill, name_of, native_unpack, valued
-
-# Behind them stand codes and scales of all sections, or scales; not so in the plain ops.
-NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = 14, 17
 
 
 def split_codes(args: Any) -> tuple[tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]]:

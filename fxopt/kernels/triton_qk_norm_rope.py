@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fxopt.kernels import triton_qk_norm_rope_kernels as kernels
 from fxopt.kernels import triton_tables
-from fxopt.kernels.qk_norm_rope import (
+from fxopt.kernels.qk_norm_rope import outputs, outputs_backward
+from fxopt.kernels.qk_norm_rope_arguments import (
+    NUM_ARGUMENTS,
     Arguments,
     Section,
-    outputs,
-    outputs_backward,
     rotary_dim,
     split_backward_arguments,
 )
-from fxopt.kernels.qk_norm_rope_providers import NUM_ARGUMENTS, split_codes
+from fxopt.kernels.qk_norm_rope_providers import split_codes
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
 from fxopt.kernels.triton_sizes import LAST, unspecialized

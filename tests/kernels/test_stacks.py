@@ -5,7 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fxopt.kernels.linears import linears
-from fxopt.kernels.qk_norm_rope import Arguments, outputs_backward
+from fxopt.kernels.qk_norm_rope import outputs_backward
+from fxopt.kernels.qk_norm_rope_arguments import Arguments
 from fxopt.kernels.stacks import empty_stacks, stacks
 from fxopt.traffic import _Counting
 

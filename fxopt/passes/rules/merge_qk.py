@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.kernels.qk_norm_rope import Arguments, qk_norm_rope
+from fxopt.kernels.qk_norm_rope import qk_norm_rope
+from fxopt.kernels.qk_norm_rope_arguments import Arguments
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.rule import Binding, Call, Reason, Rule
