@@ -166,9 +166,12 @@ def _together(
     ]
     for members, stack in stacks(wholes):
         x_ITK = flat(x).expand(len(members), -1, -1)
-        dweights = torch.bmm(stack.flatten(1, -2).mT, x_ITK)
-        for place, member in enumerate(members):
-            found[pieces[member][0]] = dweights[place]
+        grads_ITN = stack.reshape(len(members), -1, stack.shape[-1])
+        dweights = torch.bmm(grads_ITN.mT, x_ITK)
+        # No views to autograd: a write to one parameter's gradient is none to another's.
+        each = dweights.flatten(0, 1).unsafe_chunk(len(members))
+        for member, dweight in zip(members, each, strict=True):
+            found[pieces[member][0]] = dweight
     return found
 
 

@@ -7,32 +7,42 @@ multiplies them finds out by looking, as what comes in between may put others in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def empty_stacks(like: Sequence[Tensor | None]) -> list[Tensor | None]:
     """An uninitialised tensor for each, contiguous; those of one shape and dtype are a stack."""
-    found: list[Tensor | None] = [None if t is None else t.new_empty(t.shape) for t in like]
-    # A symbolic size is not compared: that would tie a graph to the answer.
-    sized = {
-        i: (t.shape, t.dtype)
-        for i, t in enumerate(like)
-        if t is not None and all(isinstance(size, int) for size in t.shape)
-    }
-    for kind in dict.fromkeys(sized.values()):
-        members = [i for i, other in sized.items() if other == kind]
-        if len(members) > 1:
-            joint = found[members[0]].new_empty((len(members), *kind[0]))  # type: ignore[union-attr]
-            for place, i in enumerate(members):
-                found[i] = joint[place]
+    found: list[Tensor | None] = [None] * len(like)
+    alike: dict[Any, list[tuple[int, Tensor]]] = {}
+    for i, t in enumerate(like):
+        if t is not None:
+            # A symbolic size is not compared: that would tie a graph to the answer.
+            is_sized = all(isinstance(size, int) for size in t.shape) and t.numel()
+            alike.setdefault((t.shape, t.dtype) if is_sized else i, []).append((i, t))
+    for members in alike.values():
+        i, t = members[0]
+        if len(members) == 1:
+            found[i] = t.new_empty(t.shape)
+            continue
+        joint = t.new_empty(len(members) * t.numel())
+        # No views to autograd: a write to one is none to another.
+        for (i, t), part in zip(members, joint.unsafe_chunk(len(members)), strict=True):
+            found[i] = part.view(t.shape)
     return found
 
 
 def stacks(tensors: Sequence[Tensor | None]) -> list[tuple[list[int], Tensor]]:
-    """Which of `tensors` lie one after the other, in that order, and each run of them as one."""
+    """Which of `tensors` lie one after the other, in that order, and each run of them as one.
+
+    None in a trace: where tensors lie when it is made says nothing about where they will.
+    """
+    if get_proxy_mode() is not None:
+        return []
     found = [(i, t) for i, t in enumerate(tensors) if t is not None and _is_plain(t)]
     runs: list[list[tuple[int, Tensor]]] = []
     for i, t in sorted(found, key=lambda pair: pair[1].storage_offset()):
@@ -51,8 +61,8 @@ def _is_plain(t: Tensor) -> bool:
 
 def _follows(first: Tensor, second: Tensor) -> bool:
     return (
-        (first.shape, first.dtype) == (second.shape, second.dtype)
-        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and (first.shape, first.dtype) == (second.shape, second.dtype)
         and first.storage_offset() + first.numel() == second.storage_offset()
     )
 

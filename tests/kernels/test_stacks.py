@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.kernels.linears import linears
-from fxopt.kernels.qk_norm_rope import outputs_backward
+from fxopt.kernels.qk_norm_rope import outputs_backward, qk_norm_rope
 from fxopt.kernels.qk_norm_rope_arguments import Arguments
 from fxopt.kernels.stacks import empty_stacks, stacks
 from fxopt.traffic import _Counting
@@ -88,3 +89,48 @@ def test_fake_tensors_are_as_real_ones():
     with FakeTensorMode():
         found = empty_stacks([torch.empty(2, 3), torch.empty(2, 3)])
         assert members(*found) == [[0, 1]]
+
+
+def test_empty_tensors_are_left_alone():
+    found = empty_stacks([torch.empty(0, 3), torch.empty(0, 3), torch.empty(())])
+    assert [t.shape for t in found] == [(0, 3), (0, 3), ()]
+    assert members(*found) == []
+
+
+def test_a_write_to_one_is_none_to_another():
+    first, second = empty_stacks([torch.empty(2, 3), torch.empty(2, 3)])
+    first.zero_()
+    assert (first._version, second._version) == (1, 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8,)])
+def test_gradients_of_two_weights_are_written_apart(shape):
+    """`torch.stack` splits its gradient into neighbours."""
+    x, scale = torch.randn(shape), torch.ones((), requires_grad=True)
+    weights = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    torch.stack(linears(x, weights, [None] * 2, [0, 0, 6, 1, 0, 6])).square().sum().backward()
+    first, second = (w.grad for w in weights)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    expected, loss = second.sum(), (scale * second).sum()
+    first.zero_()
+    loss.backward()
+    assert torch.equal(scale.grad, expected) and torch.equal(second.sum(), expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_trace_does_not_rely_on_where_gradients_lie(mode):
+    """Fakes of an op lie one after the other; what its native provider makes does not."""
+
+    def gradients(x, wq, wk, grad):
+        wanted = [t.requires_grad_() for t in (wq, wk)]
+        q, k = linears(x, wanted, [None] * 2, [0, 0, 16, 1, 0, 16])
+        heads, none = [t.unflatten(-1, (2, 8)) for t in (q, k)], [None] * 2
+        settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", torch.float32
+        q, k, *_ = qk_norm_rope(heads, none, [torch.ones(8)] * 2, none, none, none, *settings)
+        return torch.autograd.grad([q, k], wanted, [grad, grad * 2])
+
+    shapes = (2, 5, 8), (16, 8), (16, 8), (2, 5, 2, 8)
+    tensors = [torch.randn(shape) for shape in shapes]
+    traced = make_fx(gradients, tracing_mode=mode)(*(t.clone() for t in tensors))
+    expected = gradients(*(t.clone() for t in tensors))
+    assert all(map(torch.equal, expected, traced(*tensors)))
