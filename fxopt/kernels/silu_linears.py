@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.linears import (
     as_pieces,
     frozen,
     halves,
     in_pieces,
+    linears,
     without_autocast,
 )
 from fxopt.kernels.registration import register, register_composite
@@ -220,16 +222,34 @@ class SiluLinears(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[1:])
-        if all(g is None for g in grads):
-            return (None,) * (1 + len(needs))
-        found = silu_products_backward(list(grads), ctx.pieces, x, weights, needs)
-        return None, *(g if need else None for g, need in zip(found, needs, strict=True))
+        pieces = as_pieces(ctx.pieces)
+        reached = sorted({i for g, (i, *_) in zip(grads, pieces, strict=True) if g is not None})
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if not reached:
+            return tuple(results)
+        # The others' parameters get None, as of linears by themselves: optimizers skip it.
+        of_reached = {i: place for place, i in enumerate(reached)}
+        each = [
+            (g, (of_reached[i], *rows))
+            for g, (i, *rows) in zip(grads, pieces, strict=True)
+            if i in of_reached
+        ]
+        starts = 2, 2 + len(weights)
+        places = [1, *(start + i for start in starts for i in reached)]
+        needs = [ctx.needs_input_grad[place] for place in places]
+        given = [g for g, _ in each], [number for _, piece in each for number in piece]
+        found = silu_products_backward(*given, x, [weights[i] for i in reached], needs)
+        for place, need, grad in zip(places, needs, found, strict=True):
+            results[place] = grad if need else None
+        return tuple(results)
 
 
 def _silu_linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], pieces: list[int]
 ) -> list[Tensor]:
+    if any(map(is_traceable_wrapper_subclass, (x, *weights))):
+        # These know ATen's ops: DTensors, quantized weights. So do compilers, and fuse the SiLU.
+        return list(linears(F.silu(x), weights, biases, pieces))
     return list(SiluLinears.apply(pieces, x, *weights, *biases))
 
 

@@ -18,6 +18,7 @@ from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_linears import quantized_linears
+from fxopt.kernels.silu_linears import silu_linears
 from tests.kernels.interpreted import Interpreted
 
 B, S, H, D, N = 2, 3, 2, 16, 32
@@ -89,6 +90,10 @@ def of_linears(t: dict[str, Tensor]) -> list[Tensor]:
     return linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES)
 
 
+def of_silu_linears(t: dict[str, Tensor]) -> list[Tensor]:
+    return silu_linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], PIECES)
+
+
 def of_quantized(recipe: str, keeps_x: bool) -> Run:
     def run(t: dict[str, Tensor]) -> list[Tensor]:
         return quantized_linears(t["x"], [t["w"], t["w2"]], [t["b"], t["b2"]], recipe, keeps_x)
@@ -131,6 +136,7 @@ CALLS: dict[str, tuple[Run, Shapes]] = {
         {"gate": (B, S, D), "bias": (D,), "beside": (B, S, 4), "w": (N, D + 4), "b": (N,)},
     ),
     "linears": (of_linears, {"x": (B, S, D)} | LINEARS),
+    "silu_linears": (of_silu_linears, {"x": (B, D)} | LINEARS),
     "quantized_linears fp8": (of_quantized("fp8", True), {"x": (B, S, D)} | LINEARS),
     "quantized_linears mxfp8": (of_quantized("mxfp8", False), {"x": (B, S, D)} | LINEARS),
 }

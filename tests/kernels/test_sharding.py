@@ -265,7 +265,7 @@ def worker(rank: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     for call in CALLS:
         check(call, mesh)
-    for name in ("linears", "norm_modulate_linears", "gated_activation_linear"):
+    for name in ("linears", "silu_linears", "norm_modulate_linears", "gated_activation_linear"):
         check_composite(name, mesh)
     gate = distributed(torch.ones(4, 32), mesh, Shard(0))
     with pytest.raises(NotImplementedError, match=r"_streams.*sharding strategy"):

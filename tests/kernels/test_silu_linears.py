@@ -86,6 +86,16 @@ def test_what_has_or_needs_no_gradient(provider, frozen, which):
 
 
 @pytest.mark.parametrize("provider", ["triton", "native"])
+@pytest.mark.parametrize("which, unused", [(slice(1, 2), (2, 4)), (slice(3, 4), (1, 3))])
+def test_a_linear_that_is_not_used_gets_no_gradient(provider, which, unused):
+    """Not zeros, by which an optimizer would decay its weights."""
+    tensors = draw(2, torch.float32)
+    with Interpreted(provider == "triton"):
+        sum(out.sum() for out in fused(*tensors)[which]).backward()
+    assert tuple(i for i, t in enumerate(tensors) if t.grad is None) == unused
+
+
+@pytest.mark.parametrize("provider", ["triton", "native"])
 def test_without_a_bias(provider):
     x, w, w2, _, b2 = draw(2, torch.float32)
     assert_as_good([x, w, w2, None, b2], is_interpreted=provider == "triton")
