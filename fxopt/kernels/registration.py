@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fxopt.kernels import sharding as shardings
@@ -196,7 +197,9 @@ def _autograd_kernel(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
     def run(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and _requires_grad(args):
+        needs_grad = torch.is_grad_enabled() and _requires_grad(args)
+        # Below autograd tangents would be lost; the Function refuses them.
+        if needs_grad or forward_ad._current_level >= 0:
             return function.apply(*args)
         return below_autograd(op, *args)
 

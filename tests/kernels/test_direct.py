@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -191,3 +192,11 @@ def test_what_an_op_returns_without_autograd_has_no_history():
     backward = torch.ops.fxopt.gated_activation_backward.default
     found = without_autograd(backward, x.detach(), x, None, "silu", "none", True)
     assert not any(t.requires_grad for t in found)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tangent_is_refused_and_not_dropped(grad: bool):
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(2, 8), torch.ones(2, 8))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            gated_activation(x, None, "silu", "none")
