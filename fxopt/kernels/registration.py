@@ -172,7 +172,8 @@ def direct(op: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any] | 
     Tensor, another device than the CPU.
     """
     if (
-        torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_compiling()  # first: Dynamo knows nothing of the others
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None

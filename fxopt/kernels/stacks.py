@@ -41,7 +41,7 @@ def stacks(tensors: Sequence[Tensor | None]) -> list[tuple[list[int], Tensor]]:
 
     None in a trace: where tensors lie when it is made says nothing about where they will.
     """
-    if get_proxy_mode() is not None:
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return []
     found = [(i, t) for i, t in enumerate(tensors) if t is not None and _is_plain(t)]
     runs: list[list[tuple[int, Tensor]]] = []

@@ -134,3 +134,16 @@ def test_a_trace_does_not_rely_on_where_gradients_lie(mode):
     traced = make_fx(gradients, tracing_mode=mode)(*(t.clone() for t in tensors))
     expected = gradients(*(t.clone() for t in tensors))
     assert all(map(torch.equal, expected, traced(*tensors)))
+
+
+def test_compiled_autograd_takes_the_node_in_one_graph():
+    def gradients():
+        weights = [torch.ones(6, 8, requires_grad=True) for _ in range(2)]
+        outs = linears(torch.arange(40.0).view(5, 8), weights, [None] * 2, [0, 0, 6, 1, 0, 6])
+        torch.stack(outs).square().sum().backward()
+        return [w.grad for w in weights]
+
+    expected = gradients()
+    whole = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(whole):
+        assert all(map(torch.equal, expected, gradients()))
