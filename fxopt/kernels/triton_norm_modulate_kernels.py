@@ -105,16 +105,14 @@ def forward_row(s, m, group, row, num_features, NORM: tl.constexpr, BLOCK_D: tl.
     token = group * size(s.num_rows) + row
     cols = tl.arange(0, BLOCK_D)
     mask = cols < num_features
+    value = load(s.x, group, row, cols, mask)
     if s.x_codes is not None:
-        value = load(s.x, group, row, cols, mask)
         pack_row(s.x_codes, s.x_scales, value, token, num_features, cols, mask)
     if s.residual[0] is not None:
-        value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
+        value = gated_residual(value, s.residual, gate, s.x_bias, group, row, cols, mask)
         rounded = value.to(s.h.dtype.element_ty)
         tl.store(s.h + token * num_features + cols, rounded, mask=mask)
         value = rounded.to(tl.float32)
-    else:
-        value = load(s.x, group, row, cols, mask)
     pack_row(s.h_codes, s.h_scales, value, token, num_features, cols, mask)
     if NORM != "none":
         if NORM == "layer":

@@ -99,13 +99,11 @@ def normed_row(s, token, num_features, cols, mask, NORM: tl.constexpr, DTYPE: tl
         scale = s.scale if s.scale[0] is None else row_of(s.scale, group, of_token)
         if s.index_of_shift is not None and s.shift[0] is not None:
             shift = row_of(s.shift, group, of_token)
+    value = load(s.x, group, row, cols, mask)
     if s.x_codes is not None:
-        value = load(s.x, group, row, cols, mask)
         pack_row(s.x_codes, s.x_scales, value, token, num_features, cols, mask)
     if s.residual[0] is not None:
-        value = gated_residual(s.x, s.residual, gate, s.x_bias, group, row, cols, mask)
-    else:
-        value = load(s.x, group, row, cols, mask)
+        value = gated_residual(value, s.residual, gate, s.x_bias, group, row, cols, mask)
     if s.index is not None:
         value = tl.where(segment >= 0, value, float("nan"))
     if s.residual[0] is not None:

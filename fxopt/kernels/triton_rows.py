@@ -101,9 +101,8 @@ def store(t, offsets, value, mask):
 
 
 @triton.jit
-def gated_residual(x, residual, gate, x_bias, group, row, cols, mask):
-    """residual + gate * (x + x_bias)"""
-    value = load(x, group, row, cols, mask)
+def gated_residual(value, residual, gate, x_bias, group, row, cols, mask):
+    """residual + gate * (value + x_bias)"""
     if x_bias[0] is not None:
         value += load(x_bias, 0, 0, cols, mask)
     if gate[0] is not None:
