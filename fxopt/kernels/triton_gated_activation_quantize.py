@@ -33,7 +33,7 @@ from fxopt.kernels.triton_gated_activation_kernels import (
     Rows,
     gradients,
     load,
-    value_of,
+    value_and_gradient,
 )
 from fxopt.kernels.triton_quantize_group import has_tile, store_amax_of, store_codes_of
 from fxopt.kernels.triton_quantize_kernels import (
@@ -74,14 +74,22 @@ def joined(value, mask, like, beside, width, r, c, num_rows):
 
 @triton.jit
 def activation_tile(
-    gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION: tl.constexpr
+    gate, up, beside, width, gate_codes, up_codes, r, c, num_rows, num_columns,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """fp32 tile of [beside | act(gate) * up], rounded as it would be stored; zero outside.
 
-    gate, up and beside are `Rows` or None; beside has `width` columns.
+    gate, up and beside are `Rows` or None; beside has `width` columns. Leaves codes where there is
+    room for them, in the pass that reads gate and up.
     """
     n, f, mask = features(r, c, width, num_rows, num_columns)
-    value = value_of(gate, up, n, f, mask, ACTIVATION, tl.float32)
+    x = load(gate, n, f, mask, tl.float32)
+    pack_tile(x, gate_codes, r, c, n, f, width, num_rows, mask)
+    value, _ = value_and_gradient(x, x, ACTIVATION)  # the gradient is dead code here
+    if up is not None:
+        factor = load(up, n, f, mask, tl.float32)
+        pack_tile(factor, up_codes, r, c, n, f, width, num_rows, mask)
+        value *= factor
     return joined(value, mask, gate, beside, width, r, c, num_rows)
 
 
@@ -91,40 +99,30 @@ def tile_of(
 ):  # fmt: skip
     """Tile of a part made of (pieces, gate, up, beside, width, and where codes of gate and up are
     left): of `load_pieces`, or if there are none of [beside | activation]."""
-    pieces, gate, up, beside, width, _, _, last = part.tile
+    pieces, gate, up, beside, width, gate_codes, up_codes, _ = part.tile
     num_rows, num_columns = size(part.num_rows), part.num_columns
     if pieces is not None:
         return load_pieces(pieces, r, c, num_rows, BLOCK_R, BLOCK_C)
     else:
         return activation_tile(
-            gate, up, beside, width, last, r, c, num_rows, num_columns, ACTIVATION
-        )  # fmt: skip
+            gate, up, beside, width, gate_codes, up_codes, r, c, num_rows, num_columns, ACTIVATION
+        )
 
 
 @triton.jit
-def pack_tile(part, r, c):
-    """Leave codes of gate and up as `fxopt::pack` makes them; a tile's columns are one block."""
-    _, gate, up, _, width, gate_codes, up_codes, _ = part.tile
-    if gate_codes is not None:
+def pack_tile(value, to, r, c, n, f, width, num_rows, mask):
+    """Leave codes and scales of a tile of Rows as `fxopt::pack` makes them, at `to`, `PackedRows`
+    or None; the tile's columns are one block."""
+    if to is not None:
         tl.static_assert(c.shape[0] == PACKED)
         first = tl.program_id(1) * PACKED - width
         if first >= 0:
-            n, f, mask = features(r, c, width, size(part.num_rows), part.num_columns)
-            is_row = r < size(part.num_rows)
-            pack_rows(gate, gate_codes, r, n, f, first, mask, is_row)
-            if up_codes is not None:
-                pack_rows(up, up_codes, r, n, f, first, mask, is_row)
-
-
-@triton.jit
-def pack_rows(rows, to, r, n, f, first, mask, is_row):
-    """`to` is where codes and scales of Rows are left, as `PackedRows`; f begins at `first`."""
-    value = load(rows, n, f, mask, tl.float32)
-    factor = factor_of(tl.max(magnitude(value), 1), LARGEST, False)
-    code = code_of(value * factor[:, None], LARGEST, FORMAT)
-    tl.store(to.pointer + n * to.stride_N + f * to.stride_F, code, mask)
-    block = (to.start + first) // PACKED
-    tl.store(to.scales + r * to.scales_stride_N + block, scale_of(factor), is_row)
+            factor = factor_of(tl.max(magnitude(value), 1), LARGEST, False)
+            code = code_of(value * factor[:, None], LARGEST, FORMAT)
+            tl.store(to.pointer + n * to.stride_N + f * to.stride_F, code, mask)
+            block = (to.start + first) // PACKED
+            place = to.scales + r * to.scales_stride_N + block
+            tl.store(place, scale_of(factor), r < num_rows)
 
 
 @triton.jit
@@ -146,12 +144,11 @@ def cast_kernel(
     parts, NUM_PARTS: tl.constexpr, FORMATS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`store_codes` of each part, as `tile_of` makes it, and `pack_tile`."""
+    """`store_codes` of each part, as `tile_of` makes it."""
     for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            pack_tile(part, r, c)
             value = tile_of(part, r, c, ACTIVATION, BLOCK_R, BLOCK_C)
             store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 

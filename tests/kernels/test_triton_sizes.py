@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in Path(fxopt.kernels.__path__[0]).glob("tri
 # Tuples without None.
 WHOLE = {
     *("BLOCKS", "sums", "parts of sum_kernel", "matrices"),
-    *("pieces of load_pieces", "rows of load"),
+    *("pieces of load_pieces", "rows of load", "t of load", "t of _operand_tile"),
 }
 
 
