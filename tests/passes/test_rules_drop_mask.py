@@ -119,6 +119,24 @@ def written(q: Tensor) -> Tensor:
     return mask
 
 
+def hidden_diagonal(q: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    mask.diagonal(1).fill_(False)
+    return mask
+
+
+def written_as_another(q: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    mask.detach()[:, 2:].fill_(False)
+    return mask
+
+
+def in_low_precision(q: Tensor) -> Tensor:
+    """Of positions behind 256, several are one number in bfloat16."""
+    positions = torch.arange(q.shape[2]).bfloat16()
+    return positions[None, :] <= positions[:, None]
+
+
 def filled(q: Tensor) -> Tensor:
     return torch.zeros(q.shape[2], q.shape[2]).masked_fill_(q[0, 0, :, :1] > 0, -1.0)
 
@@ -138,6 +156,35 @@ NEAR_MISSES = {
     "a window wider than the probes of other rules": lambda q: compared(
         q, lambda i, j: (j <= i) & (i - j <= 300)
     ),
+    "a quotient of positions is seen": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i // 64 - j // 64 <= 64)
+    ),
+    "a small part of the distance": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((i - j) * 0.001 <= 1)
+    ),
+    "a root of the distance": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((i - j).float().sqrt() <= 64)
+    ),
+    "a number is a product": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= torch.full((), 64) * 64)
+    ),
+    "two periods meet late": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((j % 30 < 29) | (j % 31 < 30))
+    ),
+    "the last thousand tokens": lambda q: compared(
+        q, lambda i, j: (j <= i) & (j >= q.shape[2] - 1000)
+    ),
+    "few tokens see less": lambda q: compared(q, lambda i, j: (j <= i) & (j >= 9 - q.shape[2])),
+    "a thousandth of the tokens": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= 100 + q.shape[2] // 1000)
+    ),
+    "as many as samples": lambda q: compared(q, lambda i, j: (j <= i) & (i - j <= q.shape[0])),
+    "a thousand for each sample": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= q.shape[0] * 1000)
+    ),
+    "positions in low precision": in_low_precision,
+    "a view is written": hidden_diagonal,
+    "written under another name": written_as_another,
     "causal, added as no large number": lambda q: torch.full((q.shape[2],) * 2, -3.0).triu(1),
     "written after": lambda q: compared(q, lambda i, j: j <= i).index_fill_(
         0, q[0, 0, :1, 0].long(), True
