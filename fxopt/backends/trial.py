@@ -221,8 +221,8 @@ def _is_rounding(expected: Any, found: Any, nudged: Any) -> bool:
     """Whether a value differs no more than one rounding of the inputs makes it differ."""
     if not all(map(_is_inexact, (expected, found, nudged))) or expected.shape != found.shape:
         return False
-    noise = _norm(expected - nudged)
-    return bool(noise > 0) and bool(_norm(expected - found) <= CANCELLATION * noise)
+    noise = _norm(expected - nudged).item()
+    return 0 < noise < math.inf and _norm(expected - found).item() <= CANCELLATION * noise
 
 
 def _same(expected: Any, found: Any, tolerance: float, least: float) -> bool:

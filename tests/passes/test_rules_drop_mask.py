@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from fxopt.passes import windows
 from tests.passes.rewriting import Written, normal, rewrite
 
 sdpa = F.scaled_dot_product_attention
@@ -131,6 +132,12 @@ def written_as_another(q: Tensor) -> Tensor:
     return mask
 
 
+def fewer_by_sample(q: Tensor) -> Tensor:
+    """Of two or three samples, of five tokens each, it is causal."""
+    i, j = torch.arange(5)[:, None], torch.arange(5)
+    return (j <= i) & (i - j <= 7 - q.shape[0])
+
+
 def in_low_precision(q: Tensor) -> Tensor:
     """Of positions behind 256, several are one number in bfloat16."""
     positions = torch.arange(q.shape[2]).bfloat16()
@@ -182,6 +189,7 @@ NEAR_MISSES = {
     "a thousand for each sample": lambda q: compared(
         q, lambda i, j: (j <= i) & (i - j <= q.shape[0] * 1000)
     ),
+    "fewer the more samples there are": fewer_by_sample,
     "positions in low precision": in_low_precision,
     "a view is written": hidden_diagonal,
     "written under another name": written_as_another,
@@ -202,6 +210,13 @@ def test_near_misses(name):
     found = rewrite(Written(lambda self, q, k, v: sdpa(q, k, v, attn_mask=mask(q))), *qkv())
     assert not found.count("drop_mask")
     found.assert_as_accurate(*qkv())
+
+
+def test_a_mask_that_is_too_large_to_run_stays(monkeypatch):
+    forward = Written(lambda self, q, k, v: sdpa(q, k, v, attn_mask=lower(q)))
+    # The largest one that would be run has more than 64 queries.
+    monkeypatch.setattr(windows, "LARGEST", 64**2)
+    assert not rewrite(forward, *qkv()).count("drop_mask")
 
 
 def test_a_mask_that_comes_in_stays():
