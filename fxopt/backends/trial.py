@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends.calls import Call
 from fxopt.backends.failures import described
-from fxopt.backends.host_random import HostRandom
+from fxopt.backends.host_random import HostRandom, of_generators
 from fxopt.kernels.gathered import values_of
 from fxopt.kernels.in_force import high_precision
 from fxopt.recipe_errors import AttentionRefused
@@ -164,9 +164,9 @@ def _run(
         same_random_numbers(),
         _reparametrize_module(module, parameters | buffers, tie_weights=True),
     ):
-        before = HostRandom.now()
+        before = HostRandom.now(), of_generators(module)
         outputs = pytree.tree_leaves(forward(*args, **kwargs))
-        draws = HostRandom.now() != before
+        draws = (HostRandom.now(), of_generators(module)) != before
     values = [*outputs, *copies, *buffers.values()]
     wanted = [v for v in (*inputs, *parameters.values()) if _requires_grad(v)]
     outputs = [o for o in outputs if _requires_grad(o)]
@@ -221,8 +221,8 @@ def _is_rounding(expected: Any, found: Any, nudged: Any) -> bool:
     """Whether a value differs no more than one rounding of the inputs makes it differ."""
     if not all(map(_is_inexact, (expected, found, nudged))) or expected.shape != found.shape:
         return False
-    noise = _norm(expected - nudged)
-    return bool(noise > 0) and bool(_norm(expected - found) <= CANCELLATION * noise)
+    noise = _norm(expected - nudged).item()
+    return 0 < noise < math.inf and _norm(expected - found).item() <= CANCELLATION * noise
 
 
 def _same(expected: Any, found: Any, tolerance: float, least: float) -> bool:

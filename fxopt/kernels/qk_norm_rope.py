@@ -167,11 +167,11 @@ class QKNormRope(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, x_bias, weight and bias, None where there is none."""
-        xs = ctx.saved_tensors[: len(ctx.packed)]
-        dtype = ctx.settings[-1]
+        # Asked for once: a checkpoint computes them when they are.
+        kept, dtype = ctx.saved_tensors, ctx.settings[-1]
         is_of_dtype = all(packed == dtype for packed in ctx.packed)
-        can_read = is_of_dtype and all(map(has_whole_blocks, xs))
-        saved, scales = run(read_codes(ctx, ctx.saved_tensors, dtype, can_read))
+        can_read = is_of_dtype and all(map(has_whole_blocks, kept[: len(ctx.packed)]))
+        saved, scales = run(read_codes(ctx, kept, dtype, can_read))
         *tensors, mean, rstd = saved
         num_differentiable = len(tensors) // 6 * 4
         if all(g is None for g in grads):

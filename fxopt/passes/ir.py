@@ -198,12 +198,23 @@ def written(node: fx.Node) -> list[fx.Node]:
 def memory(node: fx.Node) -> fx.Node:
     """The node that made the memory that `node` may share: behind views and in-place writes."""
     while True:
-        if is_call(node, *VIEWS, aten.contiguous.default):
-            node = node.args[0]
-        elif mutates(node):
+        if mutates(node):
             node = written(node)[0]
+        elif _may_share(node):
+            node = node.args[0]  # type: ignore[assignment]
         else:
             return node
+
+
+def _may_share(node: fx.Node) -> bool:
+    """Whether a call may return memory of its first argument: by its schema, if its kind is not
+    known."""
+    if is_call(node, *CASTS):
+        return dtype(node) == dtype(node.args[0])
+    if is_call(node, *VIEWS):
+        return True
+    has_schema = isinstance(node.target, torch._ops.OpOverload) and bool(node.args)
+    return has_schema and any(r.alias_info is not None for r in schema(node).returns)
 
 
 def is_written(node: fx.Node, graph: fx.Graph) -> bool:

@@ -20,12 +20,13 @@ from torch.fx.node import map_aggregate
 
 from fxopt.kernels.attention_call import Window
 from fxopt.passes import ir
+from fxopt.passes.distances import reach, symbols
 from fxopt.passes.prove import Runnable, Sizes
 
 # A score that such a number is added to has no weight beside one that nothing is added to.
 ABSORBING = -1e30
-# Elements of a mask that is run; a larger one would take seconds, and gigabytes.
-LARGEST = 1 << 28
+# Elements of a mask that is run, in some ten ops of up to eight bytes each: half a gigabyte.
+LARGEST = 1 << 26
 _windows: dict[str, Window | None] = {}
 # What comes into the body of a checkpoint, in the graph that calls it. That graph holds the body.
 _outside: WeakKeyDictionary[fx.Node, weakref.ref[fx.Node]] = WeakKeyDictionary()
@@ -52,8 +53,8 @@ def link_bodies(gm: fx.GraphModule) -> None:
 def window(mask: fx.Node) -> Window | None:
     """What each query sees of the keys around it; None unless the graph alone decides, and says so.
 
-    A symbolic number of tokens stands for two, both so large that no number in the mask's own graph
-    is out of sight.
+    A symbolic number of tokens stands for three that have to agree: a small one, and two so large
+    that no number in the mask's own graph is out of sight.
     """
     while mask in _outside and not ir.is_written(mask, mask.graph):
         outer = _outside[mask]()
@@ -63,8 +64,16 @@ def window(mask: fx.Node) -> Window | None:
     made = _made_of_sizes(mask)
     if made is None or not ir.same(*_square(mask)):
         return None
-    found = {_read(made, mask, sizes) for sizes in _probes(made, mask)}
-    return found.pop() if len(found) == 1 else None
+    probes = _probes(made, mask)
+    read = [(_read(made, mask, sizes), sizes(_square(mask)[1])) for sizes in probes]
+    widest = read[-1][0] if read else None
+    agree = widest is not None and all(w == _within(widest, num) for w, num in read)
+    return widest if agree else None
+
+
+def _within(window: Window, num_tokens: int) -> Window:
+    """The window among so many tokens: what reaches from end to end is all."""
+    return Window(*(-1 if n >= num_tokens - 1 else n for n in window))
 
 
 def _square(mask: fx.Node) -> tuple[Any, Any]:
@@ -98,25 +107,28 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _probes(made: list[fx.Node], mask: fx.Node) -> list[Sizes]:
-    """Sizes to run the mask at; none if no large number of tokens is allowed."""
-    symbol = ir.expression(ir.shape(mask)[-1])
-    if isinstance(symbol, int):
-        return [Sizes(mask.graph.nodes)]
-    numbers = [abs(a) for node in made for a in _numbers((node.args, node.kwargs))]
-    enough = 2 * sum(set(numbers)) + 64
-    lengths = enough, 3 * enough // 2 + 1
-    probes = [Sizes(mask.graph.nodes, {symbol: n}) for n in lengths]
-    allowed = [p.values[symbol] == n for p, n in zip(probes, lengths, strict=True)]
-    return probes if symbol.is_Atom and all(allowed) else []
-
-
-def _numbers(arguments: Any) -> list[int]:
-    leaves = torch.utils._pytree.tree_leaves(arguments)
-    return [int(a) for a in leaves if type(a) in (int, float) and abs(a) < 1 << 20]
+    """Sizes to run the mask at, most tokens last; none if what they show may not hold at others."""
+    nodes, tokens = mask.graph.nodes, ir.expression(ir.shape(mask)[-1])
+    probes, given = [Sizes(nodes)], {}
+    others = symbols(made) - {tokens}
+    if isinstance(tokens, int) and not others:
+        return probes
+    farthest = reach(made, tokens) if isinstance(tokens, int) or tokens.is_Atom else None
+    if farthest is None:
+        return []
+    if not isinstance(tokens, int):
+        given[tokens] = farthest + 64
+        probes.append(Sizes(nodes, given))
+        given[tokens] += 29
+    # A size of something else, as of a table of distances, must not matter.
+    given |= {other: probes[0].values[other] + 1 for other in others}
+    probes.append(Sizes(nodes, given))
+    allowed = all(probes[-1].values[symbol] == size for symbol, size in given.items())
+    return probes if allowed else []
 
 
 def _read(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Window | None:
-    if not 0 < math.prod(map(sizes, ir.shape(mask))) <= LARGEST:
+    if not 0 < _num_elements(mask, sizes) <= LARGEST:
         return None
     run = _extract(made, mask, sizes)
     key = run.describe()
@@ -127,6 +139,14 @@ def _read(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Window | None:
             except Exception:  # sizes that the graph cannot have
                 _windows[key] = None
     return _windows[key]
+
+
+def _num_elements(mask: fx.Node, sizes: Sizes) -> int:
+    """Those in memory: samples and heads most often share them."""
+    val = ir.tensor(mask)
+    assert val is not None
+    held = zip(ir.shape(mask), val.stride(), strict=True)
+    return math.prod(sizes(size) for size, stride in held if not ir.same(stride, 0))
 
 
 def _extract(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Runnable:
@@ -148,6 +168,7 @@ def _extract(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Runnable:
 
 def _band(mask: Tensor) -> Window | None:
     """The window that `mask`, [..., S, S], is; both sides unbounded if it hides nothing."""
+    mask = mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride()[:-2])]
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not (seen | (mask <= ABSORBING)).all():
         return None

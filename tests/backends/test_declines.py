@@ -71,6 +71,22 @@ class DropsLayerByNumPy(DropsLayer):
         return float(np.random.rand())
 
 
+class DropsLayerByOwnGenerator(DropsLayer):
+    def __init__(self, layer_idx: int = 0) -> None:
+        super().__init__(layer_idx)
+        self.generator = np.random.default_rng(0)
+
+    def draw(self) -> float:
+        return self.generator.random()
+
+
+class DropsLayerByGeneratorOfClass(DropsLayer):
+    generator = random.Random(0)
+
+    def draw(self) -> float:
+        return self.generator.random()
+
+
 class HoldsParameterInList(Block):
     def __init__(self, layer_idx: int = 0) -> None:
         super().__init__(layer_idx)
@@ -117,6 +133,8 @@ REASONS = {
     ReadsValues: "data-dependent",
     DropsLayer: "draws random numbers from Python or NumPy",
     DropsLayerByNumPy: "draws random numbers from Python or NumPy",
+    DropsLayerByOwnGenerator: "draws random numbers from Python or NumPy",
+    DropsLayerByGeneratorOfClass: "draws random numbers from Python or NumPy",
     HoldsParameterInList: "reads a parameter that is not registered in it",
     Counts: "sets the attribute 'num_calls'",
     KeepsOutput: "sets the attribute 'output'",

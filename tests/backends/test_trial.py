@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,29 @@ def test_a_gradient_that_is_rounding_may_be_another() -> None:
         return module.fused(x, context) - 0.1 * (module.q.weight - module.q.weight.detach()).sum()
 
     assert verdict(module, with_another_gradient, *inputs)
+
+
+class Edge(torch.autograd.Function):
+    """Its gradient is Inf unless its input is 1 exactly, as of half precision at its end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.factor = torch.where(x == 1, 1.0, torch.inf)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.factor
+
+
+def test_rounding_that_overflows_hides_no_fault() -> None:
+    class Overflows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Edge.apply(x)
+
+    module = Overflows()
+    assert verdict(module, module.forward, torch.ones(4)) is None
+    assert verdict(module, lambda x: -Edge.apply(x) + 2 * x.detach(), torch.ones(4))
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from fxopt.passes import windows
 from tests.passes.rewriting import Written, normal, rewrite
 
 sdpa = F.scaled_dot_product_attention
@@ -119,6 +120,30 @@ def written(q: Tensor) -> Tensor:
     return mask
 
 
+def hidden_diagonal(q: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    mask.diagonal(1).fill_(False)
+    return mask
+
+
+def written_as_another(q: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    mask.detach()[:, 2:].fill_(False)
+    return mask
+
+
+def fewer_by_sample(q: Tensor) -> Tensor:
+    """Of two or three samples, of five tokens each, it is causal."""
+    i, j = torch.arange(5)[:, None], torch.arange(5)
+    return (j <= i) & (i - j <= 7 - q.shape[0])
+
+
+def in_low_precision(q: Tensor) -> Tensor:
+    """Of positions behind 256, several are one number in bfloat16."""
+    positions = torch.arange(q.shape[2]).bfloat16()
+    return positions[None, :] <= positions[:, None]
+
+
 def filled(q: Tensor) -> Tensor:
     return torch.zeros(q.shape[2], q.shape[2]).masked_fill_(q[0, 0, :, :1] > 0, -1.0)
 
@@ -138,6 +163,36 @@ NEAR_MISSES = {
     "a window wider than the probes of other rules": lambda q: compared(
         q, lambda i, j: (j <= i) & (i - j <= 300)
     ),
+    "a quotient of positions is seen": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i // 64 - j // 64 <= 64)
+    ),
+    "a small part of the distance": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((i - j) * 0.001 <= 1)
+    ),
+    "a root of the distance": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((i - j).float().sqrt() <= 64)
+    ),
+    "a number is a product": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= torch.full((), 64) * 64)
+    ),
+    "two periods meet late": lambda q: compared(
+        q, lambda i, j: (j <= i) & ((j % 30 < 29) | (j % 31 < 30))
+    ),
+    "the last thousand tokens": lambda q: compared(
+        q, lambda i, j: (j <= i) & (j >= q.shape[2] - 1000)
+    ),
+    "few tokens see less": lambda q: compared(q, lambda i, j: (j <= i) & (j >= 9 - q.shape[2])),
+    "a thousandth of the tokens": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= 100 + q.shape[2] // 1000)
+    ),
+    "as many as samples": lambda q: compared(q, lambda i, j: (j <= i) & (i - j <= q.shape[0])),
+    "a thousand for each sample": lambda q: compared(
+        q, lambda i, j: (j <= i) & (i - j <= q.shape[0] * 1000)
+    ),
+    "fewer the more samples there are": fewer_by_sample,
+    "positions in low precision": in_low_precision,
+    "a view is written": hidden_diagonal,
+    "written under another name": written_as_another,
     "causal, added as no large number": lambda q: torch.full((q.shape[2],) * 2, -3.0).triu(1),
     "written after": lambda q: compared(q, lambda i, j: j <= i).index_fill_(
         0, q[0, 0, :1, 0].long(), True
@@ -155,6 +210,13 @@ def test_near_misses(name):
     found = rewrite(Written(lambda self, q, k, v: sdpa(q, k, v, attn_mask=mask(q))), *qkv())
     assert not found.count("drop_mask")
     found.assert_as_accurate(*qkv())
+
+
+def test_a_mask_that_is_too_large_to_run_stays(monkeypatch):
+    forward = Written(lambda self, q, k, v: sdpa(q, k, v, attn_mask=lower(q)))
+    # The largest one that would be run has more than 64 queries.
+    monkeypatch.setattr(windows, "LARGEST", 64**2)
+    assert not rewrite(forward, *qkv()).count("drop_mask")
 
 
 def test_a_mask_that_comes_in_stays():
