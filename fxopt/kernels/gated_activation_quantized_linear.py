@@ -55,7 +55,7 @@ class GatedActivationQuantizedLinear(Streams):
         ctx.recipe, ctx.step, _ = decision
         ctx.settings, ctx.slots = settings, slots_for(decision, [weight])
         ctx.shape, ctx.pieces = (*gate.shape[:-1], weight.shape[1]), pieces_of([weight], [])
-        rooms = room_for(ctx, (gate, up)) if fuses(ctx.recipe) else ()
+        rooms = room_for(ctx, gate, (gate, up)) if fuses(ctx.recipe) else ()
         (y, amax_t), copies = yield from side_by_side(
             _activated(ctx, gate, up, beside, rooms),
             cast_weights([weight], ctx, any(ctx.needs_input_grad)),

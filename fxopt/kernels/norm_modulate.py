@@ -147,11 +147,11 @@ def rooms_of(
 ) -> list[Tensor | None]:
     """Where a norm_modulate of these arguments leaves codes of the norm's input and of x."""
     if not is_packing():
-        return room_for(ctx, (None, None))
+        return room_for(ctx, tensors[0], (None, None))
     x, residual, shift, (norm, *_, h_dtype, _) = tensors[0], tensors[1], tensors[6], settings
     norm_input = x if residual is None else torch.empty(x.shape, dtype=h_dtype, device="meta")
     activations = None if norm == "none" else norm_input, x if needs_gate else None
-    return room_for(ctx, activations, (is_own(x, residual, shift), True))
+    return room_for(ctx, x, activations, (is_own(x, residual, shift), True))
 
 
 def keep(

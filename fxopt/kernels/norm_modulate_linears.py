@@ -173,7 +173,7 @@ def _rooms(
         is_normed, has_branch = stream.settings[0] != "none", gate is not None and needed[0][2]
         activations += [norm_input if trains and is_normed else None, x if has_branch else None]
         own += [is_own(x, residual, _addend(others[3], index, stream)), True]
-    rooms = room_for(ctx, activations, own)
+    rooms = room_for(ctx, each[0][0][0], activations, own)
     patterns = {tuple(r is None for r in rooms[i : i + 4]) for i in range(0, len(rooms), 4)}
     is_shared = len(patterns) == 1 and not any(stream.by_segment for stream in streams)
     return own, rooms if is_shared else []

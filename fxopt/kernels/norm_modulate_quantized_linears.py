@@ -72,7 +72,7 @@ class NormModulateQuantizedLinears(Streams):
         h = x
         if is_packing() and residual is not None:
             h = torch.empty(x.shape, dtype=settings[4], device="meta")
-        rooms = room_for(ctx, (h, branch), own) if leaves_codes else ()
+        rooms = room_for(ctx, x, (h, branch), own) if leaves_codes else ()
         if fuses(recipe):
             lines = slot.rows, slot.known, slot.seen
             asked = *given, *formats(recipe, trains, slot)

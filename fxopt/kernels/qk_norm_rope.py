@@ -147,7 +147,8 @@ class QKNormRope(torch.autograd.Function):
         xs, others = tensors[:num_sections], tensors[num_sections:]
         has_weight = any(t is not None for t in tensors[2 * num_sections : 3 * num_sections])
         reads_x = settings[1] != "none" or has_weight
-        rooms = room_for(ctx, xs if reads_x else (), num_row_dims=2)
+        assert xs[0] is not None
+        rooms = room_for(ctx, xs[0], xs if reads_x else (), num_row_dims=2)
         fields = [rooms[::2], rooms[1::2]] if rooms and None not in rooms else []
         given = qk_norm_rope, fields, *_fields(tensors), *settings
         *outs, mean, rstd = below_autograd(call_counting, *given)

@@ -94,6 +94,7 @@ def packing(
 
 def room_for(
     ctx: Any,
+    like: Tensor,
     activations: Sequence[Tensor | None],
     are_own: Sequence[bool] | None = None,
     num_row_dims: int = 1,
@@ -102,15 +103,14 @@ def room_for(
     turn; None where it is saved as it is. As `packing` decides, before the op runs.
 
     Args:
+        like: of the device of the rooms, and no subclass where there are to be any.
         activations: what is still to be made on the device "meta".
         ctx, are_own, num_row_dims: as in `packing`.
     """
     ctx.packed = [None] * len(activations)
     rooms: list[Tensor | None] = [None] * (2 * len(activations))
-    present = [t for t in activations if t is not None]
-    if not is_packing() or not present or any(map(is_traceable_wrapper_subclass, present)):
+    if not is_packing() or is_traceable_wrapper_subclass(like):
         return rooms
-    like = next((t for t in present if t.device.type != "meta"), present[0])
     for i in _chosen(ctx, activations, are_own):
         t = activations[i]
         assert t is not None

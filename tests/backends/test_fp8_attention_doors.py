@@ -121,7 +121,7 @@ def test_a_mask_is_refused_unless_it_is_known_to_be_causal() -> None:
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     compiled(model, RECIPE)
     loss(model, inputs)
-    assert lines(model) == {EMULATED}
+    assert set(lines(model)) == {EMULATED}
     is_token = torch.ones_like(inputs["input_ids"])
     with pytest.raises(AttentionRefused, match="it takes no mask, and this is boolean"):
         loss(model, inputs | {"attention_mask": is_token})
