@@ -192,8 +192,10 @@ def forward_of(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Codes, scales and amax_t of each call, then of each weight; no gate and no weight is empty or
     fp64, and names are those of the first call. With weights no magnitude is known."""
-    # With as many as for an activation alone, weights spilled on sm_89.
-    num_warps = launch.NUM_WARPS if weights else NUM_WARPS
+    # With as many as for an activation alone, weights spilled on sm_89; with fewer, codes of gate
+    # and up do on sm_100.
+    is_packing = any(room is not None for call in calls for room in call[10:])
+    num_warps = launch.NUM_WARPS if weights and not is_packing else NUM_WARPS
     constants = {"ACTIVATION": calls[0][3], "num_warps": num_warps}
     of_weights = [_plain(weight, constants) for weight in weights]
     matrices = [_whole(call[:5], constants) for call in calls] + of_weights
