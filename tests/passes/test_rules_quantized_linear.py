@@ -169,9 +169,14 @@ def test_without_a_recipe_there_is_no_rule() -> None:
     assert not list(rule.RULE.propose(None))
 
 
-def test_merging_takes_the_linears_that_are_left() -> None:
+@pytest.mark.parametrize(
+    ("activation", "merging"), [(torch.tanh, "merge_linears"), (F.silu, "silu_linears")]
+)
+def test_merging_takes_the_linears_that_are_left(
+    activation: Callable[[Tensor], Tensor], merging: str
+) -> None:
     def forward(m: nn.Module, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        pooled = emb.tanh()
+        pooled = activation(emb)
         return F.linear(x, m.q), F.linear(x, m.k), F.linear(pooled, m.a), F.linear(pooled, m.b)
 
     found = rewritten(
@@ -180,7 +185,7 @@ def test_merging_takes_the_linears_that_are_left() -> None:
         normal(2, WIDTH),
         **{name: weight() for name in ("q", "k", "a", "b")},
     )
-    assert (found.count("quantized_linear"), found.count("merge_linears")) == (2, 1)
+    assert (found.count("quantized_linear"), found.count(merging)) == (2, 1)
 
 
 def test_what_does_not_pay_says_from_where_it_does() -> None:
