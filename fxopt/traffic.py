@@ -38,6 +38,7 @@ GEMMS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 # Views by another name, and questions.
 VIEWS = {
     *("view", "reshape", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh"),
+    *("unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"),  # with versions of their own
     *("device", "layout", "prim_layout", "is_same_size", "sym_size", "_assert_tensor_metadata"),
 }
 SCALED = "fxopt::scaled_matmul"
