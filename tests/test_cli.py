@@ -1,10 +1,12 @@
 """The `fxopt` command, as a user types it."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,9 +111,12 @@ def test_an_output_that_cannot_be_written_is_said_first(capsys, tmp_path):
         assert f"cannot write {path}" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_line_on_standard_error(mine, capsys):
-    assert cli.main(["explain", mine, "--json", "/dev/full"]) == 2
+def test_a_full_disk_is_one_line_on_standard_error(mine, capsys, tmp_path, monkeypatch):
+    def write(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write)
+    assert cli.main(["explain", mine, "--json", str(tmp_path / "report.json")]) == 2
     assert "cannot write the report: [Errno 28]" in capsys.readouterr().err
 
 

@@ -201,7 +201,7 @@ def memory(node: fx.Node) -> fx.Node:
         if mutates(node):
             node = written(node)[0]
         elif _may_share(node):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.all_input_nodes[0]
         else:
             return node
 
@@ -213,8 +213,12 @@ def _may_share(node: fx.Node) -> bool:
         return dtype(node) == dtype(node.args[0])
     if is_call(node, *VIEWS):
         return True
-    has_schema = isinstance(node.target, torch._ops.OpOverload) and bool(node.args)
-    return has_schema and any(r.alias_info is not None for r in schema(node).returns)
+    has_schema = isinstance(node.target, torch._ops.OpOverload)
+    return (
+        has_schema
+        and bool(node.all_input_nodes)
+        and any(r.alias_info is not None for r in schema(node).returns)
+    )
 
 
 def is_written(node: fx.Node, graph: fx.Graph) -> bool:

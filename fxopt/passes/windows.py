@@ -136,7 +136,7 @@ def _read(made: list[fx.Node], mask: fx.Node, sizes: Sizes) -> Window | None:
         with torch.device("cpu"):
             try:
                 _windows[key] = _band(run()[0])
-            except Exception:  # sizes that the graph cannot have
+            except (IndexError, RuntimeError, ValueError):  # sizes that the graph cannot have
                 _windows[key] = None
     return _windows[key]
 
