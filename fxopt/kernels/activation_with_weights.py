@@ -19,7 +19,7 @@ from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
     triton_activations,
 )
-from fxopt.kernels.registration import call_counting, register
+from fxopt.kernels.registration import call_form, register
 from fxopt.kernels.together import Ask
 
 NUM_ACTIVATION_ARGUMENTS, NUM_ARGUMENTS = 7, 10
@@ -38,7 +38,7 @@ def native(*args: Any) -> Lists:
     """
     unwatched = None, None, None
     found = [
-        call_counting(gated_activation_quantize, (*unwatched, *rooms), *call)
+        call_form(gated_activation_quantize, (*unwatched, *rooms), *call)
         for call, rooms in zip(_calls(args), _rooms(args), strict=True)
     ]
     found += zip(*quantize_rows(*args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]), strict=True)
@@ -94,7 +94,7 @@ activation_with_weights = register(
     fake=native,
     triton=triton,
     launches=_launches,
-    counters=ROOMS,
+    further=ROOMS,
     form="packing",
     # For the scale, then for the values.
     rereads=lambda args, _: _read(args),
@@ -120,7 +120,7 @@ def together(asks: Sequence[Ask]) -> list[Any] | None:
     rooms = [ask.rooms for ask in asks if ask.op is gated_activation_quantize]
     fields = [list(f) if f[0] is not None else None for f in zip(*rooms, strict=True)]
     given = *tensors, *settings, every, *formats
-    found = zip(*call_counting(activation_with_weights, fields, *given), strict=True)
+    found = zip(*call_form(activation_with_weights, fields, *given), strict=True)
     of_activations = iter([*islice(found, len(activations))])
     return [
         next(of_activations)

@@ -28,7 +28,7 @@ from fxopt.kernels.native_norm_modulate import (
     wanted,
 )
 from fxopt.kernels.quantize import can_cast
-from fxopt.kernels.registration import below_autograd, call_counting, opmath_of, register
+from fxopt.kernels.registration import below_autograd, call_form, opmath_of, register
 from fxopt.kernels.saving import (
     fill,
     is_packing,
@@ -120,7 +120,7 @@ class NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         rooms = rooms_of(ctx, args[:8], args[8:], ctx.needs_input_grad[2])
-        op = call_counting, norm_modulate, rooms
+        op = call_form, norm_modulate, rooms
         results: tuple[Tensor, ...] = below_autograd(*op, *args)
         keep(ctx, args[:8], args[8:], results, rooms)
         return results
@@ -137,7 +137,7 @@ class NormModulate(torch.autograd.Function):
         needs, shift = ctx.needs_input_grad[:8], others[3]
         asks = asked(needs, shift, h)
         given = grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
-        found = call_counting(norm_modulate_backward, scales, *given)
+        found = call_form(norm_modulate_backward, scales, *given)
         operands = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
         return *in_dtypes(ctx, operands), *no_grads
 
@@ -316,7 +316,7 @@ norm_modulate = register(
     native=native_forward,
     fake=_fake,
     triton=_triton,
-    counters=ROOMS,
+    further=ROOMS,
     form="packing",
     function=NormModulate,
     sharding=rows("x", "residual", operands=_OPERANDS, outputs=[None] * 4),
@@ -327,7 +327,7 @@ norm_modulate_backward = register(
     native=native_backward,
     fake=fake_one_backward,
     triton=_triton_backward,
-    counters="Tensor? h_scales, Tensor? x_scales",
+    further="Tensor? h_scales, Tensor? x_scales",
     form="packed",
     launches=_launches_backward,
     sharding=rows(

@@ -97,7 +97,7 @@ norm_modulate_segments_quantize = register(
     triton=triton,
     launches=lambda *args: plain.norm_launches(*_plain(args, 8)),
     rereads=lambda args, out: plain.norm_rereads(_plain(args, 8), out),
-    counters=plain.OF_NORM,
+    further=plain.OF_NORM,
 )
 norm_modulate_segments_quantize_columns = register(
     "norm_modulate_segments_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, "
@@ -107,7 +107,7 @@ norm_modulate_segments_quantize_columns = register(
     native=native_columns,
     fake=_fake_columns,
     triton=triton_columns,
-    counters=plain.OF_COLUMNS,
+    further=plain.OF_COLUMNS,
 )
 register_together(
     norm_modulate_segments_quantize,

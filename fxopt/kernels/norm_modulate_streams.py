@@ -29,7 +29,7 @@ from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.registration import (
     LAUNCHES,
     below_autograd,
-    call_counting,
+    call_form,
     each_directly,
     opmath_of,
     register,
@@ -45,20 +45,19 @@ def launch(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     each = each_directly(norm_modulate, calls)
     if each is not None:
         return each
-    rooms = [list(r) if r[0] is not None else None for r in zip(*rooms_of(calls), strict=True)]
+    # Behind the arguments of each stands where it leaves codes, of the same in all.
+    rooms = [
+        list(r) if r[0] is not None else None
+        for r in zip(*(c[NUM_ARGUMENTS:] for c in calls), strict=True)
+    ]
     calls = [call[:NUM_ARGUMENTS] for call in calls]
     if len(calls) == 1:
         own = [None if room is None else room[0] for room in rooms]
-        return [below_autograd(call_counting, norm_modulate, own, *calls[0])]
+        return [below_autograd(call_form, norm_modulate, own, *calls[0])]
     *tensors, norm, eps, weight_offset, scale_offset, h_dtype, dtype = zip(*calls, strict=True)
     settings = (norm[0], eps, weight_offset, scale_offset, h_dtype[0], dtype[0])
-    given = call_counting, norm_modulate_streams, rooms, *tensors, *settings
+    given = call_form, norm_modulate_streams, rooms, *tensors, *settings
     return by_call(below_autograd(*given), 4)
-
-
-def rooms_of(calls: Sequence[Call]) -> list[Call]:
-    """What stands behind the arguments of each: where codes are left, of the same in all."""
-    return [call[NUM_ARGUMENTS:] for call in calls]
 
 
 def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
@@ -71,12 +70,12 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     calls = [call[:NUM_BACKWARD_ARGUMENTS] for call in calls]
     if len(calls) < 2:
         own = [s[0] for s in scales]
-        return [call_counting(norm_modulate_backward, own, *call) for call in calls]
+        return [call_form(norm_modulate_backward, own, *call) for call in calls]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
     given = *tensors, *settings, every_need, recompute
-    return by_call(call_counting(norm_modulate_streams_backward, scales, *given), 9)
+    return by_call(call_form(norm_modulate_streams_backward, scales, *given), 9)
 
 
 def calls_of(args: Sequence[Any], num_fields: int = NUM_OPERANDS) -> list[Call]:
@@ -182,7 +181,7 @@ norm_modulate_streams = register(
     native=_native,
     fake=_fake,
     triton=_triton,
-    counters="Tensor(a!)[]? h_codes, Tensor(b!)[]? h_scales, Tensor(c!)[]? x_codes, "
+    further="Tensor(a!)[]? h_codes, Tensor(b!)[]? h_scales, Tensor(c!)[]? x_codes, "
     "Tensor(d!)[]? x_scales",
     form="packing",
 )
@@ -195,7 +194,7 @@ norm_modulate_streams_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
-    counters="Tensor?[] h_scales, Tensor?[] x_scales",
+    further="Tensor?[] h_scales, Tensor?[] x_scales",
     form="packed",
 )
 share(norm_modulate, launch, lambda x, *args: (x.shape[-1], args[7], *args[-2:]))

@@ -73,6 +73,6 @@ packed_backward = register(
     native=native,
     fake=fake,
     triton=triton,
-    counters=COUNTERS,
+    further=COUNTERS,
 )
 register_together(packed_backward, triton_together)

@@ -32,7 +32,7 @@ from fxopt.kernels.qk_norm_rope_providers import (
 )
 from fxopt.kernels.registration import (
     below_autograd,
-    call_counting,
+    call_form,
     register,
 )
 from fxopt.kernels.saving import kept_in, packed, read_codes, room_for
@@ -151,7 +151,7 @@ class QKNormRope(torch.autograd.Function):
         rooms = room_for(ctx, xs[0], xs if reads_x else (), num_row_dims=2)
         fields = [rooms[::2], rooms[1::2]] if rooms and None not in rooms else []
         given = qk_norm_rope, fields, *_fields(tensors), *settings
-        *outs, mean, rstd = below_autograd(call_counting, *given)
+        *outs, mean, rstd = below_autograd(call_form, *given)
         ctx.set_materialize_grads(False)
         trains = map(any, zip(*_fields(ctx.needs_input_grad[1:]), strict=True))  # by section
         of_outs = [any([*itertools.islice(trains, num)]) for num in settings[0]]
@@ -184,7 +184,7 @@ class QKNormRope(torch.autograd.Function):
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
         given = filled, *fields, mean, rstd, *ctx.settings, needs
-        computed = call_counting(qk_norm_rope_backward, [[*scales]] if can_read else [], *given)
+        computed = call_form(qk_norm_rope_backward, [[*scales]] if can_read else [], *given)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
 
@@ -219,7 +219,7 @@ qk_norm_rope_backward = register(
     triton=providers.triton_backward,
     launches=_launches_backward,
     sharding=sections(of_section_gradients),
-    counters="Tensor[] x_scales",
+    further="Tensor[] x_scales",
     form="packed",
 )
 # (outs..., mean, rstd)
@@ -231,7 +231,7 @@ qk_norm_rope = register(
     function=QKNormRope,
     launches=forward_launches,
     sharding=sections(of_sections),
-    counters="Tensor(a!)[] codes, Tensor(b!)[] scales",
+    further="Tensor(a!)[] codes, Tensor(b!)[] scales",
     form="packing",
     reference=reference,
 )

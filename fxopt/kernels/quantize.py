@@ -274,7 +274,7 @@ quantize = register(
     launches=_launches,
     # For the scale, then for the values.
     rereads=lambda args, _: [] if _is_known(args) else args[:1],
-    counters=LINES,
+    further=LINES,
 )
 # The copies of one matrix that lies in pieces, as the gradient of an output does that is split.
 quantize_pieces = register(
@@ -286,7 +286,7 @@ quantize_pieces = register(
     triton=triton_pieces,
     launches=_launches,
     rereads=lambda args, _: [] if _is_known(args) else args[0],
-    counters=LINES,
+    further=LINES,
 )
 quantize_together = register_together(
     quantize, triton_together, kind=lambda *args: () if fits(*args) else None

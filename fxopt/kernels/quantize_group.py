@@ -22,7 +22,7 @@ from torch import Tensor
 from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.quantize import amax_for, fake_amax
-from fxopt.kernels.registration import call_counting, register
+from fxopt.kernels.registration import call_form, register
 from fxopt.kernels.together import SHARED, Ask, Shared, mix, parts, share_lists
 
 NUM_RESULTS = 7  # of `quantize`
@@ -180,7 +180,7 @@ quantize_rows = register(
     launches=lambda *args: 1 if _is_known(args) else 2,
     # For the scale, then for the values.
     rereads=lambda args, _: [] if _is_known(args) else args[0],
-    counters="Tensor(a!)[]? counters, Tensor[]? known, Tensor(b!)[]? seen",
+    further="Tensor(a!)[]? counters, Tensor[]? known, Tensor(b!)[]? seen",
 )
 quantize_columns = register(
     "quantize_columns(Tensor[] xs, str columns, Tensor[] amax_t) "
@@ -188,7 +188,7 @@ quantize_columns = register(
     native=native_columns,
     fake=_fake_columns,
     triton=triton_columns,
-    counters="Tensor(a!)[]? counters",
+    further="Tensor(a!)[]? counters",
 )
 share_lists(quantize_rows)
 share_lists(quantize_columns)
@@ -230,7 +230,7 @@ def _mixed(asks: Sequence[Ask]) -> list[Any]:
 
 
 def _apart(asks: Sequence[Ask]) -> list[Any]:
-    return [call_counting(ask.op, ask.lines, *ask.args) for ask in asks]
+    return [call_form(ask.op, ask.lines, *ask.args) for ask in asks]
 
 
 SHARED[quantize.quantize_pieces] = Shared(

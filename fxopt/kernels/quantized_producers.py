@@ -300,7 +300,7 @@ norm_modulate_quantize = register(
     triton=triton_norm,
     launches=norm_launches,
     rereads=norm_rereads,
-    counters=OF_NORM,
+    further=OF_NORM,
 )
 norm_modulate_quantize_columns = register(
     "norm_modulate_quantize_columns(Tensor h, Tensor? weight, Tensor? bias, Tensor? scale, "
@@ -310,7 +310,7 @@ norm_modulate_quantize_columns = register(
     native=native_norm_columns,
     fake=fake_norm_columns,
     triton=triton_norm_columns,
-    counters=OF_COLUMNS,
+    further=OF_COLUMNS,
 )
 gated_activation_quantize = register(
     "gated_activation_quantize(Tensor gate, Tensor? up, Tensor? beside, str activation, "
@@ -320,7 +320,7 @@ gated_activation_quantize = register(
     triton=triton_activation,
     launches=_activation_launches,
     rereads=_activation_rereads,
-    counters=OF_ACTIVATION,
+    further=OF_ACTIVATION,
 )
 gated_activation_quantize_backward = register(
     "gated_activation_quantize_backward(Tensor grad, Tensor gate, Tensor? up, Tensor? beside, "
@@ -329,7 +329,7 @@ gated_activation_quantize_backward = register(
     native=native_activation_backward,
     fake=_fake_activation_backward,
     triton=triton_activation_backward,
-    counters=COUNTERS,
+    further=COUNTERS,
 )
 register_together(
     norm_modulate_quantize,

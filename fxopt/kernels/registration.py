@@ -26,7 +26,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {}
 CAPABILITIES: dict[str, tuple[int, int]] = {}
 LAUNCHES: dict[str, Callable[..., int]] = {}
 REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
-COUNTING: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+SECOND_FORMS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {}
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
@@ -75,7 +75,7 @@ def register(
     launches: Callable[..., int] | None = None,
     sharding: shardings.Rule | None = None,
     rereads: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
-    counters: str = "",
+    further: str = "",
     form: str = "counting",
     reference: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
@@ -92,10 +92,11 @@ def register(
         launches: kernels that a call with these arguments launches on a GPU; None for always one.
         sharding: how it runs on DTensors; None to refuse them.
         rereads: from arguments and outputs, those that a second of these kernels reads again.
-        counters: further arguments, of a second op `<name>_counting` with the same implementations,
-            for `call_counting`: those that it writes, as compilers want ops that write nothing,
-            magnitudes that are known beforehand, and scales of arguments that are codes.
-        form: what the second op's name ends with.
+        further: arguments of a second form of the op, `<name>_<form>`, with the same
+            implementations, for `call_form`: those that it writes, as compilers want ops that
+            write nothing, magnitudes that are known beforehand, and scales of arguments that are
+            codes.
+        form: what the second form does beside the op.
         reference: the op in plain differentiable ATen, which compilers get in its place; None for
             ops that they get as they are, or never.
     """
@@ -120,10 +121,10 @@ def register(
     register_flop_formula(getattr(torch.ops.fxopt, name))(flops or _no_flops)
     if sharding is not None:
         shardings.register(op, sharding)
-    if counters:
+    if further:
         arguments, returns = schema[len(name) :].rsplit(") -> ", 1)
-        COUNTING[op] = register(
-            f"{name}_{form}{arguments}, {counters}) -> {returns}",
+        SECOND_FORMS[op] = register(
+            f"{name}_{form}{arguments}, {further}) -> {returns}",
             native=native,
             fake=fake,
             triton=triton,
@@ -133,13 +134,14 @@ def register(
     return op
 
 
-def call_counting(op: torch._ops.OpOverload, lines: Sequence[Any], *args: Any) -> Any:
-    """Call `op` without autograd, or its second form if any of the further arguments, `lines`, is
-    not None; the last of these may be left out."""
-    if all(line is None for line in lines):
+def call_form(op: torch._ops.OpOverload, further: Sequence[Any], *args: Any) -> Any:
+    """Call `op` without autograd, or its second form if any of the further arguments is not None;
+    the last of these may be left out."""
+    if all(argument is None for argument in further):
         return without_autograd(op, *args)
-    form = COUNTING[op]
-    return form(*args, *lines, *[None] * (len(form._schema.arguments) - len(args) - len(lines)))
+    form = SECOND_FORMS[op]
+    absent = [None] * (len(form._schema.arguments) - len(args) - len(further))
+    return form(*args, *further, *absent)
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:

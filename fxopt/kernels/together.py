@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch._ops import OpOverload
 
-from fxopt.kernels.registration import COUNTING, LAUNCHES, REREADS, call_counting, register
+from fxopt.kernels.registration import LAUNCHES, REREADS, SECOND_FORMS, call_form, register
 
 Call = tuple[Any, ...]  # arguments of one call
 COMMON = ("str", "str?", "ScalarType")  # what has one value for all calls
 
 
 class Ask(NamedTuple):
-    """A call that is wanted; lines: as `call_counting` takes them, and behind them rooms: where it
+    """A call that is wanted; lines: as `call_form` takes them, and behind them rooms: where it
     leaves codes of what it reads, or None."""
 
     op: OpOverload
@@ -33,7 +33,7 @@ class Ask(NamedTuple):
 
     @property
     def further(self) -> Call:
-        """All that `call_counting` takes; nothing where none of it is there."""
+        """All that `call_form` takes; nothing where none of it is there."""
         found = *self.lines, *self.rooms
         return () if all(t is None for t in found) else found
 
@@ -84,7 +84,7 @@ def answer(asks: Sequence[Ask]) -> list[Any]:
 def _of_one_kind(asks: Sequence[Ask]) -> Sequence[Any]:
     first = asks[0]
     if len(asks) == 1:
-        return [call_counting(first.op, first.further, *first.args)]
+        return [call_form(first.op, first.further, *first.args)]
     return SHARED[first.op].run(asks)
 
 
@@ -204,7 +204,7 @@ def share_lists(op: OpOverload) -> None:
             [_joined(field) for field in zip(*each, strict=True)]
             for each in ([ask.args for ask in asks], [ask.lines for ask in asks])
         )
-        every = [iter(field) for field in call_counting(op, lines, *args)]
+        every = [iter(field) for field in call_form(op, lines, *args)]
         sizes = [len(ask.args[0]) for ask in asks]
         return [tuple(list(islice(field, size)) for field in every) for size in sizes]
 
@@ -226,7 +226,7 @@ def register_together(
     launches: Callable[[list[Call]], int] | None = None,
     kind: Callable[..., Hashable] = lambda *args: (),
 ) -> OpOverload:
-    """Define `<name>_together` of an op and of its second form that counts.
+    """Define `<name>_together` of an op and of its second form.
 
     Args:
         op: with results that are tensors.
@@ -236,20 +236,15 @@ def register_together(
     """
     num_args = len(op._schema.arguments)
     together = _define(op, num_args, triton, launches)
-    counting = _define(COUNTING[op], num_args, triton, launches)
+    SECOND_FORMS[together] = _define(SECOND_FORMS[op], num_args, triton, launches)
     types = _types(op)
 
     def run(asks: Sequence[Ask]) -> list[Call]:
         columns = zip(*(ask.args for ask in asks), strict=True)
         args = [c[0] if t in COMMON else list(c) for t, c in zip(types, columns, strict=True)]
-        lines = [
-            None if c[0] is None else list(c) for c in zip(*(a.further for a in asks), strict=True)
-        ]
-        is_counting = any(line is not None for line in lines)
-        num_absent = len(counting._schema.arguments) - len(args) - len(lines)
-        further = *lines, *[None] * num_absent
-        results = counting(*args, *further) if is_counting else together(*args)
-        return by_call(results, len(op._schema.returns))
+        columns = zip(*(ask.further for ask in asks), strict=True)
+        further = [None if c[0] is None else list(c) for c in columns]
+        return by_call(call_form(together, further, *args), len(op._schema.returns))
 
     def common(args: Call) -> Hashable:
         own = kind(*args)

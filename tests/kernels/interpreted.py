@@ -25,13 +25,13 @@ from fxopt.kernels import (
     quantized_producers,
     silu_linears,
 )
-from fxopt.kernels.registration import COUNTING
+from fxopt.kernels.registration import SECOND_FORMS
 
 
 def triton_together(op: torch._ops.OpOverload) -> dict[torch._ops.OpOverload, Any]:
     """The Triton providers of an op for several calls, counting or not."""
     keys, found = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), {}
-    for each in (op, COUNTING[op]):
+    for each in (op, SECOND_FORMS[op]):
         name = f"{each._schema.name}_together"
         kernel = torch.library.get_kernel(name, "CUDA")
         together = getattr(torch.ops.fxopt, name.removeprefix("fxopt::")).default
@@ -78,11 +78,12 @@ TRITON = {
     torch.ops.fxopt.quantize_pieces.default: quantize.triton_pieces,
     torch.ops.fxopt.gated_activation_quantize_with_weights.default: activation_with_weights.triton,
     **QUANTIZING,
-    **{COUNTING[op]: run for op, run in QUANTIZING.items()},
+    **{SECOND_FORMS[op]: run for op, run in QUANTIZING.items()},
     **{op: run for alone in QUANTIZING for op, run in triton_together(alone).items()},
 }
 # Forms that leave codes, or read them.
-TRITON |= {COUNTING[op]: run for op, run in TRITON.items() if op in COUNTING}
+# Those of calls together have second forms of their own above.
+TRITON = {SECOND_FORMS[op]: run for op, run in TRITON.items() if op in SECOND_FORMS} | TRITON
 
 
 class Interpreted(TorchDispatchMode):

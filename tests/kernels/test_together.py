@@ -20,7 +20,7 @@ from fxopt.kernels import triton_gated_activation_quantize as activation
 from fxopt.kernels import triton_norm_modulate_quantize as norm
 from fxopt.kernels import triton_quantize_group as group
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.registration import COUNTING, LAUNCHES, REREADS, call_counting
+from fxopt.kernels.registration import LAUNCHES, REREADS, SECOND_FORMS, call_form
 from fxopt.kernels.together import SHARED, Ask, answer
 from tests.kernels.codes import bits, draw, line
 from tests.kernels.interpreted import Interpreted
@@ -150,7 +150,7 @@ def test_values_are_those_of_single_calls(
     again = [() if lines == "no" else lines_of(name, lines == "known") for _ in own]
     with Interpreted(provider == "triton"):
         found = answer([Ask(op, c, more) for c, more in zip(own, given, strict=True)])
-        alone = [call_counting(op, more, *c) for c, more in zip(own, again, strict=True)]
+        alone = [call_form(op, more, *c) for c, more in zip(own, again, strict=True)]
     for f, e in zip(found, alone, strict=True):
         assert_same(f, e)
     for f, e in zip(given, again, strict=True):
@@ -366,5 +366,5 @@ def test_opcheck(name: str) -> None:
 def test_every_op_has_both_forms() -> None:
     assert SHARED.keys() >= {*OPS.values(), quantize_rows, quantize_columns}
     for op in OPS.values():
-        for form in (op, COUNTING[op]):
+        for form in (op, SECOND_FORMS[op]):
             assert hasattr(torch.ops.fxopt, f"{form._schema.name[7:]}_together")
