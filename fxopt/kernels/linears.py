@@ -51,14 +51,8 @@ class Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pieces: Pieces, x: Tensor, *parameters: Tensor | None) -> Any:
-        num_linears = len(parameters) // 2
-        weights, biases = parameters[:num_linears], parameters[num_linears:]
-        ctx.save_for_backward(x, *weights)
-        ctx.pieces = pieces
-        ctx.set_materialize_grads(False)
-        outs = products(x, weights, biases, pieces)
-        _, needs_x, *needs = ctx.needs_input_grad
-        ctx.mark_non_differentiable(*frozen(outs, needs_x, needs, pieces))
+        weights, biases = halves(parameters)
+        keep(ctx, pieces, x, weights, outs := products(x, weights, biases, pieces))
         return outs
 
     @staticmethod
@@ -69,6 +63,17 @@ class Linears(torch.autograd.Function):
         _, needs_x, *needs = ctx.needs_input_grad
         dx = input_gradient(grads, weights, ctx.pieces, x.shape) if needs_x else None
         return None, dx, *parameter_gradients(grads, x, weights, ctx.pieces, needs)
+
+
+def keep(
+    ctx: Any, pieces: Pieces, x: Tensor, weights: Sequence[Any], outs: Sequence[Tensor]
+) -> None:
+    """What the node of linears on x, that made `outs`, keeps; of (pieces, x, weights, biases)."""
+    ctx.save_for_backward(x, *weights)
+    ctx.pieces = pieces
+    ctx.set_materialize_grads(False)
+    _, needs_x, *needs = ctx.needs_input_grad
+    ctx.mark_non_differentiable(*frozen(outs, needs_x, needs, pieces))
 
 
 def products(

@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.kernels.linears import (
+    Pieces,
     as_pieces,
-    frozen,
     halves,
     in_pieces,
+    keep,
     linears,
     without_autocast,
 )
@@ -157,13 +158,7 @@ def launches(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> i
     return 1 if has_few_rows(x) else 1 + len(weights)
 
 
-def launches_backward(
-    grads: list[Tensor | None],
-    pieces: list[int],
-    x: Tensor,
-    weights: list[Tensor],
-    needs: list[bool],
-) -> int:
+def launches_backward(grads: Any, pieces: Any, x: Tensor, weights: Any, needs: Any) -> int:
     """The second one adds up what the shares of the weights' rows make of x's gradient."""
     if has_few_rows(x):
         return 1 + needs[0]
@@ -207,14 +202,10 @@ class SiluLinears(torch.autograd.Function):
     """Keeps x and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, pieces: list[int], x: Tensor, *parameters: Tensor | None) -> Any:
+    def forward(ctx: Any, pieces: Pieces, x: Tensor, *parameters: Tensor | None) -> Any:
         weights, biases = halves(parameters)
-        ctx.save_for_backward(x, *weights)
-        ctx.pieces = pieces
-        ctx.set_materialize_grads(False)
-        outs = in_pieces(silu_products(x, weights, biases), as_pieces(pieces))
-        _, needs_x, *needs = ctx.needs_input_grad
-        ctx.mark_non_differentiable(*frozen(outs, needs_x, needs, as_pieces(pieces)))
+        outs = in_pieces(silu_products(x, weights, biases), pieces)
+        keep(ctx, pieces, x, weights, outs)
         return outs
 
     @staticmethod
@@ -222,18 +213,14 @@ class SiluLinears(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
-        pieces = as_pieces(ctx.pieces)
-        reached = sorted({i for g, (i, *_) in zip(grads, pieces, strict=True) if g is not None})
+        each = list(zip(grads, ctx.pieces, strict=True))
+        reached = sorted({i for g, (i, *_) in each if g is not None})
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if not reached:
             return tuple(results)
         # The others' parameters get None, as of linears by themselves: optimizers skip it.
         of_reached = {i: place for place, i in enumerate(reached)}
-        each = [
-            (g, (of_reached[i], *rows))
-            for g, (i, *rows) in zip(grads, pieces, strict=True)
-            if i in of_reached
-        ]
+        each = [(g, (of_reached[i], *rows)) for g, (i, *rows) in each if i in of_reached]
         starts = 2, 2 + len(weights)
         places = [1, *(start + i for start in starts for i in reached)]
         needs = [ctx.needs_input_grad[place] for place in places]
@@ -250,7 +237,7 @@ def _silu_linears(
     if any(map(is_traceable_wrapper_subclass, (x, *weights))):
         # These know ATen's ops: DTensors, quantized weights. So do compilers, and fuse the SiLU.
         return list(linears(F.silu(x), weights, biases, pieces))
-    return list(SiluLinears.apply(pieces, x, *weights, *biases))
+    return list(SiluLinears.apply(as_pieces(pieces), x, *weights, *biases))
 
 
 # `pieces` as for `linears`; of each linear they cover all rows, in order.

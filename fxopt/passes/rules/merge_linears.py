@@ -46,7 +46,7 @@ def propose(anchor: fx.Node) -> Iterator[Binding | Reason]:
         why = f"the normed tensor is also used by {others[0].name} and is kept for it"
         yield Reason(why, shared)
     if len(group) > 1 or len(split_outputs(group)[0]) > 1:
-        yield _bind_linears(shared, group)
+        yield bind_linears(shared, group, linears, "linears")
 
 
 def linears_on(x: fx.Node) -> list[fx.Node]:
@@ -188,18 +188,21 @@ def _bind_activation(linear: fx.Node, shared: fx.Node) -> Binding | None:
     )
 
 
-def _bind_linears(x: fx.Node, group: list[fx.Node]) -> Binding:
+def bind_linears(
+    x: fx.Node, group: list[fx.Node], composite: Any, op: str, of_rows: bool = False
+) -> Binding:
+    """`composite` in place of the linears of `group`, of what makes their outputs out of x."""
     weights, biases = parameters(group)
-    products, pieces = split_outputs(group)
+    products, pieces = split_outputs(group, of_rows)
     inputs = tuple(dict.fromkeys(n for n in (x, *weights, *biases) if n is not None))
 
     def emit(call: Call, *nodes: fx.Node) -> tuple[fx.Node, ...]:
         given = dict(zip(inputs, nodes, strict=True)) | {None: None}
         w, b = [given[w] for w in weights], [given[b] for b in biases]
-        outs = call(linears, given[x], w, b, pieces)
+        outs = call(composite, given[x], w, b, pieces)
         return tuple(call(operator.getitem, outs, i) for i in range(len(products)))
 
-    return Binding(group[0], inputs, tuple(products), emit, "linears", regroups=True)
+    return Binding(group[0], inputs, tuple(products), emit, op, regroups=True)
 
 
 RULE = Rule(
