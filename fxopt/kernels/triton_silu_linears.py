@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fxopt.kernels.silu_linears import MAX_ROWS
 
-# Two tiles of bf16 on their way are 32 KB. Each warp of a product computes all of its SiLU: on an
-# H100, by arithmetic, that takes as long as a tile of 64 features takes to come.
+# Two tiles of bf16 on their way are 32 KB. Each warp computes all of a tile's SiLU, which the
+# features of its program share.
 FORWARD = {"OUT": 64, "IN": 128, "num_warps": 4, "num_stages": 3}
-# STEPS tiles share a partial sum: of each column 4 bytes a sample, for 2 KB of the weight and its
-# gradient.
+# STEPS tiles for a partial sum, which is 4 bytes for each sample and input feature, beside 2 KB of
+# weights and their gradients.
 BACKWARD = {"OUT": 64, "IN": 128, "STEPS": 8, "num_warps": 8, "num_stages": 2}
 FINISH = {"PARTS": 16, "COLS": 64}  # of a tile of partial sums
 
