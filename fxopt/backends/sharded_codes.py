@@ -160,7 +160,8 @@ class Magnitudes:
 
     They are found for all when the first weight is gathered in a forward of the model, or again
     in a forward of its own, by one collective; a backward takes those of its forward. Within
-    `cast_weights_once`, they are found once, and after each step of an optimizer.
+    `cast_weights_once`, they are found once, and after each step of an optimizer. `_version` would
+    not do: fused and foreach optimizers do not count what they write to DTensors.
     """
 
     def __init__(self, group: dist.ProcessGroup, shards: Sequence[Shard]) -> None:

@@ -1,8 +1,9 @@
 """Two steps timed in one process: a warm-up that ends on evidence, then rounds of A B B A.
 
 Drift that is linear over a round cancels in it. Every other round is B A A B, so that no step
-always comes first. A reference matrix product is timed around each round and knows nothing of
-either step, so it shows when the machine itself changed its speed.
+always comes first. A reference matrix product is timed around each round: it leaves its caches to
+whoever comes first, and as it knows nothing of either step, it shows when the machine itself
+changed its speed.
 """
 
 from __future__ import annotations

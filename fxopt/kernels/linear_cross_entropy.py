@@ -8,7 +8,8 @@ number ("mean").
 
 Tokens are taken in chunks. The logits of a chunk give its loss and, as they are at hand, all
 gradients, for a loss whose own gradient is 1; the backward scales them. Else the logits would have
-to be kept, or computed twice.
+to be kept, or computed twice. Chunks of the vocabulary would need them twice, a product that by
+arithmetic takes longer than adding up the chunks' parts of the weight's gradient.
 
 Shape suffixes: T tokens (all leading dims), C tokens of a chunk, K features, V logits.
 """

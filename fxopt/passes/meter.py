@@ -1,4 +1,9 @@
-"""What a graph reads and writes at each stage of its rewriting: the part of each substitution."""
+"""What a graph reads and writes at each stage of its rewriting: the part of each substitution.
+
+The graph is counted again after each one, at the sizes of the call. What an earlier one saved goes
+to the one that takes it in, so that the parts add up. A part may be negative: what is computed
+again is written again.
+"""
 
 from __future__ import annotations
 

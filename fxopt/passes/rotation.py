@@ -4,7 +4,8 @@ The piece maps n (normed heads) and some tables to rotated heads. Every rotary e
 `out = n * cos + swap(n) * sin` for the first r channels of a head, where swap exchanges (and
 negates) the members of each pair: neighbours (interleaved) or halves. The other channels come out
 as they went in, which tells r. Which tensor is cos, which is sin, and how its dims lie is found by
-trying: there are a few dozen combinations, each a handful of flops.
+trying: there are a few dozen combinations, each a handful of flops. Tables of 2x2 matrices need not
+hold rotations: the op multiplies by any.
 
 Shapes: B batch, S tokens, H heads, d head dim, r rotated channels, w table width (r or r/2).
 """
