@@ -19,6 +19,7 @@ from torch import nn
 
 import fxopt
 from bench import models, rows
+from fxopt.backends.dynamo import backend
 from fxopt.cli import quiet
 from fxopt.diagnose.devices import this_device
 from fxopt.diagnose.protocol import Plan, Samples
@@ -66,8 +67,8 @@ def measure(case: str, num_rounds: int, compiled: bool) -> Iterator[rows.Row]:
     yield from report(case, "eager", "swap", eager, through(fxopt.swap), num_rounds, NO_SLOWER)
     if compiled:
         plain = through(torch.compile)
-        backend = through(lambda twin: torch.compile(twin, backend="fxopt"))
-        yield from report(case, "torch.compile", "backend", plain, backend, num_rounds, NO_SLOWER)
+        ours = through(lambda twin: torch.compile(twin, backend=backend))
+        yield from report(case, "torch.compile", "backend", plain, ours, num_rounds, NO_SLOWER)
         torch._dynamo.reset()
 
 

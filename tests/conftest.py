@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -20,6 +21,18 @@ def pytest_ignore_collect(collection_path, config):
     if wants_gpu(config) and collection_path.suffix == ".py":
         return True if "pytest.mark.gpu" not in collection_path.read_text() else None
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def backend_has_its_name():
+    """Where the tests run in a tree of the source and fxopt is not installed."""
+    if entry_points(group="torch_dynamo_backends", name="fxopt"):
+        return
+    from torch._dynamo import register_backend
+
+    from fxopt.backends.dynamo import backend
+
+    register_backend(backend, name="fxopt")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -83,10 +83,12 @@ def _require_packages() -> None:
 
 def build_runs(scale: Scale, inner: str, seed: int) -> list[Run]:
     """One run per door on copies of one model, and two without a door to compare with."""
+    from fxopt.backends.dynamo import backend
     from fxopt.demo.training import Run, build_model
 
     def compiled(model: nn.Module) -> nn.Module:
-        return torch.compile(model, backend="fxopt", options={"inner": inner})  # type: ignore[return-value]
+        # By the function: its name is known where fxopt is installed, not in a tree of its source.
+        return torch.compile(model, backend=backend, options={"inner": inner})  # type: ignore[return-value]
 
     doors: dict[str, Callable[[nn.Module], nn.Module] | None] = {
         "eager": None,

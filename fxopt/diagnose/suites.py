@@ -189,7 +189,10 @@ def _through(block: nn.Module, door: str | None, recipe: str) -> nn.Module:
     if door == "torch.compile":
         return cast(nn.Module, torch.compile(block))
     if door == "compile":
-        compiled = torch.compile(block, backend="fxopt", options={"recipe": recipe})
+        from fxopt.backends.dynamo import backend
+
+        # By the function: its name is known where fxopt is installed, not in a tree of its source.
+        compiled = torch.compile(block, backend=backend, options={"recipe": recipe})
         return cast(nn.Module, compiled)
     opened: nn.Module = getattr(fxopt, door)(block, recipe=recipe)
     return opened
