@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What a capture imports, and its tests.
+CAPTURING = ["fxopt.backends.rewritten", "fxopt.passes.rules", "tests.backends.toys"]
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
 def spawn(folder: Path, num_ranks: int, *workers: Callable[[int], None]) -> None:
     """Run each `worker(rank)` on all ranks, one worker after another."""
-    # They are forked from a server that has imported PyTorch: to import it takes seconds each.
-    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp"])
+    # They are forked from a server that has imported what they run: it takes seconds each.
+    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", *CAPTURING])
     arguments = workers, str(folder), num_ranks
     mp.start_processes(_start, arguments, num_ranks, start_method="forkserver")
 

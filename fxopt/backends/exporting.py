@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.traceback import preserve_node_meta
 
@@ -53,6 +54,8 @@ def export_forward(
             torch.enable_grad(),
             recording(module, reads),
             preserve_node_meta(),  # the marks of `kernel_scopes`
+            # Under symbolic sizes remembering an op takes longer than most take to run again.
+            config.patch(fake_tensor_cache_enabled=False),
             refusing(module) as asked,
         ):
             program = export(alike, args, kwargs, dynamic_shapes=dynamic, strict=False)

@@ -17,9 +17,11 @@ from fxopt.backends.reads import replaced
 def quiet() -> Iterator[None]:
     """Without warnings, without the loggers of torch, and without the graphs that `torch.export`
     prints where it fails."""
-    known = [logging.getLogger("torch"), *logging.root.manager.loggerDict.values()]
-    named = [logger for logger in known if isinstance(logger, logging.Logger)]
-    levels = {logger: logger.level for logger in named if _is_torch(logger)}
+    top = logging.getLogger("torch")
+    named = [v for v in logging.root.manager.loggerDict.values() if isinstance(v, logging.Logger)]
+    # The others have the level of one above. Each that is set empties the caches of all loggers.
+    own = [logger for logger in named if logger.level and _is_torch(logger)]
+    levels = {logger: logger.level for logger in (top, *own)}
     for logger in levels:
         logger.setLevel(logging.CRITICAL + 1)
     try:
