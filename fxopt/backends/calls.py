@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fxopt.passes import ir
@@ -166,3 +167,9 @@ def is_traced() -> bool:
     all threads that it compiles."""
     reads = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return reads and torch.compiler.is_compiling()
+
+
+def is_transformed() -> bool:
+    """Whether vmap, grad, jvp or forward-mode AD is on: the ops know reverse mode alone."""
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or forward_ad._current_level >= 0

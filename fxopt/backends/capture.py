@@ -142,7 +142,7 @@ def captures(
     Raises:
         CannotCapture: the inputs or the forward cannot be exported.
     """
-    device = _check_inputs(module, call)
+    device = check_inputs(module, call)
     rewriting = rules, attention, device, planned_for
     fixed = [_channels_are_fixed(i, v, call.spec, earlier) for i, v in enumerate(call.leaves)]
     if any(isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 for v in call.leaves):
@@ -219,7 +219,12 @@ def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_inputs(module: nn.Module, call: Call) -> torch.device:
+def check_inputs(module: nn.Module, call: Call) -> torch.device:
+    """The device of a call that can be captured.
+
+    Raises:
+        CannotCapture: it holds what a graph does not know.
+    """
     for value in call.leaves:
         if not isinstance(value, (*PLAIN, Tensor)):
             raise CannotCapture(f"an input is a {type(value).__name__}, not a tensor or a number")

@@ -20,6 +20,8 @@ from fxopt.report import Declined, Report
 class CompiledBlocks:
     """One use of `optimize(execution="compile")` on a model."""
 
+    forwards = ()
+
     def __init__(self, settings: state.Settings, outside: tuple[Declined, ...]) -> None:
         self.settings = settings
         recipe, blocks = settings.recipe, settings.blocks

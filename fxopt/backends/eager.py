@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxopt.backends import checkpoints, options, precision, replicas, state
 from fxopt.backends.blocks import find_blocks
-from fxopt.backends.calls import is_traced
+from fxopt.backends.calls import is_traced, is_transformed
 from fxopt.backends.failures import described
 from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
@@ -145,10 +145,12 @@ class Swaps:
             self.declined.append(declined("swap", fqn, module, tried))
         return None
 
+    @property
+    def forwards(self) -> Sequence[replicas.Forward]:
+        return self.installed
+
     def restore(self, model: nn.Module) -> None:
-        for forward in self.installed:
-            if forward.module.__dict__.get("forward") is forward:
-                replicas.uninstall(forward.module, forward.installed)
+        replicas.withdraw(self.forwards)
 
     def weights_read(self) -> dict[str, Read]:
         """By FQN, how the swapped forwards read the weights that they quantize."""
@@ -174,6 +176,7 @@ class SwappedForward:
     """
 
     installed = None
+    is_withdrawn = False
 
     def __init__(self, fqn: str, module: nn.Module, candidate: Swap, recipe: Recipe) -> None:
         self.fqn, self.module, self.swap = fqn, module, candidate
@@ -227,7 +230,7 @@ class SwappedForward:
         self.refusals[replicas.REPLICATED] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_traced() or len(args) > len(self.names):
+        if self.is_withdrawn or is_traced() or is_transformed() or len(args) > len(self.names):
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
 

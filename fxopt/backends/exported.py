@@ -147,7 +147,7 @@ class Optimized:
         recipe, blocks = settings.recipe, settings.blocks
         target = options.target_of(_device(blocks))
         shared: dict[Any, Captures] = {}
-        self.blocks = []
+        self.blocks: list[RewrittenForward] = []
         for fqn, module in blocks.items():
             key = type(module), _function(module), precision.exceptions(recipe, fqn, module)
             rules = options.rules_for(recipe, block=fqn, target=target)
@@ -156,9 +156,12 @@ class Optimized:
         for block in self.blocks:
             replicas.install(block.module, block)
 
+    @property
+    def forwards(self) -> Sequence[replicas.Forward]:
+        return self.blocks
+
     def restore(self, model: nn.Module) -> None:
-        for block in self.blocks:
-            block.uninstall()
+        replicas.withdraw(self.forwards)
 
     def weights_read(self) -> dict[str, Read]:
         """By FQN, how the blocks read the weights that they quantize."""

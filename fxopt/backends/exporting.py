@@ -17,7 +17,7 @@ from torch.fx.traceback import preserve_node_meta
 from fxopt.backends.calls import Call
 from fxopt.backends.failures import described, giving_up
 from fxopt.backends.quiet import quiet
-from fxopt.backends.reads import HOOKS, Reads, recording
+from fxopt.backends.reads import HOOKS, Reads, recording, same_attributes
 from fxopt.backends.turns import CAPTURING
 from fxopt.backends.unseen import CannotCapture, refusing
 
@@ -120,15 +120,10 @@ def _standing_for(module: nn.Module, forward: Callable[..., Any]) -> Iterator[nn
     class, such as one that checkpoints. The module itself goes on for other threads. The export
     leaves copies in the place of lists and dicts that modules hold.
     """
-    kept, own = [(vars(m), dict(vars(m))) for m in module.modules()], type(module)
+    own = type(module)
     if own.__call__ is not nn.Module.__call__:
         own = type(own.__name__, (own,), {"__call__": nn.Module.__call__})
     alike = object.__new__(own)  # FSDP2 has a `__new__` that makes another
     vars(alike).update(vars(module), **{name: OrderedDict() for name in HOOKS}, forward=forward)
-    try:
+    with same_attributes(module):
         yield alike
-    finally:
-        for held, before in kept:
-            for name in held.keys() - before.keys():
-                del held[name]
-            held.update((n, v) for n, v in before.items() if held.get(n) is not v)

@@ -139,6 +139,19 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+@contextmanager
+def same_attributes(module: nn.Module) -> Iterator[None]:
+    """Leave the attributes of `module` and its submodules as they are found."""
+    kept = [(vars(m), dict(vars(m))) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            for name in held.keys() - before.keys():
+                del held[name]
+            held.update((n, v) for n, v in before.items() if held.get(n) is not v)
+
+
 def _is_setting(module: nn.Module, path: str, name: str) -> bool:
     if name in _OF_ANY_MODULE or name.startswith("__") or (name == "forward" and not path):
         return False

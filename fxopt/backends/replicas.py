@@ -7,6 +7,7 @@ stands in for the module's forward reads the module's own, so a replica runs its
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,9 +17,14 @@ REPLICATED = "replicas of nn.DataParallel run their own forward; use Distributed
 
 
 class Forward(Protocol):
-    """Stands in for a module's forward; `installed` is what stood there before, if anything."""
+    """Stands in for a module's forward; `installed` is what stood there before, if anything.
 
+    is_withdrawn: whether it only passes calls on.
+    """
+
+    module: nn.Module
     installed: Any
+    is_withdrawn: bool
 
     def replicated(self) -> None: ...
 
@@ -36,6 +42,13 @@ def uninstall(module: nn.Module, installed: Any) -> None:
         module.forward = installed
     if not hasattr(installed, "replicated"):
         vars(module).pop(METHOD, None)
+
+
+def withdraw(forwards: Iterable[Forward]) -> None:
+    """Uninstall them; one that the user has wrapped since stays under the wrapper."""
+    for forward in forwards:
+        if vars(forward.module).get("forward") is forward:
+            uninstall(forward.module, forward.installed)
 
 
 def _replica(module: nn.Module) -> nn.Module:

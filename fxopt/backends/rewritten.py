@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from fxopt.backends import checkpoints, replicas, trial
-from fxopt.backends.calls import Call, is_traced, state_sources
-from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, state_of
+from fxopt.backends import checkpoints, left_behind, replicas, trial
+from fxopt.backends.calls import Call, is_traced, is_transformed, state_sources
+from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, check_inputs, state_of
+from fxopt.backends.host_random import same_generators
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.turns import Turns
 from fxopt.backends.unseen import CannotCapture
@@ -100,6 +100,7 @@ class RewrittenForward:
         self.installed: Any = module.__dict__.get("forward")
         self._take(module.forward)
         self.device: torch.device | None = None
+        self.is_withdrawn = False
         self._forget()
 
     def _take(self, own: Callable[..., Any]) -> None:
@@ -126,14 +127,11 @@ class RewrittenForward:
     def __reduce__(self) -> Any:
         raise StillRewritten(self.fqn)
 
-    def uninstall(self) -> None:
-        replicas.uninstall(self.module, self.installed)
-
     def replicated(self) -> None:
         self.reasons[replicas.REPLICATED] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_traced() or _is_transformed():
+        if self.is_withdrawn or is_traced() or is_transformed():
             require_whole(self.module.parameters(), f"{self.fqn} runs its own forward")
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
@@ -179,7 +177,7 @@ class RewrittenForward:
 
     def _bind(self, call: Call) -> Bound | Refusal | None:
         """A graph for this call: one that another thread or block has captured, or a new one."""
-        with self.turns.alone() as is_alone, trial.aside():
+        with self.turns.alone() as is_alone, trial.aside(), same_generators(self.module):
             if not is_alone:
                 return None
             is_known, bound = self._known(call)
@@ -199,6 +197,8 @@ class RewrittenForward:
         reason, reads = f"captured {MAX_CAPTURES} times already: {CHANGING}", Reads()
         if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
             try:
+                check_inputs(self.module, call)
+                left_behind.require_nothing(self.module, self.original, call)
                 asked = known.rules, known.attention, known.plans
                 for plan in captures(self.module, self.original, call, *asked):
                     bound = Bound(self.module, plan)
@@ -269,9 +269,3 @@ class RewrittenForward:
         reasons = tuple(self.reasons) if self.reasons or self.bounds else (NOT_CALLED,)
         if reasons:
             yield Declined("capture", self.fqn, "", "", reasons, block_class=kind)
-
-
-def _is_transformed() -> bool:
-    """Whether vmap, grad, jvp or forward-mode AD is on: the ops know reverse mode alone."""
-    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_functorch or forward_ad._current_level >= 0

@@ -59,6 +59,9 @@ class Door(Protocol):
 
     settings: Settings
 
+    @property
+    def forwards(self) -> Sequence[replicas.Forward]: ...
+
     def report(self) -> Report: ...
 
     def restore(self, model: nn.Module) -> None: ...
@@ -114,16 +117,34 @@ def is_compiled(model: nn.Module) -> bool:
 def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize` and `swap` on `model`, exactly; the same object comes back.
 
+    What has wrapped a block's forward since stays, around the own forward. Blocks that were copied
+    or taken from another model are restored as well.
+
     Raises:
         NothingToRestore: no door was opened on this model.
     """
     require_module(model)
-    opened = doors(model)
-    if not opened:
+    opened, strays = doors(model), list(_strays(model))
+    if not opened and not strays:
         raise NothingToRestore(type(model).__name__)
     while opened:
         close(model, opened[-1])
+    for module in strays:
+        while hasattr(vars(module).get("forward"), "replicated"):
+            replicas.uninstall(module, vars(module)["forward"].installed)
     return model
+
+
+def _strays(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose forward a door of another model has installed."""
+    known = {id(f.module) for m in model.modules() for d in doors(m) for f in _forwards(d)}
+    for module in model.modules():
+        if hasattr(vars(module).get("forward"), "replicated") and id(module) not in known:
+            yield module
+
+
+def _forwards(door: Any) -> Sequence[replicas.Forward]:
+    return () if hasattr(door, "door") else door.forwards
 
 
 def close(model: nn.Module, door: Door) -> None:
@@ -134,6 +155,8 @@ def close(model: nn.Module, door: Door) -> None:
         if isinstance(hook, StrictOnce) and hook.door is door:
             hook.handle.remove()
     door.restore(model)
+    for forward in _forwards(door):
+        forward.is_withdrawn = True
     doors(model).remove(door)
     if not doors(model):
         del model.__dict__[ATTRIBUTE]

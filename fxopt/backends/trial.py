@@ -44,7 +44,8 @@ def aside() -> Iterator[None]:
         _disable_current_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(_itself, _itself),
+        # A node that saves itself an output, as the same object, would hold itself for good.
+        torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself),
     ):
         torch.set_autocast_cache_enabled(False)
         try:
@@ -82,7 +83,7 @@ def compare(
         module: whose parameters both read.
         trainable: for each leaf of the call, whether the graph gives it a gradient.
     """
-    if any(map(_has_no_values, (*module.parameters(), *call.leaves))):
+    if any(map(has_no_values, (*module.parameters(), *call.leaves))):
         return None
     expected = _run(module, own, call, trainable)
     if expected.draws_on_host:
@@ -94,7 +95,7 @@ def compare(
         raise
     except Exception as error:
         return f"the graph does not run: {described(error)}"
-    if any(map(_has_no_values, (*found.values, *found.gradients))):
+    if any(map(has_no_values, (*found.values, *found.gradients))):
         return "the graph computes with a tensor that was there in its capture alone"
     eps = _coarsest(module, call, expected.values)
     if not _alike(expected.values, found.values, eps):
@@ -108,7 +109,7 @@ def compare(
     return "the graph gives another gradient than the module"
 
 
-def _has_no_values(t: Any) -> bool:
+def has_no_values(t: Any) -> bool:
     if isinstance(t, torch._subclasses.FakeTensor):
         return True
     return isinstance(t, Tensor) and t.device.type == "meta"
@@ -123,7 +124,7 @@ class _Results:
     draws_on_host: bool
 
 
-def _copied(x: Tensor) -> Tensor:
+def copied(x: Tensor) -> Tensor:
     """A copy that is expanded where `x` is, by which attention tells what kind a mask is of."""
     if 0 not in x.stride():
         return x.clone()
@@ -140,6 +141,18 @@ def _nudged(x: Tensor, eps: float) -> Tensor:
     return x * (1 + eps * signs.to(x.dtype))
 
 
+@contextmanager
+def on_copies(module: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Copies of its parameters and buffers in their place; random numbers are left as they are."""
+    parameters = {
+        n: values_of(p).requires_grad_(p.requires_grad) for n, p in module.named_parameters()
+    }
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
+    copies = parameters | buffers
+    with same_random_numbers(), _reparametrize_module(module, copies, tie_weights=True):
+        yield parameters, buffers
+
+
 def _run(
     module: nn.Module,
     forward: Callable[..., Any],
@@ -147,23 +160,16 @@ def _run(
     trainable: Sequence[bool],
     nudge: float = 0.0,
 ) -> _Results:
-    parameters = {
-        n: values_of(p).requires_grad_(p.requires_grad) for n, p in module.named_parameters()
-    }
-    buffers = {n: b.clone() for n, b in module.named_buffers()}
     inputs = [
-        _copied(_nudged(v.detach(), nudge)).requires_grad_(t and v.is_floating_point())
+        copied(_nudged(v.detach(), nudge)).requires_grad_(t and v.is_floating_point())
         if isinstance(v, Tensor)
         else v
         for v, t in zip(call.leaves, trainable, strict=True)
     ]
     # Copies, as leaves that require a gradient cannot be written.
-    copies = [_copied(v) if isinstance(v, Tensor) else v for v in inputs]
+    copies = [copied(v) if isinstance(v, Tensor) else v for v in inputs]
     args, kwargs = call.arguments(copies)
-    with (
-        same_random_numbers(),
-        _reparametrize_module(module, parameters | buffers, tie_weights=True),
-    ):
+    with on_copies(module) as (parameters, buffers):
         before = HostRandom.now(), of_generators(module)
         outputs = pytree.tree_leaves(forward(*args, **kwargs))
         draws = (HostRandom.now(), of_generators(module)) != before

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
-from fxopt.errors import StillRewritten
+from fxopt.errors import NothingToRestore, StillRewritten
 from tests.backends.toys import (
     Block,
     assert_like_eager,
@@ -397,6 +397,42 @@ def test_restore_is_exact(door: Door, model: nn.Module, eager: nn.Module, inputs
     found, expected = run(model, inputs), run(eager, inputs)
     for name, t in expected.items():
         assert t is None if found[name] is None else torch.equal(found[name], t), name
+
+
+def test_restore_under_a_wrapper_of_the_user(
+    door: Door, model: nn.Module, eager: nn.Module, inputs: Inputs
+) -> None:
+    door(model)
+    model(**inputs)
+    own, calls = block(model).forward, []
+
+    def wrapper(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    block(model).forward = wrapper
+    fxopt.restore(model)
+    assert block(model).forward is wrapper
+    found, expected = run(model, inputs), run(eager, inputs)
+    for name, t in expected.items():
+        assert t is None if found[name] is None else torch.equal(found[name], t), name
+    assert len(calls) == 1
+
+
+def test_a_block_that_was_copied_out_is_restored(
+    door: Door, model: nn.Module, inputs: Inputs
+) -> None:
+    door(model)
+    model(**inputs)
+    stage = nn.Sequential(copy.deepcopy(block(model)), copy.deepcopy(block(model, 1)))
+    with pytest.raises(StillRewritten):
+        torch.save(stage, io.BytesIO())
+    fxopt.restore(stage)
+    torch.save(stage, io.BytesIO())
+    assert not [m for m in stage.modules() if "forward" in vars(m)]
+    assert "forward" in vars(block(model))
+    with pytest.raises(NothingToRestore):
+        fxopt.restore(stage)
 
 
 def test_twice_is_once(door: Door, model: nn.Module, inputs: Inputs) -> None:

@@ -242,6 +242,32 @@ def test_optimize_after_swap_and_the_reverse(flux: Family) -> None:
         assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_gradients_by_sample_are_those_of_the_own_forward() -> None:
+    family = FAMILIES["llama-eager"]
+    model, eager = fxopt.swap(family.build()), family.build()
+    x = torch.randn(2, 1, 5, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(of: nn.Module) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            inputs = {"inputs_embeds": x, "use_cache": False}
+            return torch.func.functional_call(of, parameters, kwargs=inputs).logits.square().mean()
+
+        parameters = {name: p.detach() for name, p in of.named_parameters()}
+        return torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+    found, expected = gradients(model), gradients(eager)
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_what_a_trainer_passes_through_the_layers() -> None:
+    family = FAMILIES["llama-sdpa"]
+    model, inputs = fxopt.swap(family.build()), family.inputs(2, 0, torch.float32)
+    model(**inputs, labels=inputs["input_ids"], num_items_in_batch=torch.tensor(40))
+    report = fxopt.report(model)
+    assert report.count("norm_modulate") == 2
+    assert not [d for d in report.declined if d.rule == "swap"]
+
+
 def test_dynamo_sees_the_own_forward(flux: Family) -> None:
     model = swap(flux.build())
     block = model.transformer_blocks[0]

@@ -20,7 +20,11 @@ from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 MODULES = ("llama.modeling_llama.Llama", "qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
 # Of what the layer gives to the attention function, these change nothing inside the layer itself.
-PASSED_ON = ("position_ids", "use_cache", "cache_position")
+PASSED_ON = (
+    *("position_ids", "use_cache", "cache_position"),
+    "num_items_in_batch",  # of a Trainer, for the loss
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
 
 
 def fused_layer(
