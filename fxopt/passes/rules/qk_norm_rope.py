@@ -259,7 +259,7 @@ def _with_rotation(
         )
     if all(s.norm is None and s.rotation is None for s in found):
         return
-    if len({(s.rotation.kind, s.rotation.tables) for s in found if s.rotation}) > 1:
+    if len({s.rotation.settings for s in found if s.rotation}) > 1:
         yield Reason("the sections pair channels differently", operand)
         return
     if not _agree([s.norm for s in found if s.norm]) or len({s.norm is None for s in found}) > 1:
@@ -281,7 +281,7 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
     width = heads.num_heads * heads.head_dim
     across = norm is not None and _normed_width(norm) == str(width) and heads.num_heads > 1
     rotation = next((s.rotation for s in sections if s.rotation), None)
-    kind = (rotation.kind, rotation.tables) if rotation else ("none", "channels")
+    kind = rotation.settings if rotation else ("none", "channels", "all")
     tables = [t for s in sections if s.rotation for t in (s.rotation.cos, s.rotation.sin)]
     affine = [p for s in sections if s.norm for p in (s.norm.weight, s.norm.bias)]
     listed = [*(s.source for s in sections), *affine, *(t.node for t in tables)]
