@@ -66,8 +66,8 @@ class Arguments(NamedTuple):
         rotation: which of the r channels are a pair: "interleaved", "half" or "none".
         tables: what cos and sin hold. "channels": an entry for each channel. "pairs": one for each
             pair. "matrices": the columns of a 2x2 matrix for each pair, one pair after the other.
-        rotated: "all" tokens of a section that has tables; or its "first" or "last" ones, as many as
-            the tables have rows, and the others go through.
+        rotated: "all" tokens of a section that has tables; or its "first" or "last" ones, as many
+            as the tables have rows, and the others go through.
         dtype: of the outputs.
     """
 

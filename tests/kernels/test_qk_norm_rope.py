@@ -154,7 +154,11 @@ def eager(*args: Any) -> list[Tensor]:
                 n, others = n.split([rows, n.shape[1] - rows], 1)
             turned = _eager_rotation(n[..., :width], cos, sin, rotation, form)
             n = torch.cat([turned, n[..., width:]], -1) if width < n.shape[-1] else turned
-            n = n if tokens == "all" else torch.cat([n, others][:: -1 if tokens == "last" else 1], 1)
+            n = (
+                n
+                if tokens == "all"
+                else torch.cat([n, others][:: -1 if tokens == "last" else 1], 1)
+            )
         parts.append(n)
     return [
         torch.cat(list(itertools.islice(iter(parts[sum(joined[:i]) :]), n)), 1)

@@ -1,11 +1,10 @@
-"""The forms of rotary tables, and tables for a part of a head or of the tokens, in `fxopt::qk_norm_rope`.
+"""`fxopt::qk_norm_rope`: forms of rotary tables, and tables for a part of a head or of the tokens.
 
 Whole heads and tables with an entry per channel or per pair are in `test_qk_norm_rope`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest

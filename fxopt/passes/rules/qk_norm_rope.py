@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -247,8 +247,12 @@ def _with_rotation(
     if isinstance(joint, Reason):
         yield joint
         return
+    joints = _by_section(joint, sections)
+    if isinstance(joints, Reason):
+        yield joints
+        return
     found = []
-    for section in sections:
+    for section, joint in zip(sections, joints, strict=True):
         start = section.norm.out if section.norm else section.source
         rotation = find_rotation(start, section.end, heads.num_heads, heads.head_dim)
         if isinstance(rotation, Reason):
@@ -266,6 +270,19 @@ def _with_rotation(
         yield Reason("the sections are normed differently", operand)
         return
     yield _bind(operand, heads, found)
+
+
+def _by_section(joint: Rotation | None, sections: list[Section]) -> list[Rotation | None] | Reason:
+    """The joint rotation of each section: where not all tokens are rotated, those of one are."""
+    if joint is None or joint.rotated == "all":
+        return [joint] * len(sections)
+    at = 0 if joint.rotated == "first" else -1
+    rows, end = ir.shape(joint.cos.node), sections[at].end
+    if not any(ir.same(size, num) for size in rows for num in ir.shape(end)[1:3]):
+        return Reason("the rotated tokens are not those of one projection", end)
+    found: list[Rotation | None] = [None] * len(sections)
+    found[at] = replace(joint, rotated="all")
+    return found
 
 
 def _agree(norms: list[Norm]) -> bool:
