@@ -342,4 +342,4 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=2, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
+RULE = Rule(name="qk_norm_rope", version=3, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
