@@ -135,7 +135,7 @@ def qk_norm_rope(
     Args:
         tables: as the op takes them; "pairs" are the two parts of [S, d/2] complex numbers.
         rotary_dim: how many channels of a head are rotated.
-        rotated: as the op takes it; text, unless "all", is among the tokens and has no tables.
+        rotated: as the op takes it; unless "all", the tables are for half of the tokens.
         joint: a section of text and one of image for each.
         biased: x_bias is there.
         merged: x is a view of one projection to q, k and v.
@@ -167,7 +167,7 @@ def qk_norm_rope(
     size = width if across_heads else HEAD_DIM
     x_bias = [randn(width) if biased else None for _ in x]
     weight = [randn(size) if norm != "none" else None for _ in x]
-    rows = lengths if rotated == "all" else [num_tokens - NUM_TEXT]
+    rows = lengths if rotated == "all" else [num_tokens // 2]
     cos, sin = zip(*[make_tables(length) for length in rows] * 2, strict=True)
     fields = (x, x_bias, weight, [None] * num_sections, cos, sin)
     settings = (
