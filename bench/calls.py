@@ -123,6 +123,7 @@ def qk_norm_rope(
     rotation: str = "interleaved",
     tables: str = "channels",
     rotary_dim: int = HEAD_DIM,
+    rotated: str = "all",
     across_heads: bool = False,
     joint: bool = False,
     biased: bool = False,
@@ -134,6 +135,7 @@ def qk_norm_rope(
     Args:
         tables: as the op takes them; "pairs" are the two parts of [S, d/2] complex numbers.
         rotary_dim: how many channels of a head are rotated.
+        rotated: as the op takes it; unless "all", the tables are for half of the tokens.
         joint: a section of text and one of image for each.
         biased: x_bias is there.
         merged: x is a view of one projection to q, k and v.
@@ -165,11 +167,12 @@ def qk_norm_rope(
     size = width if across_heads else HEAD_DIM
     x_bias = [randn(width) if biased else None for _ in x]
     weight = [randn(size) if norm != "none" else None for _ in x]
-    cos, sin = zip(*[make_tables(length) for length in lengths] * 2, strict=True)
+    rows = lengths if rotated == "all" else [num_tokens // 2]
+    cos, sin = zip(*[make_tables(length) for length in rows] * 2, strict=True)
     fields = (x, x_bias, weight, [None] * num_sections, cos, sin)
     settings = (
         *([len(lengths)] * 2, norm, [EPS] * num_sections, 0.0, across_heads),
-        *(rotation, tables, BF16),
+        *(rotation, tables, rotated, BF16),
     )  # fmt: skip
     rooms = rooms_of(*x, num_row_dims=2) if is_packing else []
     codes, scales = rooms[::2], rooms[1::2]

@@ -114,6 +114,7 @@ def _cases() -> Iterator[Case]:
         ("no norm, half", (3072,), {"norm": "none", "rotation": "half"}),
         ("half, part of a head", (3072,), {"rotation": "half", "rotary_dim": HEAD_DIM // 4}),
         ("matrices", (3072,), {"tables": "matrices"}),
+        ("first tokens, x_bias", (3072,), {"rotated": "first", "biased": True}),
     ):
         yield Case(f"qk_norm_rope {variant}", partial(qk_norm_rope, **options), widths)
     for activation, form, biased in (

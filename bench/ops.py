@@ -172,7 +172,7 @@ def _qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, ...]:
     tensors = ([q, k], [None] * 2, [q_weight, k_weight], [None] * 2, [cos] * 2, [sin] * 2)
-    settings = ([1, 1], "rms", [EPS] * 2, 0.0, False, "interleaved", "channels", q.dtype)
+    settings = ([1, 1], "rms", [EPS] * 2, 0.0, False, "interleaved", "channels", "all", q.dtype)
     return tuple(qk_norm_rope(*tensors, *settings)[:2])
 
 

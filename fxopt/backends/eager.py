@@ -230,7 +230,8 @@ class SwappedForward:
         self.refusals[replicas.REPLICATED] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_withdrawn or is_traced() or is_transformed() or len(args) > len(self.names):
+        is_surplus = len(args) > len(self.names) and not self.swap.ignores_more
+        if self.is_withdrawn or is_traced() or is_transformed() or is_surplus:
             return self.own(*args, **kwargs)
         return checkpoints.call(self.own, self.within_checkpoint, args, kwargs)
 

@@ -64,7 +64,7 @@ def _qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     from fxopt.kernels.qk_norm_rope import qk_norm_rope
 
     tensors = [x], [None], [weight], [None], [cos], [sin]
-    settings = [1], "rms", [1e-6], 0.0, False, "interleaved", "channels", x.dtype
+    settings = [1], "rms", [1e-6], 0.0, False, "interleaved", "channels", "all", x.dtype
     out: Tensor = qk_norm_rope(*tensors, *settings)[0]
     return out
 

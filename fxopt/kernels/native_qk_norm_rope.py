@@ -20,6 +20,7 @@ from fxopt.kernels.qk_norm_rope_arguments import (
     grouped,
     math_tables,
     num_groups_of,
+    rotated_rows,
     split_backward_arguments,
 )
 from fxopt.kernels.registration import in_dtype
@@ -173,6 +174,12 @@ def _affine(a: Arguments, s: Section, math: torch.dtype) -> tuple[Tensor | None,
     return weight, None if s.bias is None else in_dtype(s.bias, math)
 
 
+def _rotate_rows_into(out: Tensor, n: Tensor, rotate: RotateInto, rows: slice) -> None:
+    for kept in (slice(0, rows.start), slice(rows.stop, None)):
+        out[:, kept] = n[:, kept]
+    rotate(out[:, rows], n[:, rows])
+
+
 def _rotations(a: Arguments, is_transposed: bool) -> Callable[[Section], RotateInto | None]:
     """How a section is rotated, or its gradient; made once for queries and keys that are alike."""
     made: dict[tuple[int, ...], RotateInto] = {}
@@ -189,6 +196,8 @@ def _rotations(a: Arguments, is_transposed: bool) -> Callable[[Section], RotateI
             else:
                 cos, sin = signed(*tables)
                 made[key] = partial(rotate_into, cos=cos, sin=sin, rotation=a.rotation)
+            if a.rotated != "all":
+                made[key] = partial(_rotate_rows_into, rotate=made[key], rows=rotated_rows(a, s))
         return made[key]
 
     return rotation

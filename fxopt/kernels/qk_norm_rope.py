@@ -23,6 +23,7 @@ from fxopt.kernels.qk_norm_rope_arguments import (
     grouped,
     math_tables,
     num_groups_of,
+    rotated_rows,
     split_backward_arguments,
 )
 from fxopt.kernels.qk_norm_rope_providers import (
@@ -57,7 +58,7 @@ def reference(*args: Any) -> list[Tensor]:
         One [B, sum of S, H, d] per entry of `joined`.
 
     Raises:
-        ValueError: tables rotate no whole pairs, or more than a head.
+        ValueError: tables rotate no whole pairs, or more than a head or the section's tokens.
 
     Numerics: fp32 throughout (fp64 if x or the output is fp64) and one cast to `dtype`.
     """
@@ -79,9 +80,17 @@ def reference(*args: Any) -> list[Tensor]:
         n = n.view(s.x_BSHd.shape)
         if a.rotation != "none" and s.tables is not None:
             tables = rotary.signed(*math_tables(a, s), a.rotation, a.tables)
-            n = rotary.rotate(n, *tables, a.rotation)
+            n = _rotated(n, tables, a, rotated_rows(a, s))
         parts[s.output].append(n)
     return [torch.cat(part, 1).to(a.dtype) for part in parts]
+
+
+def _rotated(n_BSHd: Tensor, tables: tuple[Tensor, Tensor], a: Arguments, rows: slice) -> Tensor:
+    """All tokens, of which `rows` are rotated."""
+    if a.rotated == "all":
+        return rotary.rotate(n_BSHd, *tables, a.rotation)
+    rotated = rotary.rotate(n_BSHd[:, rows], *tables, a.rotation)
+    return torch.cat((n_BSHd[:, : rows.start], rotated, n_BSHd[:, rows.stop :]), 1)
 
 
 def outputs(a: Arguments) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -207,7 +216,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "int[] joined, str norm, float[] eps, float weight_offset, bool across_heads, str rotation, "
-    "str tables, ScalarType dtype"
+    "str tables, str rotated, ScalarType dtype"
 )
 
 # One gradient per x, x_bias, weight and bias, field by field; 0 elements where `needs` is false.

@@ -15,7 +15,7 @@ from fxopt.kernels import rotary
 from fxopt.kernels.registration import in_dtype, opmath_of
 
 # Behind them stand codes and scales of all sections, or scales; not so in the plain ops.
-NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = 14, 17
+NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = 15, 18
 Optional = Sequence[Tensor | None]
 
 
@@ -54,7 +54,8 @@ class Arguments(NamedTuple):
         x_bias: [H*d], added to x before the norm: that of the linear that made x, or None.
         weight, bias: [d], or [H*d] with `across_heads`; None for no scale, no shift.
         cos, sin: broadcastable to [B, S, H, r], or to [B, S, H, r/2] with one entry per pair, where
-            S is the section's own tokens or all of its output's; None leaves the section unrotated.
+            S is the section's own tokens or all of its output's, or what `rotated` says; None
+            leaves the section unrotated.
             The first r channels of a head are rotated, the others go through. Constants: they get
             no gradient.
         joined: how many of the sections, in order, make up each output; they share B, H and d.
@@ -65,6 +66,8 @@ class Arguments(NamedTuple):
         rotation: which of the r channels are a pair: "interleaved", "half" or "none".
         tables: what cos and sin hold. "channels": an entry for each channel. "pairs": one for each
             pair. "matrices": the columns of a 2x2 matrix for each pair, one pair after the other.
+        rotated: "all" tokens of a section that has tables; or its "first" or "last" ones, as many
+            as the tables have rows, and the others go through.
         dtype: of the outputs.
     """
 
@@ -81,6 +84,7 @@ class Arguments(NamedTuple):
     across_heads: bool
     rotation: str
     tables: str
+    rotated: str
     dtype: torch.dtype
 
     @property
@@ -126,6 +130,26 @@ def rotary_dim(a: Arguments, s: Section) -> int:
     if a.rotation == "none" or s.cos is None:
         return 0
     return rotary.rotary_dim(s.x_BSHd.shape[-1], s.cos.shape[-1], a.tables)
+
+
+def rotated_rows(a: Arguments, s: Section) -> slice:
+    """Which tokens of a section that has tables are rotated.
+
+    Raises:
+        ValueError: the tables have more rows than there are tokens, or none by name.
+    """
+    num_tokens = s.x_BSHd.shape[1]
+    if a.rotated == "all":
+        return slice(0, num_tokens)
+    assert s.cos is not None
+    count = s.cos.shape[-3]
+    if a.rotated not in ("first", "last") or count > num_tokens:
+        raise ValueError(
+            f'tables of {count} rows cannot rotate the tokens "{a.rotated}" of {num_tokens}: '
+            'qk_norm_rope takes "all", or at most all as the "first" or "last"'
+        )
+    start = 0 if a.rotated == "first" else num_tokens - count
+    return slice(start, start + count)
 
 
 def math_tables(a: Arguments, s: Section) -> tuple[Tensor, Tensor]:

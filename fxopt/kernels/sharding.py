@@ -102,6 +102,7 @@ def sections(outputs: Callable[[Arguments, int, list[torch.Size]], list[Any]]) -
     """Rule of an op on sections [B, S, H, d], as `qk_norm_rope` takes them.
 
     Tokens can be sharded where no output joins sections: a process would join its own tokens only.
+    Nor where only the first or the last are rotated.
     The statistics of all sections are one vector, of which each process has its own; only the
     backward reads it, and the sections decide there as in the forward.
     """
@@ -109,7 +110,7 @@ def sections(outputs: Callable[[Arguments, int, list[torch.Size]], list[Any]]) -
 
     def dims(a: Arguments) -> Sequence[int]:
         found = [BATCH]
-        if all(count == 1 for count in a["joined"]):
+        if all(count == 1 for count in a["joined"]) and a["rotated"] == "all":
             found.append(TOKENS)
         if not a["across_heads"]:
             found.append(HEADS)

@@ -14,6 +14,7 @@ import triton.language as tl
 from fxopt.kernels.triton_gated_activation_kernels import PACKED
 from fxopt.kernels.triton_quantize_kernels import code_of, factor_of, magnitude, scale_of
 from fxopt.kernels.triton_saving import FORMAT, LARGEST
+from fxopt.kernels.triton_sizes import size
 
 
 @triton.jit
@@ -104,24 +105,34 @@ def load_rotation(s, batch, token, heads_H1, c):
 
     (p, q) -> (p cos_p - q sin_p, q cos_q + p sin_q).
     """
-    cos_p, cos_q = _load_table(s.cos, s.cos_strides, batch, token, heads_H1, c)
-    sin_p, sin_q = _load_table(s.sin, s.sin_strides, batch, token, heads_H1, c)
+    has_row = token >= 0
+    if c.ROTATES_SOME:
+        first = size(s.rotated[0])
+        has_row = (token >= first) & (token < size(s.rotated[1]))
+        token -= first
+    cos_p, cos_q = _load_table(s.cos, s.cos_strides, batch, token, has_row, heads_H1, c)
+    sin_p, sin_q = _load_table(s.sin, s.sin_strides, batch, token, has_row, heads_H1, c)
     if c.TABLES == "matrices":
         cos_q, sin_p, sin_q = sin_q, -sin_p, cos_q
     if c.ROTARY_DIM < c.D:
         is_rotated = tl.arange(0, c.P)[None, :] < c.ROTARY_DIM // 2
         cos_p = tl.where(is_rotated, cos_p, 1.0)
         cos_q = tl.where(is_rotated, cos_q, 1.0)
+    if c.ROTATES_SOME:
+        cos_p = tl.where(has_row, cos_p, 1.0)
+        cos_q = tl.where(has_row, cos_q, 1.0)
     return cos_p, cos_q, sin_p, sin_q
 
 
 @triton.jit
-def _load_table(ptr, strides, batch, token, heads_H1, c):
+def _load_table(ptr, strides, batch, token, has_row, heads_H1, c):
     """The entries for the first and the second members of pairs; 0 for what is not rotated."""
     if not c.TABLE_PER_HEAD:
         heads_H1 = tl.zeros((1, 1), tl.int32)
     ptr += batch * strides[0] + token * strides[1] + heads_H1.to(tl.int64) * strides[2]
     is_head = heads_H1 < c.NUM_HEADS
+    if c.ROTATES_SOME:
+        is_head = is_head & has_row
     if c.TABLES == "matrices" or (c.TABLES == "channels" and c.INTERLEAVED):
         cols = tl.arange(0, 2 * c.P)[None, :].to(tl.int64)
         mask = is_head & (cols < c.ROTARY_DIM)

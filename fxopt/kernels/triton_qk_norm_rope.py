@@ -18,6 +18,7 @@ from fxopt.kernels.qk_norm_rope_arguments import (
     Arguments,
     Section,
     rotary_dim,
+    rotated_rows,
     split_backward_arguments,
 )
 from fxopt.kernels.qk_norm_rope_providers import split_codes
@@ -122,7 +123,7 @@ def _plan(a: Arguments, s: Section, chosen: Mapping[str, int]) -> Plan:
     compiled = (
         *(num_heads, dim, 1 if a.across_heads else num_heads, num_blocks, heads, pairs),
         *(a.norm, a.across_heads, a.rotation != "half", a.weight_offset, MATH[a.math]),
-        *(s.eps, rotary_dim(a, s) or dim, a.tables, per_head),
+        *(s.eps, rotary_dim(a, s) or dim, a.tables, per_head, a.rotated != "all"),
     )
     num_warps = max(1, min(16, 2 * heads * pairs // (chosen["elements_per_thread"] * 32)))
     return Plan(Config(*map(tl.constexpr, compiled)), num_blocks, num_warps)
@@ -136,18 +137,21 @@ def _inputs(
 ) -> tuple[Inputs, ...]:
     absent = [None] * len(a.x)
     each = zip(a.sections, codes or absent, scales or absent, strict=True)
-    return tuple(_section_inputs(s, a.rotation, ys[s.output][:, s.rows], *own) for s, *own in each)
+    return tuple(_section_inputs(a, s, ys[s.output][:, s.rows], *own) for s, *own in each)
 
 
 def _section_inputs(
-    s: Section, rotation: str, y: Tensor, codes: Tensor | None, scales: Tensor | None
+    a: Arguments, s: Section, y: Tensor, codes: Tensor | None, scales: Tensor | None
 ) -> Inputs:
     x = s.x_BSHd
     parameters = (None if t is None else t.contiguous() for t in s[1:4])
-    tables: list[Any] = [None] * 4
-    if rotation != "none" and s.tables is not None:
-        cos, sin = (t.expand(*x.shape[:3], t.shape[-1]) for t in s.tables)
-        tables = [cos, cos.stride(), sin, sin.stride()]
+    tables: list[Any] = [None] * 5
+    if a.rotation != "none" and s.tables is not None:
+        rows = rotated_rows(a, s)
+        sizes = x.shape[0], rows.stop - rows.start, x.shape[2]
+        cos, sin = (t.expand(*sizes, t.shape[-1]) for t in s.tables)
+        rotated = None if a.rotated == "all" else _unspecialized((rows.start, rows.stop))
+        tables = [cos, cos.stride(), sin, sin.stride(), rotated]
     codes = None if codes is None else codes.view(torch.uint8)
     given = x, x.stride(), codes, scales, *parameters, *tables, y, y.stride(), LAST
     return Inputs._make(given)

@@ -52,13 +52,15 @@ class Config(NamedTuple):
     ROTARY_DIM: tl.constexpr
     TABLES: tl.constexpr
     TABLE_PER_HEAD: tl.constexpr
+    ROTATES_SOME: tl.constexpr
 
 
 class Inputs(NamedTuple):
     """A section: pointers (None where absent) and their strides over (B, S, H, element).
 
-    y is its part of the output, or of the output's gradient. Codes and scales are those of x, as
-    `fxopt::pack` makes them: left by the forward, and read in place of x by the backward.
+    rotated: the first token that has a row of the tables and the one behind the last; None where
+    all have. y is its part of the output, or of the output's gradient. Codes and scales are those
+    of x, as `fxopt::pack` makes them: left by the forward, and read in place of x by the backward.
     """
 
     x: Any
@@ -72,6 +74,7 @@ class Inputs(NamedTuple):
     cos_strides: Any
     sin: Any
     sin_strides: Any
+    rotated: Any
     y: Any
     y_strides: Any
     last: Any = LAST

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from fxopt.passes import ir
 from fxopt.passes.ir import aten
+from fxopt.passes.slice_writes import call, join_write, join_writes
 
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -33,13 +30,18 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
         for node in list(graph.nodes):
             _simplify(graph, node)
         for node in list(graph.nodes):
+            if node._erased:
+                continue
             if ir.is_call(node, aten.empty_like.default, aten.empty.memory_format):
-                _join_writes(graph, node)
+                join_writes(graph, node)
+            elif ir.is_call(node, aten.copy_.default):
+                join_write(graph, node)
         _read_sizes_off_inputs(graph)
         if not any(ir.mutates(n) for n in graph.nodes):
             # Autograd refuses writes to what several views of one call share.
             for node in list(graph.nodes):
                 _join_slices(graph, node)
+            _read_sizes_off_inputs(graph)  # of the splits
             _share_common_subexpressions(graph)
         graph.eliminate_dead_code()
         graph_module.recompile()
@@ -138,14 +140,13 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="placeholder"):
         for dim, size in enumerate(ir.shape(node) if ir.tensor(node) is not None else ()):
             known.setdefault(ir.expression(size), (node, dim))
-    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        size = ir.expression(node.meta["val"])
-        if isinstance(size, (int, sympy.Integer)):
-            _replace_by_constant(node, int(size))
-            continue
-        source = known.get(ir.expression(node.meta["val"]))
-        if source is not None:
-            node.args = source
+    for target in (aten.sym_size.int, operator.sub):
+        for node in graph.find_nodes(op="call_function", target=target):
+            size = ir.expression(node.meta["val"])
+            if isinstance(size, (int, sympy.Integer)):
+                _replace_by_constant(node, int(size))
+            elif size in known:
+                node.target, node.args = aten.sym_size.int, known[size]
 
 
 def _replace_by_constant(node: fx.Node, value: int) -> None:
@@ -182,90 +183,14 @@ def _join_slices(graph: fx.Graph, node: fx.Node) -> None:
             return
         rest: Any = ir.shape(second)[dim]
         if not isinstance(rest, int):
-            rest = _call(graph, before, aten.sym_size.int, node, dim)
-            rest = _call(graph, before, operator.sub, rest, stops[0])
-        split = _call(graph, before, aten.split_with_sizes.default, node, [stops[0], rest], dim)
+            rest = call(graph, before, aten.sym_size.int, node, dim)
+            rest = call(graph, before, operator.sub, rest, stops[0])
+        split = call(graph, before, aten.split_with_sizes.default, node, [stops[0], rest], dim)
         for i, old in enumerate((first, second)):
-            part = _call(graph, old, operator.getitem, split, i)
+            part = call(graph, old, operator.getitem, split, i)
             old.replace_all_uses_with(part)
     for old in slices:
         graph.erase_node(old)
-
-
-@dataclass(frozen=True)
-class _Write:
-    """`buffer[..., start:stop:step] = value`."""
-
-    view: fx.Node
-    copy: fx.Node
-    start: int
-    stop: int
-    step: int
-
-    @property
-    def value(self) -> Any:
-        return self.copy.args[1]
-
-
-def _join_writes(graph: fx.Graph, buffer: fx.Node) -> None:
-    """A buffer filled by two slice writes over the last dim is a stack, or a cat, of the two.
-
-    Even and odd channels, or the two halves: the same bits by one kernel instead of three, and
-    the graph is free of mutation.
-    """
-    writes = [w for w in map(_as_write, buffer.users) if w is not None]
-    readers = [u for u in buffer.users if u not in {w.view for w in writes}]
-    size = ir.shape(buffer)[-1] if ir.tensor(buffer) is not None else None
-    if len(writes) != 2 or not isinstance(size, int) or any(r < writes[-1].copy for r in readers):
-        return
-    first, second = sorted(writes, key=lambda w: w.start)
-    spans = [(w.start, min(w.stop, size), w.step) for w in (first, second)]
-    if spans == [(0, size, 2), (1, size, 2)]:
-        join, arguments = aten.stack.default, (-1,)
-    elif spans == [(0, size // 2, 1), (size // 2, size, 1)]:
-        join, arguments = aten.cat.default, (-1,)
-    else:
-        return
-    last = max(w.copy for w in writes)
-    with graph.inserting_after(last):
-        parts = [_call(graph, last, aten.to.dtype, w.value, ir.dtype(buffer)) for w in writes]
-        parts = [parts[writes.index(first)], parts[writes.index(second)]]
-        joined = _call(graph, last, join, parts, *arguments)
-        if join is aten.stack.default:
-            joined = _call(graph, last, aten.flatten.using_ints, joined, -2, -1)
-    for reader in readers:
-        reader.replace_input_with(buffer, joined)
-    for write in writes:
-        graph.erase_node(write.copy)
-        graph.erase_node(write.view)
-    ir.toposort(graph)
-
-
-def _as_write(view: fx.Node) -> _Write | None:
-    if not ir.is_call(view, aten.slice.Tensor) or len(view.users) != 1:
-        return None
-    copy, a = next(iter(view.users)), ir.arguments(view)
-    last_dim = len(ir.shape(view)) - 1
-    if not ir.is_call(copy, aten.copy_.default) or copy.args[0] is not view or copy.users:
-        return None
-    if a["dim"] % (last_dim + 1) != last_dim or ir.tensor(copy.args[1]) is None:
-        return None
-    if not ir.same(ir.shape(view), ir.shape(copy.args[1])):
-        return None
-    start, stop = a["start"] or 0, a["end"] if a["end"] is not None else 2**63 - 1
-    if not all(isinstance(i, int) and i >= 0 for i in (start, stop)):
-        return None
-    return _Write(view, copy, start, stop, a["step"])
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    values = map_arg(args, lambda n: n.meta["val"])
-    fake_mode = detect_fake_mode(pytree.tree_leaves(values))
-    with torch.no_grad(), fake_mode or nullcontext():
-        node.meta["val"] = target(*values)
-    return node
 
 
 def _read_dtype_off(node: fx.Node) -> None:

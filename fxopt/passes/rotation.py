@@ -3,9 +3,10 @@
 The piece maps n (normed heads) and some tables to rotated heads. Every rotary embedding is
 `out = n * cos + swap(n) * sin` for the first r channels of a head, where swap exchanges (and
 negates) the members of each pair: neighbours (interleaved) or halves. The other channels come out
-as they went in, which tells r. Which tensor is cos, which is sin, and how its dims lie is found by
-trying: there are a few dozen combinations, each a handful of flops. Tables of 2x2 matrices need not
-hold rotations: the op multiplies by any.
+as they went in, which tells r, and so do tokens, the text of a joint sequence, that have no row of
+the tables. Which tensor is cos, which is sin, and how its dims lie is found by trying: there are a
+few dozen combinations, each a handful of flops. Tables of 2x2 matrices need not hold rotations: the
+op multiplies by any.
 
 Shapes: B batch, S tokens, H heads, d head dim, r rotated channels, w table width (r or r/2).
 """
@@ -56,6 +57,12 @@ class Rotation:
     tables: str  # what they hold, as `fxopt::qk_norm_rope` takes them
     cos: Table
     sin: Table
+    rotated: str = "all"  # or the "first" or "last" tokens, as many as the tables have rows
+
+    @property
+    def settings(self) -> tuple[str, str, str]:
+        """As `fxopt::qk_norm_rope` takes them."""
+        return self.kind, self.tables, self.rotated
 
 
 def find_rotation(
@@ -92,18 +99,40 @@ def find_rotation(
     n_BSHd, out_BSHd = (_to_BSHd(x, layout) for x in (n, out))
     if n_BSHd is None or out_BSHd is None:
         return Reason("heads and tokens cannot be told apart between norm and attention", end)
+    rows = _rotated_rows(n_BSHd, out_BSHd)
+    if isinstance(rows, str):
+        return Reason(rows, end)
+    num_rows = rows.stop - rows.start
+    rotated = "all" if num_rows == num_tokens else "last" if rows.start else "first"
+    if rotated != "all":
+        n_BSHd, out_BSHd = n_BSHd[:, rows], out_BSHd[:, rows]
     is_rotated = _is_rotated(n_BSHd, out_BSHd)
-    heads = Heads(*layout[:3], int(is_rotated.nonzero().max()) + 1 if is_rotated.any() else 0)
+    num_channels = int(is_rotated.nonzero().max()) + 1 if is_rotated.any() else 0
+    heads = Heads(layout[0], num_rows, num_heads, num_channels, rotated == "all")
     readings = [r for node in tables for r in _readings(node, values[node], heads)]
     for kind in ("interleaved", "half"):
         for c in readings:
             for s in (s for s in readings if s.form == c.form):
                 guess = rotary.rotate(n_BSHd, *rotary.signed(c.value, s.value, kind, c.form), kind)
                 if guess.shape == out_BSHd.shape and (guess - out_BSHd).abs().max() < TOLERANCE:
-                    return Rotation(kind, c.form, c.table, s.table)
+                    return Rotation(kind, c.form, c.table, s.table, rotated)
     if not is_rotated[: heads.rotary_dim].all():
         return Reason("the rotated channels are not the first ones of a head", end)
     return Reason("what stands between the norm and attention is no known rotation", end)
+
+
+def _rotated_rows(n_BSHd: torch.Tensor, out_BSHd: torch.Tensor) -> slice | str:
+    """The tokens that come out other than they went in, at one end of the sequence, or why not."""
+    num_tokens = n_BSHd.shape[1]
+    if n_BSHd.shape != out_BSHd.shape:
+        return slice(0, num_tokens)
+    changed = (n_BSHd != out_BSHd).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+    if not changed:
+        return slice(0, num_tokens)
+    rows = slice(changed[0], changed[-1] + 1)
+    if len(changed) < rows.stop - rows.start or (rows.start > 0 and rows.stop < num_tokens):
+        return "the rotated tokens are neither the first nor the last ones"
+    return rows
 
 
 def _is_rotated(n_BSHd: torch.Tensor, out_BSHd: torch.Tensor) -> torch.Tensor:
@@ -146,6 +175,7 @@ class Heads(NamedTuple):
     num_tokens: int
     num_heads: int
     rotary_dim: int
+    can_share_rows: bool  # a table of one row is for all tokens
 
 
 class Reading(NamedTuple):
@@ -169,7 +199,9 @@ def _readings(node: fx.Node, value: torch.Tensor, heads: Heads) -> Iterator[Read
                 table = Table(node, (*parts, *steps))
                 view = table.view(value)
                 sizes = zip(view.shape[:3], heads[:3], strict=True)
-                if view.shape[-1] == width and all(size in (1, whole) for size, whole in sizes):
+                has_rows = heads.can_share_rows or view.shape[1] == heads.num_tokens
+                fits = has_rows and all(size in (1, whole) for size, whole in sizes)
+                if view.shape[-1] == width and fits:
                     yield Reading(table, view, form)
 
 

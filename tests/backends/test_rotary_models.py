@@ -1,4 +1,4 @@
-"""Real models whose rotary tables are for a part of a head, or hold 2x2 matrices."""
+"""Real models whose rotary tables are for a part of a head or sequence, or hold 2x2 matrices."""
 
 from __future__ import annotations
 
@@ -49,6 +49,36 @@ def prx_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
         "hidden_states": draw.latents(4),
         "timestep": draw.timestep(),
         "encoder_hidden_states": draw.text(48),
+        "return_dict": False,
+    }
+
+
+def cogview4() -> nn.Module:
+    from diffusers import CogView4Transformer2DModel
+
+    return CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=WIDTH // HEAD_DIM,
+        attention_head_dim=HEAD_DIM,
+        text_embed_dim=24,
+        time_embed_dim=32,
+        condition_dim=16,
+        rope_axes_dim=(16, 16),
+    )
+
+
+def cogview4_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
+    draw = Draw(batch, size, dtype)
+    pixels = torch.full((batch, 2), 64.0, dtype=dtype)
+    return {
+        "hidden_states": draw.latents(4),
+        "encoder_hidden_states": draw.text(24),
+        "timestep": (1000 * draw.timestep()).long(),
+        "original_size": pixels,
+        "target_size": pixels,
+        "crop_coords": torch.zeros_like(pixels),
         "return_dict": False,
     }
 
@@ -162,6 +192,8 @@ MODELS = {
     # Matrices for neighbours, text keys that are not rotated before those of the image.
     "prx": (prx, prx_inputs),
     "published flux": (PublishedModel, published_inputs),
+    # Halves of the image's tokens, behind the text's and in place, behind a LayerNorm.
+    "cogview4": (cogview4, cogview4_inputs),
 }
 NAMES = ("qk_norm_rope", "merge_qk")
 IN_FP32 = [(name, torch.float32) for name in MODELS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -204,10 +205,9 @@ COUNTS = {
     # Of a two-stream block's 6 the 3 of the video, and both of a single-stream one's. This cuts two
     # tensors in video and text and joins them again; one of them goes on inside the norm.
     "hunyuan-video": {
-        "rms_norm": 4,
         "join_slices": 2,
-        "qk_norm_rope": 4,
-        "merge_qk": 2,
+        "qk_norm_rope": 8,
+        "merge_qk": 4,
         "norm_modulate": 18,
         "norm_modulate_segments": 10,
         "gated_activation": 7,
@@ -260,8 +260,19 @@ def test_the_compiled_door() -> None:
     assert fxopt.report(model).counts() == counts
 
 
+# What swap lacks of HunyuanVideo: a block of the text's refiner, of which it replaces the MLP, and
+# joining slices, as it cuts none.
+REFINER = {
+    "norm_modulate": 2,
+    "fuse_bias": 1,
+    "silu_linears": 1,
+    "merge_linears": 2,
+    "join_slices": 2,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen-image-edit", "z-image-omni"])
+@pytest.mark.parametrize("name", ["qwen-image-edit", "z-image-omni", "hunyuan-video"])
 def test_swap(name: str, dtype: torch.dtype) -> None:
     build, make_inputs = MODELS[name]
     model, inputs = seeded(build)().to(dtype), make_inputs(2, 0, dtype)
@@ -269,7 +280,9 @@ def test_swap(name: str, dtype: torch.dtype) -> None:
     fxopt.swap(model)
     ours = run(model, inputs)
     report = fxopt.report(model)
-    assert report.counts() == COUNTS[name] and not report.declined
+    lacking = REFINER if name == "hunyuan-video" else {}
+    assert report.counts() == Counter(COUNTS[name]) - Counter(lacking)
+    assert all("Refiner" in d.block_class for d in report.declined)
     judge(model, name, ours)
 
 

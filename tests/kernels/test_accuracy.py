@@ -146,6 +146,7 @@ QK_NORM_ROPE = pairwise(
     rotation=heads.ROTATIONS,
     tables=("channels", "pairs", "matrices"),
     rotated=(1.0, 0.5),
+    tokens=("all", "first", "last"),
     sections=heads.SECTIONS,
     affine=("none", "weight", "weight+bias", "x_bias+weight", "x_bias+weight+bias"),
     weight_offset=(0.0, 1.0),

@@ -74,7 +74,7 @@ def of_heads(across_heads: bool) -> Run:
 
     def run(t: dict[str, Tensor]) -> list[Tensor]:
         fields = [[t[f"{f}{i}"] for i in range(2)] for f in ("x", "x_bias", "weight", "bias")]
-        settings = ([1, 1], "layer", [1e-6] * 2, 0.0, across_heads, "half", "channels", FP32)
+        settings = ([1, 1], "layer", [1e-6] * 2, 0.0, across_heads, "half", "channels", "all", FP32)
         return qk_norm_rope(*fields, *tables, *settings)[:2]
 
     return run

@@ -166,7 +166,7 @@ def rotations(tensors: list[Tensor]) -> list[Tensor]:
     heads, none = [t.unflatten(-1, (2, 4)) for t in (x, other)], [None, None]
     fields = heads, [weight[0], None], [weight[1, :4], None], none, [cos, cos], [sin, sin]
     outs = qk_norm_rope(
-        *fields, [1, 1], "rms", [1e-6, 1e-6], 0.0, False, "interleaved", "channels", FP32
+        *fields, [1, 1], "rms", [1e-6, 1e-6], 0.0, False, "interleaved", "channels", "all", FP32
     )
     return outs[:2]
 

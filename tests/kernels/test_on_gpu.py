@@ -144,7 +144,7 @@ def test_qk_norm_rope(across_heads, rotation, form, width, dtype):
         dtype=dtype,
     )
     tables = [[torch.randn(1, 52, 1, width, device="cuda")] * 4 for _ in range(2)]
-    settings = (joined, "rms", [1e-6] * 4, 0.0, across_heads, rotation, form)
+    settings = (joined, "rms", [1e-6] * 4, 0.0, across_heads, rotation, form, "all")
 
     def arguments(*tensors):
         return tensors[:4], tensors[4:8], tensors[8:], [None] * 4, *tables, *settings

@@ -138,7 +138,7 @@ def test_heads(provider: str, num_heads: int, dim: int, rotation: str, across_he
     weights = [randn(2, num_heads * dim if across_heads else dim)] * 2
     tables, absent = [torch.rand(3, 1, dim)] * 2, [None] * 2
     fields = absent, weights, absent, tables, tables
-    settings = [1, 1], "rms", [1e-6] * 2, 0.0, across_heads, rotation, "channels", DTYPE
+    settings = [1, 1], "rms", [1e-6] * 2, 0.0, across_heads, rotation, "channels", "all", DTYPE
     rooms, plain = rooms_of(*xs, num_row_dims=2), forward(xs, *fields, *settings)
     codes, scales = rooms[::2], rooms[1::2]
     check(forward(xs, *fields, *settings, codes, scales), plain)

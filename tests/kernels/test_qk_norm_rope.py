@@ -44,6 +44,7 @@ class Case:
     keys: bool = False
     joint_tables: bool = False
     rotated: float = 1.0  # the share of a head
+    tokens: str = "all"  # or the "first" or "last": all but two, where there are as many
 
     def section(self, generator: torch.Generator, num_tokens: int, heads: int) -> list[Any]:
         batch, _, _, dim = self.shape
@@ -73,7 +74,8 @@ class Case:
     def args(self) -> list[Any]:
         generator = torch.Generator().manual_seed(self.seed)
         lengths = [self.shape[1]] + [2] * (self.sections != "one")
-        tables = [self.cos_sin(generator, n) for n in lengths]
+        rows = [n if self.tokens == "all" else max(1, n - 2) for n in lengths]
+        tables = [self.cos_sin(generator, n) for n in rows]
         if self.joint_tables:
             tables = [self.cos_sin(generator, sum(lengths))] * len(lengths)
         if self.sections == "text":
@@ -86,7 +88,8 @@ class Case:
         ]
         fields = [list(field) for field in zip(*sections, strict=True)]
         joined, eps = [len(lengths)] * len(heads), [EPS * (i + 1) for i in range(len(sections))]
-        scalars = [self.weight_offset, self.across_heads, self.rotation, self.tables, self.dtype]
+        rotation = [self.rotation, self.tables, self.tokens]
+        scalars = [self.weight_offset, self.across_heads, *rotation, self.dtype]
         return [*fields, joined, self.norm, eps, *scalars]
 
     @property
@@ -126,7 +129,7 @@ def fused(*args: Any) -> list[Tensor]:
 
 def eager(*args: Any) -> list[Tensor]:
     """The op as diffusers' FLUX writes it, or, for what FLUX lacks, in the same manner."""
-    joined, norm, eps, weight_offset, across_heads, rotation, form, _ = args[NUM_FIELDS:]
+    joined, norm, eps, weight_offset, across_heads, rotation, form, tokens, _ = args[NUM_FIELDS:]
     parts = []
     for x, x_bias, weight, bias, cos, sin, section_eps in zip(*args[:NUM_FIELDS], eps, strict=True):
         n = x if x_bias is None else (x.flatten(2) + x_bias).view(x.shape)
@@ -144,8 +147,18 @@ def eager(*args: Any) -> list[Tensor]:
         n = n.view(x.shape)
         if rotation != "none" and cos is not None:
             width = cos.shape[-1] * (2 if form == "pairs" else 1)
+            rows, others = cos.shape[1], n[:, :0]
+            if tokens == "last":
+                others, n = n.split([n.shape[1] - rows, rows], 1)
+            elif tokens == "first":
+                n, others = n.split([rows, n.shape[1] - rows], 1)
             turned = _eager_rotation(n[..., :width], cos, sin, rotation, form)
             n = torch.cat([turned, n[..., width:]], -1) if width < n.shape[-1] else turned
+            n = (
+                n
+                if tokens == "all"
+                else torch.cat([n, others][:: -1 if tokens == "last" else 1], 1)
+            )
         parts.append(n)
     return [
         torch.cat(list(itertools.islice(iter(parts[sum(joined[:i]) :]), n)), 1)

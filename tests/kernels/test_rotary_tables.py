@@ -1,4 +1,4 @@
-"""The forms of rotary tables, and tables for a part of a head, in `fxopt::qk_norm_rope`.
+"""`fxopt::qk_norm_rope`: forms of rotary tables, and tables for a part of a head or of the tokens.
 
 Whole heads and tables with an entry per channel or per pair are in `test_qk_norm_rope`.
 """
@@ -105,7 +105,7 @@ def test_matrices_that_rotate_are_the_rotation_by_pairs(rotation):
     args = call(rotation, "pairs", 0.5).args
     cos, sin = args[4][0], args[5][0]
     columns = [torch.stack(c, -1).flatten(-2) for c in ((cos, sin), (-sin, cos))]
-    same = [*args[:4], *([c] for c in columns), *args[6:-2], "matrices", args[-1]]
+    same = [*args[:4], *([c] for c in columns), *args[6:-3], "matrices", *args[-2:]]
     for provider in (native_qk_norm_rope, triton_qk_norm_rope):
         assert torch.equal(provider.forward(*same)[0], provider.forward(*args)[0])
 
@@ -126,3 +126,37 @@ def test_tables_that_do_not_fit_a_head_are_refused(tables, width):
     for provider in (native_qk_norm_rope, triton_qk_norm_rope):
         with pytest.raises(ValueError, match=f"tables of {width} entries"):
             provider.forward(*args)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "tables", "rotated", "options"),
+    [
+        ("half", "channels", 0.25, {"norm": "layer", "affine": "weight+bias", "sections": "text"}),
+        ("interleaved", "pairs", 1.0, {"affine": "x_bias+weight", "keys": True}),
+        ("half", "matrices", 1.0, {"norm": "none", "affine": "none", "dtype": torch.float16}),
+    ],
+)
+@pytest.mark.parametrize("tokens", ["first", "last"])
+def test_tokens_beyond_the_tables_go_through(rotation, tables, rotated, options, tokens):
+    case = call(rotation, tables, rotated, tokens=tokens, shape=(2, 5, 2, 24), **options)
+    args = case.args
+    assert_triton_matches_native(case)
+    doubled = to_double(args), [g.double() for g in case.grads]
+    for ours, theirs in zip(results(fused, *doubled), results(eager, *doubled), strict=True):
+        # diffusers computes norms and rotations in fp32.
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_gradcheck_of_some_tokens():
+    options = {"sections": "two", "dtype": torch.float64, "affine": "x_bias+weight+bias"}
+    args = call("half", "channels", 0.5, tokens="last", shape=(2, 5, 2, 24), **options).args
+    leaves = [t.requires_grad_() for field in args[:4] for t in field if t is not None]
+    assert torch.autograd.gradcheck(lambda *_: tuple(fused(*args)), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("function", [reference, native_qk_norm_rope.forward, fused])
+def test_tables_of_more_rows_than_tokens_are_refused(function):
+    args = Case(tokens="first").args
+    args[4:6] = [[torch.ones(1, 4, 1, 24)]] * 2
+    with pytest.raises(ValueError, match='tables of 4 rows cannot rotate the tokens "first" of 3'):
+        function(*args)

@@ -105,7 +105,7 @@ def heads(c: Case) -> list[Tensor]:
     xs = [own(c, *HEADS) for _ in range(4)]
     tables = [torch.rand(S, 1, 32) for _ in range(4)]
     parameters = [None] * 4, [c.leaf(32) for _ in xs], [None] * 4, tables, tables
-    settings = [2, 2], "rms", [1e-6] * 4, 0.0, False, "interleaved", "channels", BF16
+    settings = [2, 2], "rms", [1e-6] * 4, 0.0, False, "interleaved", "channels", "all", BF16
     return qk_norm_rope(xs, *parameters, *settings)[:2]
 
 
@@ -336,7 +336,7 @@ def test_parts_of_a_projection_are_packed_if_nobody_keeps_the_rest(
 ) -> None:
     q, k, *_ = parts(num_parts)
     norm = [None] * 2, [leaf(1, 32)] * 2, [None] * 2, [None] * 2, [None] * 2
-    settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", BF16
+    settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", "all", BF16
     assert num_packed(lambda: qk_norm_rope([q, k], *norm, *settings)) == expected
 
 

@@ -120,7 +120,7 @@ def qk(call: str, dim: int, sections: int = 1, across_heads: bool = False, **oth
         none = [None] * len(names)
         settings = (
             [sections] * 2, "layer", [1e-6] * len(names), 0.0, across_heads, "interleaved",
-            "channels", FP32,
+            "channels", "all", FP32,
         )  # fmt: skip
         return qk_norm_rope(*fields, none, *tables, *settings)[:2]
 

@@ -58,7 +58,7 @@ def test_gradients_of_queries_and_keys_are_a_stack():
     weight = torch.empty(4)
     none = [None] * 3
     fields = [q, text, k], none, [weight, None, None], none, none, none
-    settings = ((2, 1), "rms", (1e-6,) * 3, 0.0, False, "none", "channels", torch.float32)
+    settings = ((2, 1), "rms", (1e-6,) * 3, 0.0, False, "none", "channels", "all", torch.float32)
     needs = [True] * 3 + [False] * 3 + [True] + [False] * 5
     found = outputs_backward(Arguments(*fields, *settings), needs)
     assert members(*found) == [[0, 2]]
@@ -125,7 +125,7 @@ def test_a_trace_does_not_rely_on_where_gradients_lie(mode):
         wanted = [t.requires_grad_() for t in (wq, wk)]
         q, k = linears(x, wanted, [None] * 2, [0, 0, 16, 1, 0, 16])
         heads, none = [t.unflatten(-1, (2, 8)) for t in (q, k)], [None] * 2
-        settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", torch.float32
+        settings = [1, 1], "rms", [1e-6] * 2, 0.0, False, "none", "channels", "all", torch.float32
         q, k, *_ = qk_norm_rope(heads, none, [torch.ones(8)] * 2, none, none, none, *settings)
         return torch.autograd.grad([q, k], wanted, [grad, grad * 2])
 

@@ -72,7 +72,7 @@ transpose_int_1 = aten.transpose.int(unflatten_int_1, 1, 2)
 permute_5 = aten.permute(transpose_int_1, [0, 2, 1, 3])
 qk_norm_rope_2 = fxopt.qk_norm_rope([permute_4, permute_5], [p_q_bias, p_k_bias], [p_norm_q,
     p_norm_k], [None, None], [None, None], [None, None], [1, 1], 'rms', [1e-06, 1e-06], 0.0,
-    False, 'none', 'channels', float32)
+    False, 'none', 'channels', 'all', float32)
 getitem_4 = qk_norm_rope_2[0]
 permute_1 = aten.permute(getitem_4, [0, 2, 1, 3])
 getitem_5 = qk_norm_rope_2[1]

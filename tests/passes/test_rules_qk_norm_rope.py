@@ -89,11 +89,11 @@ repeat_interleave_1 = aten.repeat_interleave.self_int(inputs_2, 2, -1)
 unsqueeze_2 = aten.unsqueeze(repeat_interleave_1, 0)
 unsqueeze_3 = aten.unsqueeze(unsqueeze_2, 2)
 qk_norm_rope = fxopt.qk_norm_rope([unflatten], [None], [p_norm_q], [None], [unsqueeze_1],
-    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', float32)
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', 'all', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
 qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_1], [None], [p_norm_k], [None], [unsqueeze_1],
-    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', float32)
+    [unsqueeze_3], [1], 'rms', [1e-06], 0.0, False, 'interleaved', 'channels', 'all', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
@@ -133,12 +133,12 @@ unflatten_5 = aten.unflatten.int(linear_5, -1, [2, 8])
 cat_2 = aten.cat([unflatten_4, unflatten_5], 1)
 qk_norm_rope = fxopt.qk_norm_rope([unflatten, unflatten_1], [None, None], [p_norm_q, p_norm_q],
     [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms', [1e-06,
-    1e-06], 0.0, False, 'interleaved', 'channels', float32)
+    1e-06], 0.0, False, 'interleaved', 'channels', 'all', float32)
 getitem_4 = qk_norm_rope[0]
 permute = aten.permute(getitem_4, [0, 2, 1, 3])
 qk_norm_rope_1 = fxopt.qk_norm_rope([unflatten_2, unflatten_3], [None, None], [p_norm_k,
     p_norm_k], [None, None], [unsqueeze_1, unsqueeze_1], [unsqueeze_3, unsqueeze_3], [2], 'rms',
-    [1e-06, 1e-06], 0.0, False, 'interleaved', 'channels', float32)
+    [1e-06, 1e-06], 0.0, False, 'interleaved', 'channels', 'all', float32)
 getitem_5 = qk_norm_rope_1[0]
 permute_1 = aten.permute(getitem_5, [0, 2, 1, 3])
 transpose_2 = aten.transpose.int(cat_2, 1, 2)

@@ -18,6 +18,7 @@ from fxopt.backends.swaps import (
     decoder,
     flux,
     flux2,
+    hunyuan,
     linears,
     ltx,
     mlps,
@@ -33,6 +34,7 @@ from fxopt.recipes import RECIPES, Recipe
 FAMILIES: tuple[Family, ...] = (
     *flux.FAMILIES,
     *flux2.FAMILIES,
+    *hunyuan.FAMILIES,
     *sd3.FAMILIES,
     *qwen_image.FAMILIES,
     *wan.FAMILIES,

@@ -1,4 +1,4 @@
-"""FLUX.1: double-stream and single-stream blocks of diffusers."""
+"""FLUX.1, and who has its blocks: double-stream and single-stream blocks of diffusers."""
 
 from __future__ import annotations
 
@@ -110,13 +110,25 @@ def small(block: Any) -> nn.Module:
     return type(block)(dim=64, num_attention_heads=2, attention_head_dim=32)
 
 
+def _classes(block: str, *models: str) -> tuple[str, ...]:
+    """Of FLUX and of models that have its blocks under names of their own."""
+    own = (f"{path}.{name}{block}" for path, name in map(LIKE.__getitem__, models))
+    return (f"{MODULE}.Flux{block}", *own)
+
+
+LIBRARY = "diffusers.models.transformers.transformer"
+LIKE = {
+    "bria": (f"{LIBRARY}_bria", "Bria"),
+    "longcat": (f"{LIBRARY}_longcat_image", "LongCatImage"),
+    "ovis": (f"{LIBRARY}_ovis_image", "OvisImage"),
+}
 FAMILIES = (
     Family(
-        (f"{MODULE}.FluxTransformerBlock",),
+        _classes("TransformerBlock", "bria", "longcat", "ovis"),
         Swap("double", double, examples, small, constants=("image_rotary_emb",)),
     ),
     Family(
-        (f"{MODULE}.FluxSingleTransformerBlock",),
+        _classes("SingleTransformerBlock", "bria", "longcat"),
         Swap("single", single, examples, small, constants=("image_rotary_emb",)),
     ),
 )

@@ -53,7 +53,8 @@ def fused_block(
 
 def tables(cos_sin: tuple[Tensor, Tensor], head_dim: int) -> Rotation:
     """[B, S, H * d] each: other angles for each head."""
-    return Rotation("interleaved", "channels", *(heads(t, head_dim) for t in cos_sin))
+    cos, sin = (heads(t, head_dim) for t in cos_sin)
+    return Rotation("interleaved", "channels", cos, sin)
 
 
 def per_head(attn: Any, mask: Tensor | None, keys: Tensor) -> Tensor | None:

@@ -19,12 +19,20 @@ from fxopt.backends.swaps.quantized import Unbiased, is_plain
 
 
 class Rotation(NamedTuple):
-    """`kind`, `tables`, cos and sin of `fxopt::qk_norm_rope`; the latter are [B, S, H, width]."""
+    """`kind`, `tables`, cos, sin and `rotated` of `fxopt::qk_norm_rope`.
+
+    cos, sin: [B, S, H, width].
+    """
 
     kind: str
     tables: str
     cos: Tensor
     sin: Tensor
+    rotated: str = "all"
+
+    @property
+    def settings(self) -> tuple[str, str, str]:
+        return self.kind, self.tables, self.rotated
 
     def split(self, length: int) -> tuple[Rotation, Rotation]:
         """The tables of the first `length` tokens, and those of the others."""
@@ -120,7 +128,8 @@ def _operands(
     norms = [read_norm(s.norm, s.x) for s in sections]
     affine = [n.weight for n in norms], [n.bias for n in norms]
     tables = ([s.rotation and s.rotation[i] for s in sections] for i in (2, 3))
-    kind = next((s.rotation[:2] for s in sections if s.rotation is not None), ("none", "channels"))
+    rotation = next((s.rotation for s in sections if s.rotation is not None), None)
+    kind = rotation.settings if rotation is not None else ("none", "channels", "all")
     eps, dtype = [n.eps for n in norms], sections[0].x.dtype
     settings = (norms[0].kind, eps, 0.0, across_heads, *kind, dtype)
     x, joined = [heads(s.x, head_dim) for s in sections], [len(o) for o in operands]

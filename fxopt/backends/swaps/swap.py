@@ -53,6 +53,8 @@ class Swap:
         than the module itself.
     constants: arguments that get no gradient (tables, masks).
     passed_on: arguments that go to the attention function as they are, whatever they hold.
+    numbers: integer arguments whose value the proof need not share.
+    ignores_more: whether the module's own forward leaves further positional arguments unread.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Swap:
     small: Callable[[Any], nn.Module] | None = None
     constants: tuple[str, ...] = ()
     passed_on: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    ignores_more: bool = False
 
     def signature(self, arguments: Arguments) -> tuple[Any, ...]:
         """What decides whether a proof holds for a call: all of its arguments but their sizes."""
@@ -82,7 +86,8 @@ class Swap:
         examples = list(self.examples(module, Draw(module)))
         for example in examples:
             if example.keys() == given.keys():
-                cast = _in_dtypes_of({name: given[name] for name in example}, example)
+                own = {n: example[n] for n in self.numbers if isinstance(given.get(n), int)}
+                cast = _in_dtypes_of({name: given[name] for name in example} | own, example)
                 if cast is not None:
                     return cast
         known = " or ".join(dict.fromkeys(_described(e) for e in examples))

@@ -71,7 +71,7 @@ def _arguments(out: fx.Node) -> Arguments:
 
 
 def _agree(q: Arguments, k: Arguments) -> bool:
-    rotations = {(a.rotation, a.tables) for a in (q, k) if a.rotation != "none"}
+    rotations = {(a.rotation, a.tables, a.rotated) for a in (q, k) if a.rotation != "none"}
     same = all(
         getattr(q, name) == getattr(k, name)
         for name in ("norm", "weight_offset", "across_heads", "dtype")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -247,8 +247,12 @@ def _with_rotation(
     if isinstance(joint, Reason):
         yield joint
         return
+    joints = _by_section(joint, sections)
+    if isinstance(joints, Reason):
+        yield joints
+        return
     found = []
-    for section in sections:
+    for section, joint in zip(sections, joints, strict=True):
         start = section.norm.out if section.norm else section.source
         rotation = find_rotation(start, section.end, heads.num_heads, heads.head_dim)
         if isinstance(rotation, Reason):
@@ -259,13 +263,26 @@ def _with_rotation(
         )
     if all(s.norm is None and s.rotation is None for s in found):
         return
-    if len({(s.rotation.kind, s.rotation.tables) for s in found if s.rotation}) > 1:
+    if len({s.rotation.settings for s in found if s.rotation}) > 1:
         yield Reason("the sections pair channels differently", operand)
         return
     if not _agree([s.norm for s in found if s.norm]) or len({s.norm is None for s in found}) > 1:
         yield Reason("the sections are normed differently", operand)
         return
     yield _bind(operand, heads, found)
+
+
+def _by_section(joint: Rotation | None, sections: list[Section]) -> list[Rotation | None] | Reason:
+    """The joint rotation of each section: where not all tokens are rotated, those of one are."""
+    if joint is None or joint.rotated == "all":
+        return [joint] * len(sections)
+    at = 0 if joint.rotated == "first" else -1
+    rows, end = ir.shape(joint.cos.node), sections[at].end
+    if not any(ir.same(size, num) for size in rows for num in ir.shape(end)[1:3]):
+        return Reason("the rotated tokens are not those of one projection", end)
+    found: list[Rotation | None] = [None] * len(sections)
+    found[at] = replace(joint, rotated="all")
+    return found
 
 
 def _agree(norms: list[Norm]) -> bool:
@@ -281,7 +298,7 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
     width = heads.num_heads * heads.head_dim
     across = norm is not None and _normed_width(norm) == str(width) and heads.num_heads > 1
     rotation = next((s.rotation for s in sections if s.rotation), None)
-    kind = (rotation.kind, rotation.tables) if rotation else ("none", "channels")
+    kind = rotation.settings if rotation else ("none", "channels", "all")
     tables = [t for s in sections if s.rotation for t in (s.rotation.cos, s.rotation.sin)]
     affine = [p for s in sections if s.norm for p in (s.norm.weight, s.norm.bias)]
     listed = [*(s.source for s in sections), *affine, *(t.node for t in tables)]
@@ -325,4 +342,4 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=2, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
+RULE = Rule(name="qk_norm_rope", version=3, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
