@@ -62,7 +62,8 @@ def backend(
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
     chosen = shared.check(recipe=recipe, execution="compile", inner=inner)
     if inner not in INNER:
-        raise UnknownOption(inner, INNER)
+        raise UnknownOption(str(inner), INNER)
+    inductor.check_options(settings, own=("recipe", "inner"))
     precision.check_device(chosen, _device(example_inputs))
     precision.check_parameters(chosen, _parameters(gm).items())
     rewritten, report = rewritten_graph(gm, example_inputs, chosen, block)
