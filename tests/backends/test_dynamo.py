@@ -316,7 +316,7 @@ def test_table_that_is_trained_is_left_alone():
 )
 def test_unknown_option_is_named(options, error):
     compiled = torch.compile(Model("plain"), backend="fxopt", options=options)
-    with pytest.raises(Exception, match="unknown (option|recipe) '.*known: ") as caught:
+    with pytest.raises(Exception, match=r"unknown (option|recipe) '.*known: ") as caught:
         compiled(torch.randn(2, 8, 32), torch.randn(2, 32))
     chain = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
     assert any(isinstance(e, error) for e in chain)
