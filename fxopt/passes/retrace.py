@@ -17,7 +17,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     PreDispatchTorchFunctionMode,
     TorchFunctionMetadataMode,
@@ -53,7 +53,7 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None, "Dynamo runs its backends under a fake mode"
     fakes = [_as_fake(fake_mode, v) for v in example_inputs]
-    retracer = _Retracer(outline_transforms(gm))
+    retracer = _Retracer(outline_transforms(gm), fake_mode)
 
     def run(*inputs: Any) -> Any:
         with fx_traceback.preserve_node_meta():
@@ -94,10 +94,25 @@ def _as_fake(fake_mode: Any, value: Any) -> Any:
 class _Retracer(fx.Interpreter):
     """Runs Dynamo's graph under a tracer; a higher-order op becomes one node with its bodies."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
         super().__init__(gm)
+        self.fake_mode = fake_mode
         # By attribute of the graph to be: what is still to be retraced, on what.
         self.bodies: dict[str, tuple[fx.GraphModule, list[Any]]] = {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A real tensor, as an optimizer has: to be written to in the steps to come, not now."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer: Any = mode.tracer
+        with disable_proxy_modes_tracing():
+            fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        setattr(tracer.root, target, value)
+        proxy = tracer.create_proxy("get_attr", target, (), {})
+        return track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is SWITCH:  # what is inside is marked

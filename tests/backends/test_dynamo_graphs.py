@@ -180,3 +180,17 @@ def test_what_stays_is_reported(run, why):
     model.compile(backend="fxopt", options={"inner": "eager"})
     step(model)
     assert (why,) in [d.reasons for d in fxopt.report(model).declined if d.rule == "capture"]
+
+
+def test_compiling_an_optimizer_takes_no_step():
+    """Its state is part of the graph, not an input of it."""
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    compiled, eager = (torch.optim.AdamW([w], lr=0.1) for w in weights)
+    step = torch.compile(lambda: compiled.step(), backend="fxopt", options={"inner": "aot_eager"})
+    for number in range(3):
+        for weight in weights:
+            weight.grad = torch.tensor([1.0, -2.0, 0.5]) * (number - 0.5)
+        step()
+        eager.step()
+        assert [s["step"].item() for s in compiled.state.values()] == [number + 1]
+        torch.testing.assert_close(*weights, rtol=1e-6, atol=0)  # fp32: a sum in another order
