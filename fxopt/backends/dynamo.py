@@ -7,7 +7,7 @@ it as one fusable expression. A graph that cannot be rewritten goes on as it cam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fxopt.passes.autocast import Autocast, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.inline import inline_native
-from fxopt.passes.ir import graphs
+from fxopt.passes.ir import IS_KEPT, fqn, graphs, source
 from fxopt.passes.kernel_scopes import SWITCH, NotOneKernel, keep_on_attentions, mark
 from fxopt.passes.retrace import retrace
 from fxopt.passes.rewriter import Outcome, rewrite
@@ -62,7 +62,8 @@ def backend(
     recipe, inner = settings.pop("recipe", "bf16"), settings.pop("inner", "inductor")
     chosen = shared.check(recipe=recipe, execution="compile", inner=inner)
     if inner not in INNER:
-        raise UnknownOption(inner, INNER)
+        raise UnknownOption(str(inner), INNER)
+    inductor.check_options(settings, own=("recipe", "inner"))
     precision.check_device(chosen, _device(example_inputs))
     precision.check_parameters(chosen, _parameters(gm).items())
     rewritten, report = rewritten_graph(gm, example_inputs, chosen, block)
@@ -95,8 +96,18 @@ def rewritten_graph(
     except CannotCapture as reason:  # a graph that the compiler alone compiles is never broken
         found = Outcome(declined=[Declined("capture", "", "", "", (str(reason),))])
         return gm, found.report("compile", recipe.name, target)
+    outcome.declined += _kept(graph)
     is_changed = outcome.applied or outcome.attentions
     return (graph if is_changed else gm), outcome.report("compile", recipe.name, target)
+
+
+def _kept(graph: fx.GraphModule) -> Iterator[Declined]:
+    """What no rule has seen, as its calls are in the graph as they came."""
+    for body in graphs(graph):
+        for node in body.graph.find_nodes(op="get_attr"):
+            for call in node.users if IS_KEPT in node.meta else ():
+                why = f"what {call.target} runs is no graph of the IR and stays as it is"
+                yield Declined("capture", fqn(call), call.name, source(call), (why,))
 
 
 def _mark_kernels(gm: fx.GraphModule) -> None:

@@ -10,12 +10,16 @@ from fxopt.backends.reads import Reads
 from fxopt.backends.unseen import CannotCapture
 from fxopt.errors import FxoptError
 from fxopt.passes.autocast import NotWrittenOut
+from fxopt.passes.retrace import NotRetraced
 
 
 def described(error: Exception) -> str:
     """ "ValueError: the first line of its message"."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def internal(error: Exception) -> str:
@@ -42,5 +46,7 @@ def giving_up(
         reads.undo()
         if isinstance(error, FxoptError):  # what the user is to hear
             raise
-        is_known = isinstance(error, (CannotCapture, NotWrittenOut))
-        raise CannotCapture(str(error) if is_known else describe(error), reads) from error
+        is_known = isinstance(error, (CannotCapture, NotRetraced, NotWrittenOut))
+        # An interpreter of a graph has added where it was.
+        why = _first_line(error) if is_known else describe(error)
+        raise CannotCapture(why, reads) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt import kernels, recipes
+from fxopt.errors import UnknownOption, nearest
 from fxopt.passes.rules import CATALOGUE
 
 
@@ -31,6 +32,16 @@ def compile_graph(
     patches["joint_custom_pre_pass"] = CatalogueIdentity(installed)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+def check_options(names: Iterable[str], own: Sequence[str]) -> None:
+    """Raise UnknownOption on a name that Inductor's configuration does not have, nor `own`."""
+    from torch._inductor import list_options
+
+    known = list_options()
+    for name in names:
+        if name not in known:  # of which there are hundreds
+            raise UnknownOption(name, [*own, *nearest(name, known)])
 
 
 class CatalogueIdentity(CustomGraphPass):

@@ -53,14 +53,18 @@ def suspended(device_type: str) -> Iterator[None]:
 
 
 def write_out(gm: fx.GraphModule, ambient: Autocast) -> None:
-    """Inline autocast regions of `gm` and make every cast explicit, in place."""
+    """Inline autocast regions of `gm` and make every cast explicit, in place.
+
+    Raises:
+        NotWrittenOut: see there.
+    """
+    _write_out(gm, ambient, ambient)
     for body in ir.graphs(gm):
-        _write_out(body, ambient)
         body.graph.eliminate_dead_code()
         body.recompile()
 
 
-def _write_out(gm: fx.GraphModule, state: Autocast) -> None:
+def _write_out(gm: fx.GraphModule, state: Autocast, ambient: Autocast) -> None:
     fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
     states = [state]
     entered: list[fx.Node] = []
@@ -74,9 +78,23 @@ def _write_out(gm: fx.GraphModule, state: Autocast) -> None:
             gm.graph.erase_node(node)
             gm.graph.erase_node(entered.pop())
         elif is_region(node):
-            _inline(gm, node, state)
+            _inline(gm, node, state, ambient)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            _write_out_bodies(gm, node, state, ambient)
         elif state.enabled and isinstance(node.target, torch._ops.OpOverload):
             _cast_arguments(gm.graph, node, state, fake_mode)
+
+
+def _write_out_bodies(
+    gm: fx.GraphModule, node: fx.Node, state: Autocast, ambient: Autocast
+) -> None:
+    """What a checkpoint runs, it runs in the state that it is called in."""
+    for body in (n for n in node.all_input_nodes if n.op == "get_attr"):
+        module = getattr(gm, str(body.target))
+        if ir.IS_KEPT not in body.meta and isinstance(module, fx.GraphModule):
+            _write_out(module, state, ambient)
+        elif isinstance(module, torch.nn.Module) and state != ambient:
+            raise NotWrittenOut(f"{node.target} stays as it is, under an autocast of the model's")
 
 
 def _nested(outer: Autocast, device_type: Any, dtype: Any, enabled: Any) -> Autocast:
@@ -92,10 +110,10 @@ def is_region(node: fx.Node) -> bool:
     )
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast) -> None:
+def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast, ambient: Autocast) -> None:
     device_type, dtype, enabled, _cache, body_node, *operands = node.args
     body = getattr(gm, body_node.target)  # type: ignore[union-attr, arg-type]
-    _write_out(body, _nested(outer, device_type, dtype, enabled))
+    _write_out(body, _nested(outer, device_type, dtype, enabled), ambient)
     values = dict(
         zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )

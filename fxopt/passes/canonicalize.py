@@ -8,7 +8,7 @@ what regions compute instead of how they are written.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import sympy
@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxopt.passes import ir
+from fxopt.passes.grad_modes import grad_modes
 from fxopt.passes.ir import aten
 from fxopt.passes.slice_writes import call, join_write, join_writes
 
@@ -27,8 +28,9 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Canonicalize `gm` and every body in it, in place."""
     for graph_module in ir.graphs(gm):
         graph = graph_module.graph
+        modes = grad_modes(graph)
         for node in list(graph.nodes):
-            _simplify(graph, node)
+            _simplify(graph, node, modes)
         for node in list(graph.nodes):
             if node._erased:
                 continue
@@ -38,9 +40,10 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
                 join_write(graph, node)
         _read_sizes_off_inputs(graph)
         if not any(ir.mutates(n) for n in graph.nodes):
+            modes = grad_modes(graph)
             # Autograd refuses writes to what several views of one call share.
             for node in list(graph.nodes):
-                _join_slices(graph, node)
+                _join_slices(graph, node, modes)
             _read_sizes_off_inputs(graph)  # of the splits
             _share_common_subexpressions(graph)
         graph.eliminate_dead_code()
@@ -48,7 +51,7 @@ def canonicalize(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _simplify(graph: fx.Graph, node: fx.Node) -> None:
+def _simplify(graph: fx.Graph, node: fx.Node, modes: Mapping[fx.Node, bool | None]) -> None:
     if node.op != "call_function":
         return
     node.target = SYNONYMS.get(node.target, node.target)
@@ -62,7 +65,9 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
     elif node.target in IDENTITIES:
         source = IDENTITIES[node.target](node)
-        if source is not None:
+        # Without gradients a view has none, whatever it is of; a cast that does nothing keeps it.
+        is_view = node.target in ir.VIEWS
+        if source is not None and (not is_view or modes[source] == modes[node]):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
@@ -157,10 +162,10 @@ def _replace_by_constant(node: fx.Node, value: int) -> None:
         user.args, user.kwargs = map_arg(user.args, replaced), map_arg(user.kwargs, replaced)
 
 
-def _join_slices(graph: fx.Graph, node: fx.Node) -> None:
+def _join_slices(graph: fx.Graph, node: fx.Node, modes: Mapping[fx.Node, bool | None]) -> None:
     """x[:n] and x[n:] are a split: the same views, and one kernel for their gradient, not three."""
     slices = [u for u in node.users if ir.is_call(u, aten.slice.Tensor)]
-    if len(slices) != 2 or ir.tensor(node) is None:
+    if len(slices) != 2 or ir.tensor(node) is None or len({modes[s] for s in slices}) != 1:
         return
     named = [ir.arguments(s) for s in slices]
     if any(a["step"] != 1 for a in named) or named[0]["dim"] != named[1]["dim"]:
@@ -225,11 +230,11 @@ def machine_epsilon(dtype: torch.dtype) -> float:
 
 def _share_common_subexpressions(graph: fx.Graph) -> None:
     seen: dict[Hashable, fx.Node] = {}
-    returned = _returned(graph)
+    returned, modes = _returned(graph), grad_modes(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node):
             continue
-        key = _key((node.target, node.args, sorted(node.kwargs.items())))
+        key = _key((modes[node], node.target, node.args, sorted(node.kwargs.items())))
         first = seen.setdefault(key, node)
         # Who gets two tensors may write to one of them.
         if first is not node and not {first, node} <= returned:

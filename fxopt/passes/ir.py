@@ -73,6 +73,10 @@ CASTS = frozenset(
 )
 # Key in the `meta` of a graph module: whether its example has a batch of 2 for the call's 1.
 IS_DOUBLED = "fxopt_is_doubled"
+# Key in the `meta` of a node: whether the body that it stands for is not in the IR.
+IS_KEPT = "fxopt_is_kept"
+# What `tensor.data` is in a graph: no op.
+DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 LINEAR = aten.linear.default
 SDPA = aten.scaled_dot_product_attention.default
 # Where a region ends: what these produce is in memory already.
@@ -99,7 +103,7 @@ def graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """`gm` and the bodies of the higher-order ops it calls, outermost first."""
     yield gm
     for node in gm.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and IS_KEPT not in node.meta:
             body = getattr(gm, str(node.target), None)
             if isinstance(body, fx.GraphModule):
                 yield from graphs(body)
@@ -211,7 +215,7 @@ def _may_share(node: fx.Node) -> bool:
     known."""
     if is_call(node, *CASTS):
         return dtype(node) == dtype(node.args[0])
-    if is_call(node, *VIEWS):
+    if is_call(node, *VIEWS, DATA):
         return True
     has_schema = isinstance(node.target, torch._ops.OpOverload)
     return (

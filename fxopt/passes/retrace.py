@@ -1,12 +1,14 @@
 """A Dynamo graph to the one IR: pre-dispatch ATen, placeholders and metadata kept.
 
-Higher-order ops (checkpoint, ...) cannot be traced through; they stay, and their bodies become
-graphs of the IR on their own.
+Higher-order ops (checkpoint, ...) cannot be traced through: they stay as nodes. A body that takes
+its operands as they come becomes a graph of the IR on its own; others (custom autograd functions,
+branches, what torch.func transforms) stay as Dynamo wrote them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,15 +16,28 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
+    PreDispatchTorchFunctionMode,
+    TorchFunctionMetadataMode,
     disable_proxy_modes_tracing,
     get_proxy_mode,
     make_fx,
     track_tensor_tree,
 )
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
+from fxopt.passes import ir
 from fxopt.passes.kernel_scopes import SWITCH
+from fxopt.passes.outline_transforms import outline_transforms
+
+TRACING = (PreDispatchTorchFunctionMode, TorchFunctionMetadataMode)
+
+
+class NotRetraced(Exception):
+    """The graph would lose what is named."""
 
 
 def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -31,17 +46,28 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     Args:
         gm: Dynamo's graph.
         example_inputs: real or fake tensors and sizes, one per placeholder.
+
+    Raises:
+        NotRetraced: see there.
     """
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None, "Dynamo runs its backends under a fake mode"
     fakes = [_as_fake(fake_mode, v) for v in example_inputs]
+    retracer = _Retracer(outline_transforms(gm), fake_mode)
 
     def run(*inputs: Any) -> Any:
         with fx_traceback.preserve_node_meta():
-            return _Retracer(gm).run(*inputs)
+            return retracer.run(*inputs)
 
     with fake_mode, mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    # Not above: a trace notes down the changes of grad mode that are made in one inside of it.
+    for name, (body, operands) in retracer.bodies.items():
+        setattr(traced, name, retrace(body, operands))
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target)), FakeTensor):
+            users = sorted(str(u.target) for u in node.users)
+            raise NotRetraced(f"where the operand of {users} comes from is lost in tracing")
     old = gm.graph.find_nodes(op="placeholder")
     for before, after in zip(old, traced.graph.find_nodes(op="placeholder"), strict=True):
         after.meta = {**before.meta, **after.meta}
@@ -66,33 +92,83 @@ def _as_fake(fake_mode: Any, value: Any) -> Any:
 
 
 class _Retracer(fx.Interpreter):
-    """Runs Dynamo's graph under a tracer; a higher-order op becomes one node with its body."""
+    """Runs Dynamo's graph under a tracer; a higher-order op becomes one node with its bodies."""
+
+    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.fake_mode = fake_mode
+        # By attribute of the graph to be: what is still to be retraced, on what.
+        self.bodies: dict[str, tuple[fx.GraphModule, list[Any]]] = {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A real tensor, as an optimizer has: to be written to in the steps to come, not now."""
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer: Any = mode.tracer
+        with disable_proxy_modes_tracing():
+            fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        setattr(tracer.root, target, value)
+        proxy = tracer.create_proxy("get_attr", target, (), {})
+        return track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is SWITCH:  # what is inside is marked
             return None
-        has_body = any(isinstance(a, fx.GraphModule) for a in args)
-        if not isinstance(target, torch._ops.HigherOrderOperator) or not has_body:
+        # `.data` is no op, so a tracer would not see it.
+        if not isinstance(target, torch._ops.HigherOrderOperator) and target is not ir.DATA:
             return super().call_function(target, args, kwargs)
+        if target is triton_kernel_wrapper_mutation:
+            raise NotRetraced("a Triton kernel of the model's own writes to its arguments")
         mode = get_proxy_mode()
         assert mode is not None
-        with disable_proxy_modes_tracing():
+        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        versions = [t._version for t in tensors]
+        with disable_proxy_modes_tracing(), _untraced_functions():
             result = target(*args, **kwargs)
-        bodies = [retrace(a, _operands(args)) if isinstance(a, fx.GraphModule) else a for a in args]
+        if versions != [t._version for t in tensors]:
+            raise NotRetraced(f"{target} writes to its operands in place")
         tracer: Any = mode.tracer
-        proxied = pytree.tree_map(lambda a: _proxy(tracer, a), tuple(bodies))
-        proxy = tracer.create_proxy("call_function", target, proxied, kwargs)
+        is_open = _takes_operands(args, kwargs)
+        proxied, named = pytree.tree_map(
+            lambda a: self.proxy(tracer, a, args[1:] if is_open else None), (args, kwargs)
+        )
+        proxy = tracer.create_proxy("call_function", target, proxied, named)
         proxy.node.meta |= {k: v for k, v in fx_traceback.get_current_meta().items() if k != "val"}
         return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
+    def proxy(self, tracer: Any, value: Any, operands: tuple[Any, ...] | None) -> Any:
+        """`value` as an argument of a node; a body that is to be retraced is so on `operands`."""
+        if isinstance(value, torch.nn.Module):
+            name = f"body_{len(list(tracer.root.children()))}"
+            setattr(tracer.root, name, value)
+            proxy = tracer.create_proxy("get_attr", name, (), {})
+            if operands is not None and isinstance(value, fx.GraphModule):
+                self.bodies[name] = (value, list(operands))
+            else:
+                proxy.node.meta[ir.IS_KEPT] = True
+            return proxy
+        is_traced = isinstance(value, (torch.Tensor, torch.SymInt))
+        return tracer.unwrap_proxy(value) if is_traced else value
 
-def _operands(args: tuple[Any, ...]) -> list[Any]:
-    return [a for a in args if not isinstance(a, fx.GraphModule)]
+
+@contextmanager
+def _untraced_functions() -> Iterator[None]:
+    """A tracer's modes for torch functions are off."""
+    with ExitStack() as stack:
+        modes = _get_current_function_mode_stack()
+        while modes and isinstance(modes.pop(), TRACING):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
-def _proxy(tracer: Any, value: Any) -> Any:
-    if isinstance(value, fx.GraphModule):
-        name = f"body_{len(list(tracer.root.children()))}"
-        setattr(tracer.root, name, value)
-        return tracer.create_proxy("get_attr", name, (), {})
-    return tracer.unwrap_proxy(value) if isinstance(value, (torch.Tensor, torch.SymInt)) else value
+def _takes_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call runs one body on the rest of its arguments, as checkpoints do."""
+    body, *operands = args or (None,)
+    if not isinstance(body, fx.GraphModule):
+        return False
+    is_only = not any(isinstance(v, fx.GraphModule) for v in pytree.tree_leaves((operands, kwargs)))
+    is_flat = all(isinstance(o, (torch.Tensor, torch.SymInt, int)) for o in operands)
+    return is_only and is_flat and len(body.graph.find_nodes(op="placeholder")) == len(operands)
