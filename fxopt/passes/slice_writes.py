@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxopt.passes import ir
+from fxopt.passes.grad_modes import grad_modes
 from fxopt.passes.ir import aten
 from fxopt.passes.regions import between
 
@@ -38,9 +39,9 @@ def join_write(graph: fx.Graph, copy: fx.Node) -> None:
         return
     if not ir.same(ir.shape(view), ir.shape(value)) or not between(x, value):
         return
-    if not _is_unseen(x, view, copy):
-        return
     readers = [u for u in x.users if u > copy]
+    if not _is_unseen(x, view, copy) or not _in_one_mode(graph, x, copy, *readers):
+        return
     bounds = (stop, END) if is_first else (0, start)
     with graph.inserting_after(copy):
         rest = call(graph, copy, aten.slice.Tensor, x, a["dim"], *bounds)
@@ -54,6 +55,13 @@ def join_write(graph: fx.Graph, copy: fx.Node) -> None:
         reader.replace_input_with(x, joined)
     graph.erase_node(copy)
     graph.erase_node(view)
+
+
+def _in_one_mode(graph: fx.Graph, *nodes: fx.Node) -> bool:
+    """Whether autograd is on, or off, for all of them: a write without gradients keeps those of what
+    it does not overwrite, and of what it does."""
+    modes = grad_modes(graph)
+    return len({modes[node] for node in nodes}) == 1
 
 
 def _is_own(x: Any) -> bool:
@@ -104,6 +112,8 @@ def join_writes(graph: fx.Graph, buffer: fx.Node) -> None:
     readers = [u for u in buffer.users if u not in {w.view for w in writes}]
     size = ir.shape(buffer)[-1] if ir.tensor(buffer) is not None else None
     if len(writes) != 2 or not isinstance(size, int) or any(r < writes[-1].copy for r in readers):
+        return
+    if not _in_one_mode(graph, *(w.copy for w in writes)):
         return
     first, second = sorted(writes, key=lambda w: w.start)
     spans = [(w.start, min(w.stop, size), w.step) for w in (first, second)]

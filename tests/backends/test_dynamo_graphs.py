@@ -84,6 +84,13 @@ def view_without_gradients(model, x):
     return model.block(x) * y
 
 
+def slice_written_without_gradients(model, x):
+    y = model.up(x)
+    with torch.no_grad():
+        y[:, 1:] = y[:, 1:] * 0.5
+    return model.block(y[..., :32])
+
+
 def checkpoint_under_autocast(model, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return keep(model.block, x)
@@ -144,6 +151,7 @@ FORMS = {
     no_grad_in_a_checkpoint: 2,
     the_same_without_gradients: 2,
     view_without_gradients: 1,
+    slice_written_without_gradients: 1,
     checkpoint_under_autocast: 1,
     autograd_function: 1,
     autograd_function_in_a_checkpoint: 1,
