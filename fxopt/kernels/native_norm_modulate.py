@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxopt.kernels.counters import raise_to
 from fxopt.kernels.registration import in_dtype, opmath_of
 
 
@@ -266,6 +267,18 @@ def _reduced(
         found.append(g.clone() if id(g) in taken else g)
         taken.add(id(g))
     return found
+
+
+def makes_dx(gate: Tensor | None, grad_y: Tensor | None) -> bool:
+    """Whether the backward makes the gradient of x: without a gate that is dh."""
+    return gate is not None or grad_y is not None
+
+
+def leave_magnitude(
+    found: Sequence[Tensor], gate: Tensor | None, seen: Tensor | None = None
+) -> None:
+    """Raise `seen` to the magnitude of the gradient of x among what the backward has made."""
+    raise_to(seen, found[0 if gate is None else 1])
 
 
 def passes_through(shift: Tensor | None, h: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_quantize_kernels import magnitude, raise_to
 from fxopt.kernels.triton_rows import (
     affine_of,
     gated_residual,
@@ -66,6 +67,7 @@ class Backward(NamedTuple):
     `dgate` and `dscale` hold one value per element, for operands that differ from row to row.
     The `_sums`, `[G, P, D]`, are partial sums for operands of the group: of the gate's gradient, of
     those of n's factor and addend (of the affine alone if `scale` differs per row), and of x's.
+    `seen` is raised to the magnitude of x's gradient: of dx, or dh where there is no gate.
     Each is None where not wanted.
     """
 
@@ -90,6 +92,7 @@ class Backward(NamedTuple):
     a_sums: Any
     c_sums: Any
     x_sums: Any
+    seen: Any
     weight_offset: Any
     scale_offset: Any
     num_groups: Any
@@ -162,7 +165,7 @@ def _normed(
     cols, mask = _columns(i, num_features, BLOCKS)
     _, scale, shift = m
     offsets = token * num_features + cols
-    _, a_sum, c_sum, _ = sums
+    _, a_sum, c_sum, _, _ = sums
     n = tl.where(mask, load(s.h, group, row, cols, mask) - row_mean, 0.0) * row_rstd
     factor = modulation_of(scale, s.scale_offset, group, row, cols, mask)
     if s.y is not None:
@@ -189,10 +192,11 @@ def _normed(
 
 @triton.jit
 def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BLOCKS):
-    """Store the gradients of h and x of a piece; the sums of those of the gate and of x."""
+    """Store the gradients of h and x of a piece; the sums of those of the gate and of x, and the
+    bits of the largest magnitude of the latter."""
     cols, mask = _columns(i, num_features, BLOCKS)
     offsets = token * num_features + cols
-    gate_sum, _, _, x_sum = sums
+    gate_sum, _, _, x_sum, largest = sums
     if s.grad_h[0] is not None:
         dvalue += load(s.grad_h, group, row, cols, mask)
     store(s.dh, offsets, dvalue, mask)
@@ -208,7 +212,11 @@ def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_featur
     store(s.dx, offsets, dvalue, mask)
     if s.x_sums is not None:
         x_sum += dvalue
-    return gate_sum, x_sum
+    if s.seen is not None:
+        dtype = s.dh.dtype.element_ty if gate[0] is None else s.dx.dtype.element_ty
+        rounded = tl.where(mask, dvalue.to(dtype).to(tl.float32), 0.0)
+        largest = tl.maximum(largest, tl.max(magnitude(rounded), 0))
+    return gate_sum, x_sum, largest
 
 
 @triton.jit
@@ -232,15 +240,15 @@ def backward_row(s, m, group, row, sums, num_features, NORM: tl.constexpr, BLOCK
             pieces += (piece,)
     found = ()
     for i in tl.static_range(len(BLOCKS)):
-        _, a_sum, c_sum, _ = sums[i]
+        _, a_sum, c_sum, _, _ = sums[i]
         dvalue = tl.zeros([BLOCKS[i]], tl.float32)
         if NORM != "none":
             n, dn, a_sum, c_sum = pieces[i]
             dvalue = (dn - n * (along_n / num_features) - along_1 / num_features) * row_rstd
-        gate_sum, x_sum = _gated(
+        gate_sum, x_sum, largest = _gated(
             s, m[0], group, row, token, dvalue, sums[i], i, num_features, BLOCKS
         )
-        found += ((gate_sum, a_sum, c_sum, x_sum),)
+        found += ((gate_sum, a_sum, c_sum, x_sum, largest),)
     return found
 
 
@@ -256,17 +264,17 @@ def backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
 
 @triton.jit
 def no_sums(BLOCKS):
-    """The sums of each piece before the first row."""
+    """The sums of each piece before the first row, and its largest magnitude."""
     sums = ()
     for i in tl.static_range(len(BLOCKS)):
         zero = tl.zeros([BLOCKS[i]], tl.float32)
-        sums += ((zero, zero, zero, zero),)
+        sums += ((zero, zero, zero, zero, tl.zeros([], tl.int32)),)
     return sums
 
 
 @triton.jit
 def store_sums(s, at, sums, num_features, BLOCKS):
-    """Write row `at` of the partial sums."""
+    """Write row `at` of the partial sums, and raise `seen`."""
     for i in tl.static_range(len(BLOCKS)):
         cols, mask = _columns(i, num_features, BLOCKS)
         partial = at * num_features + cols
@@ -274,6 +282,8 @@ def store_sums(s, at, sums, num_features, BLOCKS):
         store(s.a_sums, partial, sums[i][1], mask)
         store(s.c_sums, partial, sums[i][2], mask)
         store(s.x_sums, partial, sums[i][3], mask)
+        if s.seen is not None:
+            raise_to(s.seen, sums[i][4])
 
 
 @triton.jit
