@@ -15,6 +15,8 @@ from torch import Tensor
 from fxopt.kernels.counters import raise_to
 from fxopt.kernels.registration import in_dtype, opmath_of
 
+MAX_FEATURES_MEASURED = 5120
+
 
 class Groups:
     """The rows of `x` as G groups of R rows, such that no operand differs within a group."""
@@ -269,9 +271,17 @@ def _reduced(
     return found
 
 
-def makes_dx(gate: Tensor | None, grad_y: Tensor | None) -> bool:
-    """Whether the backward makes the gradient of x: without a gate that is dh."""
-    return gate is not None or grad_y is not None
+def measured(
+    norm: str, h: Tensor | None, gate: Tensor | None, grad_y: Tensor | None
+) -> Tensor | None:
+    """h, if the backward is to leave the magnitude of the gradient of x where it is wanted.
+
+    Not where it does not make that gradient: without a gate it is that of h. And not beside a norm
+    of so many features that the kernel would spill.
+    """
+    if h is None or (gate is None and grad_y is None):
+        return None
+    return h if norm == "none" or h.shape[-1] <= MAX_FEATURES_MEASURED else None
 
 
 def leave_magnitude(

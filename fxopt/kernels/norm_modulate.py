@@ -24,7 +24,7 @@ from fxopt.kernels import magnitudes
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import (
     leave_magnitude,
-    makes_dx,
+    measured,
     outputs,
     outputs_backward,
     passes_through,
@@ -137,7 +137,8 @@ class NormModulate(torch.autograd.Function):
             return (None,) * 8 + no_grads
         saved, scales = run(read_codes(ctx, ctx.saved_tensors, ctx.constants[3]))
         h, x, gate, *others = kept(ctx, grad_h, saved)
-        room = magnitudes.room_for(ctx, 0, h if makes_dx(gate, grad_y) else None)
+        like = measured(ctx.constants[0], h, gate, grad_y)
+        room = magnitudes.room_for(ctx, 0, like)
         needs, shift = ctx.needs_input_grad[:8], others[3]
         asks = asked(needs, shift, h)
         given = grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False

@@ -24,7 +24,7 @@ from fxopt.kernels.linears import (
     products,
     without_autocast,
 )
-from fxopt.kernels.native_norm_modulate import makes_dx
+from fxopt.kernels.native_norm_modulate import measured
 from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
 from fxopt.kernels.norm_modulate_segments_streams import launch, launch_backward
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call
@@ -119,9 +119,9 @@ def _leave_magnitudes(ctx: Any, streams: Sequence[_Backward]) -> None:
     starts = itertools.accumulate((s.num_inputs for s in streams), initial=0)
     each = zip(streams, starts, strict=False)
     present = [(s, ctx.edges[start]) for s, start in each if s.call is not None]
-    likes = [s.h if makes_dx(s.gate, s.dy) else None for s, _ in present]
+    norm = ctx.streams[0].settings[0]
     rooms = [
-        magnitudes.room_for(ctx, edge, like) for (_, edge), like in zip(present, likes, strict=True)
+        magnitudes.room_for(ctx, edge, measured(norm, s.h, s.gate, s.dy)) for s, edge in present
     ]
     if all(room is not None for room in rooms):
         for (s, _), room in zip(present, rooms, strict=True):

@@ -19,7 +19,7 @@ from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
 from fxopt.kernels.magnitudes import hand_on, seen_in
-from fxopt.kernels.native_norm_modulate import makes_dx
+from fxopt.kernels.native_norm_modulate import measured
 from fxopt.kernels.norm_modulate import is_own, operand_gradients
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
@@ -128,8 +128,8 @@ class NormModulateQuantizedLinears(Streams):
         asks = [*needs[:6], needs[6] and not ctx.shift_per_token, needs[7]]
         constants = (norm, weight_offset, scale_offset, dtype, asks, trains and not has_columns)
         tensors = dy, grad_h, h, branch, gate, *others, *read.arguments, mean, rstd
-        can_leave = index is None and makes_dx(gate, dy)
-        room = ctx.room_for(0, rstd) if can_leave else None
+        like = measured(norm, h, gate, dy) if index is None else None
+        room = ctx.room_for(0, like)
         rooms = *scales, *seen_in(room)
         (found,) = yield [Ask(read.backward, (*tensors, *constants), (), rooms)]
         shift = None if read.shift_is_table else others[3]

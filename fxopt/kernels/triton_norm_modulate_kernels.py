@@ -165,7 +165,7 @@ def _normed(
     cols, mask = _columns(i, num_features, BLOCKS)
     _, scale, shift = m
     offsets = token * num_features + cols
-    _, a_sum, c_sum, _, _ = sums
+    _, a_sum, c_sum, _ = sums
     n = tl.where(mask, load(s.h, group, row, cols, mask) - row_mean, 0.0) * row_rstd
     factor = modulation_of(scale, s.scale_offset, group, row, cols, mask)
     if s.y is not None:
@@ -192,11 +192,10 @@ def _normed(
 
 @triton.jit
 def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_features, BLOCKS):
-    """Store the gradients of h and x of a piece; the sums of those of the gate and of x, and the
-    bits of the largest magnitude of the latter."""
+    """Store the gradients of h and x of a piece; the sums of those of the gate and of x."""
     cols, mask = _columns(i, num_features, BLOCKS)
     offsets = token * num_features + cols
-    gate_sum, _, _, x_sum, largest = sums
+    gate_sum, _, _, x_sum = sums
     if s.grad_h[0] is not None:
         dvalue += load(s.grad_h, group, row, cols, mask)
     store(s.dh, offsets, dvalue, mask)
@@ -215,8 +214,8 @@ def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_featur
     if s.seen is not None:
         dtype = s.dh.dtype.element_ty if gate[0] is None else s.dx.dtype.element_ty
         rounded = tl.where(mask, dvalue.to(dtype).to(tl.float32), 0.0)
-        largest = tl.maximum(largest, tl.max(magnitude(rounded), 0))
-    return gate_sum, x_sum, largest
+        raise_to(s.seen, tl.max(magnitude(rounded), 0))  # kept from row to row it spilled
+    return gate_sum, x_sum
 
 
 @triton.jit
@@ -240,15 +239,15 @@ def backward_row(s, m, group, row, sums, num_features, NORM: tl.constexpr, BLOCK
             pieces += (piece,)
     found = ()
     for i in tl.static_range(len(BLOCKS)):
-        _, a_sum, c_sum, _, _ = sums[i]
+        _, a_sum, c_sum, _ = sums[i]
         dvalue = tl.zeros([BLOCKS[i]], tl.float32)
         if NORM != "none":
             n, dn, a_sum, c_sum = pieces[i]
             dvalue = (dn - n * (along_n / num_features) - along_1 / num_features) * row_rstd
-        gate_sum, x_sum, largest = _gated(
+        gate_sum, x_sum = _gated(
             s, m[0], group, row, token, dvalue, sums[i], i, num_features, BLOCKS
         )
-        found += ((gate_sum, a_sum, c_sum, x_sum, largest),)
+        found += ((gate_sum, a_sum, c_sum, x_sum),)
     return found
 
 
@@ -264,17 +263,17 @@ def backward_rows(s, group, program, num_features, NORM: tl.constexpr, BLOCKS):
 
 @triton.jit
 def no_sums(BLOCKS):
-    """The sums of each piece before the first row, and its largest magnitude."""
+    """The sums of each piece before the first row."""
     sums = ()
     for i in tl.static_range(len(BLOCKS)):
         zero = tl.zeros([BLOCKS[i]], tl.float32)
-        sums += ((zero, zero, zero, zero, tl.zeros([], tl.int32)),)
+        sums += ((zero, zero, zero, zero),)
     return sums
 
 
 @triton.jit
 def store_sums(s, at, sums, num_features, BLOCKS):
-    """Write row `at` of the partial sums, and raise `seen`."""
+    """Write row `at` of the partial sums."""
     for i in tl.static_range(len(BLOCKS)):
         cols, mask = _columns(i, num_features, BLOCKS)
         partial = at * num_features + cols
@@ -282,8 +281,6 @@ def store_sums(s, at, sums, num_features, BLOCKS):
         store(s.a_sums, partial, sums[i][1], mask)
         store(s.c_sums, partial, sums[i][2], mask)
         store(s.x_sums, partial, sums[i][3], mask)
-        if s.seen is not None:
-            raise_to(s.seen, sums[i][4])
 
 
 @triton.jit
