@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt.kernels import norm_modulate_linears as norm_modulate_linears  # defines its op
 from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
@@ -24,7 +27,7 @@ from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.kernels.quantized_linears import quantized_linears
 from fxopt.recipes import RECIPES
 from fxopt.schedule import at_step
-from tests.kernels.interpreted import Interpreted
+from tests.kernels.interpreted import TRITON, Interpreted
 from tests.kernels.test_norm_modulate_quantized_linears import leaf
 
 B, S, K = 2, 37, 64  # rows of two tiles
@@ -270,3 +273,44 @@ def test_other_scales_want_no_magnitude(recipe: str) -> None:
         counted = Handed(patch, True)
         gradients(partial(gated, recipe=key))
         assert counted.count == 0
+
+
+BACKWARDS: dict[str, tuple[Model, tuple[str, ...]]] = {
+    "gated": (gated, ("norm_modulate_backward_packed",)),
+    "mlp": (mlp, ("norm_modulate_backward_packed", "gated_activation_quantize_backward_counting")),
+    "heads": (heads, ("qk_norm_rope_backward_packed",)),
+    "streams": (streams, ("norm_modulate_streams_backward_packed",)),
+}
+
+
+class Recorded(TorchDispatchMode):
+    """The ops that leave magnitudes, with copies of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name.removeprefix("fxopt::")
+        if any(name in names for _, names in BACKWARDS.values()):
+            self.calls[name] = op, tree_map_only(Tensor, torch.clone, args)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_ops_leave_the_magnitudes_of_what_they_write(name: str) -> None:
+    model, names = BACKWARDS[name]
+    with Recorded() as mode:
+        gradients(model)
+    assert sorted(mode.calls) == sorted(names)
+    for op, args in mode.calls.values():
+        is_seen = [a.alias_info is not None for a in op._schema.arguments]
+        for run in (op, TRITON[op]):
+            own = tree_map_only(Tensor, torch.clone, args)
+            found = [t.float().abs().max() for t in tree_leaves(run(*own)) if t.numel()]
+            seen = [t for t in tree_leaves([*compress(own, is_seen)]) if t is not None]
+            assert seen and all(t.view(torch.float32) in found for t in seen)
+        # Its other checks multiply and compare outputs, which FP8 tensors cannot do. Gradients of
+        # queries and keys are one buffer by some providers.
+        checks = ("test_autograd_registration", *["test_faketensor"] * (name != "heads"))
+        torch.library.opcheck(op, args, test_utils=checks)
