@@ -262,7 +262,7 @@ def backward_of(
     matrices, grads, amaxes, slots = [], [], [], []
     for call, scales in zip(calls, packed or [()] * len(calls), strict=True):
         grad, gate, up, beside, activation, packing, _, amax_t, *further = call
-        counters, gate_seen, up_seen = further or (None,) * 3
+        counters, gate_seen, up_seen = (*further, None, None, None)[:3]
         # Halves of one tensor have one magnitude.
         up_seen = gate_seen if up is None and packing != "none" else up_seen
         own = grad.new_empty(gate.shape), grad.new_empty(0 if up is None else up.shape)
