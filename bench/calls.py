@@ -33,11 +33,12 @@ def norm_modulate(
     per_token: str = "",
     num_streams: int = 1,
     is_packing: bool = False,
+    is_measuring: bool = False,
 ) -> None:
     """`operands` are the names of those that are there; gate, scale and shift are in `dtype`.
 
     Every stream has a token more than the one before it; `is_packing` leaves and reads codes of h
-    and x.
+    and x, `is_measuring` leaves the magnitude of the gradient of x.
     """
     from fxopt.kernels import triton_norm_modulate as provider
     from fxopt.kernels.norm_modulate import asked
@@ -70,8 +71,15 @@ def norm_modulate(
             h_codes, h_scales, x_codes, x_scales = call[14:]
             h = grad_h if norm == "none" else h_codes
             saved, constants = (h, x_codes, *saved[2:]), (*constants, h_scales, x_scales)
+        if is_measuring:
+            constants = *constants, *(() if is_packing else (None, None)), new_seen()
         backwards.append((grad_y, grad_h, *saved, *constants))
     provider.backward_of(backwards)
+
+
+def new_seen() -> Tensor:
+    """What is raised to the bits of a magnitude."""
+    return torch.zeros(1, dtype=torch.int32)
 
 
 def rooms_of(*xs: Tensor, num_row_dims: int = 1) -> list[Tensor]:
@@ -129,6 +137,7 @@ def qk_norm_rope(
     biased: bool = False,
     merged: bool = False,
     is_packing: bool = False,
+    is_measuring: bool = False,
 ) -> None:
     """Queries and keys of width / HEAD_DIM heads.
 
@@ -140,6 +149,7 @@ def qk_norm_rope(
         biased: x_bias is there.
         merged: x is a view of one projection to q, k and v.
         is_packing: codes of x are left, and read.
+        is_measuring: magnitudes of the gradients of x are left.
     """
     from fxopt.kernels import triton_qk_norm_rope as provider
 
@@ -180,7 +190,8 @@ def qk_norm_rope(
     needs = [t is not None for field in fields[:4] for t in field]
     grads = [randn(*out.shape) for out in outs]
     kept = (codes, *fields[1:]) if rooms else fields
-    provider.backward(grads, *kept, mean, rstd, *settings, needs, *([scales] if rooms else []))
+    further = [scales if rooms else None, [new_seen() for _ in x] if is_measuring else None]
+    provider.backward(grads, *kept, mean, rstd, *settings, needs, *further)
 
 
 def gated_activation(

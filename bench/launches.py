@@ -204,7 +204,34 @@ def _fp8_cases() -> Iterator[Case]:
         yield fp8(f"delayed {case}", partial(run, is_delayed=True))
 
 
-CASES = tuple(_cases())
+def _measuring_cases() -> Iterator[Case]:
+    """Backwards that leave the magnitudes of gradients."""
+    for norm, variant, widths, options in (
+        ("layer", MODULATED, (3072, 5120), {}),
+        ("layer", MODULATED, (3072,), {"is_packing": True}),
+        ("none", "residual gate", (3072, 5120, 6144), {}),
+        ("rms", "residual weight", (3072,), {}),
+    ):
+        run = partial(norm_modulate, norm=norm, operands=variant, is_measuring=True, **options)
+        packing = ", packing" * bool(options)
+        name = f"norm_modulate {norm} {variant}{packing}, measuring"
+        yield Case(name, run, widths, FP8_CAPABILITIES)
+    for variant, width, options in (
+        ("", 3072, {}),
+        (" half", 3072, {"rotation": "half"}),
+        (" across heads", 5120, {"across_heads": True, "tables": "pairs"}),
+        (", packing", 3072, {"is_packing": True}),
+    ):
+        run = partial(qk_norm_rope, is_measuring=True, **options)
+        yield Case(f"qk_norm_rope{variant}, measuring", run, (width,), FP8_CAPABILITIES)
+    run = partial(quantized_producers, name="e4m3/tensor/fp32", is_measuring=True)
+    name = "quantized producers e4m3/tensor/fp32, measuring"
+    yield Case(name, run, (3072,), FP8_CAPABILITIES)
+    run = partial(packed_activation, form="up", is_measuring=True)
+    yield Case("packed_activation up, measuring", run, (3072,), FP8_CAPABILITIES, num_launches=1)
+
+
+CASES = (*_cases(), *_measuring_cases())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.calls import BF16, EPS, HEAD_DIM, NUM_OUT, randn, rooms_of
+from bench.calls import BF16, EPS, HEAD_DIM, NUM_OUT, new_seen, randn, rooms_of
 
 
 def known_and_seen() -> tuple[Tensor, Tensor]:
@@ -101,12 +101,14 @@ def quantized_producers(
     is_delayed: bool = False,
     num_streams: int = 1,
     is_packing: bool = False,
+    is_measuring: bool = False,
 ) -> None:
     """A modulated norm and a gated activation that write codes quantized as `name` says.
 
     Args:
         is_joined: the norm has a gated residual, and the activation a tensor beside it.
         is_packing: codes of h, of x and of what is activated are left, and those of h read.
+        is_measuring: the activation's backward leaves the magnitudes of its gradients.
     """
     from fxopt.kernels import quantized_producers as provider
 
@@ -138,9 +140,11 @@ def quantized_producers(
         for call, own in zip(activations, rooms, strict=True)
     ])  # fmt: skip
     each = zip(grads, activations, made, strict=True)
-    provider.triton_activations_backward(
-        [(g, *call, name, known if is_delayed else amax_t) for g, call, (*_, amax_t) in each]
-    )
+    measured = (None, new_seen(), new_seen()) if is_measuring else ()
+    provider.triton_activations_backward([
+        (g, *call, name, known if is_delayed else amax_t, *measured)
+        for g, call, (*_, amax_t) in each
+    ])  # fmt: skip
 
 
 def activation_with_weights(
@@ -156,9 +160,11 @@ def activation_with_weights(
     provider.triton(*given, *rooms)
 
 
-def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> None:
+def packed_activation(
+    batch: int, num_tokens: int, width: int, form: str, is_measuring: bool = False
+) -> None:
     """The backward of an activation that is kept as codes, beside another tensor; `form` is "up" or
-    how gate and up are packed in one tensor."""
+    how gate and up are packed in one tensor. `is_measuring` leaves magnitudes of the gradients."""
     from fxopt.kernels import packed_activation as provider
     from fxopt.kernels import saving
 
@@ -168,7 +174,8 @@ def packed_activation(batch: int, num_tokens: int, width: int, form: str) -> Non
     pairs = [[*t, None][:2] for t in (codes[: len(kept)], codes[len(kept) :])]
     grad, beside = (randn(batch, num_tokens, width) for _ in range(2))
     settings = "silu", "none" if form == "up" else form, "e4m3/tensor/fp32", torch.ones(1)
-    provider.triton(grad, *pairs[0], *pairs[1], beside, *settings)
+    seen = (None, new_seen(), new_seen() if form == "up" else None) if is_measuring else ()
+    provider.triton(grad, *pairs[0], *pairs[1], beside, *settings, *seen)
 
 
 def norm_modulate_segments_quantize(batch: int, num_tokens: int, width: int, name: str) -> None:

@@ -65,6 +65,7 @@ STORE_SUMS = {
     "finish_kernel",
     "quantized producers e4m3/tensor/fp32 D=3072 rows_kernel",
     "quantized producers e4m3/tensor/fp32, two streams D=3072 rows_kernel",
+    "quantized producers e4m3/tensor/fp32, measuring D=3072 rows_kernel",
 }
 
 FP8_CAST = re.compile(r"\bcvt\.rn\.(?:satfinite|f16x2)\.e[45]m")
@@ -97,7 +98,7 @@ NARROW = {
         f"qk_norm_rope {case} backward"
         for case in (
             *("half D=3072", "half D=5120", "half, part of a head D=3072"),
-            "half, packing D=3072",
+            *("half, packing D=3072", "half, measuring D=3072"),
         )
     ),
     "order_kernel",

@@ -70,12 +70,12 @@ class Gate(NamedTuple):
 
 
 OF_CURRENT = {
-    "flux-dev double": Gate(1.5, 4.63, 2.82),
-    "flux-dev single": Gate(1.6, 3.33, 2.42),
-    "flux2-dev single": Gate(4.5, 8.93, 5.0),
-    "qwen-image block": Gate(1.5, 4.63, 2.82),
-    "z-image block": Gate(2.72, 5.28, 3.86),
-    "wan2.1-14b block": Gate(3.4, 39.3, 36.5),
+    "flux-dev double": Gate(1.59, 4.41, 2.59),
+    "flux-dev single": Gate(1.8, 3.13, 2.23),
+    "flux2-dev single": Gate(4.0, 8.87, 4.95),
+    "qwen-image block": Gate(1.59, 4.41, 2.59),
+    "z-image block": Gate(2.29, 4.95, 3.53),
+    "wan2.1-14b block": Gate(3.6, 36.4, 33.6),
 }
 OF_DELAYED = {
     "flux-dev double": Gate(1.42, 3.73, 2.37),
@@ -86,12 +86,12 @@ OF_DELAYED = {
     "wan2.1-14b block": Gate(3.1, 32.8, 30.7),
 }
 OF_SAVED = {
-    "flux-dev double": Gate(1.5, 4.63, 2.82, ASKED["saved"]),
-    "flux-dev single": Gate(1.6, 3.34, 2.43, ASKED["saved"]),
-    "flux2-dev single": Gate(4.5, 8.94, 5.02, ASKED["saved"]),
-    "qwen-image block": Gate(1.5, 4.63, 2.82, ASKED["saved"]),
-    "z-image block": Gate(2.72, 5.29, 3.87, ASKED["saved"]),
-    "wan2.1-14b block": Gate(3.4, 39.1, 36.3, ASKED["saved"]),
+    "flux-dev double": Gate(1.59, 4.41, 2.59, ASKED["saved"]),
+    "flux-dev single": Gate(1.8, 3.14, 2.24, ASKED["saved"]),
+    "flux2-dev single": Gate(4.0, 8.89, 4.97, ASKED["saved"]),
+    "qwen-image block": Gate(1.59, 4.41, 2.59, ASKED["saved"]),
+    "z-image block": Gate(2.29, 4.96, 3.54, ASKED["saved"]),
+    "wan2.1-14b block": Gate(3.6, 36.2, 33.4, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9

@@ -151,9 +151,9 @@ def count(
     merge(counters, torch.stack(found))
 
 
-def raise_to(seen: Tensor, x: Tensor) -> None:
-    """Raise `seen` to the bits of the largest magnitude of x."""
-    if x.numel():
+def raise_to(seen: Tensor | None, x: Tensor) -> None:
+    """Raise `seen`, if it is not None, to the bits of the largest magnitude of x."""
+    if seen is not None and x.numel():
         bits = x.float().abs().amax().view(torch.int32) & MAGNITUDE
         torch.maximum(seen, bits, out=seen)
 

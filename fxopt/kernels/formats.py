@@ -243,6 +243,7 @@ def quantize_matrix(
     if known is None or counters is not None:
         amax = block_amax(x, rows, columns) if x.numel() else x.new_zeros(shape)
     used = amax if known is None else known.view(shape)
+    used = used.masked_fill(used.isinf(), float("nan"))
     scales, factor, tensor_scale = scale_blocks(used, operand.scale, format)
     scaled = (x * spread(factor, rows, columns))[:num_rows]
     rounded = round_to(scaled, format, uniform)

@@ -21,9 +21,10 @@ from fxopt.kernels.gated_activation import gated_activation, gated_activation_ba
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
 from fxopt.kernels.linears import flat
+from fxopt.kernels.magnitudes import hand_on, seen_in
 from fxopt.kernels.packed_activation import packed_backward
 from fxopt.kernels.quantize_group import quantize_rows
-from fxopt.kernels.quantized_gradients import gradients, weight_gradients
+from fxopt.kernels.quantized_gradients import gradients, measures, weight_gradients
 from fxopt.kernels.quantized_linears import (
     cast_weights,
     formats,
@@ -69,6 +70,10 @@ class GatedActivationQuantizedLinear(Streams):
         return outs
 
     @staticmethod
+    def measures(ctx: Any, output: int) -> bool:
+        return measures(ctx, output, True, ctx.needs_input_grad[5:])
+
+    @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
         (grad,) = grads
         if grad is None:
@@ -93,8 +98,10 @@ class GatedActivationQuantizedLinear(Streams):
             if scales[0] is not None:
                 given, backward = (*given, *scales), packed_backward
             given = *given, beside, *settings
-            (found,) = yield [Ask(backward, given, (ctx.slots.x.columns,))]
-            dgate, dup, codes_t, scales_t = found
+            rooms = ctx.room_for(0, dactivation), None if up is None else ctx.room_for(1, up)
+            ask = Ask(backward, given, (ctx.slots.x.columns,), tuple(seen_in(*rooms)))
+            ((dgate, dup, codes_t, scales_t),) = yield [ask]
+            hand_on(rooms, (dgate, dup))
             y = Quantized(codes_t, scales_t, scales_t.new_empty(0))
         else:
             given = dactivation, gate, up, *ctx.settings, trains, None, False

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxopt.kernels.counters import raise_to
 from fxopt.kernels.registration import in_dtype, opmath_of
+
+MAX_FEATURES_MEASURED = 5120
 
 
 class Groups:
@@ -266,6 +269,26 @@ def _reduced(
         found.append(g.clone() if id(g) in taken else g)
         taken.add(id(g))
     return found
+
+
+def measured(
+    norm: str, h: Tensor | None, gate: Tensor | None, grad_y: Tensor | None
+) -> Tensor | None:
+    """h, if the backward is to leave the magnitude of the gradient of x where it is wanted.
+
+    Not where it does not make that gradient: without a gate it is that of h. And not beside a norm
+    of so many features that the kernel would spill.
+    """
+    if h is None or (gate is None and grad_y is None):
+        return None
+    return h if norm == "none" or h.shape[-1] <= MAX_FEATURES_MEASURED else None
+
+
+def leave_magnitude(
+    found: Sequence[Tensor], gate: Tensor | None, seen: Tensor | None = None
+) -> None:
+    """Raise `seen` to the magnitude of the gradient of x among what the backward has made."""
+    raise_to(seen, found[0 if gate is None else 1])
 
 
 def passes_through(shift: Tensor | None, h: Tensor) -> bool:

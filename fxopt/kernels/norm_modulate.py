@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxopt.kernels import magnitudes
 from fxopt.kernels import native_norm_modulate as native
 from fxopt.kernels.native_norm_modulate import (
+    leave_magnitude,
+    measured,
     outputs,
     outputs_backward,
     passes_through,
@@ -106,7 +109,7 @@ def _fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
 def fake_one_backward(
     grad_y: Tensor | None, grad_h: Tensor | None, h: Tensor, x: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    operands, (dtype, needs, recompute), scales = args[:6], args[11:14], args[14:]
+    operands, (dtype, needs, recompute), scales = args[:6], args[11:14], args[14:16]
     wants = wanted(grad_y, operands, needs)
     h_scales, x_scales = scales or (None, None)
     h = h if h_scales is None else valued(h, dtype)
@@ -134,11 +137,14 @@ class NormModulate(torch.autograd.Function):
             return (None,) * 8 + no_grads
         saved, scales = run(read_codes(ctx, ctx.saved_tensors, ctx.constants[3]))
         h, x, gate, *others = kept(ctx, grad_h, saved)
+        like = measured(ctx.constants[0], h, gate, grad_y)
+        room = magnitudes.room_for(ctx, 0, like)
         needs, shift = ctx.needs_input_grad[:8], others[3]
         asks = asked(needs, shift, h)
         given = grad_y, grad_h, h, x, gate, *others, *ctx.constants, asks, False
-        found = call_form(norm_modulate_backward, scales, *given)
+        found = call_form(norm_modulate_backward, (*scales, *magnitudes.seen_in(room)), *given)
         operands = operand_gradients(found, grad_y, grad_h, h, gate, shift, needs)
+        magnitudes.hand_on([room], operands)
         return *in_dtypes(ctx, operands), *no_grads
 
 
@@ -275,14 +281,17 @@ def fill_rooms(args: Sequence[Any], found: Sequence[Tensor]) -> None:
 
 
 def native_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Behind the arguments: scales of h and x, which then are codes of values of `dtype`."""
-    return native.backward(*decoded(args))
+    """Behind the arguments: scales of h and x, which then are codes of values of `dtype`; and
+    where the magnitude of the gradient of x is left."""
+    found = native.backward(*decoded(args))
+    leave_magnitude(found, args[4], *args[NUM_BACKWARD_ARGUMENTS + 2 :])
+    return found
 
 
 def decoded(args: Sequence[Any]) -> tuple[Any, ...]:
     """Arguments of the backward with the values of h and x."""
     values = args[:NUM_BACKWARD_ARGUMENTS]
-    scales, dtype = args[NUM_BACKWARD_ARGUMENTS:] or (None, None), args[15]
+    scales, dtype = args[NUM_BACKWARD_ARGUMENTS:][:2] or (None, None), args[15]
     h, x = (values_of(t, s, dtype) for t, s in zip(args[2:4], scales, strict=True))
     return *values[:2], h, x, *values[4:]
 
@@ -304,7 +313,11 @@ def _triton_backward(*args: Any) -> Any:
 
     if args[11].dtype == torch.float64:
         return native_backward(*args)
-    return triton_norm_modulate.backward(*(args if can_cast(args[2]) else decoded(args)))
+    if can_cast(args[2]):
+        return triton_norm_modulate.backward(*args)
+    found = triton_norm_modulate.backward(*decoded(args))
+    leave_magnitude(found, args[4], *args[NUM_BACKWARD_ARGUMENTS + 2 :])
+    return found
 
 
 NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS = 14, 18
@@ -327,7 +340,7 @@ norm_modulate_backward = register(
     native=native_backward,
     fake=fake_one_backward,
     triton=_triton_backward,
-    further="Tensor? h_scales, Tensor? x_scales",
+    further="Tensor? h_scales, Tensor? x_scales, Tensor(a!)? seen",
     form="packed",
     launches=_launches_backward,
     sharding=rows(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxopt.kernels import magnitudes
 from fxopt.kernels.linears import (
     Pieces,
     as_pieces,
@@ -23,6 +24,7 @@ from fxopt.kernels.linears import (
     products,
     without_autocast,
 )
+from fxopt.kernels.native_norm_modulate import measured
 from fxopt.kernels.norm_modulate import asked, is_own, operand_gradients
 from fxopt.kernels.norm_modulate_segments_streams import launch, launch_backward
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS, Call
@@ -88,7 +90,7 @@ class NormModulateLinears(torch.autograd.Function):
         ctx.mark_non_differentiable(*constant)
         saved = kept_in(rooms, activations) if rooms else packed(ctx, activations, own)
         ctx.save_for_backward(*saved, *kept)
-        ctx.streams = streams
+        ctx.streams, ctx.edges = streams, magnitudes.edges_of(tensors)
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
@@ -103,11 +105,27 @@ class NormModulateLinears(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         given = activations, others, iter(grads), iter(needs), iter(() if has_index else scales)
         streams = [_Backward(stream, *given) for stream in ctx.streams]
+        if not has_index:
+            _leave_magnitudes(ctx, streams)
         found = iter(launch_backward([s.call for s in streams if s.call is not None]))
         results: list[Tensor | None] = []
         for s in streams:
             results += [None] * s.num_inputs if s.call is None else s.gradients(next(found))
         return None, *results
+
+
+def _leave_magnitudes(ctx: Any, streams: Sequence[_Backward]) -> None:
+    """Have the op leave those of the gradients of x, if they are wanted in all streams."""
+    starts = itertools.accumulate((s.num_inputs for s in streams), initial=0)
+    each = zip(streams, starts, strict=False)
+    present = [(s, ctx.edges[start]) for s, start in each if s.call is not None]
+    norm = ctx.streams[0].settings[0]
+    rooms = [
+        magnitudes.room_for(ctx, edge, measured(norm, s.h, s.gate, s.dy)) for s, edge in present
+    ]
+    if all(room is not None for room in rooms):
+        for (s, _), room in zip(present, rooms, strict=True):
+            s.leave_magnitude(room)
 
 
 class _Backward:
@@ -134,6 +152,7 @@ class _Backward:
         )
         self.gate, self.shift = operands[0], _addend(operands[4], index, stream)
         self.call: Call | None = None
+        self.room: magnitudes.Room | None = None
         if self.dy is not None or self.grad_h is not None:
             norm, _, weight_offset, scale_offset, _, dtype = settings
             recompute = self.dy is not None and any(self.needs_parameters)
@@ -143,11 +162,17 @@ class _Backward:
             asks = asked(self.needs, self.shift, self.h)
             self.call = (*tensors, *constants, asks, recompute, *own_scales)
 
+    def leave_magnitude(self, room: magnitudes.Room | None) -> None:
+        """Have the op leave the magnitude of the gradient of x."""
+        assert self.call is not None
+        self.room, self.call = room, (*self.call, *magnitudes.seen_in(room))
+
     def gradients(self, found: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Those of the operands, the weights and the biases, by what the op returned."""
         operands = operand_gradients(
             found, self.dy, self.grad_h, self.h, self.gate, self.shift, self.needs
         )
+        magnitudes.hand_on([self.room], operands)
         parameters = parameter_gradients(
             self.grad_outs, found[-1], self.weights, self.pieces, self.needs_parameters
         )

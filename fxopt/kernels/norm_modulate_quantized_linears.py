@@ -18,12 +18,14 @@ from torch import Tensor
 from fxopt.kernels.delayed import slots_for
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
+from fxopt.kernels.magnitudes import hand_on, seen_in
+from fxopt.kernels.native_norm_modulate import measured
 from fxopt.kernels.norm_modulate import is_own, operand_gradients
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_segments_linears import norm_modulate_segments_linears
 from fxopt.kernels.norm_modulate_segments_quantize import reading
 from fxopt.kernels.norm_modulate_streams import NUM_OPERANDS
-from fxopt.kernels.quantized_gradients import by_linear, gradients, weight_gradients
+from fxopt.kernels.quantized_gradients import by_linear, gradients, measures, weight_gradients
 from fxopt.kernels.quantized_linears import (
     cast_weights,
     formats,
@@ -98,6 +100,11 @@ class NormModulateQuantizedLinears(Streams):
         return *outs, h
 
     @staticmethod
+    def measures(ctx: Any, output: int) -> bool:
+        is_of_linear = output < len(ctx.pieces)  # and not h
+        return is_of_linear and measures(ctx, output, True, ctx.needs_input_grad[11:])
+
+    @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:
         recipe, dtype = ctx.recipe, ctx.settings[5]
         saved, scales = yield from read_codes(ctx, saved_tensors(ctx), dtype, not ctx.by_segment)
@@ -121,9 +128,13 @@ class NormModulateQuantizedLinears(Streams):
         asks = [*needs[:6], needs[6] and not ctx.shift_per_token, needs[7]]
         constants = (norm, weight_offset, scale_offset, dtype, asks, trains and not has_columns)
         tensors = dy, grad_h, h, branch, gate, *others, *read.arguments, mean, rstd
-        (found,) = yield [Ask(read.backward, (*tensors, *constants), (), scales)]
+        like = measured(norm, h, gate, dy) if index is None else None
+        room = ctx.room_for(0, like)
+        rooms = *scales, *seen_in(room)
+        (found,) = yield [Ask(read.backward, (*tensors, *constants), (), rooms)]
         shift = None if read.shift_is_table else others[3]
         operand_grads = operand_gradients(found, dy, grad_h, h, gate, shift, needs)
+        hand_on([room], operand_grads)
         y: Tensor | Quantized = found[-1]
         if trains and recipe.wgrad is not None:
             columns = recipe.wgrad.b

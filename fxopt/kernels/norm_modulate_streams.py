@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.native_norm_modulate import outputs
+from fxopt.kernels.native_norm_modulate import leave_magnitude, outputs
 from fxopt.kernels.norm_modulate import (
     NUM_ARGUMENTS,
     NUM_BACKWARD_ARGUMENTS,
@@ -65,17 +65,21 @@ def launch_backward(calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
     each = each_directly(norm_modulate_backward, calls)
     if each is not None:
         return each
-    scales = [list(s) for s in zip(*(call[NUM_BACKWARD_ARGUMENTS:] for call in calls), strict=True)]
-    scales = scales if any(s is not None for own in scales for s in own) else []
+    # Behind the arguments of each stand the same of all: scales, and where a magnitude is left.
+    each_further = [call[NUM_BACKWARD_ARGUMENTS:] for call in calls]
     calls = [call[:NUM_BACKWARD_ARGUMENTS] for call in calls]
     if len(calls) < 2:
-        own = [s[0] for s in scales]
-        return [call_form(norm_modulate_backward, own, *call) for call in calls]
+        pairs = zip(calls, each_further, strict=True)
+        return [call_form(norm_modulate_backward, own, *call) for call, own in pairs]
+    further = [
+        None if all(t is None for t in field) else list(field)
+        for field in zip(*each_further, strict=True)
+    ]
     *tensors, norm, weight_offset, scale_offset, dtype, needs, recompute = zip(*calls, strict=True)
     settings = (norm[0], weight_offset, scale_offset, dtype[0])
     every_need = [need for of_stream in needs for need in of_stream]
     given = *tensors, *settings, every_need, recompute
-    return by_call(call_form(norm_modulate_streams_backward, scales, *given), 9)
+    return by_call(call_form(norm_modulate_streams_backward, further, *given), 9)
 
 
 def calls_of(args: Sequence[Any], num_fields: int = NUM_OPERANDS) -> list[Call]:
@@ -164,9 +168,13 @@ def _triton_backward(*args: Any) -> list[Tensor]:
 
     if any(rstd.dtype == torch.float64 for rstd in args[11]):
         return _native_backward(*args)
-    calls = backward_calls_of(args)
-    calls = calls if can_cast(args[2][0]) else [decoded(call) for call in calls]
-    return [t for results in triton_norm_modulate.backward_of(calls) for t in results]
+    calls, casts = backward_calls_of(args), can_cast(args[2][0])
+    calls = calls if casts else [decoded(call) for call in calls]
+    found = triton_norm_modulate.backward_of(calls)
+    for call, results in zip(backward_calls_of(args), found, strict=True):
+        if not casts:
+            leave_magnitude(results, call[4], *call[NUM_BACKWARD_ARGUMENTS + 2 :])
+    return [t for results in found for t in results]
 
 
 OPERANDS = (
@@ -194,7 +202,7 @@ norm_modulate_streams_backward = register(
     fake=_fake_backward,
     triton=_triton_backward,
     launches=_launches_backward,
-    further="Tensor?[] h_scales, Tensor?[] x_scales",
+    further="Tensor?[]? h_scales, Tensor?[]? x_scales, Tensor(a!)[]? seen",
     form="packed",
 )
 share(norm_modulate, launch, lambda x, *args: (x.shape[-1], args[7], *args[-2:]))

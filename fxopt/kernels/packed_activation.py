@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.quantized_producers import (
-    COUNTERS,
+    OF_GRADIENTS,
     gated_activation_quantize_backward,
     native_activation_backward,
 )
@@ -73,6 +73,6 @@ packed_backward = register(
     native=native,
     fake=fake,
     triton=triton,
-    further=COUNTERS,
+    further=OF_GRADIENTS,
 )
 register_together(packed_backward, triton_together)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxopt.kernels import magnitudes, rotary
 from fxopt.kernels import qk_norm_rope_providers as providers
-from fxopt.kernels import rotary
 from fxopt.kernels.linears import without_autocast
 from fxopt.kernels.qk_norm_rope_arguments import (
     NUM_ARGUMENTS,
@@ -183,7 +183,8 @@ class QKNormRope(torch.autograd.Function):
         can_read = is_of_dtype and all(map(has_whole_blocks, kept[: len(ctx.packed)]))
         saved, scales = run(read_codes(ctx, kept, dtype, can_read))
         *tensors, mean, rstd = saved
-        num_differentiable = len(tensors) // 6 * 4
+        num_sections = len(tensors) // 6
+        num_differentiable = num_sections * 4
         if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))
         filled = [
@@ -193,8 +194,11 @@ class QKNormRope(torch.autograd.Function):
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
         given = filled, *fields, mean, rstd, *ctx.settings, needs
-        computed = call_form(qk_norm_rope_backward, [[*scales]] if can_read else [], *given)
+        rooms = [magnitudes.room_for(ctx, i, filled[0]) for i in range(num_sections)]
+        further = [*scales] if can_read else None, magnitudes.seen_in_each(rooms, mean)
+        computed = call_form(qk_norm_rope_backward, further, *given)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]
+        magnitudes.hand_on(rooms, found)
         return (None, *found, *[None] * (len(tensors) - num_differentiable))
 
 
@@ -228,7 +232,7 @@ qk_norm_rope_backward = register(
     triton=providers.triton_backward,
     launches=_launches_backward,
     sharding=sections(of_section_gradients),
-    further="Tensor[] x_scales",
+    further="Tensor[]? x_scales, Tensor(a!)[]? seen",
     form="packed",
 )
 # (outs..., mean, rstd)

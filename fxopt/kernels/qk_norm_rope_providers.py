@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fxopt.kernels.counters import raise_to
 from fxopt.kernels.qk_norm_rope_arguments import NUM_ARGUMENTS, NUM_BACKWARD_ARGUMENTS
 from fxopt.kernels.quantize import can_cast
 from fxopt.kernels.saving import BLOCK, fill, name_of, native_unpack, valued
@@ -18,10 +19,22 @@ from fxopt.kernels.saving import BLOCK, fill, name_of, native_unpack, valued
 def split_codes(args: Any) -> tuple[tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]]:
     """These arguments with x of the dtype and shapes that it has where it is codes, these codes and
     their scales; none where it is not."""
-    own, scales = args[:NUM_BACKWARD_ARGUMENTS], args[NUM_BACKWARD_ARGUMENTS:]
-    if not scales:
+    own, scales = args[:NUM_BACKWARD_ARGUMENTS], args[NUM_BACKWARD_ARGUMENTS:][:1]
+    if not scales or scales[0] is None:
         return own, [], []
     return ([valued(x, own[-2]) for x in own[0]], *own[1:]), own[0], scales[0]
+
+
+def seen_of(args: Any) -> Sequence[Tensor | None]:
+    """What the backward is to raise to the magnitude of the gradient of each x, or None."""
+    found = args[NUM_BACKWARD_ARGUMENTS + 1 :]
+    return found[0] if found and found[0] is not None else [None] * len(args[0])
+
+
+def _leave_magnitudes(found: Sequence[Tensor], args: Any) -> None:
+    """The same in a pass of its own."""
+    for seen, grad in zip(seen_of(args), found, strict=False):
+        raise_to(seen, grad)
 
 
 def has_whole_blocks(x_BSHd: Tensor) -> bool:
@@ -59,7 +72,9 @@ def native(*args: Any) -> list[Tensor]:
 def native_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     from fxopt.kernels import native_qk_norm_rope
 
-    return native_qk_norm_rope.backward(grads, *decoded(args))
+    found = native_qk_norm_rope.backward(grads, *decoded(args))
+    _leave_magnitudes(found, args)
+    return found
 
 
 def triton(*args: Any) -> list[Tensor]:
@@ -74,5 +89,8 @@ def triton(*args: Any) -> list[Tensor]:
 def triton_backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     from fxopt.kernels import triton_qk_norm_rope
 
-    given = args if can_cast(args[0][0]) else decoded(args)
-    return triton_qk_norm_rope.backward(grads, *given)
+    if can_cast(args[0][0]):
+        return triton_qk_norm_rope.backward(grads, *args)
+    found = triton_qk_norm_rope.backward(grads, *decoded(args))
+    _leave_magnitudes(found, args)
+    return found

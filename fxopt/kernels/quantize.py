@@ -133,8 +133,7 @@ def native(
     from fp32. A block of zeros has scale 1; one that holds a NaN or Inf becomes NaN. By a `known`
     magnitude what is larger saturates, and NaN and Inf become NaN by themselves.
     """
-    if seen is not None:
-        raise_to(seen, x)
+    raise_to(seen, x)
     x_RC = x.reshape(-1, x.shape[-1])
     empty = x.new_empty(0, dtype=torch.float32)
     found: list[Tensor] = []

@@ -23,7 +23,7 @@ from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import call_form, register
-from fxopt.kernels.together import SHARED, Ask, Shared, mix, parts, share_lists
+from fxopt.kernels.together import SHARED, Ask, Call, Shared, mix, parts, share_lists
 
 NUM_RESULTS = 7  # of `quantize`
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -171,6 +171,12 @@ def _measured(*args: Any) -> list[Tensor]:
     return [x for m in _matrices(*args) if m.amax_t is None for x in m.pieces]
 
 
+def _launches_mixed(*args: Any) -> int:
+    """Magnitudes that are not known, casts, and sums of tiles that the first has not made."""
+    adds_up = any(m.wants_sum and m.amax_t is not None for m in _matrices(*args))
+    return 1 + bool(_measured(*args)) + adds_up
+
+
 quantize_rows = register(
     "quantize_rows(Tensor[] xs, str rows, str? columns) "
     "-> (Tensor[] codes, Tensor[] scales, Tensor[] amax_t)",
@@ -198,7 +204,7 @@ quantize_mixed = register(
     native=native_mixed,
     fake=_fake_mixed,
     triton=triton_mixed,
-    launches=lambda *args: 1 + bool(_measured(*args)),
+    launches=_launches_mixed,
     rereads=lambda args, _: _measured(*args),
 )
 
@@ -209,7 +215,8 @@ def _matrices_of(ask: Ask) -> list[Matrix]:
         return [Matrix([x], "", columns, False, a) for x, a in zip(xs, amax_t, strict=True)]
     x, rows, columns, _, wants_sum = ask.args
     pieces = [x] if isinstance(x, Tensor) else x
-    return [Matrix(pieces, rows or "", columns or "", wants_sum, None)]
+    slot = Slot(*ask.lines)
+    return [Matrix(pieces, rows or "", columns or "", wants_sum, slot.known)]
 
 
 def _results(ask: Ask, found: Sequence[Sequence[Tensor]]) -> Any:
@@ -236,4 +243,14 @@ def _apart(asks: Sequence[Ask]) -> list[Any]:
 SHARED[quantize.quantize_pieces] = Shared(
     _apart, lambda args: () if quantize.fits(args[0][0], *args[1:]) else None
 )
-mix((quantize.quantize, quantize.quantize_pieces, quantize_columns), _mixed)
+
+
+def _is_plain(lines: Call) -> bool:
+    """Whether nothing is counted or recorded of a call; its magnitude may be known."""
+    slot = Slot(*lines)
+    return slot.rows is slot.columns is slot.seen is None
+
+
+_BY_SLOT = quantize.quantize, quantize.quantize_pieces
+mix(_BY_SLOT, _mixed, plain=_is_plain)
+mix((quantize_columns,), _mixed)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import weight_casts
-from fxopt.kernels.counters import Slot
+from fxopt.kernels.counters import UNWATCHED, Slot
 from fxopt.kernels.formats import Quantized
 from fxopt.kernels.linears import Pieces, flat
-from fxopt.kernels.quantize import Cast, Pair, pair_of
+from fxopt.kernels.quantize import Cast, Pair, covers, pair_of
 from fxopt.kernels.scaled_matmul import multiply
 from fxopt.kernels.sum_parts import sum_parts
 from fxopt.kernels.together import Steps, side_by_side
-from fxopt.recipes import Recipe
+from fxopt.recipes import Operand, Recipe
 
 
 def by_linear(
@@ -59,7 +59,8 @@ def gradients(
     casts = []
     for i in present:
         needed = needs_x, needs[i], needs[len(grads) + i]
-        casts.append(_of_gradient(grads[i], recipe, *needed, ctx.slots.gradients[i]))
+        slot = _with_known(ctx, i)
+        casts.append(_of_gradient(grads[i], recipe, *needed, slot))
     pairs, factors = yield from side_by_side(
         quantized(*casts), _factors(ctx, present, weights, amax, needs_x)
     )
@@ -107,6 +108,32 @@ def _nothing(cast: Cast) -> Pair:
     return Pair(empty, empty, cast.x.sum(0) if cast.wants_sum else cast.x.new_empty(0))
 
 
+def measures(ctx: Any, output: int, needs_x: bool, needs: Sequence[bool]) -> bool:
+    """Whether `gradients` scales this output's gradient by its largest magnitude alone: one scale
+    for a linear whose outputs are not split, of which nothing else is counted or recorded."""
+    i = ctx.pieces[output][0]
+    is_whole = [j for j, _, _ in ctx.pieces].count(i) == 1
+    operands = [o for o in _operands(ctx.recipe, needs_x, needs[i]) if o is not None]
+    by_tensor = all(covers(o) and o.block == "tensor" for o in operands)
+    return bool(operands) and by_tensor and is_whole and ctx.slots.gradients[i] == UNWATCHED
+
+
+def _with_known(ctx: Any, i: int) -> Slot:
+    """The slot of a gradient, with its magnitude if the node that made it has left that."""
+    slot: Slot = ctx.slots.gradients[i]
+    each = zip(ctx.pieces, ctx.known, strict=False)
+    known = next((amax for (j, _, _), amax in each if j == i and amax is not None), None)
+    return slot if known is None else slot._replace(known=known)
+
+
+def _operands(
+    recipe: Recipe, for_input: bool, for_weight: bool
+) -> tuple[Operand | None, Operand | None]:
+    """How a gradient is cast for dgrad and, transposed, for wgrad."""
+    rows = recipe.dgrad.a if recipe.dgrad and for_input else None
+    return rows, recipe.wgrad.a if recipe.wgrad and for_weight else None
+
+
 def _of_gradient(
     pieces: Sequence[Tensor],
     recipe: Recipe,
@@ -115,8 +142,7 @@ def _of_gradient(
     for_bias: bool,
     slot: Slot,
 ) -> Cast:
-    rows = recipe.dgrad.a if recipe.dgrad and for_input else None
-    columns = recipe.wgrad.a if recipe.wgrad and for_weight else None
+    rows, columns = _operands(recipe, for_input, for_weight)
     is_read = (for_input and rows is None) or (for_weight and columns is None)
     if len(pieces) > 1 and (is_read or rows is columns is None):
         pieces = [torch.cat(list(pieces), -1)]

@@ -25,7 +25,13 @@ from fxopt.kernels.in_force import Decision, save_for_backward, saved_tensors
 from fxopt.kernels.linears import Linears, Pieces, as_pieces
 from fxopt.kernels.quantize import Cast, covers
 from fxopt.kernels.quantize_group import quantize_columns, quantize_rows
-from fxopt.kernels.quantized_gradients import by_linear, gradients, quantized, weight_gradients
+from fxopt.kernels.quantized_gradients import (
+    by_linear,
+    gradients,
+    measures,
+    quantized,
+    weight_gradients,
+)
 from fxopt.kernels.registration import register_composite
 from fxopt.kernels.saving import is_packing
 from fxopt.kernels.scaled_matmul import multiply
@@ -63,6 +69,11 @@ class QuantizedLinears(Streams):
         save_for_backward(ctx, *kept, *weights, *amax)
         ctx.num_kept = len(kept)
         return outs
+
+    @staticmethod
+    def measures(ctx: Any, output: int) -> bool:
+        _, _, needs_x, *needs = ctx.needs_input_grad
+        return measures(ctx, output, needs_x, needs)
 
     @staticmethod
     def backward_of(ctx: Any, *grads: Tensor | None) -> Steps[tuple[Any, ...]]:

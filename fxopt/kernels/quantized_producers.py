@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
+from fxopt.kernels.counters import raise_to
 from fxopt.kernels.native_gated_activation import packs_apart
 from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
@@ -35,6 +36,7 @@ NORM_ARGUMENTS = (
 COUNTERS = "Tensor(a!)? counters"
 OF_INPUT = f"{COUNTERS}, Tensor? known, Tensor(b!)? seen"
 OF_COLUMNS = f"{COUNTERS}, Tensor? h_scales"
+OF_GRADIENTS = f"{COUNTERS}, Tensor(b!)? gate_seen, Tensor(c!)? up_seen"
 # Behind them, where codes of what is read are left.
 OF_NORM = f"{OF_INPUT}, Tensor(c!)? h_codes, Tensor(d!)? h_scales, Tensor(e!)? x_codes, "
 OF_NORM += "Tensor(f!)? x_scales"
@@ -132,6 +134,7 @@ def native_activation_backward(
     columns: str,
     amax_t: Tensor,
     counters: Tensor | None = None,
+    *seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gate and up (empty without one), as `gated_activation_backward` makes them, and
     the transposed copy of the same y: codes_t [K, M padded] and scales_t [K or 1, 1].
@@ -139,10 +142,12 @@ def native_activation_backward(
     Args:
         grad: [..., F], of the activation; the others as they were.
         amax_t: as the forward returned it.
-        counters: of this copy, or None.
+        counters, seen: of this copy; raised to the magnitudes of both gradients; or None.
     """
     found = native_gated_activation.native_backward(grad, gate, up, activation, packing, True)
     dgate, dup, y, _ = found
+    for t, own in zip((dgate, dup), seen, strict=False):
+        raise_to(own, t)
     y = y if beside is None else torch.cat([beside, y], -1)
     codes_t, scales_t = quantize.native(y, None, columns, None, False, None, counters, amax_t)[3:5]
     return dgate, dup, codes_t, scales_t
@@ -329,7 +334,7 @@ gated_activation_quantize_backward = register(
     native=native_activation_backward,
     fake=_fake_activation_backward,
     triton=triton_activation_backward,
-    further=COUNTERS,
+    further=OF_GRADIENTS,
 )
 register_together(
     norm_modulate_quantize,

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fxopt.kernels.in_force import Decision, decide
 from fxopt.kernels.linears import without_autocast
+from fxopt.kernels.magnitudes import Inbox, Room, edges_of, room_for
 from fxopt.kernels.together import Steps, parts, run, side_by_side
 
 
@@ -44,11 +45,23 @@ class Context:
     """What a node knows of one stream; autograd's own ctx, as far as a stream needs it.
 
     needs_input_grad: of decision and settings, which have none, and of the tensors.
+    known: in backward, the magnitude of each output's gradient, or None.
     """
 
-    def __init__(self, needs_input_grad: Sequence[bool]) -> None:
+    def __init__(self, needs_input_grad: Sequence[bool], edges: Sequence[int]) -> None:
         self.needs_input_grad = False, False, *needs_input_grad
         self.saved_tensors: Sequence[Tensor | None] = ()
+        self.known: Sequence[Tensor | None] = ()
+        self._edges = edges
+        self._node: Any = None
+
+    def runs_in(self, node: Any, known: Sequence[Tensor | None]) -> None:
+        """Of a backward: the node, None at its end, and what is known."""
+        self._node, self.known = node, known
+
+    def room_for(self, index: int, like: Tensor | None) -> Room | None:
+        """`magnitudes.room_for` of the gradient of tensor `index` of the stream."""
+        return room_for(self._node, self._edges[index], like)
 
     @property
     def trains(self) -> bool:
@@ -69,6 +82,11 @@ class Streams(torch.autograd.Function):
     forward_of: ClassVar[Callable[..., Steps[tuple[Any, ...]]]]
     backward_of: ClassVar[Callable[..., Steps[tuple[Any, ...]]]]
 
+    @staticmethod
+    def measures(ctx: Any, output: int) -> bool:
+        """Whether the backward of a stream scales this output's gradient by its magnitude alone."""
+        return False
+
     @classmethod
     def run(
         cls, recipe: str, calls: Sequence[Call], plain: Callable[[Call], Sequence[Tensor]]
@@ -88,9 +106,10 @@ class Streams(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         sizes = [stream.num_tensors for stream in streams]
         # Without gradients autograd says the same of what requires them.
+        own = parts(ctx.needs_input_grad[2:], sizes), parts(edges_of(tensors), sizes)
         contexts = [
-            Context([need and stream.decision.has_grad for need in needs])
-            for stream, needs in zip(streams, parts(ctx.needs_input_grad[2:], sizes), strict=True)
+            Context([need and stream.decision.has_grad for need in needs], edges)
+            for stream, needs, edges in zip(streams, *own, strict=True)
         ]
         runs = [
             node.forward_of(context, stream.decision, stream.settings, *own)
@@ -100,6 +119,8 @@ class Streams(torch.autograd.Function):
         each = zip(contexts, outs, strict=True)
         ctx.mark_non_differentiable(*(t for c, own in each if not c.trains for t in own))
         ctx.node, ctx.streams, ctx.contexts = node, streams, contexts
+        outputs = [(c, i) for c, own in zip(contexts, outs, strict=True) for i in range(len(own))]
+        ctx.inbox = Inbox(lambda i: outputs[i][0].trains and node.measures(*outputs[i]))
         saved = [context.saved_tensors if context.trains else () for context in contexts]
         ctx.num_saved = [len(own) for own in saved]
         ctx.save_for_backward(*(t for own in saved for t in own))
@@ -113,9 +134,11 @@ class Streams(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         runs, saved = [], parts(ctx.saved_tensors, ctx.num_saved)
-        given = parts(grads, [stream.num_outs for stream in ctx.streams])
-        for context, own, of_stream in zip(ctx.contexts, saved, given, strict=True):
+        num_outs = [stream.num_outs for stream in ctx.streams]
+        given, known = parts(grads, num_outs), parts(ctx.inbox.take(grads), num_outs)
+        for context, own, of_stream, amax in zip(ctx.contexts, saved, given, known, strict=True):
             context.saved_tensors = own
+            context.runs_in(ctx, amax)
             if context.trains:
                 runs.append(ctx.node.backward_of(context, *of_stream))
         computed = iter(run(side_by_side(*runs)))
@@ -125,4 +148,5 @@ class Streams(torch.autograd.Function):
         ]
         for context in ctx.contexts:
             context.save_for_backward()
+            context.runs_in(None, ())
         return None, None, *(g for own in found for g in own[2:])

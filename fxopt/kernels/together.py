@@ -47,20 +47,27 @@ Run: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any]]
 RunMixed: TypeAlias = Callable[[Sequence[Ask]], Sequence[Any] | None]
 
 
+def has_none(lines: Call) -> bool:
+    """Whether there are no lines."""
+    return all(line is None for line in lines)
+
+
 class Shared(NamedTuple):
     """How calls of an op run together.
 
     run: the results of calls that have the same `common`.
     common: of the arguments; None for a call that has to run alone.
     family: of ops whose calls run together, by the `run` of any of them; None for the op alone.
-    mixed: the results of calls of several kinds, of the ops that have it and without lines, or None
-        if these run kind by kind; None if all do.
+    mixed: the results of calls of several kinds, of the ops that have it and whose lines are
+        `plain`, or None if these run kind by kind; None if all do.
+    plain: whether lines of a call let it run so; by default only where there are none.
     """
 
     run: Run
     common: Callable[[Call], Hashable]
     family: OpOverload | None = None
     mixed: RunMixed | None = None
+    plain: Callable[[Call], bool] = has_none
 
 
 SHARED: dict[OpOverload, Shared] = {}
@@ -96,7 +103,7 @@ def _by_mix(
     apart: list[tuple[RunMixed, list[list[int]]]] = []
     for group in groups:
         first = asks[group[0]]
-        is_plain = _kind(first) is not None and all(line is None for line in first.lines)
+        is_plain = _kind(first) is not None and SHARED[first.op].plain(first.lines)
         run_mixed = SHARED[first.op].mixed if is_plain else None
         if run_mixed is None:
             apart.append((_of_one_kind, [group]))
@@ -176,10 +183,13 @@ def share(
     )
 
 
-def mix(ops: Sequence[OpOverload], run: RunMixed) -> None:
-    """Let calls of several kinds run as one, of these ops, which share those of one kind."""
+def mix(ops: Sequence[OpOverload], run: RunMixed, **fields: Any) -> None:
+    """Let calls of several kinds run as one, of these ops, which share those of one kind.
+
+    fields: further ones of `Shared`.
+    """
     for op in ops:
-        SHARED[op] = SHARED[op]._replace(mixed=run)
+        SHARED[op] = SHARED[op]._replace(mixed=run, **fields)
 
 
 def share_with(op: OpOverload, wider: OpOverload, widen: Callable[[Call], Call]) -> None:

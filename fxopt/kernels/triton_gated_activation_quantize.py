@@ -42,6 +42,7 @@ from fxopt.kernels.triton_quantize_kernels import (
     load_pieces,
     load_tile,
     magnitude,
+    raise_to,
     scale_of,
     tile_indices,
 )
@@ -126,6 +127,14 @@ def pack_tile(value, to, r, c, n, f, width, num_rows, mask):
 
 
 @triton.jit
+def raise_to_rounded(seen, rows, value, mask):
+    """Raise `seen`, if it is not None, to the magnitude of a tile as it is stored in Rows."""
+    if seen is not None:
+        rounded = tl.where(mask, value.to(rows.pointer.dtype.element_ty).to(tl.float32), 0.0)
+        raise_to(seen, tl.max(tl.max(magnitude(rounded), 1), 0))
+
+
+@triton.jit
 def amax_kernel(
     parts, NUM_PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -160,17 +169,22 @@ def backward_kernel(
 ):  # fmt: skip
     """dgate = grad * up * act'(gate), dup = grad * act(gate), `store_codes` of [beside | act * up].
 
-    A part is made of (grad, gate, up, beside, dgate, dup, width): matrices are `Rows` or None; all
-    but beside belong to the activation.
+    A part is made of (grad, gate, up, beside, dgate, dup, gate_seen, up_seen, width): matrices are
+    `Rows` or None; all but beside belong to the activation. What is seen is raised to the
+    magnitudes of dgate and dup, if it is not None.
     """
     for k in tl.static_range(NUM_PARTS):
         part = parts[k]
         if has_tile(part, k, BLOCK_R, BLOCK_C):
             r, c = tile_indices(BLOCK_R, BLOCK_C)
-            grad, gate, up, beside, dgate, dup, width, _ = part.tile
+            grad, gate, up, beside, dgate, dup, gate_seen, up_seen, width, _ = part.tile
             num_rows = size(part.num_rows)
             n, f, mask = features(r, c, width, num_rows, part.num_columns)
-            value, _, _ = gradients(grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32)
+            value, dx, du = gradients(
+                grad, gate, up, dgate, dup, n, f, mask, ACTIVATION, tl.float32
+            )
+            raise_to_rounded(gate_seen, dgate, dx, mask)
+            raise_to_rounded(up_seen, dup, du, mask)
             value = joined(value, mask, dgate, beside, width, r, c, num_rows)
             store_codes_of(part, value, r, c, *FORMATS[k], BLOCK_R, BLOCK_C, CHUNK)
 
@@ -247,7 +261,10 @@ def backward_of(
     by_column = Operand.parse(calls[0][6])
     matrices, grads, amaxes, slots = [], [], [], []
     for call, scales in zip(calls, packed or [()] * len(calls), strict=True):
-        grad, gate, up, beside, activation, packing, _, amax_t, *counters = call
+        grad, gate, up, beside, activation, packing, _, amax_t, *further = call
+        counters, gate_seen, up_seen = (*further, None, None, None)[:3]
+        # Halves of one tensor have one magnitude.
+        up_seen = gate_seen if up is None and packing != "none" else up_seen
         own = grad.new_empty(gate.shape), grad.new_empty(0 if up is None else up.shape)
         dgate, dup = halves(own[0], None if up is None else own[1], packing)
         matrix = _matrix(gate, up, beside, activation, packing)
@@ -256,11 +273,12 @@ def backward_of(
             lie_in = [(gate, scales[0])] * 2 if up is None else zip((gate, up), scales, strict=True)
             inputs = [_packed(r, *own, dgate) for r, own in zip(inputs, lie_in, strict=True)]
         outputs = rows_of(dgate), rows_of(dup)
-        arguments = (rows_of(grad), *inputs, beside_rows, *outputs, width, last)
+        written = *outputs, gate_seen, up_seen
+        arguments = (rows_of(grad), *inputs, beside_rows, *written, width, last)
         matrices.append(matrix._replace(arguments=arguments, like=grad))
         grads.append(own)
         amaxes.append(launch.Amax.known(by_column, amax_t))
-        slots.append(Slot(columns=counters[0] if counters else None))
+        slots.append(Slot(columns=counters))
     formats = [(None, by_column)] * len(matrices)
     pairs = group.cast(backward_kernel, matrices, amaxes, formats, slots)
     return [(*own, c.codes, c.scales) for own, (_, c) in zip(grads, pairs, strict=True)]

@@ -120,11 +120,14 @@ def _stream(call: tuple[Any, ...]) -> Stream:
     s = Stream(Arguments(*call))
     reads_codes = s.arguments.h_scales is not None
     is_too_wide = s.arguments.h.shape[-1] > MAX_FEATURES_OF_CODES and all(s.summed)
-    return Stream(Arguments(*decoded(call))) if reads_codes and is_too_wide else s
+    if not (reads_codes and is_too_wide):
+        return s
+    return Stream(Arguments(*decoded(call))._replace(seen=s.arguments.seen))
 
 
 class Arguments(NamedTuple):
-    """Arguments of `norm_modulate_backward`; h and x that have scales are codes."""
+    """Arguments of `norm_modulate_backward`; h and x that have scales are codes; seen is raised to
+    the magnitude of the gradient of x."""
 
     grad_y: Tensor | None
     grad_h: Tensor | None
@@ -146,6 +149,7 @@ class Arguments(NamedTuple):
     recompute: bool
     h_scales: Tensor | None = None
     x_scales: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -190,6 +194,12 @@ class Stream:
         ]
 
     @property
+    def seen(self) -> Tensor | None:
+        """What is raised to the magnitude of x's gradient, if there is one."""
+        a, (dh, dx, *_) = self.arguments, self.results
+        return a.seen if (dh if a.gate is None else dx).numel() else None
+
+    @property
     def num_launched(self) -> int:
         """Programs of the first kernel."""
         return self.groups.num_groups * self.num_programs
@@ -218,7 +228,7 @@ class Stream:
             *grads, *(packed_rows_of(*own, *given) for own in kept),
             *(rows_of(t, *given) for t in self.operands), a.mean, a.rstd,
             present(dh), present(dx), self.dgate, self.dscale, present(y),
-            *(self.sums or [None] * 4), a.weight_offset, a.scale_offset,
+            *(self.sums or [None] * 4), self.seen, a.weight_offset, a.scale_offset,
             *map(unspecialized, sizes), tl.constexpr(self.per_row[3]),
         ))  # fmt: skip
 

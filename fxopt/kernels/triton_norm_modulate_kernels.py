@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fxopt.kernels.triton_quantize_kernels import magnitude, raise_to
 from fxopt.kernels.triton_rows import (
     affine_of,
     gated_residual,
@@ -66,6 +67,7 @@ class Backward(NamedTuple):
     `dgate` and `dscale` hold one value per element, for operands that differ from row to row.
     The `_sums`, `[G, P, D]`, are partial sums for operands of the group: of the gate's gradient, of
     those of n's factor and addend (of the affine alone if `scale` differs per row), and of x's.
+    `seen` is raised to the magnitude of x's gradient: of dx, or dh where there is no gate.
     Each is None where not wanted.
     """
 
@@ -90,6 +92,7 @@ class Backward(NamedTuple):
     a_sums: Any
     c_sums: Any
     x_sums: Any
+    seen: Any
     weight_offset: Any
     scale_offset: Any
     num_groups: Any
@@ -208,6 +211,10 @@ def _gated(s, gate, group, row, token, dvalue, sums, i: tl.constexpr, num_featur
     store(s.dx, offsets, dvalue, mask)
     if s.x_sums is not None:
         x_sum += dvalue
+    if s.seen is not None:
+        dtype = s.dh.dtype.element_ty if gate[0] is None else s.dx.dtype.element_ty
+        rounded = tl.where(mask, dvalue.to(dtype).to(tl.float32), 0.0)
+        raise_to(s.seen, tl.max(magnitude(rounded), 0))  # kept from row to row it spilled
     return gate_sum, x_sum
 
 

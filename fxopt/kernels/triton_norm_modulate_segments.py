@@ -152,7 +152,8 @@ class _BySegment(Stream):
         return Backward._make((
             *map(rows, inputs), table(a.gate), rows(a.weight), rows(a.bias), table(a.scale), shift,
             rows(a.x_bias), a.mean, a.rstd, dh, dx, None, None, y, *(self.sums or [None] * 4),
-            a.weight_offset, a.scale_offset, *map(unspecialized, sizes), tl.constexpr(False),
+            self.seen, a.weight_offset, a.scale_offset, *map(unspecialized, sizes),
+            tl.constexpr(False),
         )), self.reading(), LAST  # fmt: skip
 
     def reduction(self) -> tuple[Reduce, Reading, Any]:

@@ -21,7 +21,7 @@ from fxopt.kernels.qk_norm_rope_arguments import (
     rotated_rows,
     split_backward_arguments,
 )
-from fxopt.kernels.qk_norm_rope_providers import split_codes
+from fxopt.kernels.qk_norm_rope_providers import seen_of, split_codes
 from fxopt.kernels.triton_add_up import add_up
 from fxopt.kernels.triton_qk_norm_rope_kernels import Config, Gradients, Inputs
 from fxopt.kernels.triton_sizes import LAST, unspecialized
@@ -54,6 +54,7 @@ def forward(*args: Any) -> list[Tensor]:
 
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward` in one launch, and one that adds up partial sums."""
+    seen = seen_of(args)
     args, codes, scales = split_codes(args)
     a, mean, rstd, needs = split_backward_arguments(args)
     num_rows, num_tokens = _sizes(a)
@@ -64,7 +65,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     num_resident = _num_resident(a.x[0].device, max(1, chosen["warps"] // num_warps))
     num_walkers = _share_out(num_resident, num_rows, plans)
     found = outputs_backward(a, needs)
-    num_sections = len(plans)
+    num_sections, sections = len(plans), range(len(plans))
     targets = list(found)
     outs, partials = [], []
     for i in range(num_sections, len(found)):
@@ -80,7 +81,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     with torch.cuda.device_of(a.x[0]):
         kernels.backward[(num_programs,)](
             _inputs(a, grads, codes, scales),
-            tuple(Gradients(*targets[i::num_sections]) for i in range(num_sections)),
+            tuple(Gradients._make((*targets[i::num_sections], seen[i], LAST)) for i in sections),
             tuple(p.config for p in plans),
             mean,
             rstd,

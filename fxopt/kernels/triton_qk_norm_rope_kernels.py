@@ -31,6 +31,7 @@ from fxopt.kernels.triton_pairs import (
     store_codes,
     store_pairs,
 )
+from fxopt.kernels.triton_quantize_kernels import magnitude, raise_to
 from fxopt.kernels.triton_sizes import LAST, size
 
 
@@ -81,12 +82,15 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where a section's gradients go: dx [B, S, H, D], and a row of partial sums per program."""
+    """Where a section's gradients go: dx [B, S, H, D], and a row of partial sums per program; seen
+    is raised to the magnitude of dx, None for nowhere."""
 
     dx: Any
     dx_bias: Any
     dweight: Any
     dbias: Any
+    seen: Any
+    last: Any = LAST
 
 
 @triton.jit
@@ -183,6 +187,15 @@ def _store_partial(ptr, walker, block, heads_H1, p, q, c):
 
 
 @triton.jit
+def _magnitude(ptr, heads_H1, p, q, c):
+    """Bits of the largest magnitude of what `store_pairs` stores."""
+    inside = (heads_H1 < c.NUM_HEADS) & (tl.arange(0, c.P)[None, :] < c.D // 2)
+    bits_p = magnitude(p.to(ptr.dtype.element_ty).to(tl.float32))
+    bits_q = magnitude(q.to(ptr.dtype.element_ty).to(tl.float32))
+    return tl.max(tl.max(tl.where(inside, tl.maximum(bits_p, bits_q), 0), 1), 0)
+
+
+@triton.jit
 def _backward_section(
     s, to, mean_ptr, rstd_ptr, walker, num_walkers, block, num_rows, num_tokens, c
 ):
@@ -195,6 +208,7 @@ def _backward_section(
     dbias_q = tl.zeros((c.H, c.P), c.MATH)
     dx_bias_p = tl.zeros((c.H, c.P), c.MATH)
     dx_bias_q = tl.zeros((c.H, c.P), c.MATH)
+    largest = tl.zeros((), tl.int32)
     for i in tl.range(walker, num_rows, num_walkers):
         batch = (i // num_tokens).to(tl.int64)
         token = (i % num_tokens).to(tl.int64)
@@ -239,6 +253,10 @@ def _backward_section(
             dx_bias_q += g_q
         if to.dx is not None:
             store_pairs(to.dx + (row * c.NUM_HEADS + heads) * c.D, heads_H1, g_p, g_q, c)
+            if to.seen is not None:
+                largest = tl.maximum(largest, _magnitude(to.dx, heads_H1, g_p, g_q, c))
+    if to.dx is not None and to.seen is not None:
+        raise_to(to.seen, largest)
     if to.dx_bias is not None:
         dx_bias_ptr = to.dx_bias + (walker * c.NUM_HEADS + heads_H1) * c.D
         store_pairs(dx_bias_ptr, heads_H1, dx_bias_p, dx_bias_q, c)
