@@ -58,8 +58,8 @@ def join_write(graph: fx.Graph, copy: fx.Node) -> None:
 
 
 def _in_one_mode(graph: fx.Graph, *nodes: fx.Node) -> bool:
-    """Whether autograd is on for all of them, or for none: a write without gradients leaves those of
-    the whole tensor as they were."""
+    """Whether autograd is on for all or for none: a write without gradients leaves those of the
+    whole tensor as they were."""
     modes = grad_modes(graph)
     return len({modes[node] for node in nodes}) == 1
 
