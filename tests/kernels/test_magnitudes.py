@@ -112,7 +112,7 @@ def heads(leaves: list[Tensor], recipe: str = RECIPE, between: Between = same) -
     q, k = (t.view(B, S, 4, 16) for t in (between(q), k))
     none = [None, None]
     tensors = [q, k], none, leaves[5:], none, none, none
-    settings = [1, 1], "rms", [1e-6, 1e-6], 0.0, False, "none", "channels", BF16
+    settings = [1, 1], "rms", [1e-6, 1e-6], 0.0, False, "none", "channels", "all", BF16
     return *qk_norm_rope(*tensors, *settings)[:2], v * 2
 
 
