@@ -141,12 +141,14 @@ class Streams(torch.autograd.Function):
             context.runs_in(ctx, amax)
             if context.trains:
                 runs.append(ctx.node.backward_of(context, *of_stream))
-        computed = iter(run(side_by_side(*runs)))
+        try:
+            computed = iter(run(side_by_side(*runs)))
+        finally:  # node and contexts would hold one another, and what is saved
+            for context in ctx.contexts:
+                context.save_for_backward()
+                context.runs_in(None, ())
         found = [
             next(computed) if context.trains else [None] * len(context.needs_input_grad)
             for context in ctx.contexts
         ]
-        for context in ctx.contexts:
-            context.save_for_backward()
-            context.runs_in(None, ())
         return None, None, *(g for own in found for g in own[2:])

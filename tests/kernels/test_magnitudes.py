@@ -3,7 +3,10 @@ pass itself wherever anything came between."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxopt.kernels import norm_modulate_linears as norm_modulate_linears  # defines its op
+from fxopt.kernels import quantized_linears as quantizing
 from fxopt.kernels.gated_activation_quantized_linear import gated_activation_quantized_linear
 from fxopt.kernels.magnitudes import Inbox
 from fxopt.kernels.norm_modulate import norm_modulate
@@ -276,6 +280,24 @@ def test_other_scales_want_no_magnitude(recipe: str) -> None:
         counted = Handed(patch, True)
         gradients(partial(gated, recipe=key))
         assert counted.count == 0
+
+
+def test_a_backward_that_fails_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[weakref.ref[Any]] = []
+
+    def fail(ctx: Any, *_: Any) -> None:
+        contexts.append(weakref.ref(ctx))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(quantizing, "gradients", fail)
+    gc.collect()
+    gc.disable()  # who tries again with less needs the memory at once
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            gradients(gated)
+        assert [ref() for ref in contexts] == [None]
+    finally:
+        gc.enable()
 
 
 BACKWARDS: dict[str, tuple[Model, tuple[str, ...]]] = {
