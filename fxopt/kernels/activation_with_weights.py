@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from fxopt.kernels.native_gated_activation import packs_apart
 from fxopt.kernels.quantize import can_cast
-from fxopt.kernels.quantize_group import Lists, quantize_rows, triton_rows
+from fxopt.kernels.quantize_group import Lists, launches_of_rows, quantize_rows, triton_rows
 from fxopt.kernels.quantized_producers import (
     gated_activation_quantize,
+    launches_of_activations,
     triton_activations,
 )
 from fxopt.kernels.registration import call_form, register
 from fxopt.kernels.together import Ask
 
 NUM_ACTIVATION_ARGUMENTS, NUM_ARGUMENTS = 7, 10
+UNSEEN = None, None, None  # counters, a magnitude that is known, and one that is recorded
 ROOMS = (
     "Tensor(a!)[]? gate_codes, Tensor(b!)[]? gate_scales, Tensor(c!)[]? up_codes, "
     "Tensor(d!)[]? up_scales"
@@ -36,9 +37,8 @@ def native(*args: Any) -> Lists:
         args: those of `gated_activation_quantize` for each stream, gate, up and beside as lists;
             then those of `quantize_rows`; then rooms of all streams.
     """
-    unwatched = None, None, None
     found = [
-        call_form(gated_activation_quantize, (*unwatched, *rooms), *call)
+        call_form(gated_activation_quantize, (*UNSEEN, *rooms), *call)
         for call, rooms in zip(_calls(args), _rooms(args), strict=True)
     ]
     found += zip(*quantize_rows(*args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]), strict=True)
@@ -50,7 +50,7 @@ def triton(*args: Any) -> Lists:
     from fxopt.kernels import triton_gated_activation_quantize as kernels
 
     each = zip(_calls(args), _rooms(args), strict=True)
-    calls = [(*call, None, None, None, *rooms) for call, rooms in each]
+    calls = [(*call, *UNSEEN, *rooms) for call, rooms in each]
     weights, *formats = args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]
     if all(t.numel() and can_cast(t) for t in (*args[0], *weights)):
         found = kernels.forward_of(calls, weights, formats)
@@ -73,12 +73,10 @@ def _rooms(args: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def _launches(*args: Any) -> int:
-    """And one where an activation's own codes take one."""
+    """The two, and what else activations and weights take."""
     each = zip(_calls(args), _rooms(args), strict=True)
-    return 2 + any(
-        packs_apart(gate, up, beside, packing, rooms)
-        for (gate, up, beside, _, packing, *_), rooms in each
-    )
+    of_activations = launches_of_activations([(*call, *UNSEEN, *rooms) for call, rooms in each])
+    return of_activations + launches_of_rows(*args[NUM_ACTIVATION_ARGUMENTS:NUM_ARGUMENTS]) - 2
 
 
 def _read(args: Sequence[Any]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from fxopt.kernels.formats import (
     quantize_matrix,
     random_uniform,
 )
+from fxopt.kernels.magnitude_parts import reductions_of
 from fxopt.kernels.registration import register
 from fxopt.kernels.together import Ask, Call, alone, answer, register_together, where_it_fits
 from fxopt.recipes import Operand
@@ -258,8 +259,16 @@ def _is_known(args: Sequence[Any]) -> bool:
 
 def _launches(*args: Any) -> int:
     """Without scales their pass comes first; with them, sums of the tiles' sums come last."""
-    wants_sum = args[4]
-    return 1 if _is_known(args) and not wants_sum else 2
+    return _launches_together([args])
+
+
+def _launches_together(calls: Sequence[Call]) -> int:
+    """As the call that launches most, and all reductions of magnitudes."""
+    measured = [call for call in calls if not _is_known(call)]
+    num_passes = 2 if measured or any(call[4] for call in calls) else 1
+    pieces = [[c[0]] if isinstance(c[0], Tensor) else c[0] for c in measured]
+    each = zip(pieces, measured, strict=True)
+    return num_passes + sum(reductions_of(own, *call[1:3]) for own, call in each)
 
 
 LINES = "Tensor(a!)? counters, Tensor(b!)? counters_t, Tensor? known, Tensor(c!)? seen"
@@ -288,5 +297,8 @@ quantize_pieces = register(
     further=LINES,
 )
 quantize_together = register_together(
-    quantize, triton_together, kind=lambda *args: () if fits(*args) else None
+    quantize,
+    triton_together,
+    launches=_launches_together,
+    kind=lambda *args: () if fits(*args) else None,
 )

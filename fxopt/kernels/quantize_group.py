@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxopt.kernels import quantize
 from fxopt.kernels.counters import Slot
+from fxopt.kernels.magnitude_parts import reductions_of
 from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import call_form, register
 from fxopt.kernels.together import SHARED, Ask, Call, Shared, mix, parts, share_lists
@@ -117,6 +118,12 @@ def _is_known(args: Sequence[Any]) -> bool:
     return len(args) > 4 and bool(args[4])
 
 
+def launches_of_rows(*args: Any) -> int:
+    """Where magnitudes are not known, their pass and reductions come first."""
+    xs, *formats = args[:3]
+    return 1 if _is_known(args) else 2 + sum(reductions_of([x], *formats) for x in xs)
+
+
 class Matrix(NamedTuple):
     """One of them: its pieces, formats as `Operand` is written or "", and magnitudes or None."""
 
@@ -172,9 +179,12 @@ def _measured(*args: Any) -> list[Tensor]:
 
 
 def _launches_mixed(*args: Any) -> int:
-    """Magnitudes that are not known, casts, and sums of tiles that the first has not made."""
+    """Magnitudes that are not known and their reductions, casts, and sums of tiles that the first
+    has not made."""
     adds_up = any(m.wants_sum and m.amax_t is not None for m in _matrices(*args))
-    return 1 + bool(_measured(*args)) + adds_up
+    measured = [m for m in _matrices(*args) if m.amax_t is None]
+    reductions = sum(reductions_of(m.pieces, m.rows, m.columns) for m in measured)
+    return 1 + bool(measured) + reductions + adds_up
 
 
 quantize_rows = register(
@@ -183,7 +193,7 @@ quantize_rows = register(
     native=native_rows,
     fake=_fake_rows,
     triton=triton_rows,
-    launches=lambda *args: 1 if _is_known(args) else 2,
+    launches=launches_of_rows,
     # For the scale, then for the values.
     rereads=lambda args, _: [] if _is_known(args) else args[0],
     further="Tensor(a!)[]? counters, Tensor[]? known, Tensor(b!)[]? seen",

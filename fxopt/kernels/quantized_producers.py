@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxopt.kernels import native_gated_activation, native_norm_modulate, quantize
 from fxopt.kernels.counters import raise_to
+from fxopt.kernels.magnitude_parts import num_reductions
 from fxopt.kernels.native_gated_activation import packs_apart
 from fxopt.kernels.quantize import amax_for, fake_amax
 from fxopt.kernels.registration import CAPABILITIES, opmath_of, register
@@ -287,14 +288,12 @@ def _is_known(args: Any, index: int) -> bool:
     return len(args) > index and args[index] is not None
 
 
-def _activation_launches(*args: Any) -> int:
-    gate, up, beside, _, packing = args[:5]
-    own = packs_apart(gate, up, beside, packing, args[10:])
-    return (1 if _is_known(args, 8) else 2) + own
-
-
-def _activation_rereads(args: Any, _: Any) -> list[Tensor]:
-    return [] if _is_known(args, 8) else [t for t in args[:3] if t is not None]
+def launches_of_activations(calls: Sequence[Call]) -> int:
+    """As the call that launches most, and all reductions of magnitudes."""
+    measured = [c for c in calls if not _is_known(c, 8)]
+    own = any(packs_apart(c[0], c[1], c[2], c[4], c[10:]) for c in calls)
+    each = [num_reductions(*_size(c[0], c[2], c[4]), *c[5:7]) for c in measured]
+    return 1 + bool(measured) + own + sum(each)
 
 
 norm_modulate_quantize = register(
@@ -323,8 +322,8 @@ gated_activation_quantize = register(
     native=native_activation,
     fake=_fake_activation,
     triton=triton_activation,
-    launches=_activation_launches,
-    rereads=_activation_rereads,
+    launches=lambda *args: launches_of_activations([args]),
+    rereads=lambda args, _: [] if _is_known(args, 8) else [t for t in args[:3] if t is not None],
     further=OF_ACTIVATION,
 )
 gated_activation_quantize_backward = register(
@@ -343,7 +342,7 @@ register_together(
     kind=lambda x, *_: x.shape[-1],
 )
 register_together(norm_modulate_quantize_columns, triton_columns_of_norms)
-register_together(gated_activation_quantize, triton_activations)
+register_together(gated_activation_quantize, triton_activations, launches_of_activations)
 register_together(gated_activation_quantize_backward, triton_activations_backward)
 _FORWARDS = ("norm_modulate_quantize", "gated_activation_quantize")
 for _name in (*_FORWARDS, *(f"{name}_together" for name in _FORWARDS), "quantize_together"):

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxopt.kernels import magnitude_parts
 from fxopt.kernels.counters import Slot
 from fxopt.kernels.formats import FORMATS, Quantized, padded_columns
+from fxopt.kernels.magnitude_parts import BLOCK_C, BLOCK_R
 from fxopt.recipes import Operand
 
-BLOCK_R, BLOCK_C = 64, 128
 CHUNK = 32  # partial magnitudes that are reduced at a time
 NUM_WARPS = 8
 BLOCKS = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
@@ -40,6 +41,11 @@ class Amax(NamedTuple):
         rows, columns, tensor = self
         lengths = [0 if t is None else t.shape[0] for t in (rows, columns)]
         return lengths[0], lengths[1], 0 if tensor is None else tensor.numel()
+
+    def in_few_parts(self) -> Amax:
+        """With no more parts of each than every program may read."""
+        most = magnitude_parts.MOST_LINES, magnitude_parts.MOST_LINES, magnitude_parts.MOST_TILES
+        return Amax(*(magnitude_parts.reduced(t, n) for t, n in zip(self, most, strict=True)))
 
     def of(self, columns: Operand) -> Tensor:
         """One fp32 magnitude for each column or for the tensor, as the operand has scales."""

@@ -2,7 +2,8 @@
 to FP8 in two launches.
 
 The first leaves the largest magnitudes of tiles, the second takes the scales from them and writes
-all copies from one read. Where magnitudes are known beforehand, the second is all, and a small one
+all copies from one read; if a matrix has very many tiles, their magnitudes are reduced in between
+(`magnitude_parts`). Where magnitudes are known beforehand, the second is all, and a small one
 adds up the sums of its tiles. Producers of matrices have kernels of their own for the same steps.
 
 The third index of the grid says which matrix; programs beyond its tiles do nothing.
@@ -204,7 +205,8 @@ def measure(
     formats: Sequence[launch.Formats],
     sums: Sequence[Tensor | None] = (),
 ) -> list[launch.Amax]:
-    """The first pass: largest magnitudes of tiles, as far as the operands need them.
+    """The first pass: largest magnitudes of tiles, as far as the operands need them, or where
+    these are many what they come to.
 
     Args:
         sums: room for the sums of the columns of tiles, or None, of each matrix.
@@ -213,7 +215,7 @@ def measure(
     each = zip(matrices, amaxes, sums or [None] * len(matrices), strict=True)
     parts = [_part(m, amax, of_tiles) for m, amax, of_tiles in each]
     _launch(kernel, matrices, parts, {})
-    return amaxes
+    return [amax.in_few_parts() for amax in amaxes]
 
 
 def cast(

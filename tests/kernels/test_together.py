@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fxopt.kernels import (
     gated_activation_quantized_linear as gated_activation_quantized_linear,  # mixes calls
 )
+from fxopt.kernels import magnitude_parts
 from fxopt.kernels import norm_modulate_segments_quantize as by_segment
 from fxopt.kernels import quantize as quantizing
 from fxopt.kernels import quantized_producers as producers
@@ -206,7 +207,13 @@ class Reductions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_launches_are_those_of_the_provider(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_large", [False, True])
+def test_launches_are_those_of_the_provider(
+    is_large: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_large:
+        monkeypatch.setattr(magnitude_parts, "MOST_LINES", 1)
+        monkeypatch.setattr(magnitude_parts, "MOST_TILES", 1)
     for rows, columns in FORMATS[:3]:
         own = calls(name, rows, columns)
         with monkeypatch.context() as patch, Launched(patch) as mode:

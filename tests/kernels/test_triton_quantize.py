@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 import triton
@@ -9,10 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fxopt.kernels import quantize, quantize_group, quantized_producers
+from fxopt.kernels import (
+    magnitude_parts,
+    quantize,
+    quantize_group,
+    quantized_producers,
+    triton_quantize_group,
+)
 from fxopt.kernels import triton_quantize as kernels
+from fxopt.kernels.counters import UNWATCHED
 from fxopt.kernels.formats import FORMATS, block_amax, block_shape, quantize_matrix, scale_blocks
 from fxopt.kernels.triton_quantize_kernels import code_of
+from fxopt.kernels.triton_sizes import unspecialized
 from fxopt.recipes import Operand
 
 PAIRS = [
@@ -77,6 +88,38 @@ def test_what_needs_no_rounding_is_bit_identical(rows: str | None, columns: str 
     found = quantize.triton(x, rows, columns, None, True)
     for f, e in zip(found, quantize.native(x, rows, columns, None, True), strict=True):
         assert f.dtype == e.dtype and torch.equal(f.float(), e.float())
+
+
+@pytest.mark.parametrize("rows, columns", PAIRS)
+def test_parts_that_are_reduced_first(
+    rows: str | None, columns: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(130, 260, generator=torch.Generator().manual_seed(0))  # 3 x 3 tiles
+    x[128, 258] = 50.0
+    expected = quantize.triton(x, rows, columns, None, True)
+    monkeypatch.setattr(magnitude_parts, "MOST_LINES", 1)
+    monkeypatch.setattr(magnitude_parts, "MOST_TILES", 1)
+    for f, e in zip(quantize.triton(x, rows, columns, None, True), expected, strict=True):
+        assert torch.equal(f.view(torch.uint8), e.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "counts"), [(4608, 6144, 3456), (75_600, 13_824, 1)]
+)
+def test_parts_that_every_program_reads_are_bounded(
+    num_rows: int, num_columns: int, counts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    class Casting:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda parts, **_: read.extend(parts[0].counts)
+
+    monkeypatch.setattr(triton_quantize_group, "amax_kernel", MagicMock())
+    monkeypatch.setattr(triton_quantize_group, "cast_kernel", Casting())
+    x, operand = torch.empty(num_rows, num_columns, device="meta"), Operand.parse(PAIRS[0][0])
+    triton_quantize_group.quantize([[x]], [(operand, operand)], [False], [UNWATCHED])
+    assert read == [unspecialized(n) for n in (0, 0, counts)]
 
 
 def test_strided_and_expanded_inputs() -> None:
