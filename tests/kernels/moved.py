@@ -92,7 +92,8 @@ def counting(accesses: list[tuple[np.ndarray, int]]) -> Any:
 
     def note(pointers: Any, mask: Any) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        accesses.append((pointers.data[mask.data], size))
+        # A condition that is a scalar leaves a mask of integers.
+        accesses.append((pointers.data[mask.data.astype(bool)], size))
 
     def noted_load(pointers: Any, mask: Any, *args: Any) -> Any:
         note(pointers, mask)
