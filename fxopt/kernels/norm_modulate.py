@@ -93,9 +93,10 @@ def reference(
     if norm == "none":
         return x.new_empty(0, dtype=dtype), h_out
     n = h.to(opmath)
-    if norm == "layer":
-        n = n - n.mean(-1, keepdim=True)
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    if norm == "layer":  # one op: written out, Inductor may get it wrong (pytorch/pull/185855)
+        n = torch.layer_norm(n, n.shape[-1:], eps=eps)
+    else:
+        n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
     for factor, offset, addend in ((weight, weight_offset, bias), (scale, scale_offset, shift)):
         n = n if factor is None else n * (offset + factor.to(opmath))
         n = n if addend is None else n + addend.to(opmath)

@@ -70,8 +70,8 @@ def reference(*args: Any) -> list[Tensor]:
             n = n + s.x_bias.to(a.math).view(n.shape[2:])
         n = grouped(n, a.across_heads)
         if a.norm == "layer":
-            n = n - n.mean(-1, keepdim=True)
-        if a.norm != "none":
+            n = torch.layer_norm(n, n.shape[-1:], eps=s.eps)
+        elif a.norm == "rms":
             n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + s.eps)
         if s.weight is not None:
             n = n * (a.weight_offset + s.weight.to(a.math))

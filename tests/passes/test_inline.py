@@ -45,6 +45,7 @@ def test_nothing_opaque_is_left_for_a_compiler():
     assert found.code().count("fxopt.norm_modulate(") == 2
     inline_native(found.plan.gm)
     assert "fxopt" not in found.code()
+    assert found.code().count("aten.layer_norm(") == 1  # as a compiler knows it
     # 1e-5: fp32, the same steps in another order.
     expected = module(*inputs)
     torch.testing.assert_close(found.plan.gm(module.w, *inputs)[0], expected, rtol=1e-5, atol=1e-5)
