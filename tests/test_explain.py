@@ -12,9 +12,8 @@ from fxopt import errors, fakes, traffic
 from fxopt.backends import state
 from fxopt.backends.capture import CannotCapture, capture
 from fxopt.backends.exported import optimize
-from fxopt.backends.rewritten import NOT_CALLED
 from fxopt.backends.options import rules_for
-from fxopt.backends.rewritten import Bound
+from fxopt.backends.rewritten import NOT_CALLED, Bound
 from fxopt.explanation import explain, load_example, model_blocks
 from fxopt.recipes import find
 from fxopt.report import Applied, Declined, Report

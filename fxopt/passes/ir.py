@@ -214,7 +214,9 @@ def shares(node: fx.Node, other: fx.Node) -> bool:
     """Whether the examples of two nodes share memory, as those of an einsum that only transposes:
     the schemas of composite ops do not say so."""
     val, of_other = tensor(node), tensor(other)
-    return val is not None and of_other is not None and torch._C._is_alias_of(val, of_other)
+    if val is None or of_other is None:
+        return False
+    return bool(torch._C._is_alias_of(val, of_other))  # type: ignore[attr-defined]
 
 
 def _may_share(node: fx.Node) -> bool:

@@ -286,3 +286,22 @@ def test_a_generator_without_a_state() -> None:
     model.blocks[0].generator = random.SystemRandom()
     fxopt.optimize(model)(tokens())
     assert captures(model) == 1
+
+
+class WritesToParameters(Block):
+    """As layers of forced unit norm do."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.up.weight.mul_(0.5)
+        self.down.weight.data.mul_(0.5)
+        return super().forward(x_BSC)
+
+
+def test_a_parameter_is_written_once_a_call() -> None:
+    model, eager = fxopt.optimize(stack(WritesToParameters, 1)), stack(WritesToParameters, 1)
+    for _ in range(2):
+        model(tokens())
+        eager(tokens())
+        for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(p, q)
