@@ -211,12 +211,10 @@ def memory(node: fx.Node) -> fx.Node:
 
 
 def shares(node: fx.Node, other: fx.Node) -> bool:
-    """Whether the examples of two nodes share memory, as those of an einsum that only transposes:
-    the schemas of composite ops do not say so."""
-    val, of_other = tensor(node), tensor(other)
-    if val is None or of_other is None:
-        return False
-    return bool(torch._C._is_alias_of(val, of_other))  # type: ignore[attr-defined]
+    """Whether two examples share memory; of an einsum that transposes, no schema says so."""
+    vals = tensor(node), tensor(other)
+    is_alias: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    return all(v is not None for v in vals) and bool(is_alias(*vals))
 
 
 def _may_share(node: fx.Node) -> bool:
