@@ -13,7 +13,7 @@ from fxopt.backends import state
 from fxopt.backends.capture import CannotCapture, capture
 from fxopt.backends.exported import optimize
 from fxopt.backends.options import rules_for
-from fxopt.backends.rewritten import Bound
+from fxopt.backends.rewritten import NOT_CALLED, Bound
 from fxopt.explanation import explain, load_example, model_blocks
 from fxopt.recipes import find
 from fxopt.report import Applied, Declined, Report
@@ -250,3 +250,14 @@ def test_doors_stay_open():
     assert len(strict._forward_hooks) == 1
     strict(**inputs)
     assert not strict._forward_hooks and state.report(strict).count("norm_modulate")
+
+
+def test_a_door_under_a_wrapper_of_the_user_does_not_notice():
+    inputs = {"x": toys.tokens(num_tokens=64)}
+    model, plain = optimize(toys.stack(num_blocks=1)), toys.stack(num_blocks=1)
+    for block in (model.blocks[0], plain.blocks[0]):
+        forward = block.forward
+        block.forward = lambda *args, forward=forward: forward(*args)
+    assert explain(model, example_inputs=inputs) == explain(plain, example_inputs=inputs)
+    (declined,) = state.report(model).declined
+    assert declined.reasons == (NOT_CALLED,)

@@ -32,7 +32,7 @@ from fxopt.backends.unseen import CannotCapture as CannotCapture
 from fxopt.backends.weight_reads import keep_origins
 from fxopt.hardware import Target
 from fxopt.passes import ir
-from fxopt.passes.autocast import Autocast, suspended, write_out
+from fxopt.passes.autocast import Autocast, without, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.kernel_scopes import keep_on_attentions
@@ -192,7 +192,7 @@ def _capture(
         target = None if planned_for is None else planned_for.name
         outcome.attentions = choose_attention(gm, attention, target)
         return Plan(
-            run=_without(call.autocast, gm.forward),
+            run=without(call.autocast, gm.forward),
             gm=gm,
             slots=slots,
             in_spec=call.spec,
@@ -205,18 +205,6 @@ def _capture(
             guards=size_guards(gm),
             outcome=outcome,
         )
-
-
-def _without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` as it was captured: its casts are part of it, those of regions without autocast too."""
-    if not autocast.enabled:
-        return run
-
-    def call(*inputs: Any) -> Any:
-        with suspended(autocast.device_type):
-            return run(*inputs)
-
-    return call
 
 
 def check_inputs(module: nn.Module, call: Call) -> torch.device:

@@ -19,7 +19,7 @@ from fxopt.backends.failures import described, giving_up
 from fxopt.backends.unseen import CHOOSES_KERNELS, CannotCapture
 from fxopt.errors import UnknownOption
 from fxopt.kernels.attention import steers
-from fxopt.passes.autocast import Autocast, write_out
+from fxopt.passes.autocast import Autocast, suspended, without, write_out
 from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.inline import inline_native
@@ -71,13 +71,28 @@ def backend(
         compiled_graphs.note(gm, report)
     else:
         reports.append(report)
+    if rewritten is gm:
+        return _compiled(gm, example_inputs, inner, mode, settings)
+    ambient = Autocast.current(_device(example_inputs).type)
+    with suspended(ambient.device_type):
+        compiled = _compiled(rewritten, example_inputs, inner, mode, settings)
+    return without(ambient, compiled)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inner: str,
+    mode: str | None,
+    settings: dict[str, Any],
+) -> Callable[..., Any]:
     if inner == "eager":
-        return rewritten.forward
+        return gm.forward
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(rewritten, list(example_inputs))
-    return inductor.compile_graph(rewritten, example_inputs, mode, settings)
+        return aot_eager(gm, list(example_inputs))
+    return inductor.compile_graph(gm, example_inputs, mode, settings)
 
 
 def rewritten_graph(

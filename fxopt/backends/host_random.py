@@ -57,7 +57,8 @@ def _held(module: nn.Module) -> list[Any]:
     kinds = (random.Random, torch.Generator, *of_numpy)
     owners = {id(o): o for m in module.modules() for o in (m, *type(m).__mro__)}
     held = (v for o in owners.values() for v in getattr(o, "__dict__", {}).values())
-    return [v for v in held if isinstance(v, kinds)]
+    # The system's entropy has no state.
+    return [v for v in held if isinstance(v, kinds) and not isinstance(v, random.SystemRandom)]
 
 
 def _state(generator: Any) -> Any:

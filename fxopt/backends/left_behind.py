@@ -10,7 +10,7 @@ import functools
 import gc
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,12 +49,9 @@ def require_nothing(module: nn.Module, forward: Callable[..., Any], call: Call) 
         left = _left(run)
         if left:
             _take_out(left)
-            made = _Made()
-            with made:
-                again = _left(run)
+            again = _left(run)  # a cache of constants is full after the first
             _take_out(again)
-            # Other threads leave tensors, too; and a cache of constants is full after the first.
-            if any(t.requires_grad or t in made for t in again):
+            if again:
                 raise CannotCapture(KEPT)
 
 
@@ -84,12 +81,14 @@ def _run(module: nn.Module, forward: Callable[..., Any], call: Call, reads: Read
 
 
 def _left(run: Callable[[], None]) -> tuple[Tensor, ...]:
-    """The tensors that `run` makes and that are there when it is over."""
-    was_enabled = gc.isenabled()
+    """The tensors that `run` makes and that are there when it is over; those that other threads
+    make meanwhile, as loaders of data do, are theirs."""
+    was_enabled, made = gc.isenabled(), _Made()
     gc.disable()
     try:
         gc.collect(0)  # what was there before is no longer of the youngest generation
-        run()
+        with made:
+            run()
         young = [weakref.ref(o) for o in gc.get_objects(generation=0) if is_plain(o)]
     finally:
         if was_enabled:
@@ -97,11 +96,12 @@ def _left(run: Callable[[], None]) -> tuple[Tensor, ...]:
     if young:
         gc.collect()
     alive = (ref() for ref in young)
-    return tuple(t for t in alive if t is not None and not has_no_values(t))
+    return tuple(t for t in alive if t is not None and not has_no_values(t) and t in made)
 
 
 class _Made(TorchFunctionMode):
-    """Knows the tensors that this thread's calls of PyTorch have returned."""
+    """Knows the tensors that this thread's calls of PyTorch have returned, and what depends on
+    them: no mode sees what an autograd function returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,16 +115,28 @@ class _Made(TorchFunctionMode):
         return out
 
     def __contains__(self, t: Tensor) -> bool:
-        return any(ref() is t for ref in self.made)
+        known = {id(m) for ref in self.made if (m := ref()) is not None}
+        return id(t) in known or any(id(leaf) in known for leaf in _leaves(t))
+
+
+def _leaves(t: Tensor) -> Iterator[Tensor]:
+    """What a gradient of `t` would be accumulated in."""
+    stack, seen = [t.grad_fn], set[Any]()
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            yield node.variable
 
 
 def _take_out(left: tuple[Tensor, ...]) -> None:
     """Take tensors out of lists, to which they were appended, and what depends on copies of
     parameters out of dicts, where it would be found again; attributes are set again."""
     known, learned = {id(t) for t in left}, {id(t) for t in left if t.requires_grad}
-    was_frozen = gc.get_freeze_count() > 0
-    gc.unfreeze()  # who refers to what is asked of objects that are not
-    for held in gc.get_referrers(*left):
+    for held in _referrers(left):
         if type(held) in (list, deque):
             kept = [item for item in held if id(item) not in known]
             held.clear()
@@ -133,8 +145,19 @@ def _take_out(left: tuple[Tensor, ...]) -> None:
             keys = [k for k, v in held.items() if id(v) in learned]
             for key in keys if keys and not _is_of_attributes(held) else ():
                 del held[key]
-    if was_frozen:
-        gc.freeze()
+
+
+def _referrers(left: tuple[Tensor, ...]) -> list[Any]:
+    """Objects that hold one of them, frozen ones included, of which `gc` does not tell."""
+    if not left:
+        return []
+    was_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    try:
+        return gc.get_referrers(*left)
+    finally:
+        if was_frozen:
+            gc.freeze()
 
 
 def _is_of_attributes(held: dict[Any, Any]) -> bool:

@@ -168,6 +168,9 @@ def shut(model: nn.Module) -> Iterator[None]:
     opened = [(m, d) for m in model.modules() for d in doors(m) if not hasattr(d, "door")]
     installed = [(m, m.__dict__.get("forward"), m._compiled_call_impl) for m in model.modules()]
     hooks = {m: m._forward_hooks.copy() for m, _ in opened}
+    withdrawn = [f for _, door in opened for f in _forwards(door)]
+    for f in withdrawn:  # one may stay under a wrapper of the user's
+        f.is_withdrawn = True
     for module, door in reversed(opened):
         door.restore(module)
         for key, hook in hooks[module].items():
@@ -176,6 +179,8 @@ def shut(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for f in withdrawn:
+            f.is_withdrawn = False
         for module, forward, compiled in installed:
             if hasattr(forward, "replicated"):
                 replicas.install(module, forward)

@@ -145,7 +145,8 @@ def _nudged(x: Tensor, eps: float) -> Tensor:
 def on_copies(module: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Copies of its parameters and buffers in their place; random numbers are left as they are."""
     parameters = {
-        n: values_of(p).requires_grad_(p.requires_grad) for n, p in module.named_parameters()
+        n: values_of(p).clone().requires_grad_(p.requires_grad)
+        for n, p in module.named_parameters()
     }
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     copies = parameters | buffers

@@ -6,7 +6,7 @@ autocast, and the casts that happen are recorded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,19 +52,34 @@ def suspended(device_type: str) -> Iterator[None]:
         yield
 
 
+def without(autocast: Autocast, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, a graph that is written out, where the caller's `autocast` is on: its casts are part
+    of it, and those of regions without autocast, too."""
+    if not autocast.enabled:
+        return run
+
+    def call(*inputs: Any) -> Any:
+        with suspended(autocast.device_type):
+            return run(*inputs)
+
+    return call
+
+
 def write_out(gm: fx.GraphModule, ambient: Autocast) -> None:
     """Inline autocast regions of `gm` and make every cast explicit, in place.
+
+    It is then to run `without` autocast: what the model has taken out of it stays out.
 
     Raises:
         NotWrittenOut: see there.
     """
-    _write_out(gm, ambient, ambient)
+    _write_out(gm, ambient)
     for body in ir.graphs(gm):
         body.graph.eliminate_dead_code()
         body.recompile()
 
 
-def _write_out(gm: fx.GraphModule, state: Autocast, ambient: Autocast) -> None:
+def _write_out(gm: fx.GraphModule, state: Autocast) -> None:
     fake_mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
     states = [state]
     entered: list[fx.Node] = []
@@ -78,23 +93,21 @@ def _write_out(gm: fx.GraphModule, state: Autocast, ambient: Autocast) -> None:
             gm.graph.erase_node(node)
             gm.graph.erase_node(entered.pop())
         elif is_region(node):
-            _inline(gm, node, state, ambient)
+            _inline(gm, node, state)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            _write_out_bodies(gm, node, state, ambient)
+            _write_out_bodies(gm, node, state)
         elif state.enabled and isinstance(node.target, torch._ops.OpOverload):
             _cast_arguments(gm.graph, node, state, fake_mode)
 
 
-def _write_out_bodies(
-    gm: fx.GraphModule, node: fx.Node, state: Autocast, ambient: Autocast
-) -> None:
+def _write_out_bodies(gm: fx.GraphModule, node: fx.Node, state: Autocast) -> None:
     """What a checkpoint runs, it runs in the state that it is called in."""
     for body in (n for n in node.all_input_nodes if n.op == "get_attr"):
         module = getattr(gm, str(body.target))
         if ir.IS_KEPT not in body.meta and isinstance(module, fx.GraphModule):
-            _write_out(module, state, ambient)
-        elif isinstance(module, torch.nn.Module) and state != ambient:
-            raise NotWrittenOut(f"{node.target} stays as it is, under an autocast of the model's")
+            _write_out(module, state)
+        elif isinstance(module, torch.nn.Module) and state.enabled:
+            raise NotWrittenOut(f"{node.target} stays as it is, which is under autocast")
 
 
 def _nested(outer: Autocast, device_type: Any, dtype: Any, enabled: Any) -> Autocast:
@@ -110,10 +123,10 @@ def is_region(node: fx.Node) -> bool:
     )
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast, ambient: Autocast) -> None:
+def _inline(gm: fx.GraphModule, node: fx.Node, outer: Autocast) -> None:
     device_type, dtype, enabled, _cache, body_node, *operands = node.args
     body = getattr(gm, body_node.target)  # type: ignore[union-attr, arg-type]
-    _write_out(body, _nested(outer, device_type, dtype, enabled), ambient)
+    _write_out(body, _nested(outer, device_type, dtype, enabled))
     values = dict(
         zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
     )

@@ -210,6 +210,13 @@ def memory(node: fx.Node) -> fx.Node:
             return node
 
 
+def shares(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two examples share memory; of an einsum that transposes, no schema says so."""
+    vals = tensor(node), tensor(other)
+    is_alias: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    return all(v is not None for v in vals) and bool(is_alias(*vals))
+
+
 def _may_share(node: fx.Node) -> bool:
     """Whether a call may return memory of its first argument: by its schema, if its kind is not
     known."""
@@ -217,12 +224,10 @@ def _may_share(node: fx.Node) -> bool:
         return dtype(node) == dtype(node.args[0])
     if is_call(node, *VIEWS, DATA):
         return True
-    has_schema = isinstance(node.target, torch._ops.OpOverload)
-    return (
-        has_schema
-        and bool(node.all_input_nodes)
-        and any(r.alias_info is not None for r in schema(node).returns)
-    )
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    is_declared = any(r.alias_info is not None for r in schema(node).returns)
+    return is_declared or shares(node, node.all_input_nodes[0])
 
 
 def is_written(node: fx.Node, graph: fx.Graph) -> bool:

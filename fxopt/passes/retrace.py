@@ -8,7 +8,7 @@ branches, what torch.func transforms) stay as Dynamo wrote them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import (
     PreDispatchTorchFunctionMode,
     TorchFunctionMetadataMode,
@@ -59,11 +60,15 @@ def retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         with fx_traceback.preserve_node_meta():
             return retracer.run(*inputs)
 
-    with fake_mode, mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
+    allowed = mock.patch.object(fake_mode, "allow_non_fake_inputs", True)
+    with fake_mode, allowed, closing(retracer):
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     # Not above: a trace notes down the changes of grad mode that are made in one inside of it.
-    for name, (body, operands) in retracer.bodies.items():
-        setattr(traced, name, retrace(body, operands))
+    for name, (body, operands, regions) in retracer.bodies.items():
+        with ExitStack() as entered:
+            for region in regions:
+                entered.enter_context(torch.autocast(*region))
+            setattr(traced, name, retrace(body, operands))
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, str(node.target)), FakeTensor):
             users = sorted(str(u.target) for u in node.users)
@@ -97,8 +102,16 @@ class _Retracer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self.fake_mode = fake_mode
-        # By attribute of the graph to be: what is still to be retraced, on what.
-        self.bodies: dict[str, tuple[fx.GraphModule, list[Any]]] = {}
+        # By attribute of the graph to be: what is still to be retraced, on what, in which regions.
+        self.bodies: dict[str, tuple[fx.GraphModule, list[Any], list[tuple[Any, ...]]]] = {}
+        # Regions of autocast, a tracer only notes them down: what follows would have other dtypes.
+        self.regions: list[tuple[Any, ...]] = []
+        self.entered: list[torch.autocast] = []
+
+    def close(self) -> None:
+        """Leave the regions that an error has left open."""
+        while self.entered:
+            self.entered.pop().__exit__(None, None, None)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A real tensor, as an optimizer has: to be written to in the steps to come, not now."""
@@ -117,6 +130,14 @@ class _Retracer(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is SWITCH:  # what is inside is marked
             return None
+        if target is _enter_autocast:
+            self.regions.append((*args[:3], False))  # a cache would keep casts of fakes
+            with _untraced_functions():
+                self.entered.append(torch.autocast(*self.regions[-1]).__enter__())
+        elif target is _exit_autocast:
+            self.regions.pop()
+            with _untraced_functions():
+                self.entered.pop().__exit__(None, None, None)
         # `.data` is no op, so a tracer would not see it.
         if not isinstance(target, torch._ops.HigherOrderOperator) and target is not ir.DATA:
             return super().call_function(target, args, kwargs)
@@ -146,7 +167,7 @@ class _Retracer(fx.Interpreter):
             setattr(tracer.root, name, value)
             proxy = tracer.create_proxy("get_attr", name, (), {})
             if operands is not None and isinstance(value, fx.GraphModule):
-                self.bodies[name] = (value, list(operands))
+                self.bodies[name] = (value, list(operands), list(self.regions))
             else:
                 proxy.node.meta[ir.IS_KEPT] = True
             return proxy

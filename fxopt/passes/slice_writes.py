@@ -17,8 +17,6 @@ from fxopt.passes.grad_modes import grad_modes
 from fxopt.passes.ir import aten
 from fxopt.passes.regions import between
 
-# May return their input, which their schemas do not say.
-MAY_ALIAS = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
 END = 2**63 - 1
 
 
@@ -69,8 +67,8 @@ def _is_own(x: Any) -> bool:
     if x.op != "call_function" or not isinstance(x.target, torch._ops.OpOverload):
         return False
     returns = x.target._schema.returns
-    is_new = len(returns) == 1 and returns[0].alias_info is None
-    return is_new and x.target not in MAY_ALIAS and not ir.mutates(x)
+    is_new = len(returns) == 1 and returns[0].alias_info is None and ir.tensor(x) is not None
+    return is_new and not ir.mutates(x) and not any(ir.shares(x, i) for i in x.all_input_nodes)
 
 
 def _is_unseen(x: fx.Node, view: fx.Node, copy: fx.Node) -> bool:

@@ -96,6 +96,20 @@ def checkpoint_under_autocast(model, x):
         return keep(model.block, x)
 
 
+def cast_behind_autocast(model, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model.up(x)[..., :32]
+    return model.block(x) * y.float().exp()
+
+
+def cast_behind_autocast_in_a_checkpoint(model, x):
+    def run(t):
+        return model.block(t) * model.up(t)[..., :32].float().exp()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return keep(run, x)
+
+
 def autograd_function(model, x):
     return model.block(Scaled.apply(x, model.weight))
 
@@ -153,6 +167,8 @@ FORMS = {
     view_without_gradients: 1,
     slice_written_without_gradients: 1,
     checkpoint_under_autocast: 1,
+    cast_behind_autocast: 1,
+    cast_behind_autocast_in_a_checkpoint: 1,
     autograd_function: 1,
     autograd_function_in_a_checkpoint: 1,
     vmap_under_autocast: None,
@@ -173,11 +189,32 @@ def test_form(run):
     assert report.counts().get("gated_activation") == FORMS[run]
 
 
+def region_without_autocast(model, x):
+    """As rotary embeddings make their tables."""
+    with torch.autocast("cpu", enabled=False):
+        y = x @ model.up.weight.T
+    return model.block(x).exp() + y[..., :32], y.to(torch.bfloat16) * 3
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_region_without_autocast_in_one_of_the_callers(inner):
+    model, eager = Model(region_without_autocast), Model(region_without_autocast)
+    model.compile(backend="fxopt", fullgraph=True, options={"inner": inner})
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found, expected in zip(model(x), eager(x), strict=True):
+            assert found.dtype is expected.dtype
+            # fp32, sums in another order
+            assert (found - expected).norm() <= 2e-5 * expected.norm()
+    assert fxopt.report(model).counts()["gated_activation"] == 1
+
+
 @pytest.mark.parametrize(
     ("run", "why"),
     [
         (vmap_that_writes, "wrap writes to its operands in place"),
-        (vmap_under_autocast, "wrap stays as it is, under an autocast of the model's"),
+        (vmap_under_autocast, "wrap stays as it is, which is under autocast"),
         (vmap, "what wrap runs is no graph of the IR and stays as it is"),
         (branches, "what cond runs is no graph of the IR and stays as it is"),
     ],

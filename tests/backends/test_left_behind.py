@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -20,13 +22,14 @@ from tests.backends.toys import Block, captures, counting_graph_runs, reasons, s
 LOSSES: list[Tensor] = []
 STATISTICS: dict[str, Tensor] = {}
 WEIGHTS: dict[int, Tensor] = {}
+BATCHES: list[list[Tensor]] = []
 TABLES: dict[int, Tensor] = {}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
     yield
-    for kept in (LOSSES, STATISTICS, WEIGHTS, TABLES, KeepsInDeque.kept):
+    for kept in (LOSSES, STATISTICS, WEIGHTS, BATCHES, TABLES, KeepsInDeque.kept):
         kept.clear()
 
 
@@ -71,6 +74,22 @@ class KeepsWeight(Block):
         return super().forward(x_BSC) + x_BSC @ WEIGHTS[id(self)].T @ self.down.weight.T
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * grad
+
+
+class KeepsResultOfFunction(Block):
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        LOSSES.append(Doubled.apply(self.up.weight.mean()))  # type: ignore[no-untyped-call]
+        return super().forward(x_BSC)
+
+
 def train(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
     """Losses and gradients of two steps, with all that was kept on the way."""
     found: list[Any] = []
@@ -86,7 +105,9 @@ def train(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -
 
 
 @pytest.mark.parametrize(
-    "make", [KeepsLoss, KeepsConstant, KeepsInDeque, KeepsWeight], ids=lambda make: make.__name__
+    "make",
+    [KeepsLoss, KeepsConstant, KeepsInDeque, KeepsWeight, KeepsResultOfFunction],
+    ids=lambda make: make.__name__,
 )
 def test_what_is_kept(make: type[Block]) -> None:
     model, expected = fxopt.optimize(stack(make)), train(stack(make))
@@ -176,6 +197,25 @@ def test_an_object_among_the_arguments_is_written_once() -> None:
     assert len(LOSSES) == 2
 
 
+class BesideALoader(Block):
+    """Another thread loads a batch meanwhile, with a parameter of its own."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        def load() -> None:
+            BATCHES.append([torch.zeros(2), torch.ones(2, requires_grad=True) * 2])
+
+        loader = threading.Thread(target=load)
+        loader.start()
+        loader.join()
+        return super().forward(x_BSC)
+
+
+def test_what_another_thread_keeps_is_left_to_it() -> None:
+    model = fxopt.optimize(stack(BesideALoader, 1))
+    model(tokens())
+    assert [len(batch) for batch in BATCHES] == [2] * len(BATCHES)
+
+
 class CachesTable(Block):
     def forward(self, x_BSC: Tensor) -> Tensor:
         if 0 not in TABLES:
@@ -239,3 +279,29 @@ def test_generators_of_a_block_go_on_as_in_eager(make: Callable, draw: Callable)
     for _ in range(3):
         # 1e-4: fp32 rounding.
         torch.testing.assert_close(model(tokens()), eager(tokens()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_generator_without_a_state() -> None:
+    model = stack(Block, 1)
+    model.blocks[0].generator = random.SystemRandom()
+    fxopt.optimize(model)(tokens())
+    assert captures(model) == 1
+
+
+class WritesToParameters(Block):
+    """As layers of forced unit norm do."""
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.up.weight.mul_(0.5)
+        self.down.weight.data.mul_(0.5)
+        return super().forward(x_BSC)
+
+
+def test_a_parameter_is_written_once_a_call() -> None:
+    model, eager = fxopt.optimize(stack(WritesToParameters, 1)), stack(WritesToParameters, 1)
+    for _ in range(2):
+        model(tokens())
+        eager(tokens())
+        for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(p, q)

@@ -65,6 +65,13 @@ def of_a_view(m, x: Tensor) -> Tensor:
     return base * 2
 
 
+def of_an_einsum_that_is_a_view(m, x: Tensor) -> Tensor:
+    base = x * 2
+    y = torch.einsum("bsd->sbd", base)
+    y[:, 1:] = y[:, 1:].neg()
+    return base * 2
+
+
 def of_what_is_no_function_of_it(m, x: Tensor) -> Tensor:
     y = x * 2
     y[:, N:] = x[:, N:]
@@ -79,7 +86,7 @@ def of_every_other(m, x: Tensor) -> Tensor:
 
 NEAR_MISSES = (
     *(read_before_and_after, of_a_view, of_what_is_no_function_of_it),
-    of_every_other,
+    *(of_every_other, of_an_einsum_that_is_a_view),
 )
 
 
