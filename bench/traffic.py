@@ -72,10 +72,10 @@ class Gate(NamedTuple):
 OF_CURRENT = {
     "flux-dev double": Gate(1.59, 4.41, 2.59),
     "flux-dev single": Gate(1.8, 3.13, 2.23),
-    "flux2-dev single": Gate(4.0, 8.87, 4.95),
+    "flux2-dev single": Gate(4.5, 8.87, 4.95),
     "qwen-image block": Gate(1.59, 4.41, 2.59),
     "z-image block": Gate(2.29, 4.95, 3.53),
-    "wan2.1-14b block": Gate(3.6, 36.4, 33.6),
+    "wan2.1-14b block": Gate(3.7, 36.4, 33.6),
 }
 OF_DELAYED = {
     "flux-dev double": Gate(1.42, 3.73, 2.37),
@@ -88,10 +88,10 @@ OF_DELAYED = {
 OF_SAVED = {
     "flux-dev double": Gate(1.59, 4.41, 2.59, ASKED["saved"]),
     "flux-dev single": Gate(1.8, 3.14, 2.24, ASKED["saved"]),
-    "flux2-dev single": Gate(4.0, 8.89, 4.97, ASKED["saved"]),
+    "flux2-dev single": Gate(4.5, 8.89, 4.97, ASKED["saved"]),
     "qwen-image block": Gate(1.59, 4.41, 2.59, ASKED["saved"]),
     "z-image block": Gate(2.29, 4.96, 3.54, ASKED["saved"]),
-    "wan2.1-14b block": Gate(3.6, 36.2, 33.4, ASKED["saved"]),
+    "wan2.1-14b block": Gate(3.7, 36.2, 33.4, ASKED["saved"]),
 }
 GATES = {"fp8": OF_CURRENT, "fp8_delayed": OF_DELAYED, "fp8_saved": OF_SAVED}
 GB = 1e9

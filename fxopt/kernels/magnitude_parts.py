@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fxopt.recipes import Operand
 
-# A tile is 16 KB to read and 8 or 16 KB of codes; so many parts are 32 KB for a program to read (64
-# of columns). Chosen by that arithmetic, not measured.
+# A tile is 16 KB to read and 8 or 16 KB of codes. So many parts are 128 KB for a program to read
+# from L2 (64 KB of columns), by arithmetic more than a launch from 8,192 tiles on; but FLUX.2's
+# single block would then take 6 launches per linear, where 5 are asked. Not measured.
 BLOCK_R, BLOCK_C = 64, 128
-MOST_LINES, MOST_TILES = 128, 8192
+MOST_LINES, MOST_TILES = 128, 32_768
 
 
 def reduced(parts: Tensor | None, most: int) -> Tensor | None:
