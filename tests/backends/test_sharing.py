@@ -185,7 +185,8 @@ def test_arguments_by_name_and_position() -> None:
 def test_strided_and_expanded_inputs() -> None:
     model, eager = fxopt.optimize(stack()), stack()
     whole = torch.randn(6, 4, 2 * CHANNELS, generator=torch.Generator().manual_seed(0))
-    for x in (whole[..., ::2].transpose(0, 1), whole[:1, :1, :CHANNELS].expand(2, 5, CHANNELS)):
+    # Not along tokens: with all of them alike the gradients of queries and keys are only rounding.
+    for x in (whole[..., ::2].transpose(0, 1), whole[:1, :, :CHANNELS].expand(3, 4, CHANNELS)):
         assert_like_eager(model, eager, {"x": x})
     assert_like_eager(model, eager, {"x": tokens()})
     assert not reasons(model)

@@ -121,7 +121,7 @@ def test_activation(
     check(forward(*given, *further), forward(*given))
     # Where they are packed apart, it is by the pass that the device has: here ATen.
     check(rooms, packed("native" if is_apart else provider, *kept))
-    assert producers._activation_launches(*given, *further) == (3 if is_apart else 2)
+    assert producers.launches_of_activations([(*given, *further)]) == (3 if is_apart else 2)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
