@@ -164,10 +164,10 @@ def test_mlps(mlp: Callable[[], nn.Module], counts: dict[str, int]) -> None:
 
 def test_another_kind_of_call_is_proved_when_it_comes() -> None:
     """Experts are called with the tokens that were routed to them, [N, C]."""
-    model = swap(Model(UnknownBlock(nn.LayerNorm, SwiGLU(24, 40))).double())
+    model = swap(Model(UnknownBlock(nn.LayerNorm, SwiGLU(24, 40))))
     mlp = next(m for m in model.modules() if isinstance(m, SwiGLU))
     with counting() as fired:
-        mlp(torch.randn(5, 24, dtype=torch.float64))
+        mlp(torch.randn(5, 24))
     assert "gated_activation" in dict(fired)
     assert not any(d.rule == "swap" for d in fxopt.report(model).declined)
 
