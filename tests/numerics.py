@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxopt.diagnose.truth import Float64Islands
 from tests.families import outputs, project
@@ -92,9 +92,16 @@ def holds_features(t: Tensor) -> bool:
     return t.is_floating_point() and t.dim() >= 3
 
 
+def holds_tokens(t: Tensor) -> bool:
+    """Whether `t` may hold a number per token."""
+    return t.dtype == torch.int64 and t.dim() == 2
+
+
 def redrawn(inputs: Any, seed: int, changes: Callable[[Tensor], bool] = holds_features) -> Any:
-    """Other inputs of the same sizes: random signs on the tensors that `changes` picks."""
+    """Other inputs of the same sizes: random signs on the tensors that `changes` picks, or, if it
+    picks none, as of a language model, the tokens in another order."""
     generator = torch.Generator().manual_seed(seed)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
     def flip(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not changes(leaf):
@@ -102,7 +109,14 @@ def redrawn(inputs: Any, seed: int, changes: Callable[[Tensor], bool] = holds_fe
         signs = 2 * torch.randint(0, 2, leaf.shape, generator=generator) - 1
         return (leaf.detach() * signs.to(leaf)).requires_grad_(leaf.requires_grad)
 
-    return tree_map(flip, inputs)
+    def reorder(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not holds_tokens(leaf):
+            return leaf
+        order = torch.randperm(leaf.shape[1], generator=torch.Generator().manual_seed(seed))
+        return leaf[:, order.to(leaf.device)]  # the same for all: a mask goes with its tokens
+
+    assert any(changes(t) or holds_tokens(t) for t in tensors), "no other inputs can be drawn"
+    return tree_map(flip if any(map(changes, tensors)) else reorder, inputs)
 
 
 def assert_as_accurate(
