@@ -28,7 +28,7 @@ from fxopt.kernels.linears import (
     linears,
     without_autocast,
 )
-from fxopt.kernels.registration import register, register_composite
+from fxopt.kernels.registration import register, register_composite, without_autograd
 
 # The fewest that tensor cores take: fewer are padded. Above it the libraries' kernels run.
 MAX_ROWS = 16
@@ -204,7 +204,7 @@ class SiluLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pieces: Pieces, x: Tensor, *parameters: Tensor | None) -> Any:
         weights, biases = halves(parameters)
-        outs = in_pieces(silu_products(x, weights, biases), pieces)
+        outs = in_pieces(without_autograd(silu_products, x, weights, biases), pieces)
         keep(ctx, pieces, x, weights, outs)
         return outs
 
@@ -224,8 +224,9 @@ class SiluLinears(torch.autograd.Function):
         starts = 2, 2 + len(weights)
         places = [1, *(start + i for start in starts for i in reached)]
         needs = [ctx.needs_input_grad[place] for place in places]
-        given = [g for g, _ in each], [number for _, piece in each for number in piece]
-        found = silu_products_backward(*given, x, [weights[i] for i in reached], needs)
+        given = [g for g, _ in each], [number for _, piece in each for number in piece], x
+        of_these = [weights[i] for i in reached]
+        found = without_autograd(silu_products_backward, *given, of_these, needs)
         for place, need, grad in zip(places, needs, found, strict=True):
             results[place] = grad if need else None
         return tuple(results)
