@@ -43,8 +43,9 @@ def reports_of(model: nn.Module, is_compiled: bool) -> list[Report]:
     that is compiled again, for other sizes, is still one.
 
     Graphs that read no parameter may be anybody's and count for a model with graphs of its own. If
-    there are none although it is compiled, all count: Dynamo may run a model on a graph that it has
-    compiled for another of the same kind.
+    there are none although it or a part of it is compiled, all count: Dynamo may run a model on a
+    graph that it has compiled for another of the same kind, and FSDP2 gives blocks other parameters
+    for their forward.
     """
     own = frozenset(map(id, model.parameters()))
     found: dict[Hashable, Report] = {}

@@ -101,7 +101,7 @@ def report(model: nn.Module | None = None) -> Report:
     else:
         require_module(model)
         found = [door.report() for door in doors(model)]
-        found += compiled_graphs.reports_of(model, is_compiled(model))
+        found += compiled_graphs.reports_of(model, any(map(is_compiled, model.modules())))
     if not found:
         raise NotReported(type(model).__name__)
     merged = found[0]
