@@ -61,6 +61,8 @@ def _simplify(graph: fx.Graph, node: fx.Node, modes: Mapping[fx.Node, bool | Non
         _bind_machine_epsilon(node)
     if node.target in (aten.type_as.default, aten.to.other):
         _read_dtype_off(node)
+    if ir.is_call(node, aten.matmul.default, aten.mm.default):
+        _name_linear(graph, node)
     if node.target in METADATA_CHECKS:
         graph.erase_node(node)
     elif node.target in IDENTITIES:
@@ -93,6 +95,29 @@ SYNONYMS: dict[Any, Any] = {
     aten.swapdims.default: aten.transpose.int,
     aten.true_divide.Tensor: aten.div.Tensor,
 }
+
+
+def _name_linear(graph: fx.Graph, node: ir.Call) -> None:
+    """Call x @ W.T a linear, as which it runs, where W or what it is cast from is an input."""
+    x, factor = node.args
+    swap = factor
+    while ir.is_call(swap, *ir.CASTS):
+        swap = swap.args[0]
+    if not ir.is_call(swap, *TRANSPOSES) or len(ir.shape(x)) < 2 or len(ir.shape(swap)) != 2:
+        return
+    weight = swap.args[0]
+    before, after = ir.tensor(weight), ir.tensor(swap)
+    assert before is not None and after is not None
+    swapped = before.shape[::-1], before.stride()[::-1]
+    if weight.op != "placeholder" or not all(map(ir.same, swapped, (after.shape, after.stride()))):
+        return
+    if swap is not factor:
+        with graph.inserting_before(node):
+            weight = call(graph, factor, aten.transpose.int, factor, 0, 1)
+    node.target, node.args = ir.LINEAR, (x, weight)
+
+
+TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 
 
 def _source(node: fx.Node) -> fx.Node | None:

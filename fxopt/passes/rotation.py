@@ -68,10 +68,17 @@ class Rotation:
 def find_rotation(
     start: fx.Node, end: fx.Node, num_heads: int, head_dim: int
 ) -> Rotation | Reason | None:
-    """The rotation between `start` and `end`; None if there is only movement of data."""
+    """The rotation between `start` and `end`; None if there is only movement of data.
+
+    Tensors of numbers that enter are its tables; others choose or hide, which is no rotation.
+    """
     region = between(start, end)
     sides = side_inputs(region, start)
     tables = [s for s in sides if ir.is_floating(s)]
+    others = [s for s in sides if s not in tables and ir.tensor(s) is not None]
+    if others:
+        dtype = others[0].meta["val"].dtype
+        return Reason(f"a tensor of {dtype} enters between the norm and attention", others[0])
     if not tables:
         return None
     if len(tables) > 4:

@@ -73,6 +73,40 @@ return (concat,)""",
     )
 
 
+LINEARS = {
+    "operator": lambda x, w: x @ w.T,
+    "method": lambda x, w: x.matmul(w.t()),
+    "function": lambda x, w: torch.matmul(x, torch.permute(w, (1, 0))),
+    "rows": lambda x, w: torch.mm(x[0], w.transpose(-1, 0)),
+    "cast": lambda x, w: x.double() @ w.T.double(),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_product_with_a_weight_is_a_linear(name: str):
+    found = canonical(lambda m, x: LINEARS[name](x, m.w), normal(2, 5, D), w=normal(D, D))
+    targets = [n.target for n in found.plan.gm.graph.nodes]
+    assert targets.count(torch.ops.aten.linear.default) == 1
+    assert torch.ops.aten.matmul.default not in targets
+
+
+PRODUCTS = {
+    "no transposition": lambda x, w: x @ w,
+    "no view of all": lambda x, w: x @ w[:D].T,
+    "batches of weights": lambda x, w: x @ w.expand(2, -1, -1).mT,
+    "one token": lambda x, w: x[0, 0] @ w.T,
+    "what was computed": lambda x, w: x @ w.sin().T,
+    "the same shape in another order": lambda x, w: x @ w[:D].permute(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_another_product_is_none(name: str):
+    shape = (D, 6) if name == "no transposition" else (D + 1, D)
+    found = canonical(lambda m, x: PRODUCTS[name](x, m.w), normal(2, 5, D), w=normal(*shape))
+    assert torch.ops.aten.linear.default not in [n.target for n in found.plan.gm.graph.nodes]
+
+
 def test_one_computation_is_done_once():
     found = canonical(lambda m, x: (x.exp() + 1) * (x.exp() + 1), normal(2, 5, D))
     assert_expected_inline(

@@ -50,6 +50,22 @@ return (scaled_dot_product_attention,)""",
     )
 
 
+@pytest.mark.parametrize("scores", [lambda q, k: q @ k.T, F.linear], ids=["product", "linear"])
+def test_keys_without_a_batch(scores):
+    def forward(m, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (scores(q, k) * 0.25).softmax(-1) @ v
+
+    found = rewritten(forward, *(normal(5, d, seed=i) for i in range(3)))
+    assert_expected_inline(
+        found.code(),
+        """\
+scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
+    None, 0.0, False, scale = 0.25, enable_gqa = False)
+return (scaled_dot_product_attention,)""",
+    )
+    found.assert_as_accurate(*(normal(7, d, seed=i) for i in range(3)))
+
+
 def test_bool_mask():
     keep = torch.rand(2, 1, 5, 5) > 0.3
     keep[..., 0] = True

@@ -454,6 +454,23 @@ def test_a_norm_behind_the_rotation_says_so():
     ]
 
 
+def test_heads_that_an_index_chooses_say_so():
+    """Falcon, whose queries share one key."""
+
+    def forward(m, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)) for w in (m.q, m.k, m.v))
+        q, k = halves(q, cos, sin), halves(k[:, :, [-2]], cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k.expand(-1, -1, H, -1), v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
+    assert found.count("qk_norm_rope") == 1
+    assert found.reasons("qk_norm_rope") == [
+        "keys: a tensor of torch.int64 enters between the norm and attention"
+    ]
+    found.assert_as_accurate(normal(3, 5, D), *tables(5))
+
+
 def test_a_norm_of_each_head_says_so():
     """StableLM."""
 

@@ -124,6 +124,8 @@ def read_product(node: fx.Node) -> Product | None:
         a, b = node.args[-2:]
         batch = "ABEFGH"[: len(ir.shape(node)) - 2]
         dims = (batch + "sc", batch + "ct", batch + "st")
+    elif ir.is_call(node, ir.LINEAR) and ir.arguments(node)["bias"] is None:
+        (a, b), dims = node.args[:2], ("sc", "tc", "st")
     else:
         return None
     ranks = [len(x) for x in dims[:2]]
