@@ -140,19 +140,25 @@ class Draw:
 
 
 def flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
+    own = {"pooled_projection_dim": 20, "guidance_embeds": True}
+    return flux_like("FluxTransformer2DModel", **own)
 
-    return FluxTransformer2DModel(
+
+def flux_like(name: str, **own: Any) -> nn.Module:
+    """FLUX.1, or a model of diffusers that has its blocks under names of its own."""
+    import diffusers
+
+    model: nn.Module = getattr(diffusers, name)(
         in_channels=16,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=HEAD_DIM,
         num_attention_heads=WIDTH // HEAD_DIM,
         joint_attention_dim=24,
-        pooled_projection_dim=20,
-        guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
+        **own,
     )
+    return model
 
 
 def flux_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
