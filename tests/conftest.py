@@ -36,6 +36,15 @@ def backend_has_its_name():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def inductor_writes_scalar_code(request):
+    """Vectors are not ours to test, and a C++ compiler takes twice as long for them."""
+    if not wants_gpu(request.config):
+        import torch._inductor.config
+
+        torch._inductor.config.cpp.simdlen = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
 def interpreter_patches_its_language_once_a_launch():
     """Triton's does so again at every call of a function in a kernel: two fifths of its time."""
     if os.environ.get("TRITON_INTERPRET") != "1":
