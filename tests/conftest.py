@@ -36,37 +36,25 @@ def backend_has_its_name():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_patches_its_language_once_a_launch():
-    """Triton's does so again at every call of a function in a kernel: two fifths of its time."""
+def interpreter_is_quicker():
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from triton.runtime import interpreter
+    from tests.interpreter import quicker
 
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def launched(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    def patch_once(fn):
-        # By the file of the function: the language is what its globals hold of it.
-        if id(fn.__globals__) in patched:
-            return None
-        patched.add(id(fn.__globals__))
-        return patch(fn)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    with quicker():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def collections_pass_over_what_was_there():
-    """After some tests a process holds millions of objects; benchmarks collect at every round."""
+    """After some tests a process holds millions of objects; benchmarks collect at every round.
+
+    Dynamo makes so many that last that a tenth of the time of its tests went into looking at them.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,12 @@
-"""HunyuanVideo's and HunyuanImage's blocks under swap; with `token_replace` in `test_segments`."""
+"""HunyuanVideo's and HunyuanImage's blocks under swap, and FramePack, which has the former.
+
+With `token_replace` in `test_segments`.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -61,3 +65,58 @@ def test_counts_and_accuracy(name: str) -> None:
     report = fxopt.report(model)
     assert report.counts() == BLOCKS[name] and not report.declined
     judge(model, name, ours)
+
+
+def framepack() -> nn.Module:
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    return HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=WIDTH // HEAD_DIM,
+        attention_head_dim=HEAD_DIM,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=24,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+        has_image_proj=True,
+        image_proj_dim=12,
+        has_clean_x_embedder=True,
+    )
+
+
+def framepack_inputs(batch: int, dtype: torch.dtype) -> Inputs:
+    """Three frames behind the past: one clean, then pairs of frames at halves of the resolution."""
+    draw = Draw(batch, 0, dtype)
+    past = ("clean", 1), ("history_2x", 2), ("history_4x", 4)
+    first, inputs = 0, {}
+    for name, num_frames in past[::-1]:
+        inputs[f"latents_{name}"] = draw.latents(4, num_frames)
+        inputs[f"indices_latents_{name}"] = torch.arange(first, first + num_frames)
+        first += num_frames
+    return inputs | {
+        "hidden_states": draw.latents(4, 3),
+        "indices_latents": torch.arange(first, first + 3),
+        "timestep": draw.timestep(),
+        "encoder_hidden_states": draw.text(24),
+        "encoder_attention_mask": draw.text_mask(),
+        "pooled_projections": draw.normal(batch, 8),
+        "image_embeds": draw.normal(batch, 5, 12),
+        "guidance": draw.timestep(),
+        "return_dict": False,
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids=["no mask", "mask"])
+def test_framepack(batch: int) -> None:
+    pytest.importorskip("diffusers")
+    model, given = seeded(framepack)(), framepack_inputs(batch, torch.float32)
+    judge = Judge(model, given)
+    fxopt.swap(model)
+    ours = run(model, given)
+    mlp = Counter(merge_linears=1, gated_activation=1, fuse_bias=1)  # of the text's refiner
+    assert Counter(fxopt.report(model).counts()) == Counter(DOUBLE) + Counter(SINGLE) + mlp
+    judge(model, "framepack", ours)

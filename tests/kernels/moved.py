@@ -134,18 +134,20 @@ def operands(tensors: list[Tensor], accesses: list[tuple[np.ndarray, int]]) -> l
         bytes_held.as_strided((*t.shape, size), (*strides, 1), size * t.storage_offset()).fill_(
             True
         )
+    by_size = {
+        size: np.sort(np.concatenate([a.ravel() for a, of in accesses if of == size]))
+        for size in {size for _, size in accesses}
+    }
     found = []
     for start, bytes_held in held.items():
-        ours = [
-            (addresses[(start <= addresses) & (addresses < start + len(bytes_held))], size)
-            for addresses, size in accesses
-        ]
-        accessed = sum(len(addresses) * size for addresses, size in ours)
-        touched = np.zeros(len(bytes_held), dtype=bool)
-        for addresses, size in ours:
+        accessed, touched = 0, np.zeros(len(bytes_held), dtype=bool)
+        for size, addresses in by_size.items():
+            first, end = np.searchsorted(addresses, np.uint64([start, start + len(bytes_held)]))
+            accessed += size * int(end - first)
+            ours = (addresses[first:end] - np.uint64(start)).astype(np.int64)
             for byte in range(size):
-                touched[addresses - np.uint64(start) + np.uint64(byte)] = True
+                touched[ours + byte] = True
         found.append(Operand(int(bytes_held.sum()), accessed, int(touched.sum())))
-    total = sum(len(addresses) * size for addresses, size in accesses)
+    total = sum(size * len(addresses) for size, addresses in by_size.items())
     assert total == sum(o.accessed for o in found), "an access outside of the launch's tensors"
     return found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.branches import Mlp, Out
+from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.fused import (
     Normed,
+    Segments,
     clip_half,
     gated_residual,
     modulation,
@@ -18,6 +19,7 @@ from fxopt.backends.swaps.fused import (
 from fxopt.backends.swaps.mlps import activation, feed_forward
 from fxopt.backends.swaps.operands import Part, Rotation
 from fxopt.backends.swaps.streams import (
+    Attend,
     Stream,
     dispatch,
     draw_streams,
@@ -38,7 +40,7 @@ def double(
     image_rotary_emb: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     attn = block.attn
-    qkv, qkv_text = image_and_text(attn)
+    own, own_text = image_and_text(attn)
     image, text = modulation(temb, (block.norm1.linear, 6), (block.norm1_context.linear, 6))
     text_tables, image_tables = tables(image_rotary_emb).split(encoder_hidden_states.shape[1])
     streams = (
@@ -46,9 +48,7 @@ def double(
             encoder_hidden_states,
             text,
             (block.norm1_context.norm, block.norm2_context),
-            qkv_text,
-            (attn.norm_added_q, attn.norm_added_k),
-            Out((attn.to_add_out,)),
+            own_text,
             feed_forward(block.ff_context),
             text_tables,
         ),
@@ -56,9 +56,7 @@ def double(
             hidden_states,
             image,
             (block.norm1.norm, block.norm2),
-            qkv,
-            (attn.norm_q, attn.norm_k),
-            Out(attn.to_out),
+            own,
             feed_forward(block.ff),
             image_tables,
         ),
@@ -74,17 +72,34 @@ def single(
     temb: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    attn, length = block.attn, encoder_hidden_states.shape[1]
+    length = encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], 1)
-    ((shift, scale, gate),) = modulation(temb, (block.norm.linear, 3))
-    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out).holding(x)
-    part = Part((attn.norm_q, attn.norm_k), tables(image_rotary_emb))
-    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, *mlp.inputs)
-    (*qkv, hidden), x = Normed(block.norm.norm, x, scale, shift).into(*linears)
-    (attended,) = joint_attention([qkv], [part], attn.head_dim, dispatch(attn))
-    out, bias = mlp.branch([hidden], beside=attended)
-    x = clip_half(gated_residual(x, gate, out, x_bias=bias))
+    (of_x,) = modulation(temb, (block.norm.linear, 3))
+    x = clip_half(beside(block, x, of_x, tables(image_rotary_emb), dispatch(block.attn)))
     return x[:, :length], x[:, length:]
+
+
+def beside(
+    block: Any,
+    x: Tensor,
+    of_x: Sequence[Tensor],
+    rotation: Rotation | None,
+    attend: Attend,
+    segments: Segments | None = None,
+) -> Tensor:
+    """Attention beside the MLP, from one norm and into one projection.
+
+    of_x: shift, scale and gate, as `Stream` has them.
+    """
+    attn, (shift, scale, gate) = block.attn, of_x
+    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out).holding(x)
+    part = Part((attn.norm_q, attn.norm_k), rotation)
+    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, *mlp.inputs)
+    normed = Normed(block.norm.norm, x, scale, shift, segments=segments)
+    (*qkv, hidden), x = normed.into(*linears)
+    (attended,) = joint_attention([qkv], [part], attn.inner_dim // attn.heads, attend)
+    out, bias = mlp.branch([hidden], beside=attended)
+    return gated_residual(x, gate, out, x_bias=bias, segments=segments)
 
 
 def tables(cos_sin: tuple[Tensor, Tensor]) -> Rotation:

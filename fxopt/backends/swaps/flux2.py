@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.branches import Mlp, Out
+from fxopt.backends.swaps.branches import Mlp
 from fxopt.backends.swaps.flux import draw_tables, tables
 from fxopt.backends.swaps.fused import Normed, clip_half, gated_residual
 from fxopt.backends.swaps.operands import Part
@@ -33,16 +33,14 @@ def double(
     image_rotary_emb: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     attn = block.attn
-    qkv, qkv_text = image_and_text(attn)
+    own, own_text = image_and_text(attn)
     text_tables, image_tables = tables(image_rotary_emb).split(encoder_hidden_states.shape[1])
     streams = (
         Stream(
             encoder_hidden_states,
             split(temb_mod_txt, 6),
             (block.norm1_context, block.norm2_context),
-            qkv_text,
-            (attn.norm_added_q, attn.norm_added_k),
-            Out((attn.to_add_out,)),
+            own_text,
             feed_forward(block.ff_context),
             text_tables,
         ),
@@ -50,9 +48,7 @@ def double(
             hidden_states,
             split(temb_mod_img, 6),
             (block.norm1, block.norm2),
-            qkv,
-            (attn.norm_q, attn.norm_k),
-            Out(attn.to_out),
+            own,
             feed_forward(block.ff),
             image_tables,
         ),

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.branches import Mlp, Out
-from fxopt.backends.swaps.flux import tables
-from fxopt.backends.swaps.fused import Normed, Segments, gated_residual, modulation
-from fxopt.backends.swaps.mlps import activation, feed_forward
-from fxopt.backends.swaps.operands import Part
+from fxopt.backends.swaps.flux import beside, tables
+from fxopt.backends.swaps.fused import Segments, modulation
+from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.streams import (
     Stream,
     dispatch,
     draw_streams,
     image_and_text,
     joint,
-    joint_attention,
 )
 from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
@@ -46,22 +43,17 @@ def double(
     masking: Masking = lambda mask, _: mask,
 ) -> tuple[Tensor, Tensor]:
     attn = block.attn
-    qkv, qkv_text = image_and_text(attn)
+    own, own_text = image_and_text(attn)
     of_image, of_text = modulation(temb, (block.norm1.linear, 6), (block.norm1_context.linear, 6))
-    segments = None
-    if token_replace_emb is not None:
-        (of_first,) = modulation(token_replace_emb, (block.norm1.linear, 6))
-        of_image = _rows(of_first, of_image)
-        segments = _behind(num_tokens, hidden_states)
+    linear = block.norm1.linear
+    of_image, segments = _replaced(hidden_states, of_image, linear, token_replace_emb, num_tokens)
     rotary = freqs_cis or image_rotary_emb
     streams = (
         Stream(
             hidden_states,
             of_image,
             (block.norm1.norm, block.norm2),
-            qkv,
-            (attn.norm_q, attn.norm_k),
-            Out(attn.to_out),
+            own,
             feed_forward(block.ff),
             None if rotary is None else tables(rotary),
             segments,
@@ -70,9 +62,7 @@ def double(
             encoder_hidden_states,
             of_text,
             (block.norm1_context.norm, block.norm2_context),
-            qkv_text,
-            (attn.norm_added_q, attn.norm_added_k),
-            Out((attn.to_add_out,)),
+            own_text,
             feed_forward(block.ff_context),
         ),
     )
@@ -93,39 +83,32 @@ def single(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    attn, length = block.attn, hidden_states.shape[1]
+    length = hidden_states.shape[1]
     x = torch.cat([hidden_states, encoder_hidden_states], 1)
-    (parts,) = modulation(temb, (block.norm.linear, 3))
-    segments = None
-    if token_replace_emb is not None:
-        (of_first,) = modulation(token_replace_emb, (block.norm.linear, 3))
-        parts, segments = _rows(of_first, parts), _behind(num_tokens, x)
-    shift, scale, gate = parts
+    (of_x,) = modulation(temb, (block.norm.linear, 3))
+    of_x, segments = _replaced(x, of_x, block.norm.linear, token_replace_emb, num_tokens)
     rotation = None
     if image_rotary_emb is not None:
         rotation = tables(image_rotary_emb)._replace(rotated="first")
-    mlp = Mlp((block.proj_mlp,), activation(block.act_mlp), "none", block.proj_out).holding(x)
-    part = Part((attn.norm_q, attn.norm_k), rotation)
-    linears, part = part.holding(x, attn.to_q, attn.to_k, attn.to_v, *mlp.inputs)
-    normed = Normed(block.norm.norm, x, scale, shift, segments=segments)
-    (*qkv, hidden), x = normed.into(*linears)
-    head_dim = attn.inner_dim // attn.heads
-    (attended,) = joint_attention([qkv], [part], head_dim, dispatch(attn, attention_mask))
-    out, bias = mlp.branch([hidden], beside=attended)
-    x = gated_residual(x, gate, out, x_bias=bias, segments=segments)
+    x = beside(block, x, of_x, rotation, dispatch(block.attn, attention_mask), segments)
     return x[:, :length], x[:, length:]
 
 
-def _rows(first: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Tables [B, 2, D]: modulation of the first frame's tokens, an image, and of all others."""
-    return tuple(torch.cat(pair, 1) for pair in zip(first, others, strict=True))
-
-
-def _behind(num_tokens: int | None, x: Tensor) -> Segments:
-    """That tokens from `num_tokens` on have the second row."""
+def _replaced(
+    x: Tensor,
+    of_x: tuple[Tensor, ...],
+    linear: nn.Module,
+    token_replace_emb: Tensor | None,
+    num_tokens: int | None,
+) -> tuple[tuple[Tensor, ...], Segments | None]:
+    """Modulation of `x`, whose first `num_tokens`, an image, may have rows of their own."""
+    if token_replace_emb is None:
+        return of_x, None
     assert num_tokens is not None
-    row = torch.arange(x.shape[1], device=x.device) >= num_tokens
-    return Segments(row.expand(x.shape[:2]))
+    (of_first,) = modulation(token_replace_emb, (linear, len(of_x)))
+    rows = tuple(torch.cat(pair, 1) for pair in zip(of_first, of_x, strict=True))
+    is_other = torch.arange(x.shape[1], device=x.device) >= num_tokens
+    return rows, Segments(is_other.expand(x.shape[:2]))
 
 
 def of_pairs(mask: Tensor, num_all: int) -> Tensor:

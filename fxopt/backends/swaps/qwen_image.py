@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Segments, clip_half, modulation
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.operands import of_complex
@@ -32,7 +31,7 @@ def double(
     modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     attn = block.attn
-    qkv, qkv_text = image_and_text(attn)
+    own, own_text = image_and_text(attn)
     image_tables, text_tables = image_rotary_emb
     of_image, of_text, segments = _modulations(block, temb, modulate_index)
     streams = (
@@ -40,9 +39,7 @@ def double(
             encoder_hidden_states,
             of_text,
             (block.txt_norm1, block.txt_norm2),
-            qkv_text,
-            (attn.norm_added_q, attn.norm_added_k),
-            Out((attn.to_add_out,)),
+            own_text,
             feed_forward(block.txt_mlp),
             of_complex(text_tables),
         ),
@@ -50,9 +47,7 @@ def double(
             hidden_states,
             of_image,
             (block.img_norm1, block.img_norm2),
-            qkv,
-            (attn.norm_q, attn.norm_k),
-            Out(attn.to_out),
+            own,
             feed_forward(block.img_mlp),
             of_complex(image_tables),
             segments,

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.backends.swaps import attending, merged
-from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.operands import Part
 from fxopt.backends.swaps.streams import (
     Ending,
+    Projections,
     draw_streams,
     finish,
     image_and_text,
@@ -43,24 +43,21 @@ def joint_block(
         text_shift, text_scale, *of_text_branch = of_text
     norm, norm_text = block.norm1.norm, block.norm1_context.norm
     normed = [Normed(norm, x, scale, shift), Normed(norm_text, text, text_scale, text_shift)]
-    of_parts = [(attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)]
-    linears = [*image_and_text(attn)]
+    attentions = [*image_and_text(attn)]
     if block.use_dual_attention:
-        attn2 = block.attn2
         normed.append(Normed(norm, x, scale2, shift2))
-        of_parts.append((attn2.norm_q, attn2.norm_k))
-        linears.append((attn2.to_q, attn2.to_k, attn2.to_v))
-    held = [Part(p).holding(n.x, *m) for p, n, m in zip(of_parts, normed, linears, strict=True)]
+        attentions.append(Projections.of(block.attn2))
+    held = [Part(a.qk_norms).holding(n.x, *a.qkv) for a, n in zip(attentions, normed, strict=True)]
     linears, parts = zip(*held, strict=True)
     (projected, x), (projected_text, text), *own = merged.into(normed, linears)
     head_dim = projected[0].shape[-1] // attn.heads
     projections = (projected, projected_text)
     attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend)
     results = [attended, attended_text][: 1 if last else 2]
-    outs = [Out(attn.to_out), Out((attn.to_add_out,))][: len(results)]
+    outs = [a.out for a in attentions][: len(results)]
     if own:
         results += joint_attention([own[0][0]], parts[2:], head_dim, attend)
-        outs.append(Out(attn2.to_out))
+        outs.append(attentions[-1].out)
     all_sums = [not own, *[True] * (len(outs) - 1)]
     branch, *branches = merged.outs(outs, results, all_sums=all_sums)
     if own:

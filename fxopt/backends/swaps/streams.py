@@ -22,20 +22,40 @@ from fxopt.backends.swaps.swap import Draw
 DISPATCH = "diffusers.models.attention_dispatch"
 
 
+class Projections(NamedTuple):
+    """What attention has of its own for one stream. qk_norms: of its queries and keys."""
+
+    qkv: tuple[nn.Module, nn.Module, nn.Module]
+    qk_norms: tuple[nn.Module, nn.Module]
+    out: Out
+
+    @classmethod
+    def of(cls, attn: Any) -> Projections:
+        """Those of diffusers' attention of one stream, or of the image."""
+        qk_norms = attn.norm_q, attn.norm_k
+        return cls((attn.to_q, attn.to_k, attn.to_v), qk_norms, Out(attn.to_out))
+
+
+def image_and_text(attn: Any) -> tuple[Projections, Projections]:
+    """Those of diffusers' joint attention."""
+    return Projections.of(attn), Projections(
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        (attn.norm_added_q, attn.norm_added_k),
+        Out((attn.to_add_out,)),
+    )
+
+
 class Stream(NamedTuple):
     """One stream of tokens on its way through a block.
 
     x: [B, S, D]. modulation: shift, scale and gate of attention, then of the MLP, as
-    [B, 1, D] each, or as `segments` says. norms: before attention and before the MLP. qkv: its
-    three projections. qk_norms: of its queries and keys.
+    [B, 1, D] each, or as `segments` says. norms: before attention and before the MLP.
     """
 
     x: Tensor
     modulation: Sequence[Tensor]
     norms: tuple[nn.Module, nn.Module]
-    qkv: tuple[nn.Module, nn.Module, nn.Module]
-    qk_norms: tuple[nn.Module, nn.Module]
-    out: Out
+    attention: Projections
     mlp: Mlp
     rotation: Rotation | None = None
     segments: Segments | None = None
@@ -84,13 +104,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def joint(streams: Sequence[Stream], head_dim: int, attend: Attend) -> list[Tensor]:
     """The text and the image stream behind the block; attention sees them in this order."""
-    held = [Part(s.qk_norms, s.rotation).holding(s.x, *s.qkv) for s in streams]
+    own = [s.attention for s in streams]
+    held = [
+        Part(a.qk_norms, s.rotation).holding(s.x, *a.qkv) for s, a in zip(streams, own, strict=True)
+    ]
     linears, parts = zip(*held, strict=True)
     found = merged.into([s.normed() for s in streams], linears)
     projections, residuals = zip(*found, strict=True)
     attended = joint_attention(projections, parts, head_dim, attend)
     # Image first, as the blocks do it.
-    outs = [s.out for s in streams][::-1]
+    outs = [a.out for a in own][::-1]
     branches = merged.outs(outs, attended[::-1], all_sums=[True] * len(outs))
     each = zip(streams[::-1], residuals[::-1], branches, strict=True)
     return finish(*(s.ending(residual, branch) for s, residual, branch in each))[::-1]
@@ -139,17 +162,6 @@ def _setting(library: Any, processor: Any) -> str | None:
     active, _ = library._AttentionBackendRegistry.get_active_backend()
     name = library.AttentionBackendName(processor._attention_backend or active).value
     return None if name == "native" else f"the attention backend {name!r}"
-
-
-Projections = tuple[nn.Module, nn.Module, nn.Module]
-
-
-def image_and_text(attn: Any) -> tuple[Projections, Projections]:
-    """The projections of diffusers' joint attention: (q, k, v) of the image, then of the text."""
-    return (
-        (attn.to_q, attn.to_k, attn.to_v),
-        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-    )
 
 
 def draw_streams(draw: Draw, width: int) -> dict[str, Tensor]:
