@@ -131,9 +131,8 @@ def _gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _gelu_tanh_backward(
     grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None, bias: Tensor | None = None
 ) -> None:
-    linear, slope_linear, one = (
-        x.new_full((), c, dtype=opmath_of(x)) for c in (GELU_LINEAR, -2 * GELU_LINEAR, 1)
-    )
+    linear = x.new_full((), GELU_LINEAR, dtype=opmath_of(x))
+    slope_linear = -2 * linear
     for grad_block, x_block, dx_block, y_block, scratch in _blocks(grad, x, dx, y, num_scratch=5):
         q, cdf, tail, x, grad = scratch
         if bias is not None:
@@ -148,9 +147,10 @@ def _gelu_tanh_backward(
         torch.mul(x, q, out=cdf)
         torch.neg(cdf, out=tail).sigmoid_()  # 1 - cdf, which would lose bits
         cdf.sigmoid_()
-        # f' = cdf (1 + x tail (xq)'), where (xq)' = 3q - 2 GELU_LINEAR.
-        torch.add(slope_linear, q, alpha=3, out=q).mul_(x)
-        torch.addcmul(one, tail, q, out=tail).mul_(cdf)
+        # f' = cdf + x cdf (1 - cdf) (xq)', where (xq)' = 3q - 2 GELU_LINEAR.
+        tail.mul_(cdf).mul_(x)
+        torch.add(slope_linear, q, alpha=3, out=q)
+        torch.addcmul(cdf, tail, q, out=tail)
         if y_block is not None:
             _mul_rounded(cdf, x, y_block)
         _mul_rounded(tail, grad, dx_block)
