@@ -37,8 +37,8 @@ FPROP = Recipe("fprop", fprop=gemm(TENSOR, TENSOR))
 Loss = Callable[[nn.Module, Inputs], Tensor]
 
 
-def inputs() -> Inputs:
-    return FLUX.inputs(2, 0, torch.float32)
+def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
+    return FLUX.inputs(2, 0, dtype)
 
 
 def loss(model: nn.Module, given: Inputs) -> Tensor:
@@ -72,20 +72,21 @@ def recorded(model: nn.Module, of: Loss = loss) -> TelemetryReport:
 
 
 def operands(of: Loss) -> dict[str, dict[str, Tensor]]:
-    """x and gradient of every linear of the plain model, by hooks."""
-    model, found = FLUX.build(), {}
+    """x and gradient of every linear of the plain model, by hooks, from float64: in fp32 its GELU
+    has no gradient where the tanh has rounded to -1."""
+    model, found = FLUX.build().double(), {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         kept = found.setdefault(name, {})
 
         def see(_: Any, given: Any, out: Tensor, kept: dict[str, Tensor] = kept) -> None:
-            kept["x"] = given[0].detach()
+            kept["x"] = given[0].detach().float()
             if out.requires_grad:
-                out.register_hook(lambda grad: kept.__setitem__("gradient", grad))
+                out.register_hook(lambda grad: kept.__setitem__("gradient", grad.float()))
 
         module.register_forward_hook(see)
-    of(model, inputs()).backward()
+    of(model, inputs(torch.float64)).backward()
     return found
 
 
@@ -108,12 +109,11 @@ def test_inputs_and_gradients_are_those_of_the_plain_model(door: str, of: Loss) 
             seen[record.operand] += 1
             nonzero, amax, scale, underflow = lost(expected[name][record.operand])
             # The fused ops round otherwise than eager, in fp32, and gradients cancel: a few values
-            # at the edge of zero fall on its other side. Where eager's tanh is -1 its GELU has no
-            # gradient, ours has a tiny one: 3 of 8,192.
+            # at the edge of zero fall on its other side.
             np.testing.assert_allclose(record.amax, amax, rtol=1e-3)
             np.testing.assert_allclose(record.largest_scale, scale, rtol=1e-3)
             assert record.least_scale == record.largest_scale
-            assert abs(record.nonzero - nonzero) <= 8 and abs(record.underflow - underflow) < 0.01
+            assert abs(record.nonzero - nonzero) <= 2 and abs(record.underflow - underflow) < 0.01
     assert seen == {"x": NUM_LINEARS, "gradient": NUM_LINEARS}
 
 
