@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -140,19 +139,19 @@ class Draw:
         return torch.cartesian_prod(*axes, torch.arange(rows), torch.arange(columns))
 
 
-def flux(num_layers: int = 2) -> nn.Module:
+def flux() -> nn.Module:
     own = {"pooled_projection_dim": 20, "guidance_embeds": True}
-    return flux_like("FluxTransformer2DModel", num_layers, **own)
+    return flux_like("FluxTransformer2DModel", **own)
 
 
-def flux_like(name: str, num_layers: int = 2, **own: Any) -> nn.Module:
+def flux_like(name: str, **own: Any) -> nn.Module:
     """FLUX.1, or a model of diffusers that has its blocks under names of its own."""
     import diffusers
 
     model: nn.Module = getattr(diffusers, name)(
         in_channels=16,
-        num_layers=num_layers,
-        num_single_layers=num_layers,
+        num_layers=2,
+        num_single_layers=2,
         attention_head_dim=HEAD_DIM,
         num_attention_heads=WIDTH // HEAD_DIM,
         joint_attention_dim=24,
@@ -400,5 +399,3 @@ FAMILIES: dict[str, Family] = {
         Family("llama-sdpa", seeded(llama("sdpa")), language_inputs),
     )
 }
-# For what compiles a whole model to look at one call in each of its blocks.
-SHORT_FLUX = Family("short flux", seeded(partial(flux, 1)), flux_inputs)

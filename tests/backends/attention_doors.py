@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import fxopt
 from fxopt.recipes import Recipe
 from tests.backends.toys import stack, tokens
-from tests.families import SHORT_FLUX, loss
+from tests.families import FAMILIES, loss
 
 Door = Callable[[nn.Module, Recipe], Any]
 
@@ -48,7 +48,7 @@ def asking(attention: str) -> Recipe:
 def small(door: Door, recipe: Recipe) -> tuple[nn.Module, Callable[[], Any]]:
     """A model that is quickly captured, behind a door, and what runs it; `swap` knows no toys."""
     if door is swapped:
-        family = SHORT_FLUX
+        family = FAMILIES["flux"]
         model, inputs = family.build(), family.inputs(2, 0, torch.float32)
         run: Callable[[], Any] = partial(loss, model, inputs)
     else:

@@ -31,7 +31,7 @@ from tests.backends.attention_doors import (
     small,
 )
 from tests.backends.toys import stack, tokens
-from tests.families import SHORT_FLUX, loss
+from tests.families import FAMILIES, loss
 from tests.numerics import Judge
 
 NOT_MEASURED = "attention: PyTorch's own choice; nothing has been measured on cpu"
@@ -40,38 +40,38 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @cache
 def judge() -> Judge:
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     return Judge(family.build(), family.inputs(2, 0, torch.float32))
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("backend", ["flash", "math"])
 def test_flux_runs_on_the_backend_that_is_named(door: Door, backend: str) -> None:
-    model = SHORT_FLUX.build()
+    model = FAMILIES["flux"].build()
     door(model, asking(backend))
     judge()(model, f"{door.__name__} on {backend}")
-    assert kernels(lambda: loss(model, judge().inputs)) == {backend: 2}
+    assert kernels(lambda: loss(model, judge().inputs)) == {backend: 4}
     assert set(lines(model)) == {f"attention: {backend}; as the recipe says"}
 
 
 @pytest.mark.parametrize("door", UNCOMPILED)
 def test_a_checkpoint_recomputes_on_the_same_backend(door: Door) -> None:
-    model = SHORT_FLUX.build()
+    model = FAMILIES["flux"].build()
     model.enable_gradient_checkpointing()
     door(model, asking("math"))
     loss(model, judge().inputs).backward()
-    assert kernels(lambda: loss(model, judge().inputs).backward()) == {"math": 4}
+    assert kernels(lambda: loss(model, judge().inputs).backward()) == {"math": 8}
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_in_bfloat16(door: Door) -> None:
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     inputs = family.inputs(2, 0, torch.bfloat16)
     bfloat16 = Judge(family.build().to(torch.bfloat16), inputs)
     model = family.build().to(torch.bfloat16)
     door(model, asking("math"))
     bfloat16(model, door.__name__)
-    assert kernels(lambda: loss(model, inputs)) == {"math": 2}
+    assert kernels(lambda: loss(model, inputs)) == {"math": 4}
 
 
 def test_a_compiler_traces_through_the_choice() -> None:
@@ -198,7 +198,7 @@ def test_a_row_that_is_refused_is_reported(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("attention_backends")
 def test_what_a_model_sets_itself_is_not_overridden() -> None:
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     inputs = family.inputs(2, 0, torch.float32)
     model = fxopt.swap(family.build(), recipe=asking("flash"))
     model.set_attention_backend("_native_math")
@@ -207,7 +207,7 @@ def test_what_a_model_sets_itself_is_not_overridden() -> None:
     model = fxopt.swap(family.build())
     model.set_attention_backend("_native_math")
     loss(model, inputs)
-    assert kernels(lambda: loss(model, inputs)) == {"math": 2}
+    assert kernels(lambda: loss(model, inputs)) == {"math": 4}
     assert set(lines(model)) == {
         "attention: PyTorch's own choice; with the attention backend '_native_math'"
     }
@@ -233,8 +233,8 @@ def test_all_bodies_of_a_graph_are_rewritten() -> None:
         targets.update(node.target for body in bodies for node in body.graph.nodes)
         return rewritten.forward
 
-    model = SHORT_FLUX.build()
+    model = FAMILIES["flux"].build()
     model.enable_gradient_checkpointing()
     model.compile(backend=backend)
     loss(model, judge().inputs)
-    assert targets[attention] == 2 and ir.SDPA not in targets
+    assert targets[attention] == 4 and ir.SDPA not in targets

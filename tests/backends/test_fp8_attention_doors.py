@@ -33,7 +33,7 @@ from tests.backends.attention_doors import (
     small,
 )
 from tests.backends.toys import Block, captures, stack, tokens
-from tests.families import FAMILIES, SHORT_FLUX, Family, loss
+from tests.families import FAMILIES, loss
 from tests.numerics import Tensors, relative_l2, run
 
 RECIPE = asking("fp8")
@@ -68,8 +68,9 @@ def in_fp8(model: nn.Module, inputs: dict[str, Any]) -> Tensors:
 
 
 @cache
-def expected(family: Family) -> tuple[Tensors, Tensors]:
+def expected(name: str) -> tuple[Tensors, Tensors]:
     """In FP8, and in the model's dtype."""
+    family = FAMILIES[name]
     inputs = family.inputs(2, 0, torch.float32)
     return in_fp8(family.build(), inputs), run(family.build(), inputs)
 
@@ -93,15 +94,15 @@ def assert_in_fp8(found: Tensors, low: Tensors, plain: Tensors | None = None) ->
 
 @pytest.mark.parametrize("door", DOORS)
 def test_flux(door: Door) -> None:
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     door(model, RECIPE)
-    assert_in_fp8(run(model, inputs), *expected(SHORT_FLUX))
+    assert_in_fp8(run(model, inputs), *expected("flux"))
     assert set(lines(model)) == {EMULATED}
-    assert kernels(partial(loss, model, inputs))["fp8"] == 2
+    assert kernels(partial(loss, model, inputs))["fp8"] == 4
     if door is not compiled:  # which would compile it again
         with torch.no_grad():
-            assert kernels(partial(loss, model, inputs))["fp8"] == 2
+            assert kernels(partial(loss, model, inputs))["fp8"] == 4
 
 
 @pytest.mark.parametrize("door", UNCOMPILED)
@@ -109,7 +110,7 @@ def test_llama_shares_keys_and_scales(door: Door) -> None:
     family = FAMILIES["llama-sdpa"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     door(model, RECIPE)
-    assert_in_fp8(run(model, inputs), *expected(family))
+    assert_in_fp8(run(model, inputs), *expected("llama-sdpa"))
     assert set(lines(model)) == {EMULATED}
     assert kernels(partial(loss, model, inputs))["fp8"] == 2
 
@@ -175,10 +176,10 @@ def test_graphs_take_all_sizes() -> None:
 
 @pytest.mark.parametrize("door", UNCOMPILED)
 def test_a_checkpoint_computes_the_same_again(door: Door) -> None:
-    family, results = SHORT_FLUX, []
+    family, results = FAMILIES["flux"], []
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     door(model, RECIPE)
-    for num_forwards in (2, 4):
+    for num_forwards in (4, 8):
         results.append(run(model, inputs))
         ran = kernels(lambda: loss(model, inputs).backward())
         assert ran["fp8"] == num_forwards
@@ -218,11 +219,11 @@ def test_swapped_under_autocast() -> None:
 @pytest.mark.parametrize("door", UNCOMPILED)
 def test_beside_quantized_linears(door: Door) -> None:
     """A recipe has both; what multiplies attention's result then keeps it."""
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     model, inputs = family.build(), family.inputs(2, 0, torch.float32)
     door(model, replace(RECIPES["fp8"], name="mine", attention="fp8"))
-    found, (_, plain) = run(model, inputs), expected(SHORT_FLUX)
-    assert kernels(partial(loss, model, inputs))["fp8"] == 2
+    found, (_, plain) = run(model, inputs), expected("flux")
+    assert kernels(partial(loss, model, inputs))["fp8"] == 4
     output, exact = found["output 0"], plain["output 0"]
     assert output is not None and exact is not None
     # As `fxopt.diagnose.numerics` allows a model in 8 bits.
@@ -270,7 +271,7 @@ def test_all_reasons_reach_the_user(door: Door) -> None:
 
 @pytest.mark.usefixtures("attention_backends")
 def test_what_a_model_sets_itself_is_not_overridden() -> None:
-    family = SHORT_FLUX
+    family = FAMILIES["flux"]
     model = fxopt.swap(family.build(), recipe=RECIPE)
     model.set_attention_backend("_native_math")
     with pytest.raises(AttentionRefused, match=r"'fp8' cannot run .*backend '_native_math'"):
