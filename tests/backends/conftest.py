@@ -5,15 +5,6 @@ import importlib
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def inductor_writes_scalar_code():
-    """Vectors are not ours to test, and a C++ compiler takes twice as long for them."""
-    from torch._inductor import config
-
-    with config.patch("cpp.simdlen", 1):
-        yield
-
-
 @pytest.fixture
 def fresh():
     """Nothing is compiled yet."""
