@@ -164,8 +164,7 @@ def same_memory(a: fx.Node, b: fx.Node) -> bool:
     assert x is not None and y is not None
     if x.dtype != y.dtype or not (same(x.shape, y.shape) and same(x.stride(), y.stride())):
         return False
-    storages = {t.untyped_storage()._cdata for t in (x, y)}
-    return len(storages) == 1 and same(x.storage_offset(), y.storage_offset())
+    return shares(a, b) and same(x.storage_offset(), y.storage_offset())
 
 
 def expression(size: Any) -> Any:
@@ -212,9 +211,10 @@ def memory(node: fx.Node) -> fx.Node:
 
 def shares(node: fx.Node, other: fx.Node) -> bool:
     """Whether two examples share memory; of an einsum that transposes, no schema says so."""
-    vals = tensor(node), tensor(other)
-    is_alias: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
-    return all(v is not None for v in vals) and bool(is_alias(*vals))
+    x, y = tensor(node), tensor(other)
+    if x is None or y is None:
+        return False
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _may_share(node: fx.Node) -> bool:
