@@ -80,13 +80,13 @@ class Doubled(torch.autograd.Function):
         return 2 * x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 2 * grad
 
 
 class KeepsResultOfFunction(Block):
     def forward(self, x_BSC: Tensor) -> Tensor:
-        LOSSES.append(Doubled.apply(self.up.weight.mean()))  # type: ignore[no-untyped-call]
+        LOSSES.append(Doubled.apply(self.up.weight.mean()))
         return super().forward(x_BSC)
 
 
@@ -99,7 +99,7 @@ def train(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -
         model.zero_grad()
         y = (forward or model)(tokens(batch))
         losses = [*LOSSES, *KeepsInDeque.kept, *STATISTICS.values()]
-        sum([y.square().mean(), *losses]).backward()  # type: ignore[union-attr]
+        sum([y.square().mean(), *losses]).backward()
         found += [len(losses), y.detach(), *(p.grad for p in model.parameters())]
     return found
 
