@@ -117,12 +117,15 @@ def _of_aten(forward: torch._ops.OpOverloadPacket, backward: Callable[..., Any])
 # by aten.tanh, which takes six times as long where MKL does not run its kernels for Intel.
 def _gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    is_opmath = x.dtype == opmath_of(x)
     linear = x.new_full((), GELU_LINEAR, dtype=opmath_of(x))
-    for x_block, y_block, (cdf, x_opmath) in _blocks(x, y, num_scratch=2):
+    own_x, own_cdf = bias is not None or not is_opmath, not is_opmath
+    for x_block, y_block, scratch in _blocks(x, y, scratch=(own_x, own_cdf)):
+        x_opmath, cdf = scratch[0], y_block if is_opmath else scratch[1]
         if bias is not None:
             x = torch.add(x_block, bias, out=x_opmath)
         else:
-            x = x_block if x_block.dtype == cdf.dtype else x_opmath.copy_(x_block)
+            x = x_block if is_opmath else x_opmath.copy_(x_block)
         torch.addcmul(linear, x, x, value=GELU_CUBIC, out=cdf).mul_(x).sigmoid_()
         _mul_rounded(cdf, x, y_block)
     return y
@@ -131,18 +134,21 @@ def _gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _gelu_tanh_backward(
     grad: Tensor, x: Tensor, dx: Tensor, y: Tensor | None, bias: Tensor | None = None
 ) -> None:
+    is_opmath = x.dtype == opmath_of(x)
     linear = x.new_full((), GELU_LINEAR, dtype=opmath_of(x))
     slope_linear = -2 * linear
-    for grad_block, x_block, dx_block, y_block, scratch in _blocks(grad, x, dx, y, num_scratch=5):
-        q, cdf, tail, x, grad = scratch
+    own_x, own_grad = bias is not None or not is_opmath, not is_opmath
+    own_cdf, own_tail = y is None or not _is_room(y), dx is grad or not _is_room(dx)
+    own = own_x, own_grad, own_cdf, own_tail, True
+    for grad_block, x_block, dx_block, y_block, scratch in _blocks(grad, x, dx, y, scratch=own):
+        x_opmath, grad_opmath, cdf, tail, q = scratch
+        cdf, tail = cdf if own_cdf else y_block, tail if own_tail else dx_block
         if bias is not None:
-            torch.add(x_block, bias, out=x)
-            grad = grad_block
-        elif x_block.dtype == q.dtype:
+            x, grad = torch.add(x_block, bias, out=x_opmath), grad_block
+        elif is_opmath:
             x, grad = x_block, grad_block
         else:
-            x.copy_(x_block)
-            grad.copy_(grad_block)
+            x, grad = x_opmath.copy_(x_block), grad_opmath.copy_(grad_block)
         torch.addcmul(linear, x, x, value=GELU_CUBIC, out=q)
         torch.mul(x, q, out=cdf)
         torch.neg(cdf, out=tail).sigmoid_()  # 1 - cdf, which would lose bits
@@ -154,6 +160,12 @@ def _gelu_tanh_backward(
         if y_block is not None:
             _mul_rounded(cdf, x, y_block)
         _mul_rounded(tail, grad, dx_block)
+
+
+def _is_room(out: Tensor) -> bool:
+    """Whether what comes before an output can be written in its place: where nothing is rounded to
+    it, and rows are not strided, of which ATen computes some functions by another code."""
+    return out.dtype == opmath_of(out) and out.is_contiguous()
 
 
 def _mul_rounded(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -227,21 +239,25 @@ def split_backward(
     )
 
 
-def _blocks(*tensors: Tensor | None, num_scratch: int) -> Iterator[tuple[Any, ...]]:
-    """Blocks of rows of [..., F] tensors (None stays None), then opmath scratch of their shape."""
+def _blocks(*tensors: Tensor | None, scratch: Sequence[bool]) -> Iterator[tuple[Any, ...]]:
+    """Blocks of rows of [..., F] tensors (None stays None), then opmath scratch of their shape,
+    None where none is wanted."""
     like = cast(Tensor, tensors[0])
     num_features = max(like.shape[-1], 1)
     step = max(like.numel() // num_features, 1)
     if like.device.type == "cpu":
         step = min(step, max(BLOCK * torch.get_num_threads() // num_features, 1))
-    scratch = like.new_empty(num_scratch, step, num_features, dtype=opmath_of(like)).unbind()
+    opmath = opmath_of(like)
+    rooms = [
+        like.new_empty(step, num_features, dtype=opmath) if is_own else None for is_own in scratch
+    ]
     blocks_NF = [
         repeat(None) if t is None else t.reshape(-1, num_features).unsafe_split(step)
         for t in tensors
     ]
     for blocks in zip(*blocks_NF, strict=False):
         num_rows = len(blocks[0])
-        yield *blocks, [s if num_rows == step else s[:num_rows] for s in scratch]
+        yield *blocks, [r if r is None or num_rows == step else r[:num_rows] for r in rooms]
 
 
 def output(
