@@ -37,6 +37,7 @@ from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.kernel_scopes import keep_on_attentions
 from fxopt.passes.meter import Meter
+from fxopt.passes.returned_pieces import free_returned_pieces
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
 
@@ -188,6 +189,7 @@ def _capture(
             meter=meter,
             capability=None if planned_for is None else planned_for.capability,
         )
+        free_returned_pieces(gm)
         keep_origins(gm)
         target = None if planned_for is None else planned_for.name
         outcome.attentions = choose_attention(gm, attention, target)

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from fxopt.passes import ir
 from fxopt.passes.grad_modes import grad_modes
 from fxopt.passes.ir import aten
+from fxopt.passes.returned_pieces import WERE_SLICES, returned_nodes
 from fxopt.passes.slice_writes import call, join_write, join_writes
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -216,6 +217,7 @@ def _join_slices(graph: fx.Graph, node: fx.Node, modes: Mapping[fx.Node, bool | 
             rest = call(graph, before, aten.sym_size.int, node, dim)
             rest = call(graph, before, operator.sub, rest, stops[0])
         split = call(graph, before, aten.split_with_sizes.default, node, [stops[0], rest], dim)
+        split.meta[WERE_SLICES] = True
         for i, old in enumerate((first, second)):
             part = call(graph, old, operator.getitem, split, i)
             old.replace_all_uses_with(part)
@@ -255,7 +257,7 @@ def machine_epsilon(dtype: torch.dtype) -> float:
 
 def _share_common_subexpressions(graph: fx.Graph) -> None:
     seen: dict[Hashable, fx.Node] = {}
-    returned, modes = _returned(graph), grad_modes(graph)
+    returned, modes = returned_nodes(graph), grad_modes(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node):
             continue
@@ -265,18 +267,6 @@ def _share_common_subexpressions(graph: fx.Graph) -> None:
         if first is not node and not {first, node} <= returned:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-
-
-def _returned(graph: fx.Graph) -> set[fx.Node]:
-    """What the graph returns, and what that is a view of."""
-    found: set[fx.Node] = set()
-    stack = list(graph.output_node().all_input_nodes)
-    while stack:
-        node = stack.pop()
-        found.add(node)
-        if ir.is_call(node, *ir.VIEWS, aten.contiguous.default):
-            stack.append(node.args[0])
-    return found
 
 
 def _is_pure(node: fx.Node) -> bool:
