@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxopt.backends import checkpoints, left_behind, replicas, trial
 from fxopt.backends.calls import Call, is_traced, is_transformed, state_sources
 from fxopt.backends.capture import MAX_SHAPES, Plan, State, captures, check_inputs, state_of
+from fxopt.backends.collectives import ALONE, Collectives
 from fxopt.backends.host_random import same_generators
 from fxopt.backends.reads import Reads, Watch, has_global_hooks, hooks
 from fxopt.backends.turns import Turns
@@ -52,13 +53,15 @@ class Refusal:
 
 @dataclass
 class Captures:
-    """What the blocks of one class share; `saved` is that of the recipe."""
+    """What the blocks of one class share; `saved` is that of the recipe. Where their forward runs
+    `collectives`, one graph is tried, at a call that all processes make."""
 
     rules: Sequence[Rule]
     attention: str = "pytorch"
     saved: str = "model"
     plans: list[Plan] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    collectives: Collectives = field(default_factory=Collectives)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
         return self
@@ -192,8 +195,11 @@ class RewrittenForward:
         fitting = (r for r in self.captures.refusals if r.kind == call.kind())
         return next((r for r in fitting if r.fits(self.module)), None)
 
-    def _capture(self, call: Call) -> Bound | Refusal:
+    def _capture(self, call: Call) -> Bound | Refusal | None:
         known = self.captures
+        if known.collectives.were_run:  # no refusal: other sizes of the call's kind have a graph
+            self.reasons[ALONE] = None
+            return None
         reason, reads = f"captured {MAX_CAPTURES} times already: {CHANGING}", Reads()
         if max(len(known.plans), len(known.refusals)) < MAX_CAPTURES:
             try:
@@ -207,16 +213,22 @@ class RewrittenForward:
                         known.plans.append(plan)
                         return self._keep(bound, call)
                     reason = why_not
+                    if known.collectives.were_run:
+                        break
             except CannotCapture as error:
                 reason, reads = str(error), error.reads
         return Refusal(call.kind(), reason, reads, state_of(self.module))
 
     def _agrees(self, bound: Bound, call: Call) -> str | None:
         """Why a plan may not run where these sizes are 1, or None; tried once."""
-        plan, singles = bound.plan, call.singles()
+        plan, singles, collectives = bound.plan, call.singles(), self.captures.collectives
         if singles not in plan.tried:
+            if collectives.were_run:
+                return ALONE
             trainable = [leaf.trainable for leaf in plan.leaves]
-            plan.tried[singles] = trial.compare(self.module, self.original, bound, call, trainable)
+            plan.tried[singles] = trial.compare(
+                self.module, self.original, bound, call, trainable, collectives
+            )
         return plan.tried[singles]
 
     def _keep(self, bound: Bound, call: Call) -> Bound:
