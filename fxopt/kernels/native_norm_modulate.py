@@ -57,12 +57,14 @@ class Affine:
         bias = None if self.bias is None else _times(self.bias, self.scale)
         self.c = shift if bias is None else bias if shift is None else bias + shift
 
-    def grads(self, dy: Tensor, n: Tensor, wants: Sequence[bool]) -> list[Tensor | None]:
+    def grads(
+        self, dy: Tensor, n: Tensor, wants: Sequence[bool], room: Tensor | None
+    ) -> list[Tensor | None]:
         """Gradients of weight, bias, scale and shift that are wanted, not yet in their shapes."""
         shape = _joint_shape(dy.shape[-1], self.a, self.c)
         da = dc = dweight = dbias = dscale = None
         if wants[0] or wants[2]:
-            da = (n * dy).sum_to_size(shape)
+            da = _summed_product(n, dy, shape, room)
             dweight = _times(da, self.scale) if wants[0] else None
             dscale = _times(da, self.weight) if wants[2] else None
         if wants[1] or wants[3] or (wants[2] and self.bias is not None):
@@ -75,6 +77,12 @@ class Affine:
 
 def _times(t: Tensor, factor: Tensor | None) -> Tensor:
     return t if factor is None else t * factor
+
+
+def _summed_product(a: Tensor, b: Tensor, shape: Sequence[int], room: Tensor | None) -> Tensor:
+    """a * b summed to a shape, by way of `room` if the product is not the result itself."""
+    room = None if tuple(shape) == tuple(a.shape) else room
+    return torch.mul(a, b, out=room).sum_to_size(shape)
 
 
 def _map(n: Tensor, a: Tensor | None, c: Tensor | None) -> Tensor:
@@ -179,7 +187,7 @@ def backward(
     if h.numel() == 0:
         empty = outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
         return tuple(t.zero_() for t in empty)
-    dh = dx = dgate = dx_bias = y = None
+    dh = dx = dgate = dx_bias = y = room = None
     daffine: Sequence[Tensor | None] = [None] * 4
     dvalue = None if grad_h is None else in_dtype(grad_h, opmath)
     if grad_y is not None or recompute:
@@ -189,11 +197,13 @@ def backward(
         n = _normalize(value, mean_or_none, rstd)
     if grad_y is not None:
         dy = in_dtype(grad_y, opmath)
-        dnorm = _norm_backward(_times(dy, affine.a), n, value, mean_or_none, rstd)
+        dn = _times(dy, affine.a)
+        dnorm = _norm_backward(dn, n, value, mean_or_none, rstd)
+        room = None if dn is dy else dn
         dvalue = dnorm if dvalue is None else dnorm.add_(dvalue)
         dh = in_dtype(dvalue, h.dtype).contiguous()
         if any(wants[1:5]):
-            each = affine.grads(dy, n, wants[1:5])
+            each = affine.grads(dy, n, wants[1:5], room)
             daffine = _reduced(each, affine_operands, wants[1:5], grad_y)
     if recompute:
         y = in_dtype(_map(n, affine.a, affine.c), dtype).contiguous()
@@ -202,7 +212,7 @@ def backward(
             x_dtype = h.dtype if x is None else x.dtype
             dx = in_dtype(dvalue * in_dtype(gate, opmath), x_dtype).contiguous()
         if wants[0] or wants[5]:
-            pair = _gate_backward(dvalue, x, gate, x_bias, wants[0])
+            pair = _gate_backward(dvalue, x, gate, x_bias, wants[0], room)
             dgate, dx_bias = _reduced(pair, (gate, x_bias), (wants[0], wants[5]), dh, grad_h)
     dtypes = {1: h.dtype if x is None else x.dtype, 8: dtype}
     found = (dh, dx, dgate, *daffine, dx_bias, y)
@@ -234,7 +244,12 @@ def _norm_backward(dn: Tensor, n: Tensor, h: Tensor, mean: Tensor | None, rstd: 
 
 
 def _gate_backward(
-    dvalue: Tensor, x: Tensor | None, gate: Tensor | None, x_bias: Tensor | None, needs_gate: bool
+    dvalue: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    x_bias: Tensor | None,
+    needs_gate: bool,
+    room: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and x_bias, summed over rows that share their gate."""
     shape = dvalue.shape[-1:] if gate is None else (*gate.shape[:-1], dvalue.shape[-1])
@@ -242,7 +257,7 @@ def _gate_backward(
     if x_bias is not None:
         dsum = dvalue.sum_to_size(shape)
     if needs_gate and x is not None:
-        dgate = (dvalue * x).sum_to_size(shape)
+        dgate = _summed_product(dvalue, x, shape, room)
         dgate = (
             dgate if x_bias is None else torch.addcmul(dgate, dsum, in_dtype(x_bias, dsum.dtype))
         )
