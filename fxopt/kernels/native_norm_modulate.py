@@ -1,12 +1,7 @@
-"""`fxopt::norm_modulate` in plain ATen: the native provider, and shapes that providers share.
-
-Shapes: D features, R rows that share their modulation, G groups of such rows. Per-sample modulation
-`[B, 1, D]` of `x` `[B, S, D]` gives G = B, R = S.
-"""
+"""`fxopt::norm_modulate` in plain ATen: the native provider, and shapes that providers share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,29 +11,6 @@ from fxopt.kernels.counters import raise_to
 from fxopt.kernels.registration import in_dtype, opmath_of
 
 MAX_FEATURES_MEASURED = 5120
-
-
-class Groups:
-    """The rows of `x` as G groups of R rows, such that no operand differs within a group."""
-
-    def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
-        num_varying = max(num_varying_dims(t, x.dim()) for t in operands)
-        varying, common = x.shape[:num_varying], x.shape[num_varying:-1]
-        self.num_groups, self.num_rows = math.prod(varying), math.prod(common)
-        self.num_features = x.shape[-1]
-        self.operand_shape = [*varying, *[1] * len(common), self.num_features]
-
-    def reduce(self, grad_GD: Tensor, operand: Tensor) -> Tensor:
-        """Sum a gradient per group to the shape of its operand."""
-        return grad_GD.reshape(self.operand_shape).sum_to_size(operand.shape)
-
-
-def num_varying_dims(operand: Tensor | None, rank: int) -> int:
-    """Number of leading dims up to the last one, D aside, over which an operand varies."""
-    if operand is None:
-        return 0
-    sizes = [1] * (rank - operand.dim()) + list(operand.shape)
-    return max((i + 1 for i, size in enumerate(sizes[:-1]) if size != 1), default=0)
 
 
 class Affine:

@@ -23,6 +23,7 @@ from fxopt.kernels import triton_tables
 from fxopt.kernels.norm_modulate import decoded
 from fxopt.kernels.saving import valued
 from fxopt.kernels.triton_rows import (
+    Groups,
     groups_of,
     packed_rows_of,
     pointers_of,
@@ -260,7 +261,7 @@ class Stream:
 class Target:
     """Where the second kernel writes the gradient of an operand: one row, or one per group."""
 
-    def __init__(self, grad: Tensor | None, operand: Tensor | None, groups: op.Groups) -> None:
+    def __init__(self, grad: Tensor | None, operand: Tensor | None, groups: Groups) -> None:
         self.grad, self.operand, self.groups, self.rows = grad, operand, groups, grad
         self.argument: tuple[Tensor | None, int | None] = None, None
         if grad is None or operand is None:

@@ -11,6 +11,7 @@ Shapes: G groups of R rows share their per-group operands; D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels.native_norm_modulate import Groups
 from fxopt.kernels.triton_gated_activation_kernels import PACKED
 from fxopt.kernels.triton_quantize_kernels import code_of, factor_of, magnitude, scale_of
 from fxopt.kernels.triton_saving import FORMAT, LARGEST
@@ -28,6 +28,29 @@ from fxopt.kernels.triton_saving import FORMAT, LARGEST
 def varies_per_row(t: Tensor | None) -> bool:
     """Whether an operand differs from row to row."""
     return t is not None and t.dim() > 1 and t.shape[-2] != 1
+
+
+class Groups:
+    """The rows of `x` as G groups of R rows, such that no operand differs within a group."""
+
+    def __init__(self, x: Tensor, operands: Sequence[Tensor | None]) -> None:
+        num_varying = max(num_varying_dims(t, x.dim()) for t in operands)
+        varying, common = x.shape[:num_varying], x.shape[num_varying:-1]
+        self.num_groups, self.num_rows = math.prod(varying), math.prod(common)
+        self.num_features = x.shape[-1]
+        self.operand_shape = [*varying, *[1] * len(common), self.num_features]
+
+    def reduce(self, grad_GD: Tensor, operand: Tensor) -> Tensor:
+        """Sum a gradient per group to the shape of its operand."""
+        return grad_GD.reshape(self.operand_shape).sum_to_size(operand.shape)
+
+
+def num_varying_dims(operand: Tensor | None, rank: int) -> int:
+    """Number of leading dims up to the last one, D aside, over which an operand varies."""
+    if operand is None:
+        return 0
+    sizes = [1] * (rank - operand.dim()) + list(operand.shape)
+    return max((i + 1 for i, size in enumerate(sizes[:-1]) if size != 1), default=0)
 
 
 def groups_of(x: Tensor, operands: Sequence[Tensor | None]) -> Groups:

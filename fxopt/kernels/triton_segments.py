@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxopt.kernels.native_norm_modulate import Groups
 from fxopt.kernels.norm_modulate_segments import num_segments_of
-from fxopt.kernels.triton_rows import rows_of
+from fxopt.kernels.triton_rows import Groups, rows_of
 
 
 @triton.jit
