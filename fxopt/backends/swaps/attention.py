@@ -17,7 +17,7 @@ from fxopt.backends.swaps.streams import (
     draw_streams,
     joint_attention,
 )
-from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 MODULE = "diffusers.models.transformers.transformer_"
 
@@ -77,30 +77,30 @@ def across_heads(
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Wan (`rotary_emb`) and LTX (`image_rotary_emb`): self-attention or cross-attention."""
-    if getattr(attn, "add_k_proj", None) is not None:
-        raise Unfit("there are image keys beside the text")
-    rotation = mask = None
+    rotation = mask = image = None
     if rotary_emb is not None:
         rotation = wan.tables(rotary_emb)
     elif image_rotary_emb is not None:
         rotation = ltx.tables(image_rotary_emb, attn.head_dim)
+    keys = encoder_hidden_states
+    if keys is not None:
+        keys, image = wan.split_image(attn, keys)
     linears, part = Part((attn.norm_q, attn.norm_k), rotation).holding(
-        hidden_states, attn.to_q, attn.to_k, attn.to_v, keys_of=encoder_hidden_states
+        hidden_states, attn.to_q, attn.to_k, attn.to_v, keys_of=keys
     )
-    if encoder_hidden_states is None:
+    if keys is None:
         qkv = project(hidden_states, *linears)
     else:
-        kv = project(encoder_hidden_states, *linears[1:])
+        kv = project(keys, *linears[1:])
         qkv = [*project(hidden_states, linears[0]), *kv]
-        mask = ltx.per_head(attn, attention_mask, encoder_hidden_states)
-    return Out(attn.to_out)(wan.attention(attn, qkv, part, mask))
+        mask = ltx.per_head(attn, attention_mask, keys)
+    return Out(attn.to_out)(wan.attention(attn, qkv, part, mask, image))
 
 
 def wan_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:
     streams = draw_streams(draw, attn.to_q.in_features)
-    streams["encoder_hidden_states"] = draw.normal(draw.B, draw.T, attn.to_k.in_features)
-    cos, sin = draw.tables(1, draw.S, 1, attn.inner_dim // attn.heads // 2)
-    rope = tuple(t.repeat_interleave(2, -1) for t in (cos, sin))
+    streams["encoder_hidden_states"] = wan.draw_keys(attn, draw, attn.to_k.in_features)
+    rope = wan.draw_tables(draw, attn.inner_dim // attn.heads)
     alone = {"hidden_states": streams["hidden_states"], "rotary_emb": rope}
     yield from (streams, alone) if attn.is_cross_attention else (alone, streams)
 

@@ -114,6 +114,11 @@ def queries_keys(
     return q, k
 
 
+def operand(section: Section, head_dim: int, *, across_heads: bool) -> Tensor:
+    """Queries alone, or keys, of one section, as `queries_keys` makes them."""
+    return _operands(((section,),), head_dim, across_heads)[0]
+
+
 def _operands(
     operands: Sequence[Sequence[Section]], head_dim: int, across_heads: bool
 ) -> list[Tensor]:
