@@ -25,6 +25,7 @@ from fxopt.backends.swaps import (
     ltx,
     mlps,
     norms,
+    one_stream,
     qwen_image,
     sd3,
     wan,
@@ -56,6 +57,7 @@ def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[
         if any(forward is unwrapped(_forward(name)) for name in family.classes):
             yield family.swap
     yield from (form.swap for form in FORMS if form.fits(module, forward))
+    yield from one_stream.candidates(module, forward)
     yield from mlps.candidates(module)
     yield from norms.candidates(module)
     if recipe.quantizes and type(module) is nn.Linear:

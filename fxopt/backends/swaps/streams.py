@@ -5,6 +5,7 @@ A family says where its block keeps the parts of a stream; the order of the ops 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -147,7 +148,8 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
     processor, library = attn.processor, sys.modules[DISPATCH]
     if not is_library(type(processor)):
         raise Unfit(f"the attention processor {type(processor).__name__} is not diffusers'")
-    if not hasattr(processor, "_attention_backend"):
+    code = getattr(inspect.unwrap(type(processor).__call__), "__code__", None)
+    if code is not None and "scaled_dot_product_attention" in code.co_names:
         return partial(attend_directly, mask=mask)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,8 +159,8 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
-            backend=processor._attention_backend,
-            parallel_config=processor._parallel_config,
+            backend=getattr(processor, "_attention_backend", None),
+            parallel_config=getattr(processor, "_parallel_config", None),
         )
 
         return attending.attend(run, q, partial(_setting, library, processor)).flatten(2, 3)
@@ -175,10 +177,11 @@ def attend_directly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 def _setting(library: Any, processor: Any) -> str | None:
     """By what setting diffusers calls something else than plain scaled_dot_product_attention."""
-    if processor._parallel_config is not None:
+    if getattr(processor, "_parallel_config", None) is not None:
         return "a parallel_config"
     active, _ = library._AttentionBackendRegistry.get_active_backend()
-    name = library.AttentionBackendName(processor._attention_backend or active).value
+    chosen = getattr(processor, "_attention_backend", None)
+    name = library.AttentionBackendName(chosen or active).value
     return None if name == "native" else f"the attention backend {name!r}"
 
 

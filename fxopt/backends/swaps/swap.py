@@ -164,6 +164,7 @@ SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 32,
     "ffn_dim": 96,
+    "mlp_ratio": 4.0,
     "time_embed_dim": 48,
     "added_kv_proj_dim": None,
 }

@@ -94,20 +94,28 @@ def attention(
     mask: Tensor | None = None,
     image: Tensor | None = None,
 ) -> Tensor:
-    """Attention whose queries and keys are normed across heads; qkv are [B, S, H * d].
+    """Attention of one stream; qkv are [B, S, H * d].
 
     image: what the queries see in an attention of its own, whose result is added.
     """
     head_dim = qkv[0].shape[-1] // attn.heads
-    q, k = queries_keys([qkv], [part], head_dim, across_heads=True)
+    across_heads = is_across_heads(attn.norm_q, head_dim)
+    q, k = queries_keys([qkv], [part], head_dim, across_heads=across_heads)
     out = dispatch(attn, mask)(q, k, in_heads(qkv[2], head_dim))
     if image is None:
         return out
     linears, part = Part((attn.norm_added_k, None)).holding(image, attn.add_k_proj, attn.add_v_proj)
     of_image, v = project(image, *linears)
     section = Section(of_image, attn.norm_added_k, None, part.biases[0])
-    k = operand(section, head_dim, across_heads=True)
+    k = operand(section, head_dim, across_heads=across_heads)
     return out + dispatch(attn)(q, k, in_heads(v, head_dim))
+
+
+def is_across_heads(norm: Any, head_dim: int) -> bool:
+    """Whether a norm of queries is over all heads at once."""
+    weight: Any = getattr(norm, "weight", None)
+    shape: Any = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", (head_dim,))
+    return bool((shape if weight is None else weight.shape)[-1] > head_dim)
 
 
 def draw_keys(attn: Any, draw: Draw, width: int) -> Tensor:
