@@ -19,7 +19,7 @@ from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.fused import project, read_norm
 from fxopt.backends.swaps.operands import Part, Rotation
 from fxopt.backends.swaps.streams import draw_streams
-from fxopt.backends.swaps.swap import SIZES, Arguments, Draw, Swap, is_library, narrow
+from fxopt.backends.swaps.swap import SIZES, Arguments, Draw, Swap, Unfit, is_library, narrow
 
 PARTS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
 OF_IMAGE = ("add_k_proj", "add_v_proj", "norm_added_k")
@@ -105,6 +105,8 @@ def attend(
     **tables: Any,
 ) -> Tensor:
     """rotary: the names of the tables, of all or of the queries first."""
+    if isinstance(attn.__dict__.get("dropout"), float) and attn.dropout > 0:
+        raise Unfit("a dropout with p > 0, which may be of attention")
     x, keys, image = hidden_states, encoder_hidden_states, None
     head_dim = attn.to_q.out_features // attn.heads
     found = [spelling.read(tables[n], head_dim) for n in rotary if n in tables and spelling]
