@@ -25,7 +25,7 @@ from fxopt.backends.precision import source
 from fxopt.backends.reads import Watch, has_global_hooks, hooks
 from fxopt.backends.swaps import candidates
 from fxopt.backends.swaps.attending import Attending, attending
-from fxopt.backends.swaps.proof import Verdict, prove
+from fxopt.backends.swaps.proof import PROBE, Verdict, prove
 from fxopt.backends.swaps.quantized import Formats, quantizing
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap, Unfit
 from fxopt.backends.weight_reads import Read, quantized
@@ -114,7 +114,7 @@ class Swaps:
         if any(f.module is block for f in found):
             return
         asked, name = named(self.recipe.asked_attention), type(block).__name__
-        if asked is not None and not any(f.swap.name == "attention" for f in found):
+        if asked is not None and not any(f.swap.name.startswith("attention") for f in found):
             self.unreached.append(Attention("pytorch", UNREACHED.format(name, asked), fqn, name))
         fired = {rule for f in found for rule, _ in f.verdict.fired}
         fired.add(linear_cross_entropy.RULE.name)  # lies in no block
@@ -141,7 +141,8 @@ class Swaps:
                 return forward
             reasons.append(f"{candidate.name}: {forward.verdict.why_not}")
         if reasons:
-            tried = (f"{len(reasons)} forms tried, the likeliest is {reasons[0]}",)
+            likeliest = min(reasons, key=lambda reason: PROBE in reason)
+            tried = (f"{len(reasons)} forms tried, the likeliest is {likeliest}",)
             self.declined.append(declined("swap", fqn, module, tried))
         return None
 

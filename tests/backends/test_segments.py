@@ -260,13 +260,13 @@ def test_the_compiled_door() -> None:
     assert fxopt.report(model).counts() == counts
 
 
-# What swap lacks of HunyuanVideo: a block of the text's refiner, of which it replaces the MLP, and
-# joining slices, as it cuts none.
+# What swap lacks of HunyuanVideo: a block of the text's refiner, of which it replaces attention and
+# MLP, and joining slices, as it cuts none.
 REFINER = {
     "norm_modulate": 2,
     "fuse_bias": 1,
     "silu_linears": 1,
-    "merge_linears": 2,
+    "merge_linears": 1,
     "join_slices": 2,
 }
 

@@ -1,7 +1,8 @@
 """Module swapping: which forwards can stand for which modules. One file is one kind of module.
 
 `fused` holds the words that a fused forward is written in, `swap` what a candidate is, `proof` how
-it is judged. FAMILIES lists the known classes, blocks first; MLPs and norms are found by structure.
+it is judged. FAMILIES lists the known classes, blocks first, and FORMS what blocks of diffusers are
+made of; MLPs and norms are found by structure.
 """
 
 from __future__ import annotations
@@ -15,35 +16,38 @@ from fxopt.backends.checkpoints import unwrapped
 from fxopt.backends.swaps import (
     adaln,
     attention,
+    cogview,
     decoder,
     flux,
     flux2,
     hunyuan,
     linears,
     ltx,
+    ltx2,
     mlps,
     norms,
+    one_stream,
     qwen_image,
     sd3,
     wan,
     z_image,
 )
-from fxopt.backends.swaps.swap import Family, Swap
+from fxopt.backends.swaps.swap import Family, Form, Swap
 from fxopt.recipes import RECIPES, Recipe
 
 FAMILIES: tuple[Family, ...] = (
-    *flux.FAMILIES,
     *flux2.FAMILIES,
     *hunyuan.FAMILIES,
     *sd3.FAMILIES,
     *qwen_image.FAMILIES,
-    *wan.FAMILIES,
     *ltx.FAMILIES,
+    *ltx2.FAMILIES,
     *z_image.FAMILIES,
     *decoder.FAMILIES,
     *adaln.FAMILIES,
     *attention.FAMILIES,
 )
+FORMS: tuple[Form, ...] = (*flux.FORMS, *wan.FORMS, *cogview.FORMS)
 
 
 def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[Swap]:
@@ -54,6 +58,8 @@ def candidates(module: nn.Module, recipe: Recipe = RECIPES["bf16"]) -> Iterator[
     for family in FAMILIES:
         if any(forward is unwrapped(_forward(name)) for name in family.classes):
             yield family.swap
+    yield from (form.swap for form in FORMS if form.fits(module, forward))
+    yield from one_stream.candidates(module, forward)
     yield from mlps.candidates(module)
     yield from norms.candidates(module)
     if recipe.quantizes and type(module) is nn.Linear:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import ltx, wan
 from fxopt.backends.swaps.branches import Out
 from fxopt.backends.swaps.flux import tables
 from fxopt.backends.swaps.fused import project
@@ -17,7 +16,7 @@ from fxopt.backends.swaps.streams import (
     draw_streams,
     joint_attention,
 )
-from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap, Unfit
+from fxopt.backends.swaps.swap import Arguments, Draw, Family, Swap
 
 MODULE = "diffusers.models.transformers.transformer_"
 
@@ -68,77 +67,9 @@ def joint_small(attn: Any) -> nn.Module:
     )
 
 
-def across_heads(
-    attn: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    rotary_emb: tuple[Tensor, Tensor] | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Wan (`rotary_emb`) and LTX (`image_rotary_emb`): self-attention or cross-attention."""
-    if getattr(attn, "add_k_proj", None) is not None:
-        raise Unfit("there are image keys beside the text")
-    rotation = mask = None
-    if rotary_emb is not None:
-        rotation = wan.tables(rotary_emb)
-    elif image_rotary_emb is not None:
-        rotation = ltx.tables(image_rotary_emb, attn.head_dim)
-    linears, part = Part((attn.norm_q, attn.norm_k), rotation).holding(
-        hidden_states, attn.to_q, attn.to_k, attn.to_v, keys_of=encoder_hidden_states
-    )
-    if encoder_hidden_states is None:
-        qkv = project(hidden_states, *linears)
-    else:
-        kv = project(encoder_hidden_states, *linears[1:])
-        qkv = [*project(hidden_states, linears[0]), *kv]
-        mask = ltx.per_head(attn, attention_mask, encoder_hidden_states)
-    return Out(attn.to_out)(wan.attention(attn, qkv, part, mask))
-
-
-def wan_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:
-    streams = draw_streams(draw, attn.to_q.in_features)
-    streams["encoder_hidden_states"] = draw.normal(draw.B, draw.T, attn.to_k.in_features)
-    cos, sin = draw.tables(1, draw.S, 1, attn.inner_dim // attn.heads // 2)
-    rope = tuple(t.repeat_interleave(2, -1) for t in (cos, sin))
-    alone = {"hidden_states": streams["hidden_states"], "rotary_emb": rope}
-    yield from (streams, alone) if attn.is_cross_attention else (alone, streams)
-
-
-def ltx_examples(attn: Any, draw: Draw) -> Iterator[Arguments]:
-    streams = draw_streams(draw, attn.query_dim)
-    streams["encoder_hidden_states"] = draw.normal(draw.B, draw.T, attn.cross_attention_dim)
-    rope = draw.tables(draw.B, draw.S, attn.inner_dim)
-    alone = {"hidden_states": streams["hidden_states"], "image_rotary_emb": rope}
-    if attn.cross_attention_dim == attn.query_dim:
-        yield alone
-    yield streams
-    yield {**streams, "attention_mask": ltx.draw_mask(draw)}
-
-
 FAMILIES = (
     Family(
         (f"{MODULE}flux.FluxAttention", f"{MODULE}flux2.Flux2Attention"),
         Swap("attention", joint, joint_examples, joint_small, constants=("image_rotary_emb",)),
-    ),
-    Family(
-        (f"{MODULE}wan.WanAttention",),
-        Swap(
-            "attention",
-            across_heads,
-            wan_examples,
-            lambda attn: type(attn)(dim=64, heads=2, dim_head=32),
-            constants=("rotary_emb",),
-        ),
-    ),
-    Family(
-        (f"{MODULE}ltx.LTXAttention",),
-        Swap(
-            "attention",
-            across_heads,
-            ltx_examples,
-            lambda attn: type(attn)(query_dim=64, heads=2, kv_heads=2, dim_head=32),
-            constants=("image_rotary_emb", "attention_mask"),
-        ),
     ),
 )

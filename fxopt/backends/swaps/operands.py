@@ -8,6 +8,7 @@ Shapes: B batch, S tokens of a section, H heads, d head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,19 @@ class Part(NamedTuple):
     """What attention needs to know of a section, one run of tokens, beside its projections.
 
     qk_norms, biases: of its queries and of its keys; the biases are those still to be added.
+    rotation: of both, or of the queries if `key_rotation` says what the keys have.
     """
 
     qk_norms: tuple[nn.Module | None, nn.Module | None]
     rotation: Rotation | None = None
     biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    key_rotation: Rotation | EllipsisType | None = ...
+
+    @property
+    def rotations(self) -> tuple[Rotation | None, Rotation | None]:
+        """Of the queries and of the keys."""
+        own = self.key_rotation
+        return self.rotation, self.rotation if isinstance(own, EllipsisType) else own
 
     def holding(
         self, x: Tensor, q: Any, k: Any, *others: nn.Module, keys_of: Tensor | None = None
@@ -101,7 +110,7 @@ def queries_keys(
     """
     queries, keys = (
         [
-            Section(p[i], part.qk_norms[i], part.rotation, part.biases[i])
+            Section(p[i], part.qk_norms[i], part.rotations[i], part.biases[i])
             for p, part in zip(projections, parts, strict=True)
         ]
         for i in (0, 1)
@@ -112,6 +121,11 @@ def queries_keys(
     else:
         q, k = (_operands((s,), head_dim, across_heads)[0] for s in (queries, keys))
     return q, k
+
+
+def operand(section: Section, head_dim: int, *, across_heads: bool) -> Tensor:
+    """Queries alone, or keys, of one section, as `queries_keys` makes them."""
+    return _operands(((section,),), head_dim, across_heads)[0]
 
 
 def _operands(

@@ -36,6 +36,7 @@ RAISED = {
     torch.bfloat16: torch.float64,
     torch.complex64: torch.complex128,
 }
+PROBE = "it does not run on a probe"
 # Gradients that cancel to nothing (of a key's bias) are rounding: they are compared with this part
 # of the largest result at least.
 CANCELLED = 1e-3
@@ -123,7 +124,7 @@ def _prove(
         verdict = Verdict(str(reason))
     except Exception as error:  # a guess that cannot even run is a wrong guess
         first = (str(error).splitlines() or [""])[0]
-        verdict = Verdict(f"it does not run on a probe: {type(error).__name__}: {first}")
+        verdict = Verdict(f"{PROBE}: {type(error).__name__}: {first}")
     return _without_incidental(reads, module), verdict
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.backends.swaps import attending, merged
+from fxopt.backends.swaps import merged
 from fxopt.backends.swaps.fused import Normed, gated_residual, modulation
 from fxopt.backends.swaps.mlps import feed_forward
 from fxopt.backends.swaps.operands import Part
 from fxopt.backends.swaps.streams import (
     Ending,
     Projections,
+    attend_directly,
     draw_streams,
     finish,
     image_and_text,
@@ -52,11 +51,11 @@ def joint_block(
     (projected, x), (projected_text, text), *own = merged.into(normed, linears)
     head_dim = projected[0].shape[-1] // attn.heads
     projections = (projected, projected_text)
-    attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend)
+    attended, attended_text = joint_attention(projections, parts[:2], head_dim, attend_directly)
     results = [attended, attended_text][: 1 if last else 2]
     outs = [a.out for a in attentions][: len(results)]
     if own:
-        results += joint_attention([own[0][0]], parts[2:], head_dim, attend)
+        results += joint_attention([own[0][0]], parts[2:], head_dim, attend_directly)
         outs.append(attentions[-1].out)
     all_sums = [not own, *[True] * (len(outs) - 1)]
     branch, *branches = merged.outs(outs, results, all_sums=all_sums)
@@ -70,14 +69,6 @@ def joint_block(
     ending_text = Ending(text, branches[0], of_text_branch, block.norm2_context, mlp)
     out, text = finish(ending, ending_text)
     return text, out
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, S, H, d] each, to [B, S, H * d]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    run = partial(F.scaled_dot_product_attention, q, k, v)
-    out = attending.attend(run, q)
-    return out.transpose(1, 2).flatten(2)
 
 
 def examples(block: Any, draw: Draw) -> Iterator[Arguments]:

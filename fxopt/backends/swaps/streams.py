@@ -5,19 +5,21 @@ A family says where its block keeps the parts of a stream; the order of the ops 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.backends.swaps import attending, merged
 from fxopt.backends.swaps.branches import Branch, Mlp, Out
 from fxopt.backends.swaps.fused import Normed, Segments
 from fxopt.backends.swaps.operands import Part, Rotation, heads, queries_keys
-from fxopt.backends.swaps.swap import Draw
+from fxopt.backends.swaps.swap import Draw, Unfit, is_library
 
 DISPATCH = "diffusers.models.attention_dispatch"
 
@@ -84,19 +86,21 @@ class Ending(NamedTuple):
     mlp: Mlp
     segments: Segments | None = None
 
+    def normed(self) -> Normed:
+        """What the MLP reads."""
+        gate, shift, scale, _ = self.modulation
+        more: Any = {"x_bias": self.branch.bias, "segments": self.segments}
+        return Normed(self.norm, self.branch.x, scale, shift, self.residual, gate, **more)
+
 
 def finish(*endings: Ending) -> list[Tensor]:
     """Each stream behind the block. Dropouts draw random numbers in this order."""
-    gates, shifts, scales, mlp_gates = zip(*(e.modulation for e in endings), strict=True)
-    segments = [e.segments for e in endings]
-    normed = [
-        Normed(e.norm, e.branch.x, scale, shift, e.residual, gate, x_bias=e.branch.bias, segments=s)
-        for e, gate, shift, scale, s in zip(endings, gates, shifts, scales, segments, strict=True)
-    ]
     mlps = [e.mlp.holding(e.residual) for e in endings]
+    normed = [e.normed() for e in endings]
     hidden, hs = zip(*merged.into(normed, [m.inputs for m in mlps]), strict=True)
     branches = merged.branches(mlps, hidden)
-    return merged.gated_residuals(hs, mlp_gates, branches, segments)
+    gates, segments = [e.modulation[3] for e in endings], [e.segments for e in endings]
+    return merged.gated_residuals(hs, gates, branches, segments)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -136,8 +140,17 @@ def joint_attention(
 
 
 def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
-    """diffusers' attention with the backend that was chosen for `attn`: [B, S, H * d]."""
+    """diffusers' attention with the backend that was chosen for `attn`: [B, S, H * d].
+
+    Raises:
+        Unfit: a processor of the user's would not be called.
+    """
     processor, library = attn.processor, sys.modules[DISPATCH]
+    if not is_library(type(processor)):
+        raise Unfit(f"the attention processor {type(processor).__name__} is not diffusers'")
+    code = getattr(inspect.unwrap(type(processor).__call__), "__code__", None)
+    if code is not None and "scaled_dot_product_attention" in code.co_names:
+        return partial(attend_directly, mask=mask)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         run = partial(
@@ -146,8 +159,8 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,
-            backend=processor._attention_backend,
-            parallel_config=processor._parallel_config,
+            backend=getattr(processor, "_attention_backend", None),
+            parallel_config=getattr(processor, "_parallel_config", None),
         )
 
         return attending.attend(run, q, partial(_setting, library, processor)).flatten(2, 3)
@@ -155,12 +168,20 @@ def dispatch(attn: Any, mask: Tensor | None = None) -> Attend:
     return attend
 
 
+def attend_directly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """scaled_dot_product_attention of [B, S, H, d] each: [B, S, H * d]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = attending.attend(partial(F.scaled_dot_product_attention, q, k, v, mask), q)
+    return out.transpose(1, 2).flatten(2)
+
+
 def _setting(library: Any, processor: Any) -> str | None:
     """By what setting diffusers calls something else than plain scaled_dot_product_attention."""
-    if processor._parallel_config is not None:
+    if getattr(processor, "_parallel_config", None) is not None:
         return "a parallel_config"
     active, _ = library._AttentionBackendRegistry.get_active_backend()
-    name = library.AttentionBackendName(processor._attention_backend or active).value
+    chosen = getattr(processor, "_attention_backend", None)
+    name = library.AttentionBackendName(chosen or active).value
     return None if name == "native" else f"the attention backend {name!r}"
 
 

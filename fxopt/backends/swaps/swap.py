@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,3 +133,45 @@ class Family:
 
     classes: tuple[str, ...]
     swap: Swap
+
+
+@dataclass(frozen=True)
+class Form:
+    """A swap for blocks of diffusers that are made of `parts`, whatever their class.
+
+    parts: names of all children and of all parameters of the block's own, apart by spaces.
+    """
+
+    parts: str
+    swap: Swap
+
+    def fits(self, module: nn.Module, forward: Any) -> bool:
+        """Whether `module` has the parts, and a `forward` that is the library's."""
+        parts = {n for n, p in module._parameters.items() if p is not None}
+        parts.update(name for name, _ in module.named_children())
+        return parts == set(self.parts.split()) and is_library(forward)
+
+
+def is_library(code: Any) -> bool:
+    """Whether a function or class is of diffusers, and not of who uses it."""
+    return str(code.__module__).partition(".")[0] == "diffusers"
+
+
+# What constructors of blocks are given, for the narrowest block.
+SIZES = {
+    "dim": 64,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "ffn_dim": 96,
+    "mlp_ratio": 4.0,
+    "time_embed_dim": 48,
+    "added_kv_proj_dim": None,
+}
+
+
+def narrow(block: nn.Module, **options: Any) -> nn.Module:
+    """A narrow block of the same class, by the names that its constructor gives to sizes."""
+    names = inspect.signature(type(block).__init__).parameters  # FSDP2 wraps the class
+    given = {name: value for name, value in (SIZES | options).items() if name in names}
+    return type(block)(**given)
