@@ -47,24 +47,41 @@ def name_linear_with_bias(
     with graph.inserting_before(node):
         weight = call(graph, node, aten.transpose.int, factor, 0, 1)
     node.target, node.args = ir.LINEAR, (rows, weight, bias)
-    x = rows.args[0] if ir.is_call(rows, *RESHAPES) else rows
+    flat = _behind_casts(rows)  # autocast casts the rows
+    casts = _casts(rows)
+    if not ir.is_call(flat, *RESHAPES) or any(cast.kwargs for cast in casts):
+        return
+    x: fx.Node = flat.args[0]
     whole = (*ir.shape(x)[:-1], ir.shape(factor)[1])
     is_flat = ir.same(ir.shape(x)[-1:], ir.shape(rows)[-1:]) and _is_contiguous(x)
-    same_mode = len({modes[n] for n in (rows, node, *node.users)}) == 1
-    if x is rows or not is_flat or not same_mode:
+    same_mode = len({modes[n] for n in (flat, *casts, node, *node.users)}) == 1
+    if not (is_flat and same_mode):
         return
-    if all(ir.is_call(u, *RESHAPES) and ir.same(ir.shape(u), whole) for u in node.users):
+    if node.users and all(
+        ir.is_call(u, *RESHAPES) and ir.same(ir.shape(u), whole) for u in node.users
+    ):
         with graph.inserting_before(node):
-            linear = call(graph, node, ir.LINEAR, x, weight, bias)
+            for cast in reversed(casts):
+                x = call(graph, cast, cast.target, x, *cast.args[1:])
+        node.args = (x, weight, bias)
+        node.meta["val"] = next(iter(node.users)).meta["val"]
         for view in list(node.users):
-            view.replace_all_uses_with(linear)
+            view.replace_all_uses_with(node)
             graph.erase_node(view)
 
 
-def _behind_casts(node: fx.Node) -> fx.Node:
+def _casts(node: fx.Node) -> list[ir.Call]:
+    """Those that make `node` of something, the last one first."""
+    found = []
     while ir.is_call(node, *ir.CASTS):
+        found.append(node)
         node = node.args[0]
-    return node
+    return found
+
+
+def _behind_casts(node: fx.Node) -> fx.Node:
+    casts = _casts(node)
+    return casts[-1].args[0] if casts else node
 
 
 def _is_contiguous(x: fx.Node) -> bool:

@@ -108,8 +108,8 @@ def test_another_product_is_none(name: str):
 
 
 def by_rows(m, x: Tensor) -> Tensor:
-    """GPT-2, which stores its weights [in, out]."""
-    rows = torch.addmm(m.b, x.view(-1, x.shape[-1]), m.w)
+    """GPT-2, which stores its weights [in, out]; autocast casts the rows."""
+    rows = torch.addmm(m.b, x.view(-1, x.shape[-1]).to(m.w.dtype), m.w)
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
@@ -119,8 +119,21 @@ def test_a_product_of_rows_with_a_stored_transpose_is_a_linear():
         found.code(),
         """\
 transpose_int = aten.transpose.int(p_w, 0, 1)
-linear = aten.linear(inputs_0, transpose_int, p_b)
-return (linear,)""",
+addmm = aten.linear(inputs_0, transpose_int, p_b)
+return (addmm,)""",
+    )
+
+
+def test_rows_that_are_cast_and_views_that_do_nothing():
+    parameters = {"w": normal(D, 6, dtype=torch.double), "b": normal(6, dtype=torch.double)}
+    found = canonical(lambda m, x: by_rows(m, x).view(2, -1, 6), normal(2, 5, D), **parameters)
+    assert_expected_inline(
+        found.code(),
+        """\
+transpose_int = aten.transpose.int(p_w, 0, 1)
+to_dtype = aten.to.dtype(inputs_0, float64)
+addmm = aten.linear(to_dtype, transpose_int, p_b)
+return (addmm,)""",
     )
 
 
