@@ -71,12 +71,13 @@ def _run(module: nn.Module, forward: Callable[..., Any], call: Call, reads: Read
     ]
     copies = [copied(v) if isinstance(v, Tensor) else v for v in copies]  # no leaves, for writes
     arguments = call.arguments(copies)
+    given = pytree.tree_structure(arguments)  # a torch.Size comes out of its leaves as a tuple
     with same_attributes(module), on_copies(module), recording(module, reads):
         args, kwargs = arguments
         forward(*args, **kwargs)
     reads.undo()
     leaves, spec = pytree.tree_flatten(arguments)
-    if spec != call.spec or any(a is not b for a, b in zip(leaves, copies, strict=True)):
+    if spec != given or any(a is not b for a, b in zip(leaves, copies, strict=True)):
         raise CannotCapture(WRITTEN)
 
 

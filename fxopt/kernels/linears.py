@@ -144,7 +144,7 @@ def parameter_gradients(
             continue
         grad_TN, whole = flat(grad), stop - start == weights[i].shape[0]
         if needs[i] and whole and dweights[i] is None:
-            dweights[i] = grad_TN.t() @ flat(x)
+            dweights[i] = _weight_gradient(grad_TN, flat(x), weights[i])
         elif needs[i] and not whole:
             dweight = _buffer(dweights, i, weights[i], pieces, grads)
             torch.mm(grad_TN.t(), flat(x), out=dweight[start:stop])
@@ -154,6 +154,16 @@ def parameter_gradients(
             dbias = _buffer(dbiases, i, weights[i][:, 0], pieces, grads)
             torch.sum(grad_TN, 0, out=dbias[start:stop])
     return [*dweights, *dbiases]
+
+
+def by_input(weight: Tensor) -> bool:
+    """Whether a weight is the view [N, K] of a parameter that is stored [K, N]."""
+    return weight.stride(0) == 1 and weight.stride(1) != 1
+
+
+def _weight_gradient(grad_TN: Tensor, x_TK: Tensor, weight: Tensor) -> Tensor:
+    """[N, K], in memory as the weight is: autograd copies gradients that are not."""
+    return (x_TK.t() @ grad_TN).t() if by_input(weight) else grad_TN.t() @ x_TK
 
 
 def _together(
@@ -166,7 +176,7 @@ def _together(
     """Gradients of weights of whole linears whose outputs' gradients are a stack: one product."""
     found: list[Tensor | None] = [None] * len(weights)
     wholes = [
-        grad if needs[i] and stop - start == len(weights[i]) else None
+        grad if needs[i] and stop - start == len(weights[i]) and not by_input(weights[i]) else None
         for grad, (i, start, stop) in zip(grads, pieces, strict=True)
     ]
     for members, stack in stacks(wholes):

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from fxopt.passes import ir
 from fxopt.passes.grad_modes import grad_modes
 from fxopt.passes.ir import aten
+from fxopt.passes.name_linears import name_linear, name_linear_with_bias
 from fxopt.passes.returned_pieces import WERE_SLICES, returned_nodes
 from fxopt.passes.slice_writes import call, join_write, join_writes
 
@@ -63,7 +64,9 @@ def _simplify(graph: fx.Graph, node: fx.Node, modes: Mapping[fx.Node, bool | Non
     if node.target in (aten.type_as.default, aten.to.other):
         _read_dtype_off(node)
     if ir.is_call(node, aten.matmul.default, aten.mm.default):
-        _name_linear(graph, node)
+        name_linear(graph, node)
+    elif ir.is_call(node, aten.addmm.default):
+        name_linear_with_bias(graph, node, modes)
     if node.target in METADATA_CHECKS:
         graph.erase_node(node)
     elif node.target in IDENTITIES:
@@ -96,29 +99,6 @@ SYNONYMS: dict[Any, Any] = {
     aten.swapdims.default: aten.transpose.int,
     aten.true_divide.Tensor: aten.div.Tensor,
 }
-
-
-def _name_linear(graph: fx.Graph, node: ir.Call) -> None:
-    """Call x @ W.T a linear, as which it runs, where W or what it is cast from is an input."""
-    x, factor = node.args
-    swap = factor
-    while ir.is_call(swap, *ir.CASTS):
-        swap = swap.args[0]
-    if not ir.is_call(swap, *TRANSPOSES) or len(ir.shape(x)) < 2 or len(ir.shape(swap)) != 2:
-        return
-    weight = swap.args[0]
-    before, after = ir.tensor(weight), ir.tensor(swap)
-    assert before is not None and after is not None
-    swapped = before.shape[::-1], before.stride()[::-1]
-    if weight.op != "placeholder" or not all(map(ir.same, swapped, (after.shape, after.stride()))):
-        return
-    if swap is not factor:
-        with graph.inserting_before(node):
-            weight = call(graph, factor, aten.transpose.int, factor, 0, 1)
-    node.target, node.args = ir.LINEAR, (x, weight)
-
-
-TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 
 
 def _source(node: fx.Node) -> fx.Node | None:

@@ -232,7 +232,7 @@ def _parts(value: torch.Tensor) -> Iterator[tuple[Step, ...]]:
 def _layouts(value: torch.Tensor, width: int, num_heads: int) -> Iterator[tuple[Step, ...]]:
     """Views that bring a table to four dims."""
     rank = value.dim()
-    if value.shape[-1] == num_heads * width and rank <= 3:
+    if 1 <= rank <= 3 and value.shape[-1] == num_heads * width:
         lead = ((aten.unsqueeze.default, (0,)),) * (3 - rank)
         yield (*lead, (aten.unflatten.int, (-1, [num_heads, width])))
     if rank == 2:

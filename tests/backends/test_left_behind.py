@@ -305,3 +305,16 @@ def test_a_parameter_is_written_once_a_call() -> None:
         eager(tokens())
         for p, q in zip(model.parameters(), eager.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+class TakesSizes(Block):
+    """BEiT's are told how many patches there are, and write nothing."""
+
+    def forward(self, x_BSC: Tensor, sizes: torch.Size) -> Tensor:
+        return super().forward(x_BSC) * sizes[0]
+
+
+def test_sizes_are_no_list_that_is_written() -> None:
+    model = fxopt.optimize(nn.ModuleDict({"blocks": nn.ModuleList([TakesSizes()])}))
+    model["blocks"][0](tokens(), tokens().shape[1:])
+    assert captures(model) == 1

@@ -107,6 +107,69 @@ def test_another_product_is_none(name: str):
     assert torch.ops.aten.linear.default not in [n.target for n in found.plan.gm.graph.nodes]
 
 
+def by_rows(m, x: Tensor) -> Tensor:
+    """GPT-2, which stores its weights [in, out]; autocast casts the rows."""
+    rows = torch.addmm(m.b, x.view(-1, x.shape[-1]).to(m.w.dtype), m.w)
+    return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+def test_a_product_of_rows_with_a_stored_transpose_is_a_linear():
+    found = canonical(by_rows, normal(2, 5, D), w=normal(D, 6), b=normal(6))
+    assert_expected_inline(
+        found.code(),
+        """\
+transpose_int = aten.transpose.int(p_w, 0, 1)
+addmm = aten.linear(inputs_0, transpose_int, p_b)
+return (addmm,)""",
+    )
+
+
+def test_rows_that_are_cast_and_views_that_do_nothing():
+    parameters = {"w": normal(D, 6, dtype=torch.double), "b": normal(6, dtype=torch.double)}
+    found = canonical(lambda m, x: by_rows(m, x).view(2, -1, 6), normal(2, 5, D), **parameters)
+    assert_expected_inline(
+        found.code(),
+        """\
+transpose_int = aten.transpose.int(p_w, 0, 1)
+to_dtype = aten.to.dtype(inputs_0, float64)
+addmm = aten.linear(to_dtype, transpose_int, p_b)
+return (addmm,)""",
+    )
+
+
+def to_heads(m, x: Tensor) -> Tensor:
+    return torch.addmm(m.b, x.view(-1, D), m.w).view(*x.shape[:-1], 2, 3)
+
+
+ROWS = {
+    "views to something else": to_heads,
+    "of another order": lambda m, x: by_rows(m, x.transpose(0, 1).clone().transpose(0, 1)[:, 0]),
+    "a weight that was cast": lambda m, x: torch.addmm(m.b.double(), x[0].double(), m.w.double()),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_views_stay_where_they_are_no_linears_own(name: str):
+    found = canonical(ROWS[name], normal(2, 5, D), w=normal(D, 6), b=normal(6))
+    (linear,) = found.plan.gm.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linear.default
+    )
+    assert linear.args[0].meta["val"].dim() == 2
+
+
+SUMS = {
+    "scaled": lambda m, x: torch.addmm(m.b, x[0], m.w, beta=2),
+    "a bias per row": lambda m, x: torch.addmm(m.c, x[0], m.w),
+    "what was computed": lambda m, x: torch.addmm(m.b, x[0], m.w.sin()),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_another_sum_is_no_linear(name: str):
+    found = canonical(SUMS[name], normal(2, 5, D), w=normal(D, 6), b=normal(6), c=normal(5, 6))
+    assert torch.ops.aten.linear.default not in [n.target for n in found.plan.gm.graph.nodes]
+
+
 def test_one_computation_is_done_once():
     found = canonical(lambda m, x: (x.exp() + 1) * (x.exp() + 1), normal(2, 5, D))
     assert_expected_inline(

@@ -180,3 +180,29 @@ def test_a_normed_tensor_with_another_user_declines_with_the_reason():
 
 def test_compilers_do_this_themselves():
     assert not RULES["merge_linears"].compiled
+
+
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """transformers' Conv1D."""
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def gpt2(m, x: Tensor) -> Tensor:
+    q, k, v = by_rows(F.layer_norm(x, (D,), m.norm, m.shift), m.qkv, m.qkv_bias).chunk(3, -1)
+    return by_rows(F.gelu(q * k + v, approximate="tanh"), m.out, m.out_bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_stored_the_other_way_round(dtype: torch.dtype):
+    shapes = {"norm": (D,), "shift": (D,), "qkv": (D, 3 * D), "qkv_bias": (3 * D,)}
+    shapes |= {"out": (D, F_), "out_bias": (F_,)}
+    parameters = {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()}
+    found = rewritten(gpt2, normal(2, 5, D, dtype=dtype), **parameters)
+    assert found.count("norm_modulate") + found.count("gated_activation") == 2
+    assert found.count("merge_linears") == 2
+    found.assert_as_accurate(normal(3, 4, D, dtype=dtype))
+    # Autograd copies a gradient that does not lie in memory as its parameter does.
+    weights = [found.module.qkv, found.module.out]
+    out = found(normal(3, 4, D, dtype=dtype))
+    for grad, weight in zip(torch.autograd.grad(out.sum(), weights), weights, strict=True):
+        assert grad.stride() == weight.stride()

@@ -566,3 +566,17 @@ def test_a_softmax_over_something_else_is_left_alone():
 
     found = rewritten(forward, normal(2, 5, D), *tables(5), **projections())
     assert not found.count("qk_norm_rope") and not found.reasons("qk_norm_rope")
+
+
+def test_a_single_number_is_no_table():
+    """DeBERTa divides its queries by a tensor without dims."""
+
+    def forward(m, x: Tensor, size: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, w)).transpose(1, 2) for w in (m.q, m.k, m.v))
+        return F.scaled_dot_product_attention(q / size, k, v)
+
+    found = rewritten(forward, normal(2, 5, D), torch.tensor(2.0), **projections())
+    assert found.count("qk_norm_rope") == 0
+    assert found.reasons("qk_norm_rope") == [
+        "queries: what stands between the norm and attention is no known rotation"
+    ]

@@ -96,6 +96,17 @@ def test_sizes_that_no_unit_takes() -> None:
     assert found.reasons("quantized_linear") == [rule.SIZES.format("20 and 24")]
 
 
+def test_weights_that_are_stored_the_other_way_round() -> None:
+    """GPT-2: their codes would be those of a copy."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return torch.addmm(m.b, x.view(-1, WIDTH), m.w).view(*x.shape[:-1], 48)
+
+    bias = normal(48).detach()
+    found = rewritten(forward, normal(2, 7, WIDTH), w=weight(WIDTH, 48), b=bias)
+    assert found.reasons("quantized_linear") == [rule.STORED]
+
+
 def test_float64_is_left_alone() -> None:
     x = normal(2, 7, WIDTH, dtype=torch.float64)
     found = rewritten(lambda m, x: F.linear(x, m.w), x, w=weight().double())

@@ -60,6 +60,13 @@ def has_matrix(linear: fx.Node) -> bool:
     return len(ir.shape(weight)) == 2
 
 
+def is_stored_by_output(linear: fx.Node) -> bool:
+    """Whether its weight lies in memory as [out, in]: what reads weights itself wants it so."""
+    weight = ir.tensor(linear.args[1])
+    assert weight is not None
+    return weight.is_contiguous()
+
+
 def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
     """Arguments of the norm_modulate that makes `y`, if one does or could."""
     if ir.is_call(y, operator.getitem) and y.args[1] == 0 and ir.is_call(y.args[0], norm_modulate):

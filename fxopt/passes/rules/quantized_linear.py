@@ -26,7 +26,7 @@ from fxopt.passes import ir
 from fxopt.passes.ir import aten
 from fxopt.passes.lookup import LOOKUPS, POINTWISE
 from fxopt.passes.rule import Binding, Call, Reason, Rule
-from fxopt.passes.rules.merge_linears import split_outputs
+from fxopt.passes.rules.merge_linears import is_stored_by_output, split_outputs
 from fxopt.recipes import Recipe
 
 PER_SAMPLE = "its input is one row per sample, not per token: a modulation or an embedding"
@@ -34,6 +34,7 @@ MODULATES = "its result only scales, shifts or gates: a modulation"
 OUTSIDE = "it stands outside the repeated blocks: an embedder or the final projection"
 KEPT = "the recipe keeps it in the model's dtype"
 SIZES = f"its {{}} features are no multiple of {MULTIPLE}, which the matrix units need"
+STORED = "its weight is stored as [in, out]; codes are made of one stored as [out, in]"
 FLOAT64 = "float64 is for measuring: it is not quantized"
 REMEDY = "it stays in the model's own dtype"
 REGARDLESS = 'Recipe(profit="always") quantizes it all the same'
@@ -108,6 +109,8 @@ def reasons(recipe: Recipe, block: str | None, linear: fx.Node) -> list[str]:
     uneven = [s for s in ir.shape(weight) if not isinstance(s, int) or s % MULTIPLE]
     if uneven or len(ir.shape(weight)) != 2:
         found.append(SIZES.format(" and ".join(map(str, uneven))))
+    if not is_stored_by_output(linear):
+        found.append(STORED)
     if ir.dtype(x) == torch.float64:
         found.append(FLOAT64)
     return found
