@@ -14,7 +14,7 @@ from torch import fx
 
 from fxopt.kernels.gated_activation import gated_activation
 from fxopt.kernels.gated_activation_linear import gated_activation_linear
-from fxopt.kernels.linears import linears
+from fxopt.kernels.linears import by_input, linears
 from fxopt.kernels.norm_modulate import norm_modulate
 from fxopt.kernels.norm_modulate_linears import norm_modulate_linears
 from fxopt.kernels.norm_modulate_segments import norm_modulate_segments
@@ -61,10 +61,11 @@ def has_matrix(linear: fx.Node) -> bool:
 
 
 def is_stored_by_output(linear: fx.Node) -> bool:
-    """Whether its weight lies in memory as [out, in]: what reads weights itself wants it so."""
+    """Whether its weight is not a view of one stored [in, out]: what reads weights itself wants
+    rows."""
     weight = ir.tensor(linear.args[1])
     assert weight is not None
-    return weight.is_contiguous()
+    return not by_input(weight)
 
 
 def norm_operands(y: fx.Node) -> tuple[Any, ...] | None:
