@@ -15,7 +15,7 @@ from fxopt.backends.eager import swap
 from fxopt.backends.swaps.fused import counting
 from tests.backends.swapping import COUNTS, expected
 from tests.backends.test_rotary_models import cogview4, cogview4_inputs
-from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, grid, num_text, seeded
+from tests.families import HEAD_DIM, WIDTH, Draw, Inputs, grid, num_text, seeded, wan_inputs
 from tests.numerics import Judge, run
 
 HEADS = {"num_attention_heads": WIDTH // HEAD_DIM, "attention_head_dim": HEAD_DIM}
@@ -46,19 +46,9 @@ def chroma_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
     }
 
 
-def video_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
-    draw = Draw(batch, size, dtype)
-    return {
-        "hidden_states": draw.latents(4, 3),
-        "timestep": (1000 * draw.timestep()).long(),
-        "encoder_hidden_states": draw.text(24),
-        "return_dict": False,
-    }
-
-
 def forcing_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
     """Another time for each frame."""
-    inputs = video_inputs(batch, size, dtype)
+    inputs = wan_inputs(batch, size, dtype)
     timestep = inputs["timestep"][:, None] + torch.arange(3)
     return inputs | {"timestep": timestep, "enable_diffusion_forcing": True}
 
@@ -102,7 +92,7 @@ def cogvideox_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
 
 def cosmos_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
     draw = Draw(batch, size, dtype)
-    return video_inputs(batch, size, dtype) | {"timestep": draw.timestep(), "fps": 24}
+    return wan_inputs(batch, size, dtype) | {"timestep": draw.timestep(), "fps": 24}
 
 
 def ltx2_inputs(batch: int, size: int, dtype: torch.dtype) -> Inputs:
@@ -162,7 +152,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Callable[..., Inputs], dict[str,
         chroma_inputs,
         expected(16, 8, 7, 17, fuse_bias=17, merge_streams=8),  # one MLP in the approximator
     ),
-    "skyreels": (skyreels, video_inputs, COUNTS["wan"]),
+    "skyreels": (skyreels, wan_inputs, COUNTS["wan"]),
     "skyreels, times of frames": (skyreels, forcing_inputs, COUNTS["wan"]),
     "wan of images": (
         OfImage,
