@@ -36,9 +36,9 @@ def activation(module: nn.Module) -> str:
     return name
 
 
-def feed_forward(ff: nn.Module) -> Mlp:
+def feed_forward(ff: Any) -> Mlp:
     """diffusers' FeedForward: `net` is projection with activation, dropout, linear."""
-    first, dropout, out, *last = ff.net  # type: ignore[misc]
+    first, dropout, out, *last = ff.net
     if any(m.p > 0 for m in last):
         raise Unfit("a dropout with p > 0 stands behind the MLP")
     packing = "up_gate" if out.in_features * 2 == first.proj.out_features else "none"
