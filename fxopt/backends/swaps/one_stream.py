@@ -52,18 +52,14 @@ def _read_angles(angles: Tensor, _: int) -> Rotation:
     return Rotation("half", "channels", angles.cos(), angles.sin())
 
 
-def _draw_pairs(draw: Draw, length: int, _: int, head_dim: int) -> tuple[Tensor, ...]:
-    tables = draw.tables(1, length, 1, head_dim // 2)
-    return tuple(t.repeat_interleave(2, -1) for t in tables)
-
-
 SPELLINGS = {
     "neighbours": Spelling(lambda t, _: flux.tables(t), lambda draw, s, h, d: draw.tables(s, d)),
     "halves": Spelling(_read_halves, lambda draw, s, h, d: draw.tables(s, d)),
-    "pairs": Spelling(lambda t, _: wan.tables(t), _draw_pairs),
+    "pairs": Spelling(
+        lambda t, _: wan.tables(t), lambda draw, s, h, d: wan.draw_tables(draw, s, d)
+    ),
     "joined pairs": Spelling(
-        lambda t, _: wan.tables(t),
-        lambda *sizes: torch.cat([t.squeeze(2) for t in _draw_pairs(*sizes)], -1),
+        lambda t, _: wan.tables(t), lambda draw, s, h, d: wan.draw_tables(draw, s, d, joined=True)
     ),
     "neighbours by head": Spelling(ltx.tables, lambda draw, s, h, d: draw.tables(draw.B, s, h * d)),
     "halves by head": Spelling(

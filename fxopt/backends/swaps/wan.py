@@ -124,22 +124,20 @@ def draw_keys(attn: Any, draw: Draw, width: int) -> Tensor:
     return draw.normal(draw.B, draw.T + has_image * LENGTH_OF_TEXT, width)
 
 
-def draw_tables(draw: Draw, head_dim: int) -> tuple[Tensor, Tensor]:
-    cos, sin = (t.repeat_interleave(2, -1) for t in draw.tables(1, draw.S, 1, head_dim // 2))
-    return cos, sin
+def draw_tables(draw: Draw, length: int, head_dim: int, *, joined: bool = False) -> Rotary:
+    """As `tables` reads them, of `length` tokens."""
+    cos, sin = (t.repeat_interleave(2, -1) for t in draw.tables(1, length, 1, head_dim // 2))
+    return torch.cat([cos, sin], -1).squeeze(2) if joined else (cos, sin)
 
 
 def _examples(*, joined: bool = False, dim: int = 2) -> Callable[[Any, Draw], Iterator[Arguments]]:
     def examples(block: Any, draw: Draw) -> Iterator[Arguments]:
         attn = block.attn1
         width, head_dim = attn.inner_dim, attn.inner_dim // attn.heads
-        rotary: Any = draw_tables(draw, head_dim)
-        if joined:
-            rotary = torch.cat([t.squeeze(2) for t in rotary], -1)
         arguments = {
             **draw_streams(draw, width),
             "encoder_hidden_states": draw_keys(block.attn2, draw, width),
-            "rotary_emb": rotary,
+            "rotary_emb": draw_tables(draw, draw.S, head_dim, joined=joined),
         }
         per_token = draw.normal(draw.B, draw.S, 6, width)
         tembs = per_token.movedim(2, dim).contiguous(), draw.normal(draw.B, 6, width)
