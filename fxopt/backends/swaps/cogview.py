@@ -35,9 +35,11 @@ def block(
     attention_mask: Tensor | None = None,
     *,
     modulated: Callable[[Any, Tensor], Modulated],
+    end: Callable[[list[Ending]], tuple[Tensor, Tensor]],
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """modulated: modulations and norms of both streams. kind: of the rotation."""
+    """modulated: modulations and norms of both streams. end: runs what is behind attention, of text
+    and image, and gives image and text. kind: of the rotation."""
     modulations, norms = modulated(block, temb)
     xs = encoder_hidden_states, hidden_states
     ys = [
@@ -55,16 +57,7 @@ def block(
         Ending(x, Branch(out), parts[2:], norm, mlp)
         for x, out, parts, (_, norm) in zip(xs, attended, modulations, norms, strict=True)
     ]
-    if modulated is by_turns:
-        image, text = finish(*rest[::-1])
-        return image, text
-    normed, hs = zip(*(e.normed().value() for e in rest), strict=True)
-    y = torch.cat(normed, 1)
-    mlp = mlp.holding(y)
-    out = mlp(project(y, *mlp.inputs)).split(lengths, 1)
-    gates = [parts[5] for parts in modulations]
-    text, image = merged.gated_residuals(hs, gates, [Branch(x) for x in out], [None, None])
-    return image, text
+    return end(rest)
 
 
 def attention(attn: Any, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
@@ -79,8 +72,7 @@ def attention(attn: Any, x: Tensor, rotation: Rotation | None, mask: Tensor | No
 
 
 def by_turns(block: Any, temb: Tensor) -> Modulated:
-    """CogView4: one linear makes a part for the image, then the same for the text, and so on; each
-    stream runs the MLP alone."""
+    """CogView4: one linear makes a part for the image, then the same for the text, and so on."""
     (whole,) = project(temb, block.norm1.linear)
     parts = whole.unsqueeze(1).chunk(12, -1)
     norms = (block.norm1.norm_context, block.norm2_context), (block.norm1.norm, block.norm2)
@@ -89,10 +81,27 @@ def by_turns(block: Any, temb: Tensor) -> Modulated:
 
 def by_branch(block: Any, temb: Tensor) -> Modulated:
     """CogVideoX: a linear for attention and one for the MLP, each first of the video; the streams
-    share norms and MLP."""
+    share norms."""
     before, behind = modulation(temb, (block.norm1.linear, 6), (block.norm2.linear, 6))
     norms = block.norm1.norm, block.norm2.norm
     return [before[3:] + behind[3:], before[:3] + behind[:3]], [norms, norms]
+
+
+def apart(rest: list[Ending]) -> tuple[Tensor, Tensor]:
+    """Each stream runs the MLP alone."""
+    image, text = finish(*rest[::-1])
+    return image, text
+
+
+def joined(rest: list[Ending]) -> tuple[Tensor, Tensor]:
+    """Both run the MLP at once."""
+    normed, hs = zip(*(e.normed().value() for e in rest), strict=True)
+    y = torch.cat(normed, 1)
+    mlp = rest[0].mlp.holding(y)
+    out = mlp(project(y, *mlp.inputs)).split([x.shape[1] for x in normed], 1)
+    gates = [e.modulation[3] for e in rest]
+    text, image = merged.gated_residuals(hs, gates, [Branch(x) for x in out], [None, None])
+    return image, text
 
 
 def weights(mask: Tensor, image: Tensor) -> Tensor:
@@ -127,14 +136,14 @@ def small(block: Any) -> nn.Module:
     )
 
 
-def _form(parts: str, modulated: Callable[[Any, Tensor], Modulated], kind: str) -> Form:
-    forward = partial(block, modulated=modulated, kind=kind)
+def _form(parts: str, modulated: Any, end: Any, kind: str) -> Form:
+    forward = partial(block, modulated=modulated, end=end, kind=kind)
     constants = ("image_rotary_emb", "attention_mask")
     swap = Swap(f"block {modulated.__name__}", forward, examples, small, constants)
     return Form(parts, swap)
 
 
 FORMS = (
-    _form("norm1 attn1 norm2 norm2_context ff", by_turns, "half"),
-    _form("norm1 attn1 norm2 ff", by_branch, "interleaved"),
+    _form("norm1 attn1 norm2 norm2_context ff", by_turns, apart, "half"),
+    _form("norm1 attn1 norm2 ff", by_branch, joined, "interleaved"),
 )
