@@ -61,8 +61,7 @@ def has_matrix(linear: fx.Node) -> bool:
 
 
 def is_stored_by_output(linear: fx.Node) -> bool:
-    """Whether its weight is not a view of one stored [in, out]: what reads weights itself wants
-    rows."""
+    """Whether its weight lies in memory as [out, in], not as a transposed view of [in, out]."""
     weight = ir.tensor(linear.args[1])
     assert weight is not None
     return not by_input(weight)
