@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fxopt.cost import BlockCost, Cost, Fp8BreakEven
 from fxopt.hardware import TARGETS
+from fxopt.kernels import cpp
 from fxopt.report import Applied, Attention, Declined, Report
 
 COST_COLUMNS = ("", "GEMM", "attention", "glue", "total", "glue bytes", "launches", "saved")
@@ -170,9 +171,12 @@ def totals_lines(report: Report) -> list[str]:
 def assumptions(report: Report) -> str:
     """What the times rest on, or what a report without times leaves open; "" if nothing."""
     if not report.blocks and any(a.provider == "native" for a in report.applied):
+        reason = cpp.why_not()
+        around = "loops in C++, in fp32, or ATen" if reason is None else f"ATen ({reason})"
         return (
-            "On this device the fused ops are Python around ATen. They keep less for backward, but "
-            "a small step takes longer than PyTorch's own: time yours with `fxopt bench`."
+            f"On this device the fused ops are Python around {around}. They keep less for "
+            "backward, but a small step may take longer than PyTorch's own: time yours with `fxopt "
+            "bench`."
         )
     if not report.blocks or report.target not in TARGETS:
         return ""

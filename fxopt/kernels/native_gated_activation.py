@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fxopt.kernels import cpp_gated_activation as loops
 from fxopt.kernels import saving
 from fxopt.kernels.registration import opmath_of
 
@@ -35,6 +36,10 @@ def native(
     gate_bias: Tensor | None = None,
 ) -> Tensor:
     require_one(up, gate_bias)
+    if loops.applies(activation, gate, up, gate_bias) and _is_simple(gate_bias, packing):
+        y = output(gate, up, activation, packing, gate_bias)
+        loops.forward(*halves(gate, up, packing), gate_bias, activation, y)
+        return y
     if _takes_bias(gate, gate_bias, activation, packing):
         return _gelu_tanh(gate, gate_bias)
     if gate_bias is not None:
@@ -57,6 +62,12 @@ def native_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_one(up, gate_bias)
     args = activation, packing, recompute
+    if loops.applies(activation, grad, gate, up, gate_bias) and _is_simple(gate_bias, packing):
+        outputs = outputs_backward(grad, gate, up, *args, gate_bias, needs_bias)
+        inputs, grads, y = split_backward(gate, up, packing, outputs, recompute)
+        dbias = outputs[3] if needs_bias else None
+        loops.backward((grad, *inputs), gate_bias, activation, grads, y, dbias)
+        return outputs
     if _takes_bias(gate, gate_bias, activation, packing):
         dgate, dup, value, dbias = outputs_backward(grad, gate, None, *args)
         _gelu_tanh_backward(grad, gate, dgate, value if recompute else None, gate_bias)
@@ -82,6 +93,11 @@ def native_backward(
         if y is not None:
             y.mul_(u)
     return outputs
+
+
+def _is_simple(bias: Tensor | None, packing: str) -> bool:
+    """Whether there is no bias but that of a gate alone."""
+    return bias is None or (packing == "none" and bias.is_contiguous())
 
 
 def _takes_bias(gate: Tensor, bias: Tensor | None, activation: str, packing: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxopt.kernels import cpp_norm_modulate as loops
 from fxopt.kernels.counters import raise_to
 from fxopt.kernels.registration import in_dtype, opmath_of
 
@@ -79,9 +80,16 @@ def forward(
     scale_offset: float,
     h_dtype: torch.dtype,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if x.numel() == 0:
         return outputs(x, residual, norm, h_dtype, dtype)
+    operands, constants = (gate, weight, bias, scale, shift, x_bias), (weight_offset, scale_offset)
+    found = loops.forward(
+        (x, residual, *operands, norm, eps, *constants, h_dtype, dtype),
+        lambda: outputs(x, residual, norm, h_dtype, dtype),
+    )
+    if found is not None:
+        return found
     opmath = opmath_of(x, h_dtype, dtype)
     h = None
     if residual is not None:
@@ -159,6 +167,14 @@ def backward(
     if h.numel() == 0:
         empty = outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute)
         return tuple(t.zero_() for t in empty)
+    settings = norm, weight_offset, scale_offset, dtype, needs, recompute
+    made = loops.backward(
+        (grad_y, grad_h, h, x, *operands, mean, rstd, *settings),
+        wants,
+        lambda: outputs_backward(grad_y, h, x, operands, wants, dtype, needs, recompute),
+    )
+    if made is not None:
+        return made
     dh = dx = dgate = dx_bias = y = room = None
     daffine: Sequence[Tensor | None] = [None] * 4
     dvalue = None if grad_h is None else in_dtype(grad_h, opmath)

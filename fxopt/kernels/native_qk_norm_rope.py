@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.kernels import cpp_qk_norm_rope as loops
 from fxopt.kernels.qk_norm_rope import outputs
 from fxopt.kernels.qk_norm_rope_arguments import (
     Arguments,
@@ -34,6 +35,10 @@ def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope`: [*outs, mean, rstd]."""
     a = Arguments(*args)
     outs, mean, rstd = outputs(a)
+    if loops.applies(a):
+        for s, mean_s, rstd_s in _sections(a, mean, rstd):
+            loops.forward(a, s, _own_rows(outs, s), mean_s, rstd_s)
+        return [*outs, mean, rstd]
     math, rotations = a.math, _rotations(a, is_transposed=False)
     for s, mean_s, rstd_s in _sections(a, mean, rstd):
         v_BSGN, is_own = _normed_values(a, s, math)
@@ -67,10 +72,16 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward`."""
     a, mean, rstd, needs = split_backward_arguments(args)
     math, rotations = a.math, _rotations(a, is_transposed=True)
+    has_loops = loops.applies(a, *grads)
     found: list[Tensor | None] = [None] * len(needs)
     for i, (s, mean_s, rstd_s) in enumerate(_sections(a, mean, rstd)):
         needs_s = needs[i :: len(a.x)]
         if not any(needs_s):
+            continue
+        if has_loops:
+            found[i :: len(a.x)] = loops.backward(
+                a, s, _own_rows(grads, s), mean_s, rstd_s, needs_s
+            )
             continue
         g, rotate_into = in_dtype(_own_rows(grads, s), math), rotations(s)
         if rotate_into is not None:
