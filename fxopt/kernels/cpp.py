@@ -55,6 +55,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return compiled() is not None
 
 
+def have_shape(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    """Whether a loop that goes by `shape` stays inside of all that are not None."""
+    return all(t is None or t.shape == shape for t in tensors)
+
+
 def pointer(t: Tensor | None) -> int:
     """0 for none, and for one without elements, which stands for none."""
     return 0 if t is None else t.data_ptr()

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fxopt.kernels.cpp import ABSENT, Loop, Triple, is_plain, pointer
+from fxopt.kernels.cpp import ABSENT, Loop, Triple, have_shape, is_plain, pointer
 
 ACTIVATIONS = {"gelu_tanh": 0, "silu": 1}
 FORWARD = Loop("gated_activation", "3q3q3q2q")
 BACKWARD = Loop("gated_activation_backward", "3q3q3q3q3q3q3q")
 
 
-def applies(activation: str, *tensors: Tensor | None) -> bool:
-    """Whether the loops are for these."""
-    return activation in ACTIVATIONS and is_plain(*tensors)
+def applies(
+    activation: str,
+    packing: str,
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor | None = None,
+) -> bool:
+    """Whether the loops are for these: of biases, that of a gate alone."""
+    if activation not in ACTIVATIONS or not is_plain(gate, up, bias, grad):
+        return False
+    is_packed = packing != "none"
+    if bias is not None and (is_packed or not bias.is_contiguous()):
+        return False
+    num_features = gate.shape[-1] // 2 if is_packed else gate.shape[-1]
+    shape = (*gate.shape[:-1], num_features)
+    return have_shape(shape, up, grad) and have_shape(shape[-1:], bias)
 
 
 def forward(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.kernels.cpp import ABSENT, Loop, Triple, is_plain, pointer
+from fxopt.kernels.cpp import ABSENT, Loop, Triple, have_shape, is_plain, pointer
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 Allocate = Callable[[], tuple[Tensor, ...]]
@@ -25,7 +25,7 @@ def forward(args: Sequence[Any], outputs: Allocate) -> tuple[Tensor, ...] | None
     """y, h, mean and rstd of `norm_modulate`; None where these loops are not for its arguments."""
     x, residual, *operands, norm, eps, weight_offset, scale_offset, h_dtype, dtype = args
     is_fp32 = h_dtype == dtype == torch.float32
-    if not is_fp32 or not is_plain(x, residual, *operands):
+    if not (is_fp32 and is_plain(x, residual, *operands) and have_shape(x.shape, residual)):
         return None
     sizes = _sizes(x, operands)
     packed = None if sizes is None else _operands(operands, x, sizes[0])
@@ -47,11 +47,14 @@ def backward(
     (grad_y, grad_h, h, x), operands = tensors[:4], tensors[4:]
     if dtype is not torch.float32 or not is_plain(*tensors):
         return None
+    x = x if wants[0] else None
+    if not have_shape(h.shape, grad_y, grad_h, x) or (wants[0] and x is None):
+        return None
     sizes = _sizes(h, operands)
     packed = None if sizes is None else _operands(operands, h, sizes[0])
     if sizes is None or packed is None:
         return None
-    read = grad_y, grad_h, h if norm != "none" else None, x if wants[0] else None
+    read = grad_y, grad_h, h if norm != "none" else None, x
     kept, found = [_strided(t) for t in read], outputs()
     num_features, rows = h.shape[-1], [field for t in kept for field in _rows(t, sizes)]
     dh, dx, dgate, dweight, dbias, dscale, dshift, dx_bias, y = found

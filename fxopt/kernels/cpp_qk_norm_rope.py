@@ -31,8 +31,27 @@ def applies(a: Arguments, *others: Tensor) -> bool:
     """Whether the loops are for these arguments and further tensors."""
     if a.dtype is not torch.float32 or not is_plain(*a.x, *a.x_bias, *a.weight, *a.bias, *others):
         return False
-    parameters = (*a.x_bias, *a.weight, *a.bias)
-    return all(t is None or t.is_contiguous() for t in parameters) and a.x[0].numel() > 0
+    return a.x[0].numel() > 0 and all(_stays_inside(a, s) for s in a.sections)
+
+
+def _stays_inside(a: Arguments, s: Section) -> bool:
+    """Whether parameters and tables are of the sizes by which a loop reads them; ATen says what is
+    wrong with others."""
+    batch, _, num_heads, head_dim = s.x_BSHd.shape
+    width, of_norm = num_heads * head_dim, num_heads * head_dim if a.across_heads else head_dim
+    for t, size in ((s.x_bias, width), (s.weight, of_norm), (s.bias, of_norm)):
+        if t is not None and (t.numel() != size or not t.is_contiguous()):
+            return False
+    if s.tables is None or a.rotation == "none":
+        return True
+    rows = rotated_rows(a, s)
+    sizes = batch, rows.stop - rows.start, num_heads
+    return all(
+        len(t.shape) <= 4
+        and t.shape[-1] == s.tables[0].shape[-1]
+        and all(n in (1, size) for n, size in zip(t.shape[-2::-1], sizes[::-1], strict=False))
+        for t in s.tables
+    )
 
 
 def forward(a: Arguments, s: Section, out: Tensor, mean: Tensor, rstd: Tensor) -> None:

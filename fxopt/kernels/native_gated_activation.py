@@ -36,7 +36,7 @@ def native(
     gate_bias: Tensor | None = None,
 ) -> Tensor:
     require_one(up, gate_bias)
-    if loops.applies(activation, gate, up, gate_bias) and _is_simple(gate_bias, packing):
+    if loops.applies(activation, packing, gate, up, gate_bias):
         y = output(gate, up, activation, packing, gate_bias)
         loops.forward(*halves(gate, up, packing), gate_bias, activation, y)
         return y
@@ -62,7 +62,7 @@ def native_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_one(up, gate_bias)
     args = activation, packing, recompute
-    if loops.applies(activation, grad, gate, up, gate_bias) and _is_simple(gate_bias, packing):
+    if loops.applies(activation, packing, gate, up, gate_bias, grad):
         outputs = outputs_backward(grad, gate, up, *args, gate_bias, needs_bias)
         inputs, grads, y = split_backward(gate, up, packing, outputs, recompute)
         dbias = outputs[3] if needs_bias else None
@@ -93,11 +93,6 @@ def native_backward(
         if y is not None:
             y.mul_(u)
     return outputs
-
-
-def _is_simple(bias: Tensor | None, packing: str) -> bool:
-    """Whether there is no bias but that of a gate alone."""
-    return bias is None or (packing == "none" and bias.is_contiguous())
 
 
 def _takes_bias(gate: Tensor, bias: Tensor | None, activation: str, packing: str) -> bool:

@@ -212,3 +212,21 @@ def test_what_has_no_values_of_its_own_is_not_read(calls: list[str]) -> None:
     for found, expected in zip(norm(negated), norm(-GATE), strict=True):
         torch.testing.assert_close(found, expected)
     assert calls == ["norm_modulate", "norm_modulate_backward"]  # of the second alone
+
+
+def test_sizes_that_do_not_fit_are_errors_of_aten() -> None:
+    """No loop reads past the end of what is too small."""
+    gate, settings = normal(2, 5, 8), ("gelu_tanh", "none")
+    with pytest.raises(RuntimeError, match="size"):
+        native_gated_activation.native(gate, None, *settings, normal(7))
+    constants = "rms", 1e-6, 0.0, 1.0, F32, F32
+    with pytest.raises(RuntimeError, match="size"):
+        native_norm_modulate.forward(gate, normal(2, 4, 8), *[None] * 6, *constants)
+    with pytest.raises(RuntimeError, match="size"):
+        native_norm_modulate.forward(gate, None, None, normal(7), *[None] * 4, *constants)
+    tables = [normal(4, 1, 8)]
+    inputs = [normal(2, 5, 1, 8)], *([None] for _ in range(3)), tables, tables
+    with pytest.raises(RuntimeError, match="size"):
+        native_qk_norm_rope.forward(
+            *inputs, [1], "rms", [1e-6], 0.0, False, "half", "channels", "all", F32
+        )
