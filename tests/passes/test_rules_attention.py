@@ -73,14 +73,11 @@ def test_bool_mask():
     assert_expected_inline(
         found.code(),
         """\
-div = aten.div.Tensor(inputs_0, 2.8284271247461903)
-m_t = aten.transpose.int(inputs_1, -2, -1)
-matmul = aten.matmul(div, m_t)
 bitwise_not = aten.bitwise_not(inputs_3)
-masked_fill = aten.masked_fill.Scalar(matmul, bitwise_not, -inf)
-softmax = aten.softmax.int(masked_fill, -1)
-matmul_1 = aten.matmul(softmax, inputs_2)
-return (matmul_1,)""",
+logical_not = aten.logical_not(bitwise_not)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(inputs_0, inputs_1, inputs_2,
+    logical_not, 0.0, False, scale = 0.35355339059327373, enable_gqa = False)
+return (scaled_dot_product_attention,)""",
     )
     found.assert_as_accurate(*qkv(2, 5), keep)
 
