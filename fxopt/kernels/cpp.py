@@ -65,7 +65,6 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-@functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The loops, compiled if they have not been; None if they cannot be."""
     return _compiled()[0]
