@@ -1,4 +1,4 @@
-"""Native provider of `fxopt::gated_activation`: ATen, block by block on a CPU.
+"""Native provider of `fxopt::gated_activation`: a loop, or ATen, block by block on a CPU.
 
 Shape legend: N rows (all leading dims), F features.
 """

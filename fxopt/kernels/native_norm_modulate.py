@@ -1,4 +1,4 @@
-"""`fxopt::norm_modulate` in plain ATen: the native provider, and shapes that providers share."""
+"""Native provider of `fxopt::norm_modulate`, in ATen where no loop applies, and shared shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native provider of `fxopt::qk_norm_rope`: the fewest ATen passes.
+"""Native provider of `fxopt::qk_norm_rope`: the fewest ATen passes, where no loop applies.
 
 Shape suffixes: B batch, S tokens of a section, H heads, d head dim, G groups that are normed (H, or
 1 across heads), N elements of such a group (d, or H*d).

@@ -1,8 +1,9 @@
 """How an fxopt op becomes a PyTorch op: schema, providers, fake, autograd, FLOPs.
 
 Every op has one semantic definition and several providers. The dispatcher picks the provider by
-device: `native` (plain ATen) everywhere, `triton` on CUDA where Triton is installed. Eager graphs,
-Dynamo and AOTAutograd all see the same `torch.ops.fxopt.<name>` overload.
+device: `native` (ATen, and loops in C++ for fp32 on a CPU) everywhere, `triton` on CUDA where
+Triton is installed. Eager graphs, Dynamo and AOTAutograd all see the same `torch.ops.fxopt.<name>`
+overload.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def register(
 
     Args:
         schema: ATen schema, `name(Tensor x, ...) -> ...`.
-        native: implementation in plain ATen, for every device.
+        native: implementation for every device: ATen, or loops of `csrc` where these apply.
         fake: shapes, dtypes and strides of the outputs; runs under FakeTensorMode.
         triton: implementation for CUDA, or None.
         function: autograd Function. Its forward receives the op's arguments as given and calls
