@@ -37,6 +37,7 @@ from fxopt.passes.canonicalize import canonicalize
 from fxopt.passes.choose_attention import choose_attention
 from fxopt.passes.kernel_scopes import keep_on_attentions
 from fxopt.passes.meter import Meter
+from fxopt.passes.past_dispatcher import past_dispatcher
 from fxopt.passes.returned_pieces import free_returned_pieces
 from fxopt.passes.rewriter import Outcome, rewrite
 from fxopt.passes.rule import Rule
@@ -194,7 +195,7 @@ def _capture(
         target = None if planned_for is None else planned_for.name
         outcome.attentions = choose_attention(gm, attention, target)
         return Plan(
-            run=without(call.autocast, gm.forward),
+            run=without(call.autocast, past_dispatcher(gm).forward),
             gm=gm,
             slots=slots,
             in_spec=call.spec,

@@ -16,6 +16,7 @@ from fxopt.kernels.qk_norm_rope_arguments import (
     Arguments,
     Section,
     math_tables,
+    num_groups_of,
     rotary_dim,
     rotated_rows,
 )
@@ -25,13 +26,14 @@ TABLES = {"channels": 0, "pairs": 1, "matrices": 2}
 SECTION = "6q2d4q3q5q5q5q"
 FORWARD = Loop("qk_norm_rope", f"{SECTION}4q2q")
 BACKWARD = Loop("qk_norm_rope_backward", f"{SECTION}4q2q4q")
+NUM_BYTES = 4  # of an element
 
 
-def applies(a: Arguments, *others: Tensor) -> bool:
+def applies(a: Arguments, sections: Sequence[Section], *others: Tensor) -> bool:
     """Whether the loops are for these arguments and further tensors."""
     if a.dtype is not torch.float32 or not is_plain(*a.x, *a.x_bias, *a.weight, *a.bias, *others):
         return False
-    return a.x[0].numel() > 0 and all(_stays_inside(a, s) for s in a.sections)
+    return a.x[0].numel() > 0 and all(_stays_inside(a, s) for s in sections)
 
 
 def _stays_inside(a: Arguments, s: Section) -> bool:
@@ -42,53 +44,64 @@ def _stays_inside(a: Arguments, s: Section) -> bool:
     for t, size in ((s.x_bias, width), (s.weight, of_norm), (s.bias, of_norm)):
         if t is not None and (t.numel() != size or not t.is_contiguous()):
             return False
-    if s.tables is None or a.rotation == "none":
+    tables = s.tables
+    if tables is None or a.rotation == "none":
         return True
     rows = rotated_rows(a, s)
-    sizes = batch, rows.stop - rows.start, num_heads
-    return all(
-        len(t.shape) <= 4
-        and t.shape[-1] == s.tables[0].shape[-1]
-        and all(n in (1, size) for n, size in zip(t.shape[-2::-1], sizes[::-1], strict=False))
-        for t in s.tables
-    )
+    sizes = num_heads, rows.stop - rows.start, batch
+    for t in tables:
+        *lead, num_entries = t.shape
+        if len(lead) > 3 or num_entries != tables[0].shape[-1]:
+            return False
+        for n, size in zip(reversed(lead), sizes, strict=False):
+            if n not in (1, size):
+                return False
+    return True
 
 
-def forward(a: Arguments, s: Section, out: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Write the section's own rows of an output, and its statistics."""
-    x = _whole(s.x_BSHd)
-    tables = _tables(a, s)
-    FORWARD(*_section(a, s, x, tables), *_heads(out), pointer(mean), pointer(rstd))
+def forward(
+    a: Arguments, sections: Sequence[Section], outs: Sequence[Tensor], mean: Tensor, rstd: Tensor
+) -> None:
+    """Write the outputs and the statistics."""
+    start = 0
+    for s in sections:
+        statistics = _behind(mean, start), _behind(rstd, start)
+        x, tables = _whole(s.x_BSHd), _tables(a, s)
+        FORWARD(*_section(a, s, x, tables), *_heads(outs[s.output], s.rows.start), *statistics)
+        start += num_groups_of(a, s.x_BSHd)
 
 
 def backward(
     a: Arguments,
-    s: Section,
-    grad: Tensor,
+    sections: Sequence[Section],
+    grads: Sequence[Tensor],
     mean: Tensor,
     rstd: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the section's x, x_bias, weight and bias, given that of its own rows."""
-    reads_x = a.norm != "none" or s.weight is not None
-    x, grad = _whole(s.x_BSHd) if reads_x else None, _whole(grad)
-    tables = _tables(a, s)
-    inputs = s.x_BSHd, s.x_bias, s.weight, s.bias
-    grads = [
-        s.x_BSHd.new_empty(t.shape) if need and t is not None else None
-        for t, need in zip(inputs, needs, strict=True)
+    """Gradients of all that is differentiable, None where it is not needed."""
+    found = [
+        t.new_empty(t.shape) if need and t is not None else None
+        for t, need in zip(a.differentiable, needs, strict=True)
     ]
-    written = [pointer(g) for g in grads]
-    statistics = pointer(mean), pointer(rstd)
-    BACKWARD(*_section(a, s, x, tables), *_heads(grad), *statistics, *written)
-    return grads
+    reads_x, start = a.norm != "none" or any(t is not None for t in a.weight), 0
+    grads = [_whole(grad) for grad in grads]
+    for i, s in enumerate(sections):
+        own = found[i :: len(sections)]
+        if any(t is not None for t in own):
+            x, tables = _whole(s.x_BSHd) if reads_x else None, _tables(a, s)
+            statistics = _behind(mean, start), _behind(rstd, start)
+            grad = _heads(grads[s.output], s.rows.start)
+            BACKWARD(*_section(a, s, x, tables), *grad, *statistics, *map(pointer, own))
+        start += num_groups_of(a, s.x_BSHd)
+    return found
 
 
 def _section(
     a: Arguments, s: Section, x: Tensor | None, tables: tuple[Tensor, Tensor] | None
 ) -> list[float]:
     settings = NORMS[a.norm], a.across_heads, s.eps, a.weight_offset
-    parameters = [pointer(t) for t in (s.x_bias, s.weight, s.bias)]
+    parameters = pointer(s.x_bias), pointer(s.weight), pointer(s.bias)
     found = [*s.x_BSHd.shape, *settings, *_heads(x), *parameters]
     if tables is None:
         return [*found, *[0] * 15]
@@ -106,8 +119,16 @@ def _whole(x_BSHd: Tensor) -> Tensor:
     return x_BSHd if x_BSHd.stride(3) == 1 else x_BSHd.contiguous()
 
 
-def _heads(x_BSHd: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if x_BSHd is None else (x_BSHd.data_ptr(), *x_BSHd.stride()[:3])
+def _heads(x_BSHd: Tensor | None, first_row: int = 0) -> tuple[int, ...]:
+    if x_BSHd is None:
+        return 0, 0, 0, 0
+    of_batch, of_token, of_head, _ = x_BSHd.stride()
+    return x_BSHd.data_ptr() + NUM_BYTES * first_row * of_token, of_batch, of_token, of_head
+
+
+def _behind(statistics: Tensor, start: int) -> int:
+    """Where those of a section begin; 0 where the norm has none."""
+    return statistics.data_ptr() + NUM_BYTES * start if statistics.numel() else 0
 
 
 def _table(t: Tensor) -> list[int]:

@@ -34,13 +34,12 @@ RotateInto = Callable[[Tensor, Tensor], None]  # (out, n)
 def forward(*args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope`: [*outs, mean, rstd]."""
     a = Arguments(*args)
-    outs, mean, rstd = outputs(a)
-    if loops.applies(a):
-        for s, mean_s, rstd_s in _sections(a, mean, rstd):
-            loops.forward(a, s, _own_rows(outs, s), mean_s, rstd_s)
+    sections, (outs, mean, rstd) = a.sections, outputs(a)
+    if loops.applies(a, sections):
+        loops.forward(a, sections, outs, mean, rstd)
         return [*outs, mean, rstd]
     math, rotations = a.math, _rotations(a, is_transposed=False)
-    for s, mean_s, rstd_s in _sections(a, mean, rstd):
+    for s, mean_s, rstd_s in _with_statistics(a, sections, mean, rstd):
         v_BSGN, is_own = _normed_values(a, s, math)
         w_N, b_N = _affine(a, s, math)
         if a.norm == "layer":
@@ -71,17 +70,28 @@ def forward(*args: Any) -> list[Tensor]:
 def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """`fxopt::qk_norm_rope_backward`."""
     a, mean, rstd, needs = split_backward_arguments(args)
+    sections = a.sections
+    if loops.applies(a, sections, *grads):
+        found = loops.backward(a, sections, grads, mean, rstd, needs)
+    else:
+        found = _backward(a, sections, grads, mean, rstd, needs)
+    return [a.x[0].new_empty(0) if g is None else g for g in found]
+
+
+def _backward(
+    a: Arguments,
+    sections: Sequence[Section],
+    grads: Sequence[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of all that is differentiable, None where it is not needed."""
     math, rotations = a.math, _rotations(a, is_transposed=True)
-    has_loops = loops.applies(a, *grads)
     found: list[Tensor | None] = [None] * len(needs)
-    for i, (s, mean_s, rstd_s) in enumerate(_sections(a, mean, rstd)):
+    for i, (s, mean_s, rstd_s) in enumerate(_with_statistics(a, sections, mean, rstd)):
         needs_s = needs[i :: len(a.x)]
         if not any(needs_s):
-            continue
-        if has_loops:
-            found[i :: len(a.x)] = loops.backward(
-                a, s, _own_rows(grads, s), mean_s, rstd_s, needs_s
-            )
             continue
         g, rotate_into = in_dtype(_own_rows(grads, s), math), rotations(s)
         if rotate_into is not None:
@@ -94,7 +104,7 @@ def backward(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
         needs_norm = [needs_s[0] or needs_s[1], *needs_s[2:]]
         found[i :: len(a.x)] = _section_backward(a, s, math, g, mean_s, rstd_s, needs_norm)
     return [
-        in_dtype(g, t.dtype) if need and g is not None and t is not None else a.x[0].new_empty(0)
+        in_dtype(g, t.dtype) if need and g is not None and t is not None else None
         for g, t, need in zip(found, a.differentiable, needs, strict=True)
     ]
 
@@ -154,10 +164,12 @@ def _norm_backward(
     return dv.mul_(rstd), dw, db
 
 
-def _sections(a: Arguments, mean: Tensor, rstd: Tensor) -> Iterator[tuple[Section, Tensor, Tensor]]:
+def _with_statistics(
+    a: Arguments, sections: Sequence[Section], mean: Tensor, rstd: Tensor
+) -> Iterator[tuple[Section, Tensor, Tensor]]:
     """Each section with its [B, S, G, 1] part of the statistics that the norm has."""
     start = 0
-    for s in a.sections:
+    for s in sections:
         batch, num_tokens, num_heads, _ = s.x_BSHd.shape
         shape = batch, num_tokens, 1 if a.across_heads else num_heads, 1
         stop = start + num_groups_of(a, s.x_BSHd)

@@ -5,7 +5,7 @@ Shape suffixes: B batch, S tokens of a section, H heads, d head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ Optional = Sequence[Tensor | None]
 
 
 class Section(NamedTuple):
-    """One run of tokens (text, say, or image) of one output, with its own parameters and tables."""
+    """One run of tokens (text, say, or image) of one output, with its own parameters, and tables of
+    its own tokens."""
 
     x_BSHd: Tensor
     x_bias: Tensor | None
@@ -35,15 +36,8 @@ class Section(NamedTuple):
 
     @property
     def tables(self) -> tuple[Tensor, Tensor] | None:
-        """Both tables of the section's own tokens."""
-        if self.cos is None or self.sin is None:
-            return None
-        return self._own(self.cos), self._own(self.sin)
-
-    def _own(self, table: Tensor) -> Tensor:
-        num_tokens = self.x_BSHd.shape[1]
-        is_joint = table.dim() > 2 and num_tokens != self.num_all == table.shape[-3]
-        return table.narrow(-3, self.rows.start, num_tokens) if is_joint else table
+        """Both tables."""
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
 
 
 class Arguments(NamedTuple):
@@ -93,14 +87,39 @@ class Arguments(NamedTuple):
         return opmath_of(self.x[0], self.dtype)
 
     @property
-    def sections(self) -> Iterator[Section]:
+    def sections(self) -> list[Section]:
         """All sections, those of the first output first."""
-        fields: Any = zip(*self[:6], self.eps, strict=True)
+        each: Any = zip(*self[:4], self.eps, strict=True)
+        tables = zip(self.cos, self.sin, strict=True)
+        found: list[Section] = []
+        narrowed: dict[tuple[int, int], Tensor] = {}
         for output, lengths in enumerate(self.lengths):
-            start = 0
+            start, num_all = 0, sum(lengths)
             for length in lengths:
                 rows = slice(start, start := start + length)
-                yield Section._make((*next(fields), output, rows, sum(lengths)))
+                cos, sin = (self._own(t, rows, num_all, narrowed) for t in next(tables))
+                x, x_bias, weight, bias, eps = next(each)
+                own = x, x_bias, weight, bias, cos, sin, eps
+                found.append(Section(*own, output, rows, num_all))
+        return found
+
+    def _own(
+        self,
+        table: Tensor | None,
+        rows: slice,
+        num_all: int,
+        narrowed: dict[tuple[int, int], Tensor],
+    ) -> Tensor | None:
+        """What there is of a table for these rows; the same tensor for queries and keys."""
+        num_tokens = rows.stop - rows.start
+        if table is None or num_tokens == num_all or self.rotated != "all":
+            return table
+        if table.dim() < 3 or table.shape[-3] != num_all:
+            return table
+        key = id(table), rows.start
+        if key not in narrowed:
+            narrowed[key] = table.narrow(-3, rows.start, num_tokens)
+        return narrowed[key]
 
     @property
     def lengths(self) -> list[list[int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ REREADS: dict[str, Callable[[Sequence[Any], Any], Sequence[Any]]] = {}
 SECOND_FORMS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {}
+# Each op by its name, as `torch.ops.fxopt` has it: a call here goes past the dispatcher if that
+# would only hand its arguments on, to a function in Python.
+ops = SimpleNamespace()
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype})
 
@@ -118,7 +122,9 @@ def register(
         LIBRARY.impl(name, triton, "CUDA")
     torch.library.register_fake(f"fxopt::{name}", fake, lib=LIBRARY)
     if function is not None:
-        LIBRARY.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
+        by_grad = _by_grad(op, function)
+        LIBRARY.impl(name, lambda _, *args: by_grad(*args), "Autograd", with_keyset=True)
+        setattr(ops, name, _past_dispatcher(op, by_grad))
     register_flop_formula(getattr(torch.ops.fxopt, name))(flops or _no_flops)
     if sharding is not None:
         shardings.register(op, sharding)
@@ -168,22 +174,36 @@ def each_directly(op: torch._ops.OpOverload, calls: Sequence[Sequence[Any]]) -> 
 
 
 def direct(op: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any] | None:
-    """The native provider of `op`, if the dispatcher would only hand these arguments on to it.
+    """The native provider of `op`, if the dispatcher would only hand these arguments on to it."""
+    run = NATIVE.get(op)
+    return run if run is not None and _are_only_handed_on(args) else None
 
-    To convert them takes it longer than many an op takes. None, so that it is asked, wherever
-    anything may come between: a mode, a functorch transform, a trace, a profile, a subclass of
-    Tensor, another device than the CPU.
+
+def _past_dispatcher(op: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, or the function that the dispatcher has for it."""
+
+    def call(*args: Any) -> Any:
+        return function(*args) if _are_only_handed_on(args) else op(*args)
+
+    call.__name__ = op._opname
+    return call
+
+
+def _are_only_handed_on(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher has nothing to do with these arguments but to convert them, which
+    takes it longer than many an op takes.
+
+    Not wherever anything may come between: a mode, a functorch transform, a trace, a profile, a
+    subclass of Tensor, another device than the CPU.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()  # first: Dynamo knows nothing of the others
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-    ):
-        return None
-    return NATIVE.get(op) if _are_plain(args) else None
+    ) and _are_plain(args)
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
@@ -197,10 +217,10 @@ def _are_plain(args: Sequence[Any]) -> bool:
     return True
 
 
-def _autograd_kernel(
+def _by_grad(
     op: torch._ops.OpOverload, function: type[torch.autograd.Function]
 ) -> Callable[..., Any]:
-    def run(keyset: Any, *args: Any) -> Any:
+    def run(*args: Any) -> Any:
         needs_grad = torch.is_grad_enabled() and _requires_grad(args)
         # Below autograd tangents would be lost; the Function refuses them.
         if needs_grad or forward_ad._current_level >= 0:
@@ -230,4 +250,6 @@ def register_composite(schema: str, function: Callable[..., Any]) -> torch._ops.
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
-    return getattr(torch.ops.fxopt, name).default
+    op = getattr(torch.ops.fxopt, name).default
+    setattr(ops, name, _past_dispatcher(op, function))
+    return op

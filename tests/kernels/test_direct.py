@@ -17,11 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.kernels import registration
 from fxopt.kernels.gated_activation import gated_activation
-from fxopt.kernels.gated_activation_linear import gated_activation_linear_streams
 from fxopt.kernels.norm_modulate import norm_modulate
-from fxopt.kernels.norm_modulate_linears import norm_modulate_linears_streams
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
-from fxopt.kernels.registration import below_autograd, direct, each_directly, without_autograd
+from fxopt.kernels.registration import (
+    below_autograd,
+    direct,
+    each_directly,
+    ops,
+    without_autograd,
+)
 
 FP32 = torch.float32
 
@@ -116,6 +120,25 @@ def test_traces_see_the_op():
     assert asked == [None] * 3
 
 
+def test_an_op_is_called_as_a_function_where_nothing_comes_between(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    names = ["norm_modulate", "qk_norm_rope", "gated_activation_linear", "linears"]
+    assert not set(names) - set(vars(ops))
+    x = torch.randn(2, 3, 8)
+    args = x, None, "silu", "none", None, None, torch.randn(4, 8), None
+    expected = torch.ops.fxopt.gated_activation_linear(*args)
+    asked = list[Any]()
+    monkeypatch.setattr(registration, "_are_only_handed_on", lambda args: asked.append(args))
+    with Ops() as seen:
+        ops.gated_activation_linear(*args)
+    assert asked[0] == args
+    assert "fxopt::gated_activation" in seen.names
+    monkeypatch.setattr(registration, "_are_only_handed_on", lambda args: True)
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", None)
+    assert torch.equal(ops.gated_activation_linear(*args), expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -143,7 +166,7 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
     none, settings = [None, None], ("layer", [1e-6, 1e-5], [0.0] * 2, [1.0] * 2, FP32, FP32)
     scales = [x[:, :1], other[:, :1]]
     given = [x, other], none, none, none, none, scales, none, none, *settings
-    outs, hs = norm_modulate_linears_streams(
+    outs, hs = ops.norm_modulate_linears_streams(
         *given, [weight, weight], none, [1, 1], [0, 0, 8, 0, 0, 8], [1, 1]
     )
     return [*outs, *hs]
@@ -154,7 +177,7 @@ def activations(tensors: list[Tensor]) -> list[Tensor]:
     none, biases = [None, None], [weight[0], weight[1]]
     gates = [x, other]
     return list(
-        gated_activation_linear_streams(
+        ops.gated_activation_linear_streams(
             gates, none, "gelu_tanh", "none", none, biases, [weight, weight], none
         )
     )
@@ -165,7 +188,7 @@ def rotations(tensors: list[Tensor]) -> list[Tensor]:
     cos, sin = torch.rand(2, 3, 1, 2).repeat_interleave(2, -1).unbind()
     heads, none = [t.unflatten(-1, (2, 4)) for t in (x, other)], [None, None]
     fields = heads, [weight[0], None], [weight[1, :4], None], none, [cos, cos], [sin, sin]
-    outs = qk_norm_rope(
+    outs = ops.qk_norm_rope(
         *fields, [1, 1], "rms", [1e-6, 1e-6], 0.0, False, "interleaved", "channels", "all", FP32
     )
     return outs[:2]
@@ -183,7 +206,7 @@ def test_both_ways_give_the_same_bits(
         return [*outs, *grads]
 
     directly = found()
-    monkeypatch.setattr(registration, "direct", lambda op, args: None)
+    monkeypatch.setattr(registration, "_are_only_handed_on", lambda args: False)
     assert all(map(torch.equal, directly, found()))
 
 

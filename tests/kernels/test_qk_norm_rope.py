@@ -217,16 +217,33 @@ def test_error_is_at_most_twice_that_of_eager(norm, across_heads, rotation, affi
         case = Case(norm, across_heads, rotation, tables, sections, dtype, affine)
         # Enough rows for the error of a gradient sum to be a mean and not one draw.
         case.shape, case.keys = (2, 32, 4, 24), tables == "pairs"
-        args, grads = case.args, case.grads
-        exact = results(reference, to_double(args), [g.double() for g in grads])
-        ours = results(fused, args, grads)
-        theirs = results(eager, args, grads)
-        for o, t, e in zip(ours, theirs, exact, strict=True):
-            assert o.dtype == dtype and o.shape == e.shape
-            # The project's rule is 2x. Where eager's few operations are exact by luck (a sum of
-            # two, a product with 1), half an ulp of the result's size is allowed.
-            half_ulp = torch.finfo(dtype).eps / 2 * e.square().mean().sqrt().item()
-            assert rms_error(o, e) <= 2 * max(rms_error(t, e), half_ulp)
+        assert_as_accurate_as_eager(case)
+
+
+def assert_as_accurate_as_eager(case: Case) -> None:
+    args, grads = case.args, case.grads
+    exact = results(reference, to_double(args), [g.double() for g in grads])
+    ours = results(fused, args, grads)
+    theirs = results(eager, args, grads)
+    for o, t, e in zip(ours, theirs, exact, strict=True):
+        assert o.dtype == case.dtype and o.shape == e.shape
+        # The project's rule is 2x. Where eager's few operations are exact by luck (a sum of
+        # two, a product with 1), half an ulp of the result's size is allowed.
+        half_ulp = torch.finfo(case.dtype).eps / 2 * e.square().mean().sqrt().item()
+        assert rms_error(o, e) <= 2 * max(rms_error(t, e), half_ulp)
+
+
+# What kernels and loops are compiled for, and others; all of a head rotated, or a part.
+@pytest.mark.parametrize("rotated", [1.0, 0.5])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
+@pytest.mark.parametrize("tables", ["channels", "pairs", "matrices"])
+@pytest.mark.parametrize("rotation", ["interleaved", "half"])
+@ACROSS
+def test_head_dims(across_heads, rotation, tables, head_dim, rotated):
+    for norm, affine in (("rms", "weight"), ("layer", "weight+bias+x_bias"), ("none", "x_bias")):
+        case = Case(norm, across_heads, rotation, tables, "two", torch.float32, affine)
+        case.shape, case.rotated = (2, 32, 4, head_dim), rotated
+        assert_as_accurate_as_eager(case)
 
 
 @pytest.mark.parametrize("sections", SECTIONS)

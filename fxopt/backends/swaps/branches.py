@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.backends.swaps import quantized
-from fxopt.backends.swaps.fused import fire, fire_low, ops, project
+from fxopt.backends.swaps.fused import fire, fire_low, project
 from fxopt.backends.swaps.quantized import Unbiased, is_plain
+from fxopt.kernels.registration import ops
 from fxopt.passes.rules.fuse_bias import has_room
 from fxopt.passes.rules.merge_streams import common_of_activations, common_of_linears
 

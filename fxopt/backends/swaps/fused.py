@@ -22,10 +22,10 @@ from fxopt.backends.swaps import quantized
 from fxopt.backends.swaps.quantized import is_plain as is_plain
 from fxopt.kernels import scaled_matmul
 from fxopt.kernels.quantized_linears import op_of
+from fxopt.kernels.registration import ops
 from fxopt.passes.rules.merge_streams import common_of_norms
 from fxopt.recipes import Recipe
 
-ops = torch.ops.fxopt
 _fired: ContextVar[list[tuple[str, str]] | None] = ContextVar("fired", default=None)
 
 

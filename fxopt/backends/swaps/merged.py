@@ -19,11 +19,11 @@ from fxopt.backends.swaps.fused import (
     fire_modulate,
     gated_residual,
     op_of_norm,
-    ops,
     pieces,
     promoted,
     read_norm,
 )
+from fxopt.kernels.registration import ops
 from fxopt.kernels.scaled_matmul import op_of
 from fxopt.passes.rules.merge_streams import common_of_norms, streams_op_of
 from fxopt.recipes import Recipe

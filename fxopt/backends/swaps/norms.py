@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from fxopt.backends.swaps.fused import fire, ops, promoted, read_norm
+from fxopt.backends.swaps.fused import fire, promoted, read_norm
 from fxopt.backends.swaps.swap import Arguments, Draw, Swap
+from fxopt.kernels.registration import ops
 
 
 def candidates(module: nn.Module) -> Iterator[Swap]:

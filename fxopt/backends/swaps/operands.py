@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.backends.swaps import quantized
-from fxopt.backends.swaps.fused import fire, ops, read_norm
+from fxopt.backends.swaps.fused import fire, read_norm
 from fxopt.backends.swaps.quantized import Unbiased, is_plain
+from fxopt.kernels.registration import ops
 
 
 class Rotation(NamedTuple):

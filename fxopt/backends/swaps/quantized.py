@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxopt import cost
 from fxopt.kernels.gathered import require_whole
 from fxopt.kernels.in_force import is_high_precision
+from fxopt.kernels.registration import ops
 from fxopt.kernels.scaled_matmul import MULTIPLE
 from fxopt.passes.rules.quantized_linear import FLOAT64, KEPT, PER_SAMPLE, SIZES
 from fxopt.recipes import Recipe
@@ -142,5 +143,5 @@ def multiply(
     """
     weights, biases = [m.weight for m in linears], [m.bias for m in linears]
     parameters = (weights, biases, recipe.key)
-    outs: list[Tensor] = torch.ops.fxopt.quantized_linears(x, *parameters, keeps_x)
+    outs: list[Tensor] = ops.quantized_linears(x, *parameters, keeps_x)
     return outs

@@ -1,4 +1,9 @@
 // One section of qk_norm_rope, and its backward. The formulas are those of qk_norm_rope.py.
+//
+// D of a template is a head dim that is known when this is compiled, 0 where it is not; N likewise
+// the size of a group that is normed.
+
+#include <type_traits>
 
 #include "loops.h"
 
@@ -49,6 +54,23 @@ struct Backward {
   float *dx, *dx_bias, *dweight, *dbias;
 };
 
+// Every `step`-th entry of a table's row, by a sign.
+struct Entries {
+  const float* data;
+  int64_t step;
+  float sign;
+
+  void read(int64_t num_pairs, float* to) const {
+    if (step == 1) {
+      for (int64_t i = 0; i < num_pairs; ++i) to[i] = sign * data[i];
+    } else if (step == 2) {
+      for (int64_t i = 0; i < num_pairs; ++i) to[i] = sign * data[2 * i];
+    } else {
+      for (int64_t i = 0; i < num_pairs; ++i) to[i] = sign * data[step * i];
+    }
+  }
+};
+
 // (p, q) -> (p cos_p + q sin_p, q cos_q + p sin_q) for the pairs of a token's head.
 struct Turn {
   std::vector<float> cos_p, cos_q, sin_p, sin_q;
@@ -61,30 +83,23 @@ struct Turn {
     const Table &c = a.cos, &t = a.sin;
     const float* cos = c.data + b * c.sample + row * c.token + h * c.head;
     const float* sin = t.data + b * t.sample + row * t.token + h * t.head;
-    for (int64_t i = 0; i < num_pairs; ++i) {
-      if (a.tables == PAIRS) {
-        cos_p[i] = cos_q[i] = cos[i * c.channel];
-        sin_q[i] = sin[i * t.channel];
-        sin_p[i] = -sin_q[i];
-      } else if (a.tables == CHANNELS) {
-        const bool neighbours = a.rotation == INTERLEAVED;
-        const int64_t p = neighbours ? 2 * i : i, q = neighbours ? p + 1 : i + num_pairs;
-        cos_p[i] = cos[p * c.channel];
-        cos_q[i] = cos[q * c.channel];
-        sin_p[i] = -sin[p * t.channel];
-        sin_q[i] = sin[q * t.channel];
-      } else {
-        cos_p[i] = cos[2 * i * c.channel];
-        sin_q[i] = cos[(2 * i + 1) * c.channel];
-        sin_p[i] = sin[2 * i * t.channel];
-        cos_q[i] = sin[(2 * i + 1) * t.channel];
-      }
+    if (a.tables == PAIRS) {
+      fill({cos, c.channel, 1}, {cos, c.channel, 1}, {sin, t.channel, -1}, {sin, t.channel, 1});
+    } else if (a.tables == CHANNELS) {
+      const bool neighbours = a.rotation == INTERLEAVED;
+      const int64_t apart = neighbours ? 1 : num_pairs, step = neighbours ? 2 : 1;
+      fill({cos, step * c.channel, 1}, {cos + apart * c.channel, step * c.channel, 1},
+           {sin, step * t.channel, -1}, {sin + apart * t.channel, step * t.channel, 1});
+    } else {
+      fill({cos, 2 * c.channel, 1}, {sin + t.channel, 2 * t.channel, 1},
+           {sin, 2 * t.channel, 1}, {cos + c.channel, 2 * c.channel, 1});
     }
   }
 
   // out may not be n.
+  template <int64_t D>
   void apply(const Section& a, const float* n, float* out, bool transposed) const {
-    const int64_t num_pairs = a.num_rotated / 2;
+    const int64_t num_pairs = (D ? D : a.num_rotated) / 2;
     const float *cp = cos_p.data(), *cq = cos_q.data();
     const float *sp = (transposed ? sin_q : sin_p).data(), *sq = (transposed ? sin_p : sin_q).data();
     if (a.rotation == INTERLEAVED) {
@@ -102,37 +117,92 @@ struct Turn {
         out[i + num_pairs] = q * cq[i] + p * sq[i];
       }
     }
-    std::memcpy(out + a.num_rotated, n + a.num_rotated,
-                (a.head_dim - a.num_rotated) * sizeof(float));
+    if (!D)
+      std::memcpy(out + a.num_rotated, n + a.num_rotated,
+                  (a.head_dim - a.num_rotated) * sizeof(float));
+  }
+
+ private:
+  void fill(Entries cp, Entries cq, Entries sp, Entries sq) {
+    const int64_t num_pairs = cos_p.size();
+    cp.read(num_pairs, cos_p.data());
+    cq.read(num_pairs, cos_q.data());
+    sp.read(num_pairs, sin_p.data());
+    sq.read(num_pairs, sin_q.data());
   }
 };
 
 // All heads of a token, with the bias of what made them, one behind the other.
+template <int64_t D>
 void read_token(const Section& a, int64_t b, int64_t s, float* v) {
-  const int64_t d = a.head_dim;
+  const int64_t d = D ? D : a.head_dim;
   for (int64_t h = 0; h < a.num_heads; ++h) {
     const float* x = a.x.at(b, s, h);
     if (a.x_bias) {
       for (int64_t i = 0; i < d; ++i) v[h * d + i] = x[i] + a.x_bias[h * d + i];
     } else {
-      std::memcpy(v + h * d, x, d * sizeof(float));
+      for (int64_t i = 0; i < d; ++i) v[h * d + i] = x[i];
     }
   }
 }
 
 // Rotates, or turns back, the heads of a token where they are to be rotated.
-template <typename In, typename Out>
+template <int64_t D, typename In, typename Out>
 void turn_token(const Section& a, Turn& turn, int64_t b, int64_t s, bool transposed, In in,
                 Out out) {
   const bool rotates = a.rotates(s), by_head = a.cos.head || a.sin.head;
   for (int64_t h = 0; h < a.num_heads; ++h) {
     if (!rotates) {
-      std::memcpy(out(h), in(h), a.head_dim * sizeof(float));
+      std::memcpy(out(h), in(h), (D ? D : a.head_dim) * sizeof(float));
       continue;
     }
     if (h == 0 || by_head) turn.read(a, b, s, h);
-    turn.apply(a, in(h), out(h), transposed);
+    if (D && a.num_rotated == D) {
+      turn.apply<D>(a, in(h), out(h), transposed);
+    } else {
+      turn.apply<0>(a, in(h), out(h), transposed);
+    }
   }
+}
+
+// Norms and parameters of a group of N elements, in place.
+template <int64_t N>
+void norm_group(const Forward& a, int64_t index, int64_t size, float* v) {
+  const Section& o = a.section;
+  const int64_t n = N ? N : size;
+  if (o.norm != NO_NORM) {
+    float mean, rstd;
+    statistics(v, n, o.norm, o.eps, mean, rstd);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - mean) * rstd;
+    if (o.norm == LAYER) a.mean[index] = mean;
+    a.rstd[index] = rstd;
+  }
+  const float offset = static_cast<float>(o.weight_offset);
+  if (o.weight) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) v[i] *= o.weight[i] + offset;
+  }
+  if (o.bias) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) v[i] += o.bias[i];
+  }
+}
+
+template <int64_t D>
+void forward_token(const Forward& a, int64_t b, int64_t s, Turn& turn, float* v) {
+  const Section& o = a.section;
+  const int64_t token = b * o.num_tokens + s, d = D ? D : o.head_dim;
+  read_token<D>(o, b, s, v);
+  if (o.across_heads) {
+    norm_group<0>(a, token, o.num_heads * d, v);
+  } else {
+    for (int64_t h = 0; h < o.num_heads; ++h)
+      norm_group<D>(a, token * o.num_heads + h, d, v + h * d);
+  }
+  turn_token<D>(
+      o, turn, b, s, false, [&](int64_t h) { return v + h * d; },
+      [&](int64_t h) { return a.out.at(b, s, h); });
 }
 
 // Sums over a block of tokens.
@@ -140,47 +210,71 @@ struct Sums {
   double *weight, *bias, *x_bias;
 };
 
+// Gradients of a group of N elements: `g` that of what was rotated, `v` the values before the norm.
+template <int64_t N>
+void backward_group(const Backward& a, int64_t index, int64_t size, float* g, float* v, float* dx,
+                    double* dweight, double* dbias, double* dx_bias) {
+  const Section& o = a.section;
+  const int64_t n = N ? N : size;
+  if (dbias) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dbias[i] += g[i];
+  }
+  if (o.norm != NO_NORM) {
+    const float mean = o.norm == LAYER ? a.mean[index] : 0.f, rstd = a.rstd[index];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - mean) * rstd;
+  }
+  if (dweight) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dweight[i] += static_cast<double>(g[i]) * v[i];
+  }
+  if (o.weight) {
+    const float offset = static_cast<float>(o.weight_offset);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) g[i] *= o.weight[i] + offset;
+  }
+  if (o.norm == NO_NORM) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = g[i];
+  } else {
+    double sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+    for (int64_t i = 0; i < n; ++i) {
+      sum += g[i];
+      dot += static_cast<double>(g[i]) * v[i];
+    }
+    const float of_mean = o.norm == LAYER ? static_cast<float>(sum / n) : 0.f;
+    const float of_rstd = static_cast<float>(dot / n), rstd = a.rstd[index];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - of_mean - v[i] * of_rstd) * rstd;
+  }
+  if (dx_bias) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx_bias[i] += dx[i];
+  }
+}
+
+template <int64_t D>
 void backward_token(const Backward& a, int64_t b, int64_t s, Turn& turn, std::vector<float>& room,
                     Sums sums) {
   const Section& o = a.section;
-  const int64_t d = o.head_dim, width = o.num_heads * d, n = o.group_size();
-  const int64_t token = b * o.num_tokens + s, num_groups = width / n;
+  const int64_t d = D ? D : o.head_dim, width = o.num_heads * d;
+  const int64_t token = b * o.num_tokens + s;
   float *g = room.data(), *v = g + width, *dx = a.dx ? a.dx + token * width : v;
-  turn_token(
+  turn_token<D>(
       o, turn, b, s, true, [&](int64_t h) { return a.grad.at(b, s, h); },
       [&](int64_t h) { return g + h * d; });
-  if (o.norm != NO_NORM || o.weight) read_token(o, b, s, v);
-  for (int64_t group = 0; group < num_groups; ++group, g += n, v += n, dx += n) {
-    if (a.dbias)
-      for (int64_t i = 0; i < n; ++i) sums.bias[i] += g[i];
-    if (o.norm != NO_NORM) {
-      const int64_t index = token * num_groups + group;
-      const float mean = o.norm == LAYER ? a.mean[index] : 0.f, rstd = a.rstd[index];
-      for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - mean) * rstd;
-    }
-    if (a.dweight)
-      for (int64_t i = 0; i < n; ++i) sums.weight[i] += static_cast<double>(g[i]) * v[i];
-    if (o.weight) {
-      const float offset = static_cast<float>(o.weight_offset);
-      for (int64_t i = 0; i < n; ++i) g[i] *= o.weight[i] + offset;
-    }
-    if (o.norm == NO_NORM) {
-      std::memcpy(dx, g, n * sizeof(float));
-    } else {
-      double sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-      for (int64_t i = 0; i < n; ++i) {
-        sum += g[i];
-        dot += static_cast<double>(g[i]) * v[i];
-      }
-      const float of_mean = o.norm == LAYER ? static_cast<float>(sum / n) : 0.f;
-      const float of_rstd = static_cast<float>(dot / n);
-      const float rstd = a.rstd[token * num_groups + group];
-      for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - of_mean - v[i] * of_rstd) * rstd;
-    }
-    if (a.dx_bias)
-      for (int64_t i = 0; i < n; ++i) sums.x_bias[group * n + i] += dx[i];
+  if (o.norm != NO_NORM || o.weight) read_token<D>(o, b, s, v);
+  double *dweight = a.dweight ? sums.weight : nullptr, *dbias = a.dbias ? sums.bias : nullptr;
+  double* dx_bias = a.dx_bias ? sums.x_bias : nullptr;
+  if (o.across_heads) {
+    backward_group<0>(a, token, width, g, v, dx, dweight, dbias, dx_bias);
+    return;
   }
+  for (int64_t h = 0; h < o.num_heads; ++h, g += d, v += d, dx += d)
+    backward_group<D>(a, token * o.num_heads + h, d, g, v, dx, dweight, dbias,
+                      dx_bias ? dx_bias + h * d : nullptr);
 }
 
 void store(float* grad, const double* sums, int64_t n) {
@@ -188,46 +282,22 @@ void store(float* grad, const double* sums, int64_t n) {
     for (int64_t i = 0; i < n; ++i) grad[i] = static_cast<float>(sums[i]);
 }
 
-}  // namespace
-
-extern "C" void qk_norm_rope(const Forward* arguments) {
-  const Forward& a = *arguments;
+template <int64_t D>
+void forward(const Forward& a) {
   const Section& o = a.section;
-  const int64_t d = o.head_dim, width = o.num_heads * d, n = o.group_size();
-  const int64_t num_tokens = o.num_samples * o.num_tokens, num_groups = width / n;
+  const int64_t width = o.num_heads * o.head_dim, num_tokens = o.num_samples * o.num_tokens;
 #pragma omp parallel if (num_tokens * width > GRAIN)
   {
     std::vector<float> room(width);
     Turn turn(o.num_rotated / 2);
 #pragma omp for
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      const int64_t b = token / o.num_tokens, s = token % o.num_tokens;
-      float* v = room.data();
-      read_token(o, b, s, v);
-      for (int64_t group = 0; group < num_groups; ++group, v += n) {
-        if (o.norm != NO_NORM) {
-          const int64_t index = token * num_groups + group;
-          float mean, rstd;
-          statistics(v, n, o.norm, o.eps, mean, rstd);
-          for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - mean) * rstd;
-          if (o.norm == LAYER) a.mean[index] = mean;
-          a.rstd[index] = rstd;
-        }
-        const float offset = static_cast<float>(o.weight_offset);
-        if (o.weight)
-          for (int64_t i = 0; i < n; ++i) v[i] *= o.weight[i] + offset;
-        if (o.bias)
-          for (int64_t i = 0; i < n; ++i) v[i] += o.bias[i];
-      }
-      turn_token(
-          o, turn, b, s, false, [&](int64_t h) { return room.data() + h * d; },
-          [&](int64_t h) { return a.out.at(b, s, h); });
-    }
+    for (int64_t token = 0; token < num_tokens; ++token)
+      forward_token<D>(a, token / o.num_tokens, token % o.num_tokens, turn, room.data());
   }
 }
 
-extern "C" void qk_norm_rope_backward(const Backward* arguments) {
-  const Backward& a = *arguments;
+template <int64_t D>
+void backward(const Backward& a) {
   const Section& o = a.section;
   const int64_t width = o.num_heads * o.head_dim, n = o.group_size();
   const int64_t num_tokens = o.num_samples * o.num_tokens;
@@ -243,8 +313,8 @@ extern "C" void qk_norm_rope_backward(const Backward* arguments) {
       const int64_t end = first + BLOCK < num_tokens ? first + BLOCK : num_tokens;
       double* own = sums.data() + block * size;
       for (int64_t token = first; token < end; ++token)
-        backward_token(a, token / o.num_tokens, token % o.num_tokens, turn, room,
-                       {own, own + n, own + 2 * n});
+        backward_token<D>(a, token / o.num_tokens, token % o.num_tokens, turn, room,
+                          {own, own + n, own + 2 * n});
     }
   }
   for (int64_t block = 1; block < num_blocks; ++block)
@@ -252,4 +322,25 @@ extern "C" void qk_norm_rope_backward(const Backward* arguments) {
   store(a.dweight, sums.data(), n);
   store(a.dbias, sums.data() + n, n);
   store(a.dx_bias, sums.data() + 2 * n, width);
+}
+
+// `run` with the head dim as a constant, where loops of that many steps are to have no remainder.
+template <typename Run>
+void for_head_dim(int64_t head_dim, Run run) {
+  switch (head_dim) {
+    case 32: return run(std::integral_constant<int64_t, 32>());
+    case 64: return run(std::integral_constant<int64_t, 64>());
+    case 128: return run(std::integral_constant<int64_t, 128>());
+    default: return run(std::integral_constant<int64_t, 0>());
+  }
+}
+
+}  // namespace
+
+extern "C" void qk_norm_rope(const Forward* a) {
+  for_head_dim(a->section.head_dim, [a](auto d) { forward<decltype(d)::value>(*a); });
+}
+
+extern "C" void qk_norm_rope_backward(const Backward* a) {
+  for_head_dim(a->section.head_dim, [a](auto d) { backward<decltype(d)::value>(*a); });
 }
