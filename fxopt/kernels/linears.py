@@ -137,17 +137,20 @@ def parameter_gradients(
 ) -> list[Tensor | None]:
     """Gradients of all weights, then of all biases; `needs` in that order."""
     num_linears = len(weights)
-    dweights = _together(grads, x, weights, pieces, needs)
+    if all(grad is None for grad in grads):
+        return [None] * len(needs)
+    x_TK = flat(x) if any(needs[:num_linears]) else x  # else it may be empty
+    dweights = _together(grads, x_TK, weights, pieces, needs)
     dbiases: list[Tensor | None] = [None] * num_linears
     for grad, (i, start, stop) in zip(grads, pieces, strict=True):
         if grad is None:
             continue
         grad_TN, whole = flat(grad), stop - start == weights[i].shape[0]
         if needs[i] and whole and dweights[i] is None:
-            dweights[i] = _weight_gradient(grad_TN, flat(x), weights[i])
+            dweights[i] = _weight_gradient(grad_TN, x_TK, weights[i])
         elif needs[i] and not whole:
             dweight = _buffer(dweights, i, weights[i], pieces, grads)
-            torch.mm(grad_TN.t(), flat(x), out=dweight[start:stop])
+            torch.mm(grad_TN.t(), x_TK, out=dweight[start:stop])
         if needs[num_linears + i] and whole:
             dbiases[i] = grad_TN.sum(0)
         elif needs[num_linears + i]:
@@ -168,7 +171,7 @@ def _weight_gradient(grad_TN: Tensor, x_TK: Tensor, weight: Tensor) -> Tensor:
 
 def _together(
     grads: Sequence[Tensor | None],
-    x: Tensor,
+    x_TK: Tensor,
     weights: Sequence[Tensor],
     pieces: Pieces,
     needs: Sequence[bool],
@@ -176,11 +179,13 @@ def _together(
     """Gradients of weights of whole linears whose outputs' gradients are a stack: one product."""
     found: list[Tensor | None] = [None] * len(weights)
     wholes = [
-        grad if needs[i] and stop - start == len(weights[i]) and not by_input(weights[i]) else None
+        grad
+        if needs[i] and stop - start == weights[i].shape[0] and not by_input(weights[i])
+        else None
         for grad, (i, start, stop) in zip(grads, pieces, strict=True)
     ]
     for members, stack in stacks(wholes):
-        x_ITK = flat(x).expand(len(members), -1, -1)
+        x_ITK = x_TK.expand(len(members), -1, -1)
         grads_ITN = stack.reshape(len(members), -1, stack.shape[-1])
         dweights = torch.bmm(grads_ITN.mT, x_ITK)
         # No views to autograd: a write to one parameter's gradient is none to another's.

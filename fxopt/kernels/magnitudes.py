@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,10 @@ class Inbox:
     wants: whether an output's gradient is scaled by its largest magnitude.
     """
 
+    were_made: ClassVar[bool] = False  # in this process: without any, nobody has to look for one
+
     def __init__(self, wants: Callable[[int], bool]) -> None:
+        Inbox.were_made = True
         self.wants = wants
         self._left: dict[int, _Left] = {}
 
@@ -85,19 +88,33 @@ class Room(NamedTuple):
 
 
 def room_for(ctx: Any, edge: int, like: Tensor | None) -> Room | None:
-    """Where the backward of `ctx` is to leave the magnitude of a gradient; None for nowhere.
+    """`rooms_for` of one gradient."""
+    return rooms_for(ctx, [edge], [like])[0]
+
+
+def rooms_for(ctx: Any, edges: Sequence[int], likes: Sequence[Tensor | None]) -> list[Room | None]:
+    """Where the backward of `ctx` is to leave the magnitudes of gradients; None for nowhere.
 
     Args:
-        edge: of the tensor whose gradient it is, among all tensors that the forward took.
-        like: a tensor of the gradient's device that goes into it.
+        edges: of the tensors whose gradients they are, among all tensors that the forward took.
+        likes: of each a tensor of the gradient's device that goes into it.
     """
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None or like is None:
+    if (
+        torch.compiler.is_compiling()
+        or not Inbox.were_made
+        or get_proxy_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _task() < 0
+    ):
+        return [None] * len(edges)
+    following = ctx.next_functions
+    return [_room_at(following[e], like) for e, like in zip(edges, likes, strict=True)]
+
+
+def _room_at(following: tuple[Any, int], like: Tensor | None) -> Room | None:
+    if like is None or not _is_plain(like):
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or _task() < 0:
-        return None
-    if not _is_plain(like):
-        return None
-    node, output = ctx.next_functions[edge]
+    node, output = following
     while node is not None and node.name() in VIEWS:
         node, output = node.next_functions[0]
     inbox = getattr(node, "inbox", None)
@@ -128,7 +145,7 @@ def hand_on(rooms: Sequence[Room | None], grads: Sequence[Tensor | None]) -> Non
 def edges_of(tensors: Sequence[Any]) -> list[int]:
     """Of what a forward takes, tensors and None, which edge of its node each is; None has none and
     gets that of the next."""
-    counts = accumulate((isinstance(t, Tensor) for t in tensors), initial=0)
+    counts = accumulate([t is not None for t in tensors], initial=0)
     return [*counts][:-1]
 
 

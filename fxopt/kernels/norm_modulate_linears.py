@@ -18,6 +18,7 @@ from fxopt.kernels import magnitudes
 from fxopt.kernels.linears import (
     Pieces,
     as_pieces,
+    flat,
     frozen,
     input_gradient,
     parameter_gradients,
@@ -120,9 +121,8 @@ def _leave_magnitudes(ctx: Any, streams: Sequence[_Backward]) -> None:
     each = zip(streams, starts, strict=False)
     present = [(s, ctx.edges[start]) for s, start in each if s.call is not None]
     norm = ctx.streams[0].settings[0]
-    rooms = [
-        magnitudes.room_for(ctx, edge, measured(norm, s.h, s.gate, s.dy)) for s, edge in present
-    ]
+    likes = [measured(norm, s.h, s.gate, s.dy) for s, _ in present]
+    rooms = magnitudes.rooms_for(ctx, [edge for _, edge in present], likes)
     if all(room is not None for room in rooms):
         for (s, _), room in zip(present, rooms, strict=True):
             s.leave_magnitude(room)
@@ -143,7 +143,8 @@ class _Backward:
         settings, num_linears, self.pieces, shift_per_token, _ = stream
         ((h, x),), (own_scales,) = _taken(activations, 2), _taken(scales, 2)
         (*operands, index, mean, rstd), self.weights = _taken(saved, 9, num_linears)
-        self.grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
+        grad_outs, (self.grad_h,) = _taken(grads, len(self.pieces), 1)
+        self.grad_outs = [g if g is None else flat(g) for g in grad_outs]
         (*self.needs, _), self.needs_parameters = _taken(needs, NUM_TENSORS, 2 * num_linears)
         self.num_inputs = NUM_TENSORS + 2 * num_linears
         self.h = h = self.grad_h if h is None else h  # without a norm only its shape counts

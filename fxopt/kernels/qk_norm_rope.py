@@ -194,7 +194,7 @@ class QKNormRope(torch.autograd.Function):
         needs = ctx.needs_input_grad[1 : 1 + num_differentiable]
         fields = _fields(tensors)
         given = filled, *fields, mean, rstd, *ctx.settings, needs
-        rooms = [magnitudes.room_for(ctx, i, filled[0]) for i in range(num_sections)]
+        rooms = magnitudes.rooms_for(ctx, range(num_sections), filled[:1] * num_sections)
         further = [*scales] if can_read else None, magnitudes.seen_in_each(rooms, mean)
         computed = call_form(qk_norm_rope_backward, further, *given)
         found = [g if need else None for g, need in zip(computed, needs, strict=True)]

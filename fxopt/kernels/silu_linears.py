@@ -63,7 +63,8 @@ def native_backward(
         x, weights: as for the products.
         needs: in the order of the results.
     """
-    found, num_linears = outputs_backward(grads, pieces, x, weights, needs), len(weights)
+    found: list[Tensor | None] = [None] * len(needs)
+    num_linears = len(weights)
     wholes: list[list[Tensor]] = [[] for _ in weights]
     for grad, (i, _, _) in zip(_filled(grads, pieces, x), as_pieces(pieces), strict=True):
         wholes[i].append(grad)
@@ -79,7 +80,7 @@ def native_backward(
             found[i] = grad.t() @ activated
         if needs[num_linears + i]:
             found[num_linears + i] = grad.sum(0)
-    return found
+    return [x.new_empty(0) if t is None else t for t in found]
 
 
 def _filled(grads: Sequence[Tensor | None], pieces: Sequence[int], x: Tensor) -> list[Tensor]:

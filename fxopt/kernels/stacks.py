@@ -41,9 +41,12 @@ def stacks(tensors: Sequence[Tensor | None]) -> list[tuple[list[int], Tensor]]:
 
     None in a trace: where tensors lie when it is made says nothing about where they will.
     """
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    present = [(i, t) for i, t in enumerate(tensors) if t is not None]
+    if len(present) < 2 or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return []
-    found = [(i, t) for i, t in enumerate(tensors) if t is not None and _is_plain(t)]
+    if not any(t.storage_offset() for _, t in present):  # each at the beginning of its own memory
+        return []
+    found = [(i, t) for i, t in present if _is_plain(t)]
     runs: list[list[tuple[int, Tensor]]] = []
     for i, t in sorted(found, key=lambda pair: pair[1].storage_offset()):
         run = next((run for run in runs if _follows(run[-1][1], t)), None)

@@ -64,15 +64,11 @@ unflatten_2 = aten.unflatten.int(linear_2, -1, [-1, 32])
 transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
 linear = aten.linear(inputs_0, p_q)
 unflatten_int = aten.unflatten.int(linear, -1, [-1, 32])
-transpose_int = aten.transpose.int(unflatten_int, 1, 2)
-permute_4 = aten.permute(transpose_int, [0, 2, 1, 3])
 linear_1 = aten.linear(inputs_0, p_k)
 unflatten_int_1 = aten.unflatten.int(linear_1, -1, [-1, 32])
-transpose_int_1 = aten.transpose.int(unflatten_int_1, 1, 2)
-permute_5 = aten.permute(transpose_int_1, [0, 2, 1, 3])
-qk_norm_rope_2 = fxopt.qk_norm_rope([permute_4, permute_5], [p_q_bias, p_k_bias], [p_norm_q,
-    p_norm_k], [None, None], [None, None], [None, None], [1, 1], 'rms', [1e-06, 1e-06], 0.0,
-    False, 'none', 'channels', 'all', float32)
+qk_norm_rope_2 = fxopt.qk_norm_rope([unflatten_int, unflatten_int_1], [p_q_bias, p_k_bias],
+    [p_norm_q, p_norm_k], [None, None], [None, None], [None, None], [1, 1], 'rms', [1e-06,
+    1e-06], 0.0, False, 'none', 'channels', 'all', float32)
 getitem_4 = qk_norm_rope_2[0]
 permute_1 = aten.permute(getitem_4, [0, 2, 1, 3])
 getitem_5 = qk_norm_rope_2[1]

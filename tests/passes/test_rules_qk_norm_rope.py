@@ -354,10 +354,6 @@ def test_columns_of_matrices_are_views():
     assert_expected_inline(
         "\n".join(lines),
         """\
-transpose = aten.transpose.int(unflatten, 1, 2)
-transpose_1 = aten.transpose.int(unflatten_1, 1, 2)
-transpose_2 = aten.transpose.int(unflatten_2, 1, 2)
-transpose_3 = aten.transpose.int(unflatten_3, 1, 2)
 transpose_4 = aten.transpose.int(unflatten_4, 1, 2)
 transpose_5 = aten.transpose.int(unflatten_5, 1, 2)
 cat_2 = aten.cat([transpose_4, transpose_5], 2)
@@ -366,9 +362,7 @@ select_1 = aten.select.int(inputs_2, 5, 1)
 flatten_using_ints = aten.flatten.using_ints(select, -2, -1)
 permute = aten.permute(flatten_using_ints, [0, 2, 1, 3])
 flatten_using_ints_1 = aten.flatten.using_ints(select_1, -2, -1)
-permute_1 = aten.permute(flatten_using_ints_1, [0, 2, 1, 3])
-permute_2 = aten.permute(transpose, [0, 2, 1, 3])
-permute_3 = aten.permute(transpose_1, [0, 2, 1, 3])""",
+permute_1 = aten.permute(flatten_using_ints_1, [0, 2, 1, 3])""",
     )
 
 

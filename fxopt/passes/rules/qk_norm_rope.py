@@ -21,6 +21,7 @@ from torch import fx
 from fxopt.kernels.qk_norm_rope import qk_norm_rope
 from fxopt.passes import algebra, ir
 from fxopt.passes.algebra import Norm
+from fxopt.passes.cancel_permutes import cancel_permutes
 from fxopt.passes.ir import aten
 from fxopt.passes.regions import between
 from fxopt.passes.rotation import Rotation, find_rotation
@@ -303,7 +304,6 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
     affine = [p for s in sections if s.norm for p in (s.norm.weight, s.norm.bias)]
     listed = [*(s.source for s in sections), *affine, *(t.node for t in tables)]
     inputs = tuple(dict.fromkeys(n for n in listed if n is not None))
-    dtype = ir.dtype(operand)
 
     def emit(call: Call, *nodes: fx.Node) -> fx.Node:
         given: dict[fx.Node | None, Any] = dict(zip(inputs, nodes, strict=True)) | {None: None}
@@ -322,10 +322,9 @@ def _bind(operand: fx.Node, heads: Heads, sections: list[Section]) -> Binding:
             norm.weight_offset if norm else 0.0,
             across,
             *kind,
-            dtype,
+            ir.dtype(operand),
         )
-        unbiased = [None] * len(sections)
-        lists = (x, unbiased, weights, biases, cos, sin, [len(sections)])
+        lists = (x, [None] * len(x), weights, biases, cos, sin, [len(sections)])
         out_BSHd = call(operator.getitem, call(qk_norm_rope, *lists, *settings), 0)
         return out_BSHd if heads.dim == 2 else call(aten.permute.default, out_BSHd, [0, 2, 1, 3])
 
@@ -342,4 +341,10 @@ def _as_BSHd(call: Call, x: fx.Node, source: fx.Node, heads: Heads) -> fx.Node:
     return x
 
 
-RULE = Rule(name="qk_norm_rope", version=3, anchors=(ir.SDPA, *SOFTMAX), propose=propose)
+RULE = Rule(
+    name="qk_norm_rope",
+    version=3,
+    anchors=(ir.SDPA, *SOFTMAX),
+    propose=propose,
+    finish=cancel_permutes,
+)
