@@ -199,11 +199,12 @@ def _strategy(rule: Rule, schema: Any) -> Any:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor._op_schema import OpSpec, OpStrategy
 
-    mesh = schema.get_mesh_from_args()
     names = [argument.name for argument in schema.op._schema.arguments]
     given = [_metas(argument) for argument in schema.args_schema]
     a = dict(zip(names, given, strict=False))
     tensors = [t for t in tree_leaves(given) if isinstance(t, Meta)]
+    # Not from the schema, which in 2.11 asks its first argument alone: it may be None.
+    mesh = tensors[0].spec.mesh
     shapes = _output_shapes(schema.op, given)
     of_inputs, of_outputs = [], []
     for mesh_dim in range(mesh.ndim):
