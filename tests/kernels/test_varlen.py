@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import attention as of_torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fxopt.kernels import varlen
 from fxopt.kernels.attention import TABLE, Choice, Row, attention, choose
@@ -343,10 +343,12 @@ def test_it_counts_as_attention(kernels: Kernels) -> None:
     inputs, mask = qkv(num_queries=T), mask_of()
     with FlopCounterMode(display=False) as counted:
         attend(inputs, mask).sum().backward()
-    # Two products forward and five backward, of the pairs of queries and keys that are left.
-    assert counted.get_total_flops() == 7 * 2 * H * T * int(mask.sum()) * d
     for name in ("_varlen_attn", "_varlen_attn_backward"):
         assert kind(getattr(torch.ops.torch_attn, name).default) == "attention"
+    if torch.ops.torch_attn._varlen_attn not in flop_registry:
+        pytest.skip("this PyTorch counts no FLOPs of its varlen_attn")  # 2.11
+    # Two products forward and five backward, of the pairs of queries and keys that are left.
+    assert counted.get_total_flops() == 7 * 2 * H * T * int(mask.sum()) * d
 
 
 def test_opcheck(kernels: Kernels) -> None:
